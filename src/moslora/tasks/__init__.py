@@ -1,0 +1,1 @@
+"""One file per modality, and the table that names them."""

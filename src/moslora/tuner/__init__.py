@@ -1,0 +1,1 @@
+"""The live adapter: PEFT's grammar for MoSLoRA."""
