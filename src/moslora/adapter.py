@@ -1,0 +1,217 @@
+"""An adapter at rest: the factors of every module, without a model.
+
+Folding, exporting, comparing and (later) arithmetic work on this one value. How it lies on disk is the
+business of ``formats/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moslora import functional
+
+__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "compare"]
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read, written or trusted. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one module.
+
+    Attributes:
+        A: Shape ``(r, in)``.
+        M: Shape ``(r, r)``; the identity in a plain LoRA.
+        B: Shape ``(out, r)``.
+        scale: s of ``ΔW = s·B·M·A``, unitless.
+
+    Raises:
+        ValueError: If the inner sizes disagree.
+    """
+
+    A: Tensor
+    M: Tensor
+    B: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        functional.check_factors(self.A, self.M, self.B)
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.A.shape[0]
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether M is exactly the identity."""
+        return torch.equal(self.M, torch.eye(self.r, dtype=self.M.dtype))
+
+    def at_least(self, dtype: torch.dtype) -> Factors:
+        """Widen the factors to ``dtype``, unless they are wider already.
+
+        Args:
+            dtype: A float dtype.
+
+        Returns:
+            Factors of exactly the same ΔW.
+        """
+        A, M, B = (t.to(torch.promote_types(t.dtype, dtype)) for t in (self.A, self.M, self.B))
+        return Factors(A, M, B, self.scale)
+
+    def fold(self) -> Factors:
+        """Fold M into A; B and the scale unchanged.
+
+        Returns:
+            Factors of the same ΔW with M the identity. Already folded ones come back bit for bit.
+        """
+        if self.is_folded:
+            return self
+        return Factors(
+            functional.fold(self.A, self.M), torch.eye(self.r, dtype=self.M.dtype), self.B, self.scale
+        )
+
+    def unscaled(self) -> Factors:
+        """Move the scale into B, the one form that every reader of LoRA files takes rightly.
+
+        Some take alpha to be r, some ignore rsLoRA or per-module alphas; with a scale of 1 all agree.
+
+        Returns:
+            Factors of the same ΔW with a scale of 1.
+        """
+        if self.scale == 1:
+            return self
+        return Factors(self.A, self.M, (self.B.double() * self.scale).to(self.B.dtype), 1.0)
+
+    def delta_weight(self) -> Tensor:
+        """Build ΔW.
+
+        Returns:
+            Shape ``(out, in)``, float64.
+        """
+        return functional.delta_weight(self.A.double(), self.M.double(), self.B.double(), self.scale)
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of ΔW, without building it."""
+        return _product_norm(self.scale * self.B.double(), self.M.double() @ self.A.double())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The factors of every module, and what a loader must know beside them.
+
+    Attributes:
+        modules: Factors by the module's path in the base model, as ``model.layers.0.self_attn.q_proj``.
+        config: Arguments that LoRA and MoSLoRA share, and the mixer's, as in ``adapter_config.json``.
+        extra: Other tensors that were trained (biases, ``modules_to_save``), by their name in the file.
+    """
+
+    modules: Mapping[str, Factors]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether every M is the identity, so that the adapter is a plain LoRA."""
+        return all(factors.is_folded for factors in self.modules.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers A, M and B hold."""
+        return sum(f.A.numel() + f.M.numel() + f.B.numel() for f in self.modules.values())
+
+    def fold(self) -> Adapter:
+        """Fold every mixer.
+
+        Returns:
+            A plain LoRA with the same ΔW, ranks and scales.
+        """
+        return Adapter({name: f.fold() for name, f in self.modules.items()}, self.config, self.extra)
+
+    def delta_weight(self, module: str) -> Tensor:
+        """Build ΔW of one module.
+
+        Args:
+            module: Its path in the base model.
+
+        Returns:
+            Shape ``(out, in)``, float64.
+
+        Raises:
+            KeyError: If the adapter has no such module.
+        """
+        return self.modules[module].delta_weight()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two adapters are apart.
+
+    Attributes:
+        max_relative_error: Largest ``‖ΔW1 - ΔW2‖ / ‖ΔW1‖`` over all modules, Frobenius norms in float64.
+        worst_module: Where it was found.
+        modules: How many modules were compared.
+    """
+
+    max_relative_error: float
+    worst_module: str
+    modules: int
+
+
+def compare(before: Adapter, after: Adapter) -> Comparison:
+    """Compare the ΔW of two adapters, module by module, in float64.
+
+    ΔW is never built: the norm of a product of thin matrices is that of the product of their R factors.
+
+    Args:
+        before: The reference.
+        after: What was made of it.
+
+    Returns:
+        The largest relative error and where it is. A module that is zero in both counts as equal; zero in
+        one only, as infinitely wrong.
+
+    Raises:
+        AdapterError: If the two do not have the same modules, or a module changed its shape.
+    """
+    if before.modules.keys() != after.modules.keys():
+        lost = sorted(before.modules.keys() - after.modules.keys())
+        added = sorted(after.modules.keys() - before.modules.keys())
+        raise AdapterError(
+            f"The adapters do not have the same modules. Lost: {lost[:5]}. Added: {added[:5]}."
+        )
+    if not before.modules:
+        raise AdapterError("The adapter has no modules, so there is nothing to compare.")
+    worst, worst_module = -1.0, ""
+    for name, one in before.modules.items():
+        error = _relative_error(name, one, after.modules[name])
+        if not error <= worst:  # NaN counts as worse than anything
+            worst, worst_module = error, name
+    return Comparison(worst, worst_module, len(before.modules))
+
+
+def _relative_error(name: str, one: Factors, two: Factors) -> float:
+    if one.A.shape[1] != two.A.shape[1] or one.B.shape[0] != two.B.shape[0]:
+        raise AdapterError(f"{name} changed its shape: A {tuple(one.A.shape)} became {tuple(two.A.shape)}.")
+    left = torch.cat([one.scale * one.B.double(), -two.scale * two.B.double()], dim=1)  # (out, r1 + r2)
+    right = torch.cat([one.M.double() @ one.A.double(), two.M.double() @ two.A.double()])  # (r1 + r2, in)
+    difference, size = _product_norm(left, right), one.norm()
+    if size == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return difference / size
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """Return ``‖left · right‖_F`` for ``(out, k)`` and ``(k, in)``, float64, k small."""
+    if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+        return float("nan")
+    R_left = torch.linalg.qr(left, mode="r").R  # (min(out, k), k)
+    R_right = torch.linalg.qr(right.T, mode="r").R  # (min(in, k), k)
+    return float((R_left @ R_right.T).norm())

@@ -1,0 +1,280 @@
+"""A PEFT adapter directory: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+Both of PEFT's formats, native and lora, lie on disk like this. What is written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moslora.adapter import Adapter, AdapterError, Factors
+from moslora.functional import scaling
+
+__all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "staged", "write_files"]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+
+# What LoRA's and MoSLoRA's configurations have in common, and an adapter carries from one to the other.
+SHARED = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_dropout",
+    "bias",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+)
+
+
+def _near(path: Path) -> str:
+    """Suggest the sibling whose name is nearest."""
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json``.
+
+    Args:
+        folder: The adapter directory.
+
+    Returns:
+        Its JSON object.
+
+    Raises:
+        AdapterError: If it is not there, or no JSON object with a ``peft_type``.
+    """
+    if not folder.exists():
+        raise AdapterError(f"{folder} does not exist.{_near(folder)}")
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} is a file; give the adapter's directory, which holds {CONFIG}.")
+    path = folder / CONFIG
+    if not path.is_file():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+        nested = [p.parent for p in sorted(folder.glob(f"*/{CONFIG}"))]
+        hint = f" Did you mean {nested[0]}?" if nested else ""
+        raise AdapterError(f"{folder} is no adapter directory: it has no {CONFIG} (found: {inside}).{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(
+            f"{path} cannot be read: {error}. Take it from a backup, or save the adapter again."
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise AdapterError(f"{path} has no peft_type, so it does not say which method it belongs to.")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read ``adapter_model.safetensors``.
+
+    Args:
+        folder: The adapter directory.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        AdapterError: If the file is missing, damaged, or holds empty or non-finite tensors. Pickled
+            weights (``.bin``) are not opened.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{folder} holds its weights as a pickle (adapter_model.bin), which can run code when "
+                "opened. Load the adapter in PEFT and save it again; PEFT writes safetensors."
+            )
+        raise AdapterError(f"{folder} has no {WEIGHTS}.")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AdapterError(
+            f"{path} is damaged or cut off: {error}. Copy it again, or take an earlier checkpoint."
+        ) from error
+    if not tensors:
+        raise AdapterError(f"{path} holds no tensors.")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{path}: {name} is empty, shape {tuple(tensor.shape)}. It was saved under sharding (ZeRO-3, "
+                "FSDP) without gathering; gather the parameters and save again."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{path}: {name} has NaN or infinite values: the training diverged, or the file is "
+                "damaged. Take an earlier checkpoint."
+            )
+    return tensors
+
+
+def group_factors(
+    tensors: Mapping[str, Tensor], parts: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort tensors into modules.
+
+    Args:
+        tensors: Tensors by name, as ``base_model.model.PATH.PART.weight``.
+        parts: ``A``, ``M`` or ``B`` by the PART that stands for it.
+
+    Returns:
+        Per module path, tensors by ``A``, ``M``, ``B``; and all other tensors by their full name.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        stem = key.removesuffix(".weight")
+        path, _, part = stem.rpartition(".")
+        if stem == key or part not in parts or not path.startswith(KEY_PREFIX):
+            rest[key] = tensor
+        else:
+            modules.setdefault(path.removeprefix(KEY_PREFIX), {})[parts[part]] = tensor
+    return modules, rest
+
+
+def module_scale(config: Mapping[str, Any], module: str, r: int) -> float:
+    """Return the scale that PEFT would use for a module, checking its rank on the way.
+
+    Args:
+        config: The adapter's configuration.
+        module: Path in the base model.
+        r: Rank of its tensors.
+
+    Returns:
+        The scale, unitless.
+
+    Raises:
+        AdapterError: If the configuration says another rank.
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    said = ranks.get(get_pattern_key(ranks.keys(), module), config.get("r"))
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha"))
+    if said != r:
+        raise AdapterError(f"{module}: the configuration says rank {said}, its tensors have rank {r}.")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise AdapterError(f"{module}: lora_alpha={alpha!r} is no number.")
+    return scaling(alpha, r, bool(config.get("use_rslora")))
+
+
+def build_adapter(
+    folder: Path,
+    config: Mapping[str, Any],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    extra: Mapping[str, Tensor],
+) -> Adapter:
+    """Put factors together, checking that none is missing and that they fit.
+
+    Args:
+        folder: Where they come from, for messages.
+        config: What the adapter carries beside its factors.
+        modules: Per module path, tensors by ``A``, ``M``, ``B``. Without M a module is plain LoRA.
+        extra: Other tensors.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterError: If a factor is missing or of the wrong shape.
+    """
+    if not modules:
+        raise AdapterError(f"{folder / WEIGHTS} holds no factors of a known name.")
+    built: dict[str, Factors] = {}
+    for name in sorted(modules):
+        factors = dict(modules[name])
+        missing = {"A", "B"} - factors.keys()
+        if missing:
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {name} lacks its factor {' and '.join(sorted(missing))}."
+            )
+        A = factors["A"]
+        M = factors.get("M")
+        M = torch.eye(A.shape[0], dtype=A.dtype) if M is None else M
+        try:
+            built[name] = Factors(A, M, factors["B"], module_scale(config, name, A.shape[0]))
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        except ValueError as error:
+            raise AdapterError(f"{folder / WEIGHTS}: {name}: {error}") from error
+    return Adapter(built, dict(config), dict(extra))
+
+
+def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files of an adapter directory.
+
+    Args:
+        folder: An existing directory, as ``staged`` gives it.
+        config: JSON object; sets are written as sorted lists.
+        tensors: Tensors by name.
+
+    Raises:
+        OSError: If the disk is full or the folder not writable.
+    """
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Sorted, and each its own memory: the same adapter always gives the same bytes.
+    ready = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    try:
+        save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Write a directory beside its place and move it there when everything inside the block went well.
+
+    Args:
+        out: Where it shall appear; must not exist, or be an empty directory.
+
+    Yields:
+        A temporary directory beside ``out``. If the block raises, it is removed and ``out`` stays as it was.
+
+    Raises:
+        FileExistsError: If something lies at ``out`` already.
+    """
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise FileExistsError(f"{out} exists already. Name a new directory, or remove that one first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    """Read the process's umask, which only setting it reveals."""
+    value = os.umask(0)
+    os.umask(value)
+    return value

@@ -1,0 +1,125 @@
+"""The table of mixers: what M starts as, and whether it may be learned.
+
+A new mixer is one entry of ``MIXERS``. A start from which nothing can be learned is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from moslora.functional import two_subspace_mixer
+
+__all__ = ["MIXERS", "Mixer", "find_mixer", "forked_generator", "initial_mixer"]
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """How a mixer starts.
+
+    Attributes:
+        fill: Gives the initial M, shape ``(r, r)``, float32, from the rank and a random generator.
+        learned: Whether M is trained when the user does not say.
+        source: Where it comes from.
+    """
+
+    fill: Callable[[int, Generator | None], Tensor]
+    learned: bool
+    source: str
+
+
+def _kaiming(r: int, generator: Generator | None) -> Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(r, r), a=math.sqrt(5), generator=generator)
+
+
+def _orthogonal(r: int, generator: Generator | None) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(r, r), generator=generator)
+
+
+def _gaussian(r: int, generator: Generator | None) -> Tensor:
+    # Standard deviation 1/sqrt(r) keeps ‖M·A‖ at ‖A‖ in expectation.
+    return torch.randn(r, r, generator=generator) / math.sqrt(r)
+
+
+def _identity(r: int, generator: Generator | None) -> Tensor:
+    return torch.eye(r)
+
+
+def _two_subspace(r: int, generator: Generator | None) -> Tensor:
+    return two_subspace_mixer(r)
+
+
+MIXERS: dict[str, Mixer] = {
+    "kaiming": Mixer(_kaiming, True, "released code; language and vision-language runs, arXiv:2406.11909"),
+    "orthogonal": Mixer(_orthogonal, True, "SDXL runs, arXiv:2406.11909"),
+    "gaussian": Mixer(_gaussian, True, "ablation, arXiv:2406.11909"),
+    "identity": Mixer(_identity, True, "starts as LoRA; ablation, arXiv:2406.11909"),
+    "two-subspace": Mixer(_two_subspace, False, "fixed mixing of two halves, arXiv:2406.11909, eq. 2"),
+}
+
+REFUSED: dict[str, str] = {
+    "zeros": (
+        'mixer="zeros" cannot learn: B starts at zero, and with M at zero too every gradient '
+        "(dA = MᵀdA', dM = s·(GB)ᵀH, dB = s·GᵀH Mᵀ) is zero, for good. "
+        'Use mixer="identity" to start as plain LoRA.'
+    ),
+}
+REFUSED["zero"] = REFUSED["zeros"]
+
+
+def find_mixer(name: str) -> Mixer:
+    """Look up a mixer.
+
+    Args:
+        name: A key of ``MIXERS``.
+
+    Returns:
+        The table's entry.
+
+    Raises:
+        ValueError: If the name is unknown, or names a start that cannot learn.
+    """
+    if name in REFUSED:
+        raise ValueError(REFUSED[name])
+    if name not in MIXERS:
+        near = difflib.get_close_matches(str(name), MIXERS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"mixer={name!r} is unknown; choose one of {sorted(MIXERS)}.{hint}")
+    return MIXERS[name]
+
+
+def initial_mixer(name: str, r: int, generator: Generator | None = None) -> Tensor:
+    """Draw the initial M.
+
+    Args:
+        name: A key of ``MIXERS``.
+        r: Rank.
+        generator: Where random starts are drawn from; torch's default one if None.
+
+    Returns:
+        M, shape ``(r, r)``, float32, on the CPU.
+
+    Raises:
+        ValueError: If the mixer is unknown, cannot learn, or does not exist for this rank.
+    """
+    return find_mixer(name).fill(r, generator)
+
+
+def forked_generator() -> Generator:
+    """Make a generator that is seeded by torch's default one without advancing it.
+
+    Mixers are drawn from it, so that with one seed A starts the same with and without a mixer: methods
+    can be compared in pairs.
+
+    Returns:
+        A CPU generator.
+    """
+    ahead = Generator()
+    ahead.set_state(torch.get_rng_state())
+    seed = int(torch.randint(2**62, (), generator=ahead))
+    return Generator().manual_seed(seed)

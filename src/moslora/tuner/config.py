@@ -1,0 +1,142 @@
+"""MoSLoRAConfig: LoRA's arguments with LoRA's meaning, and three of its own."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft.config import PeftConfig
+
+from moslora.mixers import find_mixer
+
+__all__ = ["MoSLoRAConfig", "MoSLoRAType"]
+
+
+class MoSLoRAType(enum.StrEnum):
+    """The PEFT type. An enum of its own, because PEFT's is closed and transformers asks for ``.value``."""
+
+    MOSLORA = "MOSLORA"
+
+
+# LoRA arguments that have no meaning here, or not yet: a script that sets one is told so, never half-obeyed.
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "use_dora": "DoRA's magnitude on top of a mixer is not supported. Leave it out, or use peft.LoraConfig.",
+    "target_parameters": "Parameters that are no module's own are not supported. Name modules instead.",
+    "trainable_token_indices": "Trainable tokens are not supported. Use modules_to_save for the embedding.",
+    "layer_replication": "Layer replication is not supported. Replicate the layers before adapting them.",
+    "lora_bias": "A bias on B is not supported, because few readers of LoRA files know it.",
+}
+
+
+@dataclass
+class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
+    """Configuration of a MoSLoRA adapter (arXiv:2406.11909).
+
+    Change ``LoraConfig`` to ``MoSLoRAConfig`` in a working PEFT script and nothing else: the arguments that
+    both have mean the same.
+
+    Args:
+        r: Rank, at least 1.
+        lora_alpha: Numerator of the scaling ``lora_alpha / r``.
+        lora_dropout: Probability with which inputs of the update are dropped in training, in ``[0, 1)``.
+        target_modules: Names or suffixes of the modules to adapt, a regular expression, or ``"all-linear"``.
+            None takes PEFT's list for the architecture.
+        exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
+        mixer: How M starts: ``"kaiming"`` (the paper's language runs), ``"orthogonal"`` (its SDXL runs),
+            ``"gaussian"``, ``"identity"`` (starts as LoRA) or ``"two-subspace"`` (fixed, r even).
+        train_mixer: Whether M is learned. None means yes, except for ``"two-subspace"``.
+        match_scale: Rescale the initial M so that ‖M·A‖ equals ‖A‖, as LoRA's would be. A kaiming mixer
+            otherwise starts at about 0.58 of it.
+        init_lora_weights: True: A kaiming-uniform and B zero. ``"gaussian"``: A normal with standard
+            deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests).
+        bias: ``"none"``, ``"all"`` or ``"moslora_only"``: which biases of the base are trained.
+            ``"lora_only"`` is accepted as the same.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv:2312.03732).
+        fan_in_fan_out: Kept for LoRA's scripts; which way a weight lies is read from the layer itself.
+        rank_pattern, alpha_pattern: Ranks and alphas of modules that differ, by name or regular expression.
+        layers_to_transform, layers_pattern: Adapt only these layer indices.
+        modules_to_save: Modules trained in full and saved with the adapter.
+        use_dora, target_parameters, trainable_token_indices, layer_replication, lora_bias: Arguments of
+            LoRA that are refused with the reason when set.
+
+    Raises:
+        ValueError: If a value has no meaning; the message names the way out.
+
+    Example:
+        >>> MoSLoRAConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).mixer
+        'kaiming'
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank."})
+    target_modules: Optional[Union[list[str], set[str], str]] = field(default=None)  # noqa: UP007, UP045
+    exclude_modules: Optional[Union[list[str], set[str], str]] = field(default=None)  # noqa: UP007, UP045
+    lora_alpha: float = field(default=8, metadata={"help": "Numerator of the scaling, lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the update's input, in [0, 1)."})
+    mixer: str = field(default="kaiming", metadata={"help": "How M starts."})
+    train_mixer: Optional[bool] = field(default=None, metadata={"help": "Whether M is learned."})  # noqa: UP045
+    match_scale: bool = field(default=False, metadata={"help": "Start with ‖M·A‖ = ‖A‖."})
+    init_lora_weights: Union[bool, Literal["gaussian"]] = field(default=True)  # noqa: UP007
+    bias: str = field(default="none")
+    use_rslora: bool = field(default=False)
+    fan_in_fan_out: bool = field(default=False)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: Optional[Union[list[int], int]] = field(default=None)  # noqa: UP007, UP045
+    layers_pattern: Optional[Union[list[str], str]] = field(default=None)  # noqa: UP007, UP045
+    modules_to_save: Optional[list[str]] = field(default=None)  # noqa: UP045
+    use_dora: bool = field(default=False)
+    target_parameters: Optional[list[str]] = field(default=None)  # noqa: UP045
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)  # noqa: UP007, UP045
+    layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
+    lora_bias: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        """Check every value, and turn lists of names into sets, as PEFT does."""
+        super().__post_init__()
+        self.peft_type = MoSLoRAType.MOSLORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self.train_mixer = find_mixer(self.mixer).learned if self.train_mixer is None else self.train_mixer
+        self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
+        self._check()
+
+    def _check(self) -> None:
+        for name, reason in REFUSED_ARGUMENTS.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used with MoSLoRA. {reason}")
+        for place, rank in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
+        ]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"{place}={rank!r} is no rank; it must be an integer of at least 1.")
+            if self.mixer == "two-subspace" and rank % 2:
+                raise ValueError(f'{place}={rank} is odd, but mixer="two-subspace" mixes two halves.')
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+        if self.bias not in ("none", "all", "moslora_only"):
+            raise ValueError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is not supported with a mixer; "
+                "choose True, False or 'gaussian'. (A start from W0's principal components, as PiSSA's, "
+                "would change the output at the start, because M is not the identity.)"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform cannot be used when target_modules is a string.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("layers_pattern cannot be used when target_modules is a string.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform: it says where their indices stand.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON can hold it: sets sorted, refused arguments left out."""
+        values: dict[str, Any] = super().to_dict()
+        return {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in values.items()
+            if name not in REFUSED_ARGUMENTS
+        }

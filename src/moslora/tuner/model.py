@@ -1,0 +1,166 @@
+"""MoSLoRAModel: puts adapted layers in the place of a model's own, and registers the method with PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import peft.mapping
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
+from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+
+__all__ = ["MoSLoRAModel", "register"]
+
+PREFIX = "moslora_"
+
+
+def _layer_class(base_layer: nn.Module) -> type[MoSLoRALinear] | None:
+    """Choose the adapted layer for a base layer; None where there is none."""
+    if isinstance(base_layer, nn.Linear | Conv1D):
+        return MoSLoRALinear
+    backend = resolve_quantization_backend(base_layer)
+    return None if backend is None else {"linear": MoSLoRALinear}.get(backend.layer_type)
+
+
+class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
+    """A model whose target modules carry MoSLoRA adapters (arXiv:2406.11909).
+
+    It is made by ``peft.get_peft_model(model, MoSLoRAConfig(...))``; use that.
+
+    Args:
+        model: The base model; its target modules are replaced in place.
+        config: The adapter's configuration.
+        adapter_name: Its name.
+        low_cpu_mem_usage: Make the factors on the meta device, to be loaded into.
+
+    Raises:
+        TypeError: If a target module is of a kind that has no adapted layer.
+        ValueError: If a target module already carries an adapter of another method.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = MoSLoRALayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        config: MoSLoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        rank_key = get_pattern_key(config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(config.alpha_pattern.keys(), current_key)
+        r = config.rank_pattern.get(rank_key, config.r)
+        lora_alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+        if isinstance(target, MoSLoRALayer):
+            target.update_layer(adapter_name, r, lora_alpha, config)
+            return
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"{current_key} already carries an adapter of another method ({type(target).__name__}); a "
+                "second one inside it would see the first one's weights. Merge and unload that adapter first."
+            )
+        layer_class = _layer_class(target)
+        if layer_class is None:
+            raise TypeError(
+                f"{current_key} is a {type(target).__module__}.{type(target).__name__}, which MoSLoRA cannot "
+                "adapt. It adapts torch.nn.Linear, transformers' Conv1D and quantised linear layers; leave "
+                f"the module out of target_modules, or name {target_name!r} in exclude_modules."
+            )
+        if isinstance(target, Conv1D):
+            config.fan_in_fan_out = True  # for who reads the configuration; the layer knows by itself
+        kwargs = get_quantization_kwargs(self)
+        new_module = layer_class(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to merge into a weight that two modules share.
+
+        Raises:
+            ValueError: If a target module's weight is tied to the embedding.
+        """
+        tied = self._get_tied_target_modules(self.model)
+        if tied:
+            raise ValueError(
+                f"Cannot merge: {sorted(tied)} shares its weight with another module, so merging would "
+                "change both, or untie them without a word. Untie the base first (load it with "
+                "tie_word_embeddings=False, copy the embedding into the head), or leave the adapter as it is."
+            )
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would otherwise drop without a word.
+
+        Raises:
+            ValueError: If ``adapter_names`` was passed.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names (several adapters in one batch) is not supported by MoSLoRA. Split the batch "
+                "and call set_adapter for each part."
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoSLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a checkpoint against the model before anything is loaded, then rename its keys.
+
+        PEFT only warns of factors that are missing and says nothing of ones that fit no module; both leave
+        a model that runs and is wrong.
+
+        Raises:
+            ValueError: If a factor is missing, left over, of the wrong shape, or not finite.
+        """
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        marks = tuple(f".{part}.{adapter_name}." for part in MoSLoRALayer.adapter_layer_names)
+        expected = {key: value for key, value in model.state_dict().items() if any(m in key for m in marks)}
+        found = {key: value for key, value in remapped.items() if f".{PREFIX}" in key}
+        problems = [f"{key}: missing from the checkpoint" for key in expected.keys() - found.keys()]
+        for key, tensor in found.items():
+            if key not in expected:
+                near = difflib.get_close_matches(key, expected, n=1)
+                problems.append(f"{key}: fits no adapted module" + (f" (nearest: {near[0]})" if near else ""))
+            elif tensor.shape != expected[key].shape:
+                problems.append(
+                    f"{key}: is {tuple(tensor.shape)}, the model needs {tuple(expected[key].shape)}"
+                )
+            elif not tensor.is_meta and not torch.isfinite(tensor).all():
+                problems.append(f"{key}: has NaN or infinite values")
+        if problems:
+            shown = "\n  ".join(sorted(problems)[:5])
+            rest = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(
+                f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
+                "Load it on the base model that its adapter_config.json names."
+            )
+        return remapped
+
+
+def register() -> None:
+    """Make PEFT know MOSLORA; ``import moslora`` does it. Calling it again changes nothing."""
+    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAConfig
+    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAModel
+    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoSLoRAType.MOSLORA] = PREFIX

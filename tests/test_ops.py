@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from moslora import functional, ops
+from tolerances import RELATIVE, SNR_DB, relative_error, snr_db
+
+NAMES = ("x", "weight", "bias", "A", "M", "B")
+
+
+def draw(
+    seed: int = 0, batch: tuple[int, ...] = (2, 3), n_in: int = 5, r: int = 4, n_out: int = 7,
+    dtype: torch.dtype = torch.float64,
+) -> list[torch.Tensor]:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((*batch, n_in), (n_out, n_in), (n_out,), (r, n_in), (r, r), (n_out, r))
+    return [
+        torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes
+    ]
+
+
+def oracle(x, weight, bias, A, M, B, scale):  # type: ignore[no-untyped-def]
+    return F.linear(x, weight, bias) + functional.low_rank_update(x, A, M, B, scale)
+
+
+def gradients(function, inputs, positive=False):  # type: ignore[no-untyped-def]
+    out = function(*inputs, 0.7)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, cotangent.abs() if positive else cotangent)]
+
+
+@given(
+    st.integers(0, 2**16), st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    st.integers(1, 9), st.integers(1, 6), st.integers(1, 9), st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_value_and_every_gradient_equal_the_oracle(seed, batch, n_in, r, n_out, dtype) -> None:  # type: ignore[no-untyped-def]
+    inputs = draw(seed, batch, n_in, r, n_out, dtype)
+    sizes = gradients(oracle, [t.detach().abs().requires_grad_() for t in inputs], positive=True)
+    found, expected = gradients(ops.adapted_linear, inputs), gradients(oracle, inputs)
+    for name, one, two, size in zip(("out", *NAMES), found, expected, sizes, strict=True):
+        assert one.shape == two.shape and one.dtype == two.dtype
+        if two.numel():
+            assert relative_error(one, two, size) < RELATIVE[dtype], name
+
+
+def test_update_alone_equals_the_oracle() -> None:
+    x, _, _, A, M, B = draw()
+    found, expected = (f.low_rank_update(x, A, M, B, 0.7) for f in (ops, functional))
+    assert relative_error(found, expected) < RELATIVE[torch.float64]
+
+
+def test_gradcheck_and_gradgradcheck() -> None:
+    inputs = draw()
+    assert torch.autograd.gradcheck(lambda *a: ops.adapted_linear(*a, 0.7), inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: ops.adapted_linear(*a, 0.7), inputs)
+    x, _, _, A, M, B = inputs
+    assert torch.autograd.gradgradcheck(lambda *a: ops.low_rank_update(*a, 0.7), (x, A, M, B))
+
+
+@pytest.mark.parametrize("wanted", [("A",), ("M",), ("B",), ("x",), ("A", "B"), ("bias",)])
+def test_only_what_is_asked_for_gets_a_gradient(wanted: tuple[str, ...]) -> None:
+    inputs = [t.detach().requires_grad_(n in wanted) for n, t in zip(NAMES, draw(), strict=True)]
+    ops.adapted_linear(*inputs, 0.7).sum().backward()
+    assert {n for n, t in zip(NAMES, inputs, strict=True) if t.grad is not None} == set(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_with_float32_factors_is_rounded_not_wrong(dtype: torch.dtype) -> None:
+    truth = draw(1, (4, 32), 64, 8, 48)
+    low = [
+        t.detach().to(dtype if n in ("x", "weight", "bias") else torch.float32).requires_grad_()
+        for n, t in zip(NAMES, truth, strict=True)
+    ]
+    exact = [t.detach().double().requires_grad_() for t in low]  # the same rounded inputs, summed exactly
+    out = ops.adapted_linear(*low, 0.7)
+    assert out.dtype == dtype
+    assert snr_db(out, oracle(*exact, 0.7)) > SNR_DB[dtype]
+    cotangent = torch.randn(4, 32, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = torch.autograd.grad(ops.adapted_linear(*low, 0.7), low, cotangent)
+    expected = torch.autograd.grad(oracle(*exact, 0.7), exact, cotangent.double())
+    for name, one, two in zip(NAMES, found, expected, strict=True):
+        assert snr_db(one, two) > SNR_DB[dtype], name
+
+
+def test_autocast_runs_in_its_dtype_and_composes_in_the_factors() -> None:
+    inputs = [t.detach().float().requires_grad_() for t in draw(1, (4, 32), 64, 8, 48)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.adapted_linear(*inputs, 0.7)
+    assert out.dtype == torch.bfloat16
+    assert snr_db(out, oracle(*inputs, 0.7)) > SNR_DB[torch.bfloat16]
+    grads = torch.autograd.grad(out.float().sum(), inputs)
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+def test_compiled_whole_it_gives_the_same() -> None:
+    inputs = draw(dtype=torch.float32)
+    compiled = torch.compile(ops.adapted_linear, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(
+        gradients(compiled, inputs), gradients(ops.adapted_linear, inputs), strict=True
+    ):
+        assert relative_error(found, expected) < RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    results = []
+    for function in (
+        ops.adapted_linear,
+        lambda *a: checkpoint(ops.adapted_linear, *a, use_reentrant=reentrant),
+    ):
+        inputs = draw()
+        out = function(*inputs, 0.7)
+        out.backward(torch.ones_like(out))
+        results.append([out, *(t.grad for t in inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_no_more_is_kept_for_backward_than_x_and_the_rank_r_product() -> None:
+    x, weight, bias, A, M, B = draw(0, (64,), 32, 4, 48)
+    weight, bias = weight.detach(), bias.detach()
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        ops.adapted_linear(x, weight, bias, A, M, B, 0.7)
+    given_anyway = sum(t.untyped_storage().nbytes() for t in (x, weight, A, M, B))
+    assert sum(kept.values()) <= given_anyway + 64 * 4 * 8
+
+
+def test_sizes_that_disagree_are_named() -> None:
+    x, weight, bias, A, M, B = draw()
+    with pytest.raises(ValueError, match="do not fit together"):
+        ops.adapted_linear(x, weight, bias, A, M, B[:, :2], 1.0)
+    with pytest.raises(ValueError, match="2 features"):
+        ops.low_rank_update(x[..., :2], A, M, B, 1.0)
+
+
+def test_fusing_can_be_switched_off_and_comes_back() -> None:
+    assert ops.is_fusing()
+    with pytest.raises(RuntimeError), ops.fusing(False):
+        assert not ops.is_fusing()
+        raise RuntimeError
+    assert ops.is_fusing()

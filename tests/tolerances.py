@@ -1,0 +1,39 @@
+"""One table of tolerances, each with its reason. Nothing else in the tests may name one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Largest absolute error, relative to the largest entry of what is compared.
+RELATIVE = {
+    # Two orders of summing up to a few thousand products: eps = 2e-16, grown by the length of the sums.
+    torch.float64: 1e-13,
+    # The same with eps = 1.2e-7.
+    torch.float32: 5e-6,
+}
+
+# Signal-to-noise ratio in dB below which a low-precision result is wrong, not merely rounded.
+# One rounding to 8 (11) bits of mantissa leaves about 52 (70) dB. Three chained products lose up to 12 dB of
+# it; a dropped mixer or a wrong scale leaves less than 10 dB.
+SNR_DB = {torch.bfloat16: 38.0, torch.float16: 56.0}
+
+# Whole tiny models in float32, merged against unmerged or folded against live: a few hundred roundings.
+MODEL = 2e-5
+
+
+def relative_error(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+    """Largest absolute error, relative to the largest entry of ``size``, or of ``expected``.
+
+    Sums may cancel; ``size`` is then the same sum over absolute values.
+    """
+    found, expected = found.detach(), expected.detach()
+    largest = (expected if size is None else size.detach()).abs().max()
+    return float((found - expected).abs().max() / largest.clamp_min(torch.finfo(expected.dtype).tiny))
+
+
+def snr_db(found: Tensor, expected: Tensor) -> float:
+    """Signal-to-noise ratio of ``found``, taking ``expected`` as the truth, in decibel."""
+    found, expected = found.detach(), expected.detach()
+    noise = (found.double() - expected.double()).norm()
+    return float("inf") if noise == 0 else float(20 * torch.log10(expected.double().norm() / noise))
