@@ -234,8 +234,7 @@ def test_a_curve_of_any_length_is_one_small_whole_drawing(steps):
 def test_the_interval_of_a_share_holds_it_and_stays_a_share(counts):
     successes, trials = counts
     low, high = share_interval(successes, trials)
-    assert 0 <= low <= successes / trials + 1e-12
-    assert successes / trials - 1e-12 <= high <= 1
+    assert 0 <= low <= successes / trials <= high <= 1
     assert high - low > 0
 
 
