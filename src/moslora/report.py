@@ -126,7 +126,7 @@ def write_report(run_dir: Path) -> Path:
         count=count,
         glance=_glance(record),
         curves=[loss_curve(log, metrics, width) for width in (7.2, 4.0)] if _has_curve(log) else [],
-        diverged=[line["step"] for line in log if "loss" in line.get("not_finite", [])],
+        diverged=[line.get("step") for line in log if "loss" in line.get("not_finite", [])],
         rows=rows,
         kinds=_kind_rows(predictions),
         changes=_changes(predictions),
@@ -221,7 +221,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
     }
     train, held_out, rates = (_series(log, key) for key in ("loss", "eval_loss", "learning_rate"))
     before, after = (_number(_section(metrics, phase).get("loss")) for phase in ("before", "after"))
-    last = max((line["step"] for line in log), default=0)
+    last = max((line.get("step", 0) for line in log), default=0)
     held_out = [point for point in held_out if 0 < point[0] < last]
     if before is not None:
         held_out.insert(0, (0, before))
