@@ -1,0 +1,589 @@
+"""The report of a run: one HTML file that opens offline, made only from what the run left on disk.
+
+It reads ``run.json``, and ``metrics.jsonl``, ``predictions.jsonl`` and ``recipe.yaml`` where they are: even
+an interrupted or failed run has a report. The verdict comes first, the evidence below it, and the tuned
+model's mistakes stand beside its successes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moslora.rundir import RunDirectory, read_metrics, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["loss_curve", "share_interval", "sign_test", "write_report"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: as a share of the examples or as a number, and which way is up."""
+
+    label: str
+    form: Literal["number", "share"] = "number"
+    better: Literal["higher", "lower", "unknown"] = "unknown"
+
+
+METRICS = {
+    "loss": Metric("Held-out loss", "number", "lower"),
+    "perplexity": Metric("Perplexity", "number", "lower"),
+    "exact_match": Metric("Exact match", "share", "higher"),
+    "accuracy": Metric("Accuracy", "share", "higher"),
+    "valid_json": Metric("Valid JSON", "share", "higher"),
+}
+
+# Proof in run.json: the field that holds its number, and what the number says.
+PROOFS = {
+    "fold": ("max_relative_error", "The fold keeps ΔW: largest relative error over all modules, in float64"),
+    "reload": (
+        "max_logit_difference",
+        "A fresh process with stock PEFT gives the same logits: largest difference on held-out prompts",
+    ),
+}
+
+FILES = {
+    "lora": "plain LoRA, loads anywhere",
+    "adapter": "native MoSLoRA, to continue training",
+    "checkpoints": "to resume from",
+    "recipe.yaml": "the recipe with every default written out",
+    "run.json": "this report's figures, for programs",
+    "metrics.jsonl": "one line per logged step",
+    "predictions.jsonl": "every held-out answer, base and tuned",
+}
+
+# How an answer changed, with how many examples are shown. The mistakes come right after the successes.
+CHANGES = {
+    (False, True): ("Fixed by tuning", 4),
+    (True, False): ("Broken by tuning", 4),
+    (False, False): ("Still wrong", 4),
+    (True, True): ("Right before and after", 2),
+}
+
+PREDICTION = ("place", "prompt", "reference", "base", "tuned", "base_ok", "tuned_ok", "kind")
+
+# Colours of the plot are placeholders for CSS variables, so that one drawing serves light and dark.
+INKS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--line)",
+    "#040404": "var(--train)",
+    "#050505": "var(--held-out)",
+}
+INK, MUTED, LINE, TRAIN, HELD_OUT = INKS
+PLOT_POINTS = 600  # more than a screen shows; beyond that neighbours are averaged
+CLIP = 1500  # characters of one prompt or answer
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` of a run, replacing an older one.
+
+    Args:
+        run_dir: The run's folder.
+
+    Returns:
+        Path of the report. The same files in give the same bytes out.
+
+    Raises:
+        FileNotFoundError: If ``run_dir`` is not a run.
+        ValueError: If one of the run's files is damaged; names file and line.
+    """
+    import jinja2
+
+    run = RunDirectory.open(run_dir)
+    record = run.read()
+    log = read_metrics(run.metrics) if run.metrics.exists() else []
+    predictions = read_metrics(run.predictions) if run.predictions.exists() else []
+    metrics = _section(record, "metrics")
+    rows = _metric_rows(metrics, predictions)
+    count = metrics.get("examples") or len(predictions)
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clipped"] = _clipped
+    page = environment.get_template("report.html.jinja").render(
+        name=record.get("name") or run.path.resolve().name,
+        status=record.get("status", "unknown"),
+        stage=record.get("stage"),
+        error=record.get("error"),
+        run_path=str(run_dir),
+        last_step=max((line.get("step", 0) for line in log), default=0),
+        verdict=_verdict(rows, count),
+        chance=_chance(predictions),
+        count=count,
+        glance=_glance(record),
+        curves=[loss_curve(log, metrics, width) for width in (7.2, 4.0)] if _has_curve(log) else [],
+        diverged=[line.get("step") for line in log if "loss" in line.get("not_finite", [])],
+        rows=rows,
+        kinds=_kind_rows(predictions),
+        changes=_changes(predictions),
+        proofs=[_proof(name, proof) for name, proof in _section(record, "proofs").items()],
+        files=_files(run),
+        snippet=_snippet(run, record) if run.lora.is_dir() else None,
+        recipe=run.recipe.read_text(encoding="utf-8") if run.recipe.exists() else None,
+        details={
+            title: list(_flat(_section(record, title.lower())))
+            for title in ("Timing", "Versions", "Hardware", "Hashes")
+        },
+    )
+    write_whole(run.report, page)
+    return run.report
+
+
+def share_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, after Wilson (1927).
+
+    Unlike ``p ± 2·sd`` it stays within 0 and 1 and keeps its width at 0 of n and n of n.
+
+    Args:
+        successes: How many of the trials succeeded.
+        trials: How many there were, at least 1.
+
+    Returns:
+        Lower and upper end, both in [0, 1].
+
+    Example:
+        >>> low, high = share_interval(86, 100)
+        >>> print(f"{low:.3f} {high:.3f}")
+        0.779 0.915
+    """
+    z = 1.959964
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    # Rounding may push an end past the share itself at 0 of n and n of n.
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
+
+
+def sign_test(fixed: int, broken: int) -> float:
+    """Return the two-sided p-value of ``fixed`` against ``broken`` (McNemar's exact test).
+
+    Examples that were right or wrong both times say nothing about a change and are not counted.
+
+    Args:
+        fixed: Examples that went from wrong to right.
+        broken: Examples that went from right to wrong.
+
+    Returns:
+        Probability, in (0, 1], of a split at least this uneven if both were equally likely.
+
+    Example:
+        >>> sign_test(5, 1)
+        0.21875
+    """
+    changed = fixed + broken
+    tail = sum(math.comb(changed, k) for k in range(min(fixed, broken) + 1))
+    return min(1.0, float(2 * tail / 2**changed))
+
+
+def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], width: float) -> str:
+    """Draw losses over steps with the learning rate below, as an SVG element to put into a page.
+
+    Args:
+        log: Lines of ``metrics.jsonl``; those without a finite ``loss`` or ``eval_loss`` are passed over.
+        metrics: ``metrics`` of ``run.json``, for the held-out loss before and after.
+        width: In inches; text keeps its size, so that a narrow drawing serves a phone.
+
+    Returns:
+        An ``<svg>`` element, coloured by the page's CSS variables; equal input gives equal text.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"moslora-{width}",
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.formatter.useoffset": False,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "grid.color": LINE,
+    }
+    train, held_out, rates = (_series(log, key) for key in ("loss", "eval_loss", "learning_rate"))
+    before, after = (_number(_section(metrics, phase).get("loss")) for phase in ("before", "after"))
+    last = max((line.get("step", 0) for line in log), default=0)
+    held_out = [point for point in held_out if 0 < point[0] < last]
+    if before is not None:
+        held_out.insert(0, (0, before))
+    if after is not None:
+        held_out.append((last, after))
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's matplotlibrc must not change a report
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=(width, 4.2), layout="constrained")
+        ratios = {"height_ratios": [4, 1]} if rates else {}
+        axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
+        _draw_losses(axes[0], train, held_out)
+        if rates:
+            axes[1].plot(*zip(*_thinned(rates), strict=True), color=MUTED, linewidth=1.2)
+            axes[1].set_ylabel("learning\nrate")
+            axes[1].set_ylim(bottom=0)
+            axes[1].locator_params(axis="y", nbins=2)
+            axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes[-1].set_xlabel("step")
+        axes[-1].locator_params(axis="x", integer=True, nbins=6)
+        buffer = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    return _as_element(buffer.getvalue(), "Loss by training step")
+
+
+def _draw_losses(axes: Axes, train: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> None:
+    values = [value for _, value in train + held_out]
+    # A loss that falls 30-fold is a flat line on a linear axis for most of its way.
+    logarithmic = min(values) > 0 and max(values) / min(values) > 30
+    axes.set_yscale("log" if logarithmic else "linear")
+    axes.set_ylabel("loss (log scale)" if logarithmic else "loss")
+    axes.grid(axis="y", linewidth=0.8)
+    smooth = len(train) >= 20
+    if train:
+        steps, losses = zip(*_thinned(train), strict=True)
+        alpha, label = (0.35, None) if smooth else (1.0, "training")
+        axes.plot(steps, losses, color=TRAIN, alpha=alpha, linewidth=1.0, label=label)
+    if smooth:
+        steps, losses = zip(*_thinned(_smoothed(train)), strict=True)
+        axes.plot(steps, losses, color=TRAIN, linewidth=2.0, label="training (smoothed)")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        # Two points far apart joined by a line would claim a course that nobody measured.
+        joined = ":" if len(held_out) > 2 else "none"
+        dots: dict[str, Any] = {"color": HELD_OUT, "linestyle": joined, "marker": "o", "markersize": 6}
+        axes.plot(steps, losses, label="held-out", clip_on=False, zorder=5, **dots)
+        for step, loss in {held_out[0], held_out[-1]}:
+            right = step > steps[0]
+            axes.annotate(
+                _figure(loss),
+                (step, loss),
+                textcoords="offset points",
+                xytext=(-4 if right else 8, 8),
+                ha="right" if right else "left",
+                color=HELD_OUT,
+            )
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _as_element(document: str, description: str) -> str:
+    """Strip what only a file of its own needs, and let CSS choose the colours and the typeface."""
+    element = document[document.index("<svg") :].strip()
+    element = re.sub(r"\s*<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    opening, rest = element.split(">", 1)
+    opening = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", opening)
+    element = f"{opening}>{rest}"
+    for placeholder, ink in INKS.items():
+        element = element.replace(placeholder, ink)
+    element = element.replace("'DejaVu Sans'", "system-ui, sans-serif")
+    # Both drawings stand in one page, where an identifier may stand once.
+    element = re.sub(r'\sid="([^"]*)"', lambda found: found[0] if f"#{found[1]}" in element else "", element)
+    return element.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+
+
+def _series(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    points = ((line.get("step"), _number(line.get(key))) for line in log)
+    return [(step, value) for step, value in points if isinstance(step, int) and value is not None]
+
+
+def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return means over a tenth of the run around each point; means over the past would lag behind."""
+    reach = len(points) // 20
+    smoothed = []
+    for index, (step, _) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)  # as far to the left as to the right
+        window = points[index - near : index + near + 1]
+        smoothed.append((step, sum(value for _, value in window) / len(window)))
+    return smoothed
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    stride = math.ceil(len(points) / PLOT_POINTS)
+    groups = [points[start : start + stride] for start in range(0, len(points), stride)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _has_curve(log: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(_series(log, "loss") or _series(log, "eval_loss"))
+
+
+def _metric_rows(
+    metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    before, after = _section(metrics, "before"), _section(metrics, "after")
+    intervals = _section(metrics, "intervals")
+    rows = []
+    for key in {**before, **after}:
+        metric = METRICS.get(key, Metric(key.replace("_", " ").capitalize()))
+        values = {"before": _number(before.get(key)), "after": _number(after.get(key))}
+        row: dict[str, Any] = {"key": key, "label": metric.label, "form": metric.form, "change": None}
+        for phase, value in values.items():
+            given = _section(intervals, phase).get(key)
+            interval = given if given else _counted_interval(value, phase, metric, predictions)
+            row[phase] = _shown(value, metric)
+            row[f"{phase}_interval"] = _shown_interval(interval, metric) if interval else None
+        if values["before"] is not None and values["after"] is not None:
+            difference = values["after"] - values["before"]
+            sign = "+" if difference > 0 else "−" if difference < 0 else "±"
+            size = abs(difference)
+            row["change"] = sign + (f"{_percent(size)} points" if metric.form == "share" else _figure(size))
+            improved = difference > 0 if metric.better == "higher" else difference < 0
+            judged = metric.better != "unknown" and difference != 0
+            row["direction"] = ("better" if improved else "worse") if judged else ""
+        rows.append(row)
+    return rows
+
+
+def _counted_interval(
+    value: float | None, phase: str, metric: Metric, predictions: Sequence[Mapping[str, Any]]
+) -> tuple[float, float] | None:
+    """Return the interval of a share that the right-or-wrong marks of the predictions add up to."""
+    marks = _marks(predictions, "base_ok" if phase == "before" else "tuned_ok")
+    if value is None or metric.form != "share" or not marks:
+        return None
+    return share_interval(sum(marks), len(marks)) if abs(sum(marks) / len(marks) - value) < 1e-9 else None
+
+
+def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
+    return [mark for line in predictions if isinstance(mark := line.get(key), bool)]
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], count: int) -> str | None:
+    """Say in one sentence what tuning did: the loss first, then the first share."""
+    said = [row for row in rows if row["key"] == "loss"] + [row for row in rows if row["form"] == "share"][:1]
+    parts: list[str] = []
+    for row in said or rows[:1]:
+        interval = f" (95\u00a0% interval {row['after_interval']})" if row["after_interval"] else ""
+        course = (
+            f"{row['before']} → {row['after']}{interval}"
+            if row["change"]
+            else f"{row['before']} before tuning"
+        )
+        parts.append(f"{row['label'].lower() if parts else row['label']} {course}")
+    if not parts:
+        return None
+    where = f" on {count} held-out examples" if count else ""
+    worse = [row["label"].lower() for row in said if row.get("direction") == "worse"]
+    also = f" Tuning made the {' and the '.join(worse)} worse." if worse else ""
+    if all(row["after"] == "—" for row in rows):
+        also = " Nothing was measured after it."
+    return f"{'; '.join(parts)}{where}.{also}"
+
+
+def _chance(predictions: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say how many single answers changed, and whether that could be chance."""
+    pairs = [(line.get("base_ok"), line.get("tuned_ok")) for line in predictions]
+    fixed, broken = pairs.count((False, True)), pairs.count((True, False))
+    if not any(isinstance(base, bool) and isinstance(tuned, bool) for base, tuned in pairs):
+        return None
+    if not fixed + broken:
+        return "Tuning turned no answer from wrong to right or back."
+    p = sign_test(fixed, broken)
+    judged = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    close = f"Chance alone would often do that: no difference shown ({judged})."
+    clear = f"Chance alone would rarely do that ({judged}, exact sign test)."
+    return f"Tuning fixed {fixed} answers and broke {broken}. {close if p >= 0.05 else clear}"
+
+
+def _kind_rows(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for line in predictions:
+        if line.get("kind") is not None:
+            kinds.setdefault(str(line["kind"]), []).append(line)
+    rows = []
+    for kind, lines in kinds.items():
+        row: dict[str, Any] = {"kind": kind, "count": len(lines)}
+        for phase, key in (("before", "base_ok"), ("after", "tuned_ok")):
+            marks = _marks(lines, key)
+            row[phase] = _shown(sum(marks) / len(marks), _SHARE) if marks else "—"
+            row[f"{phase}_interval"] = (
+                _shown_interval(share_interval(sum(marks), len(marks)), _SHARE) if marks else None
+            )
+            row[f"{phase}_share"] = sum(marks) / len(marks) if marks else None
+        rows.append(row)
+    return rows
+
+
+def _changes(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = []
+    rest = [{**dict.fromkeys(PREDICTION), **line} for line in predictions]
+    for marks, (title, shown) in CHANGES.items():
+        lines = [line for line in rest if (line.get("base_ok"), line.get("tuned_ok")) == marks]
+        rest = [line for line in rest if (line.get("base_ok"), line.get("tuned_ok")) != marks]
+        if lines:
+            groups.append({"title": title, "count": len(lines), "lines": lines[:shown]})
+    if rest:
+        groups.append({"title": "Not judged", "count": len(rest), "lines": rest[:6]})
+    return groups
+
+
+def _proof(name: str, proof: Any) -> dict[str, Any]:
+    field, label = PROOFS.get(name, (None, name.replace("_", " ").capitalize()))
+    entries = proof if isinstance(proof, Mapping) else {"value": proof}
+    if field is None:
+        field = next(
+            (key for key, value in entries.items() if key != "tolerance" and _is_number(value)), "value"
+        )
+    value, tolerance = _number(entries.get(field)), _number(entries.get("tolerance"))
+    # The mark is worked out here from the two numbers, not taken from whoever wrote them.
+    verdict = "no number" if value is None else "no tolerance recorded" if tolerance is None else None
+    return {
+        "label": label,
+        "value": "—" if value is None else f"{value:.2g}",
+        "tolerance": "—" if tolerance is None else f"{tolerance:.2g}",
+        "mark": verdict
+        or ("passed" if value is not None and tolerance is not None and value <= tolerance else "failed"),
+    }
+
+
+def _glance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the few facts that go under the verdict."""
+    facts = []
+    base = _section(record, "base").get("name") or _section(record, "base").get("path")
+    if base:
+        facts.append(("base model", str(base)))
+    trainable = _number(record.get("trainable_parameters"))
+    if trainable is not None:
+        total = _number(record.get("total_parameters"))
+        share = f" ({100 * trainable / total:.2g}\u00a0% of all)" if total else ""
+        facts.append(("trained parameters", f"{int(trainable):,}".replace(",", "\u202f") + share))
+    seconds = _number(_section(record, "timing").get("train_seconds"))
+    if seconds is not None:
+        facts.append(("training time", _duration(seconds)))
+    hardware = _section(record, "hardware")
+    where = ", ".join(hardware.get("gpus") or []) or hardware.get("cpu")
+    if where:
+        facts.append(("ran on", str(where)))
+    if record.get("seed") is not None:
+        facts.append(("seed", str(record["seed"])))
+    if record.get("ended"):
+        facts.append(("ended", str(record["ended"])[:16].replace("T", " ") + " UTC"))
+    return facts
+
+
+def _files(run: RunDirectory) -> list[dict[str, str]]:
+    found = []
+    for name, purpose in FILES.items():
+        path = run.path / name
+        if path.exists():
+            parts = [path] if path.is_file() else [part for part in path.rglob("*") if part.is_file()]
+            shown = f"{name}/" if path.is_dir() else name
+            found.append(
+                {"name": shown, "purpose": purpose, "size": _size(sum(p.stat().st_size for p in parts))}
+            )
+    return found
+
+
+def _snippet(run: RunDirectory, record: Mapping[str, Any]) -> str:
+    """Return the lines that load the fold with stock PEFT."""
+    base = _section(record, "base")
+    path = base.get("path")
+    config = run.lora / "adapter_config.json"
+    if not path and config.is_file():
+        path = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    gguf = f", gguf_file={base['gguf_file']!r}" if base.get("gguf_file") else ""
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"base = {str(path or 'BASE MODEL')!r}",
+            f"tokenizer = AutoTokenizer.from_pretrained(base{gguf})",
+            f"model = AutoModelForCausalLM.from_pretrained(base{gguf})",
+            f"model = PeftModel.from_pretrained(model, {str(run.lora)!r})",
+        ]
+    )
+
+
+def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted keys with their values as text."""
+    if isinstance(section, Mapping):
+        for key, value in section.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(section, list):
+        yield prefix, ", ".join(map(str, section)) or "none"
+    else:
+        yield prefix, "—" if section is None else str(section)
+
+
+def _section(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = record.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if _is_number(value) and math.isfinite(value) else None
+
+
+_SHARE = Metric("", "share", "higher")
+
+
+def _shown(value: float | None, metric: Metric) -> str:
+    if value is None:
+        return "—"
+    return f"{_percent(value)}\u00a0%" if metric.form == "share" else _figure(value)
+
+
+def _shown_interval(interval: Sequence[float], metric: Metric) -> str:
+    low, high = interval  # U+2060 keeps a line from ending between the two
+    if metric.form == "number":
+        return f"{_figure(low)}–\u2060{_figure(high)}"
+    if high - low < 0.05:
+        return f"{_percent(low)}–\u2060{_percent(high)}\u00a0%"
+    return f"{100 * low:.0f}–\u2060{100 * high:.0f}\u00a0%"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0")
+
+
+def _figure(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    if value == 0 or 0.001 <= abs(value) < 100_000:
+        digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:.{min(digits, 5)}f}"
+    return f"{value:.2e}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    )
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _clipped(value: Any) -> str:
+    if value is None:
+        return "—"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= CLIP else f"{text[:CLIP]} … ({len(text) - CLIP} more characters)"

@@ -1,0 +1,112 @@
+"""Import directions: a module stands on a floor, imports from it or from below, and never in a circle."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "moslora"
+
+# A new file has to be entered here and in README's tree; a folder stands for everything in it.
+FLOORS = {
+    0: ("functional", "mixers", "kernels"),
+    1: ("ops", "adapter"),
+    2: ("tuner", "formats", "__init__"),  # the root re-exports, and nothing below may import it
+    3: ("recipe", "models", "rundir", "records", "tokenization", "answers", "tasks"),
+    4: ("train", "evaluate", "export", "report", "proofs", "compare", "merge", "doctor", "inspect", "chat"),
+    5: ("cli", "__main__", "studio"),
+}
+# What may be imported when a module is imported. Everything slower belongs inside the function that needs it.
+THIRD_PARTY = {
+    0: {"torch"},
+    1: {"torch", "safetensors"},
+    2: {"torch", "safetensors", "peft", "transformers"},
+    3: {"pydantic", "yaml"},
+    4: {"pydantic", "yaml", "rich"},
+    5: {"pydantic", "yaml", "rich", "typer"},
+}
+ONLY_IN = {"triton": {"kernels"}}
+
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+
+
+def floor_of(module: str) -> int | None:
+    return next((floor for floor, names in FLOORS.items() if module.split(".")[0] in names), None)
+
+
+def imports(node: ast.AST, at_import_time: bool = True) -> Iterator[tuple[str, list[str], bool, int]]:
+    """Yield dotted module, names taken from it, whether it happens on import, and the line."""
+    for child in ast.iter_child_nodes(node):
+        inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield alias.name, [], at_import_time, child.lineno
+        elif isinstance(child, ast.ImportFrom):
+            yield (
+                "." * child.level + (child.module or ""),
+                [a.name for a in child.names],
+                at_import_time,
+                child.lineno,
+            )
+        yield from imports(child, at_import_time and not inside and not typing_only)
+
+
+def own_modules(dotted: str, names: list[str]) -> set[str]:
+    """Return which of our files ``from dotted import names`` reads: submodules where there are any."""
+    stem = dotted.removeprefix("moslora").removeprefix(".")
+    submodules = {f"{stem}.{name}".removeprefix(".") for name in names}
+    found = {m for s in submodules for m in (s, f"{s}.__init__") if m in MODULES}
+    rest = len(found) < len(names) or not names
+    return found | {m for m in (stem, f"{stem}.__init__".removeprefix(".")) if m in MODULES and rest}
+
+
+def test_every_module_has_a_floor():
+    homeless = sorted(module for module in MODULES if floor_of(module) is None)
+    assert not homeless, f"add {homeless} to FLOORS in tests/test_layers.py and to the tree in README.md"
+
+
+def test_no_arrow_points_up_and_none_in_a_circle():
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for module, path in MODULES.items():
+        for dotted, names, _, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(PACKAGE.parent)}:{line}"
+            assert not dotted.startswith("."), f"{where}: write imports in full, from moslora…"
+            if dotted.split(".")[0] != "moslora":
+                continue
+            for target in own_modules(dotted, names):
+                upward = f"{where}: floor {floor_of(module)} imports {target} of floor {floor_of(target)}"
+                assert (floor_of(target) or 0) <= (floor_of(module) or 0), upward
+                graph[module].add(target)
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"an import cycle: {' ← '.join(error.args[1])}")
+
+
+def test_each_floor_imports_only_what_it_may_when_it_is_imported():
+    for module, path in MODULES.items():
+        allowed = THIRD_PARTY[floor_of(module) or 0] | {
+            name for name, homes in ONLY_IN.items() if module in homes
+        }
+        for dotted, _, at_import_time, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            package, where = dotted.split(".")[0], f"{path.relative_to(PACKAGE.parent)}:{line}"
+            if package in sys.stdlib_module_names or package == "moslora":
+                continue
+            assert module in ONLY_IN.get(package, {module}), (
+                f"{where}: only {ONLY_IN[package]} may import {package}"
+            )
+            allowed_here = not at_import_time or package in allowed
+            assert allowed_here, f"{where}: import {package} inside the function that needs it"
+
+
+def test_importing_the_package_leaves_the_trainers_and_plots_alone():
+    code = "import sys, moslora; print(*({'trl', 'datasets', 'matplotlib', 'diffusers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
