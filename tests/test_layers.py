@@ -17,8 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "src" / "moslora"
 FLOORS = {
     0: ("functional", "mixers", "kernels"),
     1: ("ops", "adapter"),
-    2: ("tuner", "formats", "__init__"),  # the root re-exports, and nothing below may import it
-    3: ("recipe", "models", "rundir", "records", "tokenization", "answers", "tasks"),
+    2: (
+        "tuner",
+        "formats",
+        "__init__",
+        "reload_in_stock_peft",
+    ),  # nothing below imports the root
+    3: ("recipe", "models", "rundir", "records", "tokenization", "answers", "tasks", "display"),
     4: ("train", "evaluate", "export", "report", "proofs", "compare", "merge", "doctor", "inspect", "chat"),
     5: ("cli", "__main__", "studio"),
 }

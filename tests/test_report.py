@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.report import loss_curve, share_interval, sign_test, write_report
+from moslora.report import loss_curve, sign_test, write_report
 from moslora.rundir import MetricsLog, RunDirectory
 
 FETCHING = ("src", "srcset", "poster", "data", "action", "background", "xlink:href", "href")
@@ -228,14 +228,6 @@ def test_a_curve_of_any_length_is_one_small_whole_drawing(steps):
     assert ET.fromstring(svg.replace("xlink:href", "href")).tag == "svg"
     assert len(svg) < 120_000
     assert "#0" not in re.sub(r'(?:href="|url\()#\w+', "", svg), "every colour is left to the page"
-
-
-@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_interval_of_a_share_holds_it_and_stays_a_share(counts):
-    successes, trials = counts
-    low, high = share_interval(successes, trials)
-    assert 0 <= low <= successes / trials <= high <= 1
-    assert high - low > 0
 
 
 @given(st.integers(0, 60), st.integers(0, 60))

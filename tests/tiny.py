@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 def llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
@@ -38,3 +48,48 @@ def tokens(rows: int = 2, length: int = 12, vocab: int = 64, seed: int = 0) -> t
     """Random token ids, shape ``(rows, length)``, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocab, (rows, length), generator=generator)
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges, 259 tokens, with a ChatML template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_chat_model(folder: Path, seed: int = 0) -> Path:
+    """A tiny Llama and its tokenizer as a Hugging Face folder."""
+    model = llama(seed, vocab_size=259, max_position_embeddings=256, bos_token_id=None, eos_token_id=2)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_chat_data(path: Path, count: int = 24) -> Path:
+    """Requests with JSON answers, one per line."""
+    lines = []
+    for index in range(count):
+        answer = json.dumps({"n": index % 5})
+        messages = [
+            {"role": "user", "content": f"say {index % 5} {index}"},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"messages": messages, "kind": "even" if index % 2 == 0 else "odd"}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

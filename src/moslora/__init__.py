@@ -1,13 +1,78 @@
 """MoSLoRA (arXiv:2406.11909) for PyTorch and Hugging Face: train with a mixer, ship a plain LoRA.
 
 Importing it registers the method with PEFT, so that configurations and checkpoints of type ``"MOSLORA"``
-work wherever PEFT's do.
+work wherever PEFT's do. PEFT takes seconds to import; where it is not loaded yet, the registration waits
+for it, so that ``moslora --help`` need not.
 """
 
-from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.model import MoSLoRAModel, register
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moslora.adapter import Adapter
+    from moslora.formats import read_adapter
+    from moslora.tuner.config import MoSLoRAConfig
+    from moslora.tuner.model import MoSLoRAModel
 
 __version__ = "0.1.0"
-__all__ = ["MoSLoRAConfig", "MoSLoRAModel"]
+__all__ = ["Adapter", "MoSLoRAConfig", "MoSLoRAModel", "read_adapter"]
 
-register()
+# Where each public name is; it is imported when it is used.
+_PLACES = {
+    "Adapter": "moslora.adapter",
+    "MoSLoRAConfig": "moslora.tuner.config",
+    "MoSLoRAModel": "moslora.tuner.model",
+    "read_adapter": "moslora.formats",
+}
+
+
+def _register() -> None:
+    from moslora.tuner.model import register
+
+    register()
+
+
+class _AfterPeft(importlib.abc.MetaPathFinder):
+    """Registers the method at the end of PEFT's own import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("peft")
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _AfterPeft())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'moslora' has no attribute {name!r}; it has {sorted(__all__)}.")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

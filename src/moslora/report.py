@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moslora.answers import wilson_interval
 from moslora.rundir import RunDirectory, read_metrics, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["loss_curve", "share_interval", "sign_test", "write_report"]
+__all__ = ["loss_curve", "sign_test", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -141,32 +142,6 @@ def write_report(run_dir: Path) -> Path:
     )
     write_whole(run.report, page)
     return run.report
-
-
-def share_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share, after Wilson (1927).
-
-    Unlike ``p ± 2·sd`` it stays within 0 and 1 and keeps its width at 0 of n and n of n.
-
-    Args:
-        successes: How many of the trials succeeded.
-        trials: How many there were, at least 1.
-
-    Returns:
-        Lower and upper end, both in [0, 1].
-
-    Example:
-        >>> low, high = share_interval(86, 100)
-        >>> print(f"{low:.3f} {high:.3f}")
-        0.779 0.915
-    """
-    z = 1.959964
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    # Rounding may push an end past the share itself at 0 of n and n of n.
-    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
 
 
 def sign_test(fixed: int, broken: int) -> float:
@@ -358,7 +333,7 @@ def _counted_interval(
     marks = _marks(predictions, "base_ok" if phase == "before" else "tuned_ok")
     if value is None or metric.form != "share" or not marks:
         return None
-    return share_interval(sum(marks), len(marks)) if abs(sum(marks) / len(marks) - value) < 1e-9 else None
+    return wilson_interval(sum(marks), len(marks)) if abs(sum(marks) / len(marks) - value) < 1e-9 else None
 
 
 def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
@@ -414,7 +389,7 @@ def _kind_rows(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             marks = _marks(lines, key)
             row[phase] = _shown(sum(marks) / len(marks), _SHARE) if marks else "—"
             row[f"{phase}_interval"] = (
-                _shown_interval(share_interval(sum(marks), len(marks)), _SHARE) if marks else None
+                _shown_interval(wilson_interval(sum(marks), len(marks)), _SHARE) if marks else None
             )
             row[f"{phase}_share"] = sum(marks) / len(marks) if marks else None
         rows.append(row)

@@ -434,7 +434,7 @@ def collect_hardware() -> dict[str, Any]:
         ``machine`` and ``cpu`` (names), ``cores`` (this process may use), ``memory_bytes`` (of the machine),
         ``gpus`` (names), ``torch_threads``.
     """
-    import psutil  # type: ignore[import-untyped]
+    import psutil
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

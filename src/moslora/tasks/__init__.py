@@ -1,1 +1,31 @@
 """One file per modality, and the table that names them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moslora.tasks.task import Task
+
+__all__ = ["TASKS", "find_task"]
+
+# Where each task is; imported when it is used, because each brings its own heavy packages.
+TASKS: dict[str, str] = {"text": "moslora.tasks.text:TextTask"}
+
+
+def find_task(kind: str) -> type[Task]:
+    """Import the class of a task.
+
+    Args:
+        kind: A key of ``TASKS``; the recipe has checked it.
+
+    Returns:
+        The class.
+
+    Raises:
+        KeyError: If there is no such task.
+    """
+    module, _, name = TASKS[kind].partition(":")
+    found: Any = getattr(importlib.import_module(module), name)
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,155 @@
+"""What a person sees while something runs: colour and a moving bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+__all__ = ["Display", "Progress"]
+
+# Seconds between plain progress lines, so that a log file stays readable.
+PLAIN_INTERVAL = 10.0
+
+
+class Progress:
+    """How far something is; made by ``Display.progress``.
+
+    Args:
+        total: Steps in all.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.note = ""
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        """Count steps.
+
+        Args:
+            steps: How many were done.
+            note: What to show beside the count, as ``loss 0.31``.
+        """
+        self.done += steps
+        self.note = self.note if note is None else note
+        self.show()
+
+    def show(self) -> None:
+        """Draw the state; displays replace it."""
+
+
+class Display:
+    """Writes for people.
+
+    Args:
+        stream: Where to; standard output if None.
+        quiet: Write nothing but warnings.
+    """
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self.stream = sys.stdout if stream is None else stream
+        # Away from a terminal rich would cut lines at 80 columns; a log wants them whole.
+        width = None if self.stream.isatty() else 160
+        self.console: Console = Console(file=self.stream, highlight=False, soft_wrap=True, width=width)
+        self.quiet = quiet
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """Write a line as it is; brackets in it are no markup.
+
+        Args:
+            text: The line.
+            style: A rich style, seen on a terminal only.
+        """
+        if not self.quiet:
+            self.console.print(text, style=style, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Write a warning.
+
+        Args:
+            text: What to know, and what to do.
+        """
+        self.console.print(f"Warning: {text}", style="yellow", markup=False)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Write a rich table or text.
+
+        Args:
+            renderable: Anything that rich can draw.
+        """
+        if not self.quiet:
+            self.console.print(renderable)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Write a table whose first column is text and the others numbers.
+
+        Args:
+            title: Its heading.
+            columns: Names.
+            rows: Cells, as many as columns each.
+        """
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.show(table)
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Progress]:
+        """Show how far something is.
+
+        Args:
+            description: What it is.
+            total: Steps in all.
+
+        Yields:
+            The state to advance.
+        """
+        if self.quiet:
+            yield Progress(total)
+        elif self.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Bar(*columns, console=self.console) as bar:
+                task = bar.add_task(description, total=total, note="")
+                state = Progress(total)
+                state.show = lambda: bar.update(task, completed=state.done, note=state.note)  # type: ignore[method-assign]
+                yield state
+        else:
+            state = _PlainProgress(total, description, self)
+            yield state
+
+
+class _PlainProgress(Progress):
+    def __init__(self, total: int, description: str, display: Display) -> None:
+        super().__init__(total)
+        self.description = description
+        self.display = display
+        self.last = time.monotonic()
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if now - self.last >= PLAIN_INTERVAL or self.done >= self.total:
+            self.last = now
+            note = f"  {self.note}" if self.note else ""
+            self.display.say(f"{self.description} {self.done}/{self.total}{note}")

@@ -1,0 +1,134 @@
+"""What a modality must bring: data, a base model, a trainer, an evaluation and inputs for the proof.
+
+``train.py`` does the rest for all of them alike: run directory, checkpoints, interruption, saving, folding,
+proofs and report.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor, nn
+    from transformers import Trainer, TrainerCallback
+
+    from moslora.display import Display
+    from moslora.models import ModelSource
+    from moslora.recipe import Recipe
+
+__all__ = ["Answer", "Evaluation", "Task"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to one held-out example.
+
+    Attributes:
+        place: Where the example stands in its file.
+        prompt: What was asked, as text.
+        reference: The right answer.
+        text: The model's answer.
+        correct: Whether the task's metric accepts it; None without a metric.
+        kind: The example's group, if the data names one.
+    """
+
+    place: str
+    prompt: str
+    reference: str
+    text: str
+    correct: bool | None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on held-out data.
+
+    Attributes:
+        metrics: Numbers by name, ``loss`` among them; the same names before and after training.
+        intervals: 95 % intervals of those that are shares, by the same names.
+        answers: One per held-out example that was answered, in the order of the data.
+    """
+
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    answers: Sequence[Answer] = field(default_factory=tuple)
+
+
+class Task(ABC):
+    """A kind of fine-tuning.
+
+    Args:
+        recipe: What the user wants.
+        display: Where to tell of progress.
+        checkpoint: Called between pieces of long work; raises where the run was asked to stop.
+    """
+
+    def __init__(self, recipe: Recipe, display: Display, checkpoint: Callable[[], None]) -> None:
+        self.recipe = recipe
+        self.display = display
+        self.checkpoint = checkpoint
+
+    @abstractmethod
+    def read(self) -> None:
+        """Read and check the data and find the base model; no weights are loaded, nothing is written.
+
+        Raises:
+            ValueError: If data or model cannot be used; the message names the place and the way out.
+        """
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Turn examples into what the model takes, and tell the user what will be trained on.
+
+        Raises:
+            ValueError: If nothing would be trained.
+        """
+
+    @property
+    @abstractmethod
+    def base(self) -> ModelSource:
+        """The base model that the adapter will belong to."""
+
+    @abstractmethod
+    def hashes(self) -> dict[str, Any]:
+        """Return what identifies data, template and base."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Load the base model."""
+
+    @abstractmethod
+    def build_trainer(
+        self,
+        model: nn.Module,
+        adapter: PeftConfig,
+        output_dir: Path,
+        callbacks: Sequence[TrainerCallback],
+    ) -> Trainer:
+        """Make the trainer, the adapter in its place.
+
+        Args:
+            model: The base model.
+            adapter: The adapter's configuration.
+            output_dir: Where checkpoints go.
+            callbacks: To be told of steps.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, label: str) -> Evaluation:
+        """Measure a model on the held-out data.
+
+        Args:
+            model: Base or adapted model.
+            label: What it is, for the progress display.
+        """
+
+    @abstractmethod
+    def probe(self) -> list[Tensor]:
+        """Return held-out inputs for the proof, token ids of shape ``(1, length)`` each."""

@@ -1,0 +1,343 @@
+"""Language models: supervised fine-tuning with TRL's ``SFTTrainer``, held-out loss and answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.answers import METRICS, wilson_interval
+from moslora.models import (
+    default_device,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    materialise,
+    resolve_model,
+)
+from moslora.recipe import build_trainer_config, resolve_trainer_arguments
+from moslora.records import Example, overlap, read_records, split_heldout, to_examples
+from moslora.tasks.task import Answer, Evaluation, Task
+from moslora.tokenization import Encoded, Encoder, Summary, encode_all, preview
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor, nn
+    from transformers import Trainer, TrainerCallback
+
+    from moslora.models import ModelSource
+
+__all__ = ["TextTask", "answer", "held_out_loss"]
+
+# Tokens of a batch whose loss is measured; bounds the logits to this times the vocabulary.
+LOSS_TOKENS = 1024
+# Answers generated at once.
+ANSWER_BATCH = 50
+# Held-out examples, and tokens of each, whose logits the proof compares.
+PROBES, PROBE_TOKENS = 4, 128
+
+
+class TextTask(Task):
+    """Fine-tune a causal language model on messages, prompts with completions, or text."""
+
+    def read(self) -> None:
+        """Read the data and find the base model."""
+        data = self.recipe.data
+        self.source = resolve_model(self.recipe.model.name, self.recipe.model.revision)
+        records = read_records(data.train, data.train_split, data.limit)
+        self.data_hashes = {"train": records.sha256}
+        self.train_examples: list[Example] = to_examples(records, data.format)
+        if data.heldout is not None or data.heldout_split is not None:
+            held = read_records(data.heldout or data.train, data.heldout_split or "train", None)
+            self.data_hashes["heldout"] = held.sha256
+            self.heldout_examples: list[Example] = to_examples(held, data.format)
+        else:
+            self.train_examples, self.heldout_examples = split_heldout(
+                self.train_examples, data.heldout_fraction, self.recipe.seed
+            )
+            self.display.say(
+                f"Held out {len(self.heldout_examples)} examples ({data.heldout_fraction:.0%}, chosen "
+                "by content and seed), because data.heldout names none."
+            )
+        seen = overlap(self.train_examples, self.heldout_examples)
+        if seen:
+            self.display.warn(
+                f"{seen} of {len(self.heldout_examples)} held-out prompts are also trained on, so the "
+                "held-out numbers flatter the model. Take them out of one of the two files."
+            )
+
+    @property
+    def base(self) -> ModelSource:
+        """The base model, as a folder that every tool can load."""
+        return self.source
+
+    @property
+    def device(self) -> str:
+        """Where the run takes place."""
+        return default_device()
+
+    def prepare(self) -> None:
+        """Find the base's folder, tokenise, and show what is trained."""
+        recipe = self.recipe
+        self.source = materialise(self.source, self._file_dtype(), say=self.display.say)
+        self.tokenizer: Any = load_tokenizer(self.source, recipe.model.trust_remote_code)
+        arguments = resolve_trainer_arguments(recipe, self.device)
+        encoder = Encoder(
+            self.tokenizer,
+            recipe.data.template,
+            recipe.data.train_on,
+            arguments["max_length"],
+            recipe.data.too_long,
+        )
+        self.train_set, self.train_summary = encode_all(self.train_examples, encoder)
+        self.heldout_set, self.heldout_summary = encode_all(self.heldout_examples, encoder)
+        self.by_place = {example.place: example for example in self.heldout_examples}
+        self.stop_ids: list[int] = sorted(encoder.end_of_turn_ids)
+        if not self.train_set or not self.heldout_set:
+            raise ValueError(
+                f"After encoding, {len(self.train_set)} training and {len(self.heldout_set)} held-out "
+                "examples are left; both need at least one. Raise trainer.max_length or check the data."
+            )
+        self._show(self.train_summary, self.heldout_summary)
+
+    def _file_dtype(self) -> str:
+        return "float32" if self.recipe.model.dtype == "auto" else self.recipe.model.dtype
+
+    def _show(self, train: Summary, heldout: Summary) -> None:
+        """Say what is trained on, with one example whose trained tokens are marked."""
+        from rich.text import Text
+
+        display = self.display
+        display.say(
+            f"Training examples: {train.examples}, held out: {heldout.examples}. Tokens: {train.tokens}, "
+            f"of which trained: {train.trained_tokens} ({train.trained_tokens / train.tokens:.0%}). "
+            f"Longest example: {train.longest} tokens."
+        )
+        marked = Text("One example; ")
+        marked.append("⟦what is trained on⟧", "bold green")
+        marked.append(":\n")
+        for piece, trained in preview(self.train_set[0], self.tokenizer):
+            marked.append(f"⟦{piece}⟧" if trained else piece, "bold green" if trained else "dim")
+        display.show(marked)
+        display.say()
+        for name, summary in (("Training data", train), ("Held-out data", heldout)):
+            for warning in summary.warnings():
+                display.warn(f"{name}: {warning}")
+
+    def hashes(self) -> dict[str, Any]:
+        """Return hashes of the data files, the chat template and the base model."""
+        template = self.tokenizer.chat_template
+        return {
+            "data": self.data_hashes,
+            "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+            "base": fingerprint(self.source),
+        }
+
+    def load(self) -> nn.Module:
+        """Load the base model in the recipe's dtype."""
+        model = self.recipe.model
+        return load_model(
+            self.source, model.dtype, model.trust_remote_code, model.attn_implementation, self.device
+        )
+
+    def build_trainer(
+        self,
+        model: nn.Module,
+        adapter: PeftConfig,
+        output_dir: Path,
+        callbacks: Sequence[TrainerCallback],
+    ) -> Trainer:
+        """Make TRL's trainer on the encoded examples; their labels say what is trained."""
+        from datasets import Dataset
+        from trl import SFTTrainer
+
+        def dataset(encoded: Sequence[Encoded]) -> Dataset:
+            return Dataset.from_dict(
+                {"input_ids": [e.input_ids for e in encoded], "labels": [e.labels for e in encoded]}
+            )
+
+        config = build_trainer_config(self.recipe, self.device, output_dir)
+        wants_evaluation = config.eval_strategy != "no"
+        # Lengths were cut, dropped or refused while encoding; the trainer must not do it again.
+        config.dataset_kwargs = None if config.packing else {"skip_prepare_dataset": True}
+        return SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=dataset(self.train_set),
+            eval_dataset=dataset(self.heldout_set) if wants_evaluation else None,
+            processing_class=self.tokenizer,
+            peft_config=adapter,
+            callbacks=list(callbacks),
+        )
+
+    def evaluate(self, model: nn.Module, label: str) -> Evaluation:
+        """Measure held-out loss, and answers where the recipe wants them."""
+        task = self.recipe.task
+        metrics, intervals = {"loss": self._loss(model, label)}, {}
+        chosen = self.heldout_set[: task.generate_examples]
+        answers = self._answers(model, chosen, label) if chosen else []
+        if chosen and task.metric != "none":
+            right = sum(bool(a.correct) for a in answers)
+            metrics["exact_match"] = right / len(answers)
+            intervals["exact_match"] = wilson_interval(right, len(answers))
+        return Evaluation(metrics, intervals, answers)
+
+    def _loss(self, model: nn.Module, label: str) -> float:
+        with self.display.progress(f"Held-out loss, {label}", len(self.heldout_set)) as progress:
+            total, count = 0.0, 0
+            for part, tokens, size in held_out_loss(model, self.heldout_set, self.pad_id, self.device):
+                total, count = total + part, count + tokens
+                progress.advance(size, f"loss {total / count:.4f}")
+                self.checkpoint()
+        return total / count
+
+    def _answers(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
+        metric = METRICS.get(self.recipe.task.metric)
+        texts: dict[int, str] = {}
+        order = sorted(range(len(chosen)), key=lambda i: len(chosen[i].prompt_ids))
+        with self.display.progress(f"Answers, {label}", len(chosen)) as progress:
+            for start in range(0, len(order), ANSWER_BATCH):
+                batch = order[start : start + ANSWER_BATCH]
+                prompts = [chosen[i].prompt_ids for i in batch]
+                limit = self.recipe.task.max_new_tokens
+                found = answer(model, self.tokenizer, prompts, limit, self.stop_ids, self.pad_id, self.device)
+                texts.update(zip(batch, found, strict=True))
+                progress.advance(len(batch))
+                self.checkpoint()
+        return [
+            Answer(
+                place=encoded.place,
+                prompt=question(self.by_place[encoded.place]),
+                reference=encoded.answer,
+                text=texts[index],
+                correct=None if metric is None else metric(texts[index], encoded.answer),
+                kind=_kind(self.by_place[encoded.place]),
+            )
+            for index, encoded in enumerate(chosen)
+        ]
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill short rows with; it is masked, so any will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
+
+    def probe(self) -> list[Tensor]:
+        """Return the first held-out examples, cut to a length that is quick."""
+        import torch
+
+        return [torch.tensor([e.input_ids[:PROBE_TOKENS]]) for e in self.heldout_set[:PROBES]]
+
+
+def question(example: Example) -> str:
+    """Return what an example asks, as a person would read it.
+
+    Args:
+        example: Any example.
+
+    Returns:
+        The last user message, the prompt, or nothing for plain text.
+    """
+    if example.messages is None:
+        return example.prompt or ""
+    asked = [message.content for message in example.messages if message.role == "user"]
+    return asked[-1] if asked else ""
+
+
+def _kind(example: Example) -> str | None:
+    kind = example.extra.get("kind")
+    return None if kind is None else str(kind)
+
+
+def held_out_loss(
+    model: nn.Module, examples: Sequence[Encoded], pad_id: int, device: str
+) -> Iterator[tuple[float, int, int]]:
+    """Sum the negative log-likelihood of the trained tokens, batch by batch.
+
+    Args:
+        model: A causal language model; it is put into evaluation mode.
+        examples: Encoded examples.
+        pad_id: Token to fill short rows with.
+        device: Where the model is.
+
+    Yields:
+        Per batch: the sum in nats, over how many tokens, of how many examples.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    model.eval()
+    for batch in _batches(examples, LOSS_TOKENS):
+        length = max(len(e.input_ids) for e in batch)
+        ids = torch.full((len(batch), length), pad_id)
+        labels = torch.full((len(batch), length), -100)
+        mask = torch.zeros((len(batch), length), dtype=torch.long)
+        for row, example in enumerate(batch):
+            n = len(example.input_ids)
+            ids[row, :n] = torch.tensor(example.input_ids)
+            labels[row, :n] = torch.tensor(example.labels)
+            mask[row, :n] = 1
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[
+                :, :-1
+            ]  # (rows, length - 1, vocabulary)
+            targets = labels[:, 1:].to(device)
+            trained = targets != -100
+            loss = F.cross_entropy(logits[trained].float(), targets[trained], reduction="sum")
+        yield float(loss), int(trained.sum()), len(batch)
+
+
+def _batches(examples: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
+    """Group examples of like length so that rows × longest row stays within ``tokens``."""
+    batch: list[Encoded] = []
+    for example in sorted(examples, key=lambda e: len(e.input_ids)):
+        if batch and (len(batch) + 1) * len(example.input_ids) > tokens:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    device: str,
+) -> list[str]:
+    """Generate greedily.
+
+    Args:
+        model: A causal language model; it is put into evaluation mode.
+        tokenizer: To turn ids into text.
+        prompts: Token ids, one list each.
+        max_new_tokens: Tokens at most.
+        stop_ids: Tokens that end an answer.
+        pad_id: Token to fill short rows with, on the left.
+        device: Where the model is.
+
+    Returns:
+        The answers' texts, without special tokens and outer white space.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    model.eval()
+    length = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), length), pad_id)
+    mask = torch.zeros((len(prompts), length), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, length - len(prompt) :] = 1
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=pad_id
+    )
+    with torch.inference_mode():
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+        )
+    return [str(text).strip() for text in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]

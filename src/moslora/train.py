@@ -1,0 +1,469 @@
+"""Train: from a recipe to a proven plain LoRA and a report.
+
+recipe → data → base measured → trained → saved → folded and proven → measured again → proven once more
+in a fresh process → report. Each stage is noted in ``run.json`` when it is done, so that a run that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from moslora.export import ProofError, export_adapter
+from moslora.formats.directory import staged
+from moslora.recipe import Recipe, load_recipe
+from moslora.report import write_report
+from moslora.rundir import MetricsLog, RunDirectory, collect_hardware, collect_versions, write_whole
+from moslora.tasks import find_task
+from moslora.tasks.task import Answer, Evaluation, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerCallback
+
+    from moslora.display import Display
+
+__all__ = ["StopRequest", "Stopped", "TrainingError", "check", "resume", "train"]
+
+
+class TrainingError(RuntimeError):
+    """A run that failed. The message says why and what to do."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """The run was asked to stop, and did so where it can go on.
+
+    Args:
+        signal_number: Who asked: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Remembers Ctrl-C and SIGTERM until the run reaches a place where it can go on later.
+
+    Used as a context manager it takes the two signals over. The second one ends the run at once.
+
+    Args:
+        display: Told when a request comes in.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        self.display.say("Stopping at the next safe place. Once more stops at once.", style="yellow")
+
+    def check(self) -> None:
+        """Stop here if asked to.
+
+        Raises:
+            Stopped: If a signal came in.
+        """
+        if self.received is not None:
+            raise Stopped(self.received)
+
+
+@dataclass
+class _Run:
+    """A run in progress: what every stage needs."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    display: Display
+    stop: StopRequest
+
+    @contextlib.contextmanager
+    def stage(self, name: str, doing: str) -> Iterator[None]:
+        """Note a stage, in words too, and how long it took; time of earlier tries is added to."""
+        self.stop.check()
+        self.directory.update(stage=doing)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            key = f"{name}_seconds"
+            before = self.directory.read().get("timing", {}).get(key, 0.0)
+            spent = round(before + time.monotonic() - started, 3)
+            self.directory.update(timing={key: spent})
+
+
+def check(arguments: Sequence[str], display: Display) -> None:
+    """Check a recipe and its data and show what would be trained on; load no weights, write no run.
+
+    Args:
+        arguments: As for ``train``.
+        display: Where to tell of it.
+
+    Raises:
+        ValueError: If recipe, data or model cannot be used.
+    """
+    recipe = load_recipe(list(arguments))
+    task = find_task(recipe.task.kind)(recipe, display, lambda: None)
+    task.read()
+    task.prepare()
+    display.say("Recipe and data are fine. Nothing was trained.")
+
+
+def train(arguments: Sequence[str], display: Display, command: str = "") -> RunDirectory:
+    """Carry out a recipe.
+
+    Args:
+        arguments: As on the command line: a recipe's path and/or ``section.key=value``.
+        display: Where to tell of progress.
+        command: How it was called, for ``run.json``.
+
+    Returns:
+        The run directory, completed.
+
+    Raises:
+        ValueError: If recipe, data or model cannot be used; no run directory is left then.
+        ProofError: If a proof failed. The run's status is ``failed``.
+        TrainingError: If training failed otherwise; the same.
+        Stopped: If it was asked to stop; the run can be resumed.
+    """
+    recipe = load_recipe(list(arguments))
+    with StopRequest(display) as stop:
+        task = find_task(recipe.task.kind)(recipe, display, stop.check)
+        task.read()
+        directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or recipe.task.kind)
+        display.say(f"Run: {directory.path}")
+        write_whole(directory.recipe, recipe.to_yaml())
+        directory.update(command=command, seed=recipe.seed)
+        return _carry_out(_Run(directory, recipe, display, stop), task)
+
+
+def resume(path: Path, display: Display) -> RunDirectory:
+    """Go on with a run that was interrupted, killed or failed.
+
+    Args:
+        path: Its directory.
+        display: Where to tell of progress.
+
+    Returns:
+        The run directory, completed.
+
+    Raises:
+        ValueError, FileNotFoundError: If there is no such run, or nothing is left to do.
+        RuntimeError: If another process still runs it.
+        ProofError, TrainingError, Stopped: As for ``train``.
+    """
+    directory = RunDirectory.open(path)
+    if directory.read().get("status") == "completed":
+        raise ValueError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
+    recipe = load_recipe([str(directory.recipe)])
+    directory.claim()
+    with StopRequest(display) as stop:
+        task = find_task(recipe.task.kind)(recipe, display, stop.check)
+        task.read()
+        display.say(f"Resuming {directory.path}")
+        return _carry_out(_Run(directory, recipe, display, stop), task)
+
+
+def _carry_out(run: _Run, task: Task) -> RunDirectory:
+    """Run all stages, and leave a truthful status whatever happens."""
+    try:
+        _stages(run, task)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        number = stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT
+        run.directory.update(status="interrupted")
+        _report(run)
+        step = run.directory.latest_checkpoint(lambda _: None)
+        kept = f"with the checkpoint of step {step.step}" if step else "before its first checkpoint"
+        run.display.say(f"Interrupted {kept}. Go on with: moslora train --resume {run.directory.path}")
+        raise Stopped(number) from stopped
+    except BaseException as error:
+        run.directory.update(status="failed", error=f"{type(error).__name__}: {error}")
+        _report(run)
+        raise
+    run.directory.update(status="completed", stage="done")
+    _report(run)
+    return run.directory
+
+
+def _report(run: _Run) -> None:
+    """Write the report. It shows a run and must not decide one, so its failure is only told."""
+    try:
+        write_report(run.directory.path)
+    except Exception as error:
+        run.display.warn(f"The report could not be written: {error}")
+
+
+def _stages(run: _Run, task: Task) -> None:
+    directory, display = run.directory, run.display
+    with run.stage("prepare", "preparing the data"):
+        task.prepare()
+        hashes = task.hashes()
+        _check_same_inputs(directory, hashes)
+        directory.update(
+            versions=collect_versions(),
+            hardware=collect_hardware(),
+            hashes=hashes,
+            base={"name": run.recipe.model.name, "path": str(task.base.path)},
+        )
+    with run.stage("load", "loading the base model"):
+        model = task.load()
+    before = _measure(run, task, model, "before", "base model")
+    trainer = _train(run, task, model)
+    adapted = trainer.model
+    with run.stage("save", "saving and folding the adapter"):
+        _save(run, adapted)
+    after = _measure(run, task, adapted, "after", "tuned model")
+    _write_answers(directory.predictions, before.answers, after.answers)
+    with run.stage("prove", "proving the exported LoRA"):
+        _prove_reload(run, task, adapted)
+    _show_result(run, before, after, display)
+
+
+def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
+    """Refuse to go on with other data or another base than the run began with."""
+    old = directory.read().get("hashes")
+    if old is None:
+        return
+    changed = [name for name in hashes if old.get(name) != json.loads(json.dumps(hashes[name]))]
+    if changed:
+        raise ValueError(
+            f"Cannot go on with {directory.path}: its {' and '.join(changed)} changed since it began. Put "
+            "the old files back, or start a new run."
+        )
+
+
+def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) -> Evaluation:
+    """Evaluate, or read what an earlier try of the run has measured already."""
+    kept = run.directory.path / f"evaluation-{stage}.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        answers = [Answer(**answer) for answer in found["answers"]]
+        return Evaluation(found["metrics"], found["intervals"], answers)
+    with run.stage(stage, f"measuring the {label}"):
+        evaluation = task.evaluate(model, label)
+    loss = evaluation.metrics["loss"]
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise TrainingError(
+            f"The held-out loss of the {label} is {loss}. "
+            + ("Training diverged; lower trainer.learning_rate." if stage == "after" else "Check the base.")
+        )
+    write_whole(kept, json.dumps(dataclasses.asdict(evaluation), ensure_ascii=False))
+    run.directory.update(
+        metrics={
+            stage: dict(evaluation.metrics),
+            "intervals": {stage: {name: list(ends) for name, ends in evaluation.intervals.items()}},
+            "examples": len(evaluation.answers),
+        }
+    )
+    return evaluation
+
+
+def _train(run: _Run, task: Task, model: nn.Module) -> Any:
+    """Train, from the newest complete checkpoint if there is one."""
+    from transformers import PrinterCallback
+
+    from moslora import MoSLoRAConfig
+
+    directory, recipe = run.directory, run.recipe
+    config = MoSLoRAConfig(task_type="CAUSAL_LM", **recipe.adapter)
+    checkpoint = directory.latest_checkpoint(run.display.warn)
+    with run.stage("train", "training"):
+        with MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0) as log:
+            recorder = _recorder(run, log)
+            trainer = task.build_trainer(model, config, directory.checkpoints, [recorder])
+            trainer.remove_callback(PrinterCallback)
+            adapted: Any = trainer.model
+            trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            total = sum(p.numel() for p in adapted.parameters())
+            directory.update(
+                trainable_parameters=trainable,
+                total_parameters=total,
+                trainer=trainer.args.to_dict(),  # with every default of the installed version
+            )
+            run.display.say(
+                f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), mixer "
+                f"{config.mixer!r}, r {config.r}, learning rate {trainer.args.learning_rate:g}."
+            )
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        run.stop.check()
+    return trainer
+
+
+def _recorder(run: _Run, log: MetricsLog) -> TrainerCallback:
+    """Make the callback that writes metrics, shows progress and obeys a request to stop."""
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.stack = contextlib.ExitStack()
+            self.progress: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            steps = state.max_steps - state.global_step
+            self.progress = self.stack.enter_context(run.display.progress("Training", steps))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            log.append(state.global_step, **{k: v for k, v in (logs or {}).items() if k != "step"})
+            if "loss" in (logs or {}):
+                self.progress.note = f"loss {float(logs['loss']):.4f}"
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            self.progress.advance()
+            if run.stop.received is not None:
+                control.should_save = True
+                control.should_training_stop = True
+            return control
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.stack.close()
+
+    return Recorder()
+
+
+def _save(run: _Run, adapted: Any) -> None:
+    """Save the native adapter, then its fold with the proof on the written files."""
+    import torch
+
+    directory = run.directory
+    broken = [n for n, p in adapted.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if broken:
+        raise TrainingError(
+            f"Training diverged: {broken[0]} has NaN or infinite values, so nothing was saved. Lower "
+            "trainer.learning_rate, or set trainer.max_grad_norm."
+        )
+    # A run that was stopped after this stage has trained nothing since; what it saved is written anew.
+    for folder in (directory.adapter, directory.lora):
+        shutil.rmtree(folder, ignore_errors=True)
+    with staged(directory.adapter) as folder:
+        adapted.save_pretrained(folder)
+    proof = export_adapter(directory.adapter, directory.lora)
+    directory.update(proofs={"fold": {**dataclasses.asdict(proof), "passed": proof.passed}})
+
+
+def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
+    """Compare with stock PEFT in a fresh process; a fold that fails is not left lying about."""
+    from moslora.proofs import dtype_name, live_logits, prove_reload
+
+    directory = run.directory
+    inputs = task.probe()
+    device = str(adapted.device)
+    run.display.say("Proving: loading the exported LoRA in a fresh process with stock PEFT only.")
+    live = live_logits(adapted, inputs, device)
+    try:
+        proof = prove_reload(
+            live, inputs, task.base.path, dtype_name(adapted), device, directory.lora, run.display.warn
+        )
+    except ProofError:
+        shutil.rmtree(directory.lora, ignore_errors=True)
+        raise
+    directory.update(proofs={"reload": {**dataclasses.asdict(proof), "passed": proof.passed}})
+
+
+def _write_answers(path: Path, before: Sequence[Answer], after: Sequence[Answer]) -> None:
+    """Write both models' answers side by side, one JSON object per held-out example."""
+    lines = [
+        {
+            "place": tuned.place,
+            "prompt": tuned.prompt,
+            "reference": tuned.reference,
+            "base": base.text,
+            "tuned": tuned.text,
+            "base_ok": base.correct,
+            "tuned_ok": tuned.correct,
+            "kind": tuned.kind,
+        }
+        for base, tuned in zip(before, after, strict=True)
+    ]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _show_result(run: _Run, before: Evaluation, after: Evaluation, display: Display) -> None:
+    record = run.directory.read()
+    rows = []
+    for key in after.metrics:
+        show = "{:.1%}" if key in after.intervals else "{:.4f}"
+        rows.append([key.replace("_", " "), *(show.format(e.metrics[key]) for e in (before, after))])
+        if key in after.intervals:
+            cells = ["{:.1%} to {:.1%}".format(*e.intervals[key]) for e in (before, after)]
+            rows.append(["  95 % interval", *cells])
+    display.say()
+    display.table("Held-out examples, never trained on", ["", "base", "tuned"], rows)
+    _show_samples(_choose(before.answers, after.answers, run.recipe.task.samples), display)
+    fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
+    display.say(
+        f"Proven: fold, largest relative error of ΔW {fold['max_relative_error']:.1e} over {fold['modules']} "
+        f"modules; reload in stock PEFT, largest logit difference {reload['max_logit_difference']:.1e} "
+        f"(the adapter moves logits by up to {reload['adapter_effect']:.1f}).",
+        style="green",
+    )
+    path = run.directory.path
+    display.say(f"Plain LoRA, loads anywhere:   {path / 'lora'}")
+    display.say(f"Native, to train further:     {path / 'adapter'}")
+    display.say(f"Report, opens in a browser:   {path / 'report.html'}")
+
+
+def _choose(before: Sequence[Answer], after: Sequence[Answer], count: int) -> list[tuple[Answer, Answer]]:
+    """Choose examples to show: mostly typical ones, and failures in their share, at least one if any."""
+    pairs = list(zip(before, after, strict=True))
+    if count <= 0 or not pairs:
+        return []
+    wrong = [p for p in pairs if p[1].correct is False]
+    right = [p for p in pairs if p[1].correct is not False]
+    share = min(len(wrong), max(1, round(count * len(wrong) / len(pairs)))) if wrong else 0
+    chosen = _spread(right, count - share) + _spread(wrong, share)
+    return chosen or _spread(pairs, count)
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Take ``count`` items at even distances."""
+    if count <= 0 or not items:
+        return []
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _show_samples(pairs: Sequence[tuple[Answer, Answer]], display: Display) -> None:
+    from rich.text import Text
+
+    marks = {True: ("✓", "green"), False: ("✗", "red"), None: (" ", "")}
+    for base, tuned in pairs:
+        text = Text()
+        text.append(f"{_short(tuned.prompt, 300)}\n", "bold")
+        for name, answer in (("base ", base), ("tuned", tuned)):
+            mark, style = marks[answer.correct]
+            text.append(f"  {name} {mark} ", style)
+            text.append(f"{_short(answer.text, 200) or '(nothing)'}\n")
+        if tuned.correct is False:
+            text.append(f"  right   {_short(tuned.reference, 200)}\n", "dim")
+        display.show(text)
+
+
+def _short(text: str, length: int) -> str:
+    """Put a text on one line, cut to ``length`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import moslora.proofs
+import moslora.train
+import tiny
+from moslora.display import Display
+from moslora.export import ProofError
+from moslora.formats import read_adapter
+from moslora.rundir import RunDirectory
+from moslora.train import Stopped, StopRequest, TrainingError, check, resume, train
+
+pytestmark = pytest.mark.filterwarnings(
+    # datasets forks a pool for nothing, TRL and accelerate use torch names that torch has renamed.
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.save_chat_model(folder / "base")
+    tiny.save_chat_data(folder / "train.jsonl", 24)
+    tiny.save_chat_data(folder / "heldout.jsonl", 5)
+    return folder
+
+
+def arguments(world: Path, out: Path, **changes: object) -> list[str]:
+    settings: dict[str, object] = {
+        "model": world / "base",
+        "data": world / "train.jsonl",
+        "data.heldout": world / "heldout.jsonl",
+        "task.metric": "json",
+        "task.max_new_tokens": 8,
+        "adapter.r": 4,
+        "adapter.lora_dropout": 0.1,
+        "trainer.max_steps": 6,
+        "trainer.learning_rate": "5e-3",
+        "trainer.per_device_train_batch_size": 4,
+        "trainer.save_steps": 100,
+        "output.dir": out,
+        "output.name": "run",
+    }
+    return [f"{key}={value}" for key, value in {**settings, **changes}.items()]
+
+
+def quiet() -> Display:
+    return Display(quiet=True)
+
+
+def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a real signal after a training step, once."""
+    original = moslora.train._recorder
+
+    def recorder(run: Any, log: Any) -> TrainerCallback:
+        callback = original(run, log)
+        end = callback.on_step_end
+
+        def on_step_end(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step == step and "sent" not in sent:
+                sent.append("sent")
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+            return end(args, state, control, **kwargs)
+
+        callback.on_step_end = on_step_end
+        return callback
+
+    sent: list[str] = []
+    monkeypatch.setattr(moslora.train, "_recorder", recorder)
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return train(arguments(world, tmp_path_factory.mktemp("runs")), quiet(), "moslora train ...")
+
+
+def test_a_run_leaves_everything_it_promises(finished: RunDirectory) -> None:
+    names = {p.name for p in finished.path.iterdir()}
+    assert {
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "adapter",
+        "lora",
+        "checkpoints",
+        "report.html",
+    } <= names
+    record = finished.read()
+    assert record["status"] == "completed"
+    assert record["metrics"]["before"].keys() == record["metrics"]["after"].keys() >= {"loss", "exact_match"}
+    assert record["metrics"]["after"]["loss"] < record["metrics"]["before"]["loss"]
+    assert record["proofs"]["fold"]["max_relative_error"] <= 1e-6
+    assert record["proofs"]["reload"]["max_logit_difference"] < 1e-3
+    assert record["proofs"]["reload"]["adapter_effect"] > 0.01
+    assert record["timing"]["train_seconds"] > 0
+    assert record["trainable_parameters"] == sum(t.numel() for t in weights(finished).values())
+    assert {"torch", "peft", "moslora"} <= record["versions"].keys()
+    assert record["hashes"]["data"]["train"] and record["hashes"]["chat_template"]
+    lines = [json.loads(line) for line in finished.metrics.read_text().splitlines()]
+    assert lines and all("step" in line for line in lines)
+
+
+def test_the_shipped_lora_gives_the_trained_models_logits(finished: RunDirectory, world: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    ids = torch.tensor([tiny.tokenizer()("say 3")["input_ids"]])
+    with torch.no_grad():
+        lora = PeftModel.from_pretrained(base, finished.lora)(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+        native = PeftModel.from_pretrained(base, finished.adapter)(ids).logits
+    assert (lora - native).abs().max() < 1e-4
+    assert read_adapter(finished.lora).is_folded and not read_adapter(finished.adapter).is_folded
+
+
+def test_a_second_run_gets_its_own_place_and_the_same_weights(finished: RunDirectory, world: Path) -> None:
+    again = train(arguments(world, finished.path.parent), quiet())
+    assert again.path.name == "run-2"
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(again).values(), weights(finished).values(), strict=True)
+    )
+
+
+def test_interrupted_and_resumed_ends_bit_for_bit_as_uninterrupted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(arguments(world, tmp_path / "whole", **{"trainer.max_steps": 10}), quiet())
+    stop_at(monkeypatch, 5)
+    with pytest.raises(Stopped) as stopped:
+        train(arguments(world, tmp_path / "parts", **{"trainer.max_steps": 10}), quiet())
+    assert stopped.value.signal_number == signal.SIGTERM
+    run = RunDirectory.open(tmp_path / "parts" / "run")
+    assert run.read()["status"] == "interrupted"
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 5
+    assert not run.lora.exists()
+    resumed = resume(run.path, quiet())
+    assert resumed.read()["status"] == "completed"
+    assert weights(resumed).keys() == weights(whole).keys()
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(whole).items())
+    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_an_interruption_while_measuring_is_resumed_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "check", lambda self: (_ for _ in ()).throw(Stopped(signal.SIGINT)))
+        with pytest.raises(Stopped):
+            train(arguments(world, tmp_path, **{"trainer.max_steps": 2}), quiet())
+    assert RunDirectory.open(tmp_path / "run").read()["status"] == "interrupted"
+    assert resume(tmp_path / "run", quiet()).read()["status"] == "completed"
+
+
+def test_signals_are_given_back(world: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest(quiet()) as stop:
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        with pytest.raises(Stopped):
+            stop.check()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_resuming_with_other_data_is_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny.save_chat_data(tmp_path / "mine.jsonl", 12)
+    stop_at(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        train(arguments(world, tmp_path, data=data), quiet())
+    tiny.save_chat_data(data, 13)
+    with pytest.raises(ValueError, match="its data changed since it began"):
+        resume(tmp_path / "run", quiet())
+
+
+def test_a_completed_run_is_not_resumed(finished: RunDirectory) -> None:
+    with pytest.raises(ValueError, match="is completed"):
+        resume(finished.path, quiet())
+
+
+def test_a_proof_that_fails_fails_the_run_and_ships_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = moslora.proofs.live_logits
+
+    def shifted(*args: Any) -> dict[str, torch.Tensor]:
+        return {name: logits + 0.1 for name, logits in honest(*args).items()}
+
+    monkeypatch.setattr(moslora.proofs, "live_logits", shifted)
+    with pytest.raises(ProofError, match=r"stock PEFT's logits differ by 1\.00e-01"):
+        train(arguments(world, tmp_path, **{"trainer.max_steps": 2}), quiet())
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.read()["status"] == "failed" and "logits differ" in run.read()["error"]
+    assert not run.lora.exists() and run.adapter.exists()
+
+
+def test_a_tampered_lora_is_caught_by_the_fresh_process(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = moslora.train.export_adapter
+
+    def tampering(source: Path, out: Path) -> Any:
+        proof = honest(source, out)
+        path = out / "adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors[next(k for k in tensors if "lora_B" in k)] *= 3
+        save_file(tensors, path)
+        return proof
+
+    monkeypatch.setattr(moslora.train, "export_adapter", tampering)
+    with pytest.raises(ProofError):
+        train(arguments(world, tmp_path), quiet())
+
+
+def test_divergence_is_named_and_nothing_is_saved(world: Path, tmp_path: Path) -> None:
+    diverging = {"trainer.learning_rate": "1e30", "trainer.max_grad_norm": 0, "trainer.max_steps": 4}
+    with pytest.raises(TrainingError, match=r"diverged.*learning_rate"):
+        train(arguments(world, tmp_path, **diverging), quiet())
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.read()["status"] == "failed" and not run.lora.exists() and not run.adapter.exists()
+
+
+def test_bad_input_leaves_no_run(world: Path, tmp_path: Path) -> None:
+    for changes in ({"data": tmp_path / "no.jsonl"}, {"model": world / "bas"}, {"adapter.lora_aplha": 3}):
+        with pytest.raises(ValueError, match=r"(?i)did you mean|nearest|not exist|lora_alpha"):
+            train(arguments(world, tmp_path / "runs", **changes), quiet())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_writes_nothing(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(arguments(world, tmp_path / "runs"), Display())
+    shown = capsys.readouterr().out
+    assert '⟦{"n": 0}<|im_end|>⟧' in shown.replace("⟧⟦", "") and "Nothing was trained" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moslora.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_command_trains_and_exports_and_says_so(world: Path, tmp_path: Path) -> None:
+    done = run_command(
+        "train", "--json", *arguments(world, tmp_path, **{"trainer.max_steps": 2}), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert "Proven: fold" in done.stderr and "Held-out loss" in done.stderr
+    done = run_command("export", "run/adapter", "shipped", cwd=tmp_path)
+    assert done.returncode == 0 and "Proven: largest relative error" in done.stdout
+    assert run_command("export", "run/adapter", "shipped", cwd=tmp_path).returncode == 2
+
+
+def test_a_killed_process_is_told_apart_and_resumed(world: Path, tmp_path: Path) -> None:
+    many = arguments(world, tmp_path, **{"trainer.max_steps": 2000, "trainer.save_steps": 5})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moslora.cli", "train", *many],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    run = tmp_path / "run"
+    for _ in range(600):
+        if list((run / "checkpoints").glob("checkpoint-*/trainer_state.json")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    refused = run_command("train", "--resume", str(run), cwd=tmp_path)
+    process.kill()
+    process.wait()
+    assert refused.returncode != 0 and "still in progress" in refused.stderr
+    directory = RunDirectory.open(run)
+    assert directory.read()["status"] == "running"
+    # Make it short: what is resumed is the recipe of the run.
+    recipe = directory.recipe
+    checkpoint = directory.latest_checkpoint(lambda _: None)
+    assert checkpoint is not None
+    recipe.write_text(recipe.read_text().replace("max_steps: 2000", f"max_steps: {checkpoint.step + 2}"))
+    done = run_command("train", "--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert directory.read()["status"] == "completed"
