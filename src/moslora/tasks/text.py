@@ -93,13 +93,29 @@ class TextTask(Task):
         self.train_set, self.train_summary = encode_all(self.train_examples, encoder)
         self.heldout_set, self.heldout_summary = encode_all(self.heldout_examples, encoder)
         self.by_place = {example.place: example for example in self.heldout_examples}
-        self.stop_ids: list[int] = sorted(encoder.end_of_turn_ids)
-        if not self.train_set or not self.heldout_set:
-            raise ValueError(
-                f"After encoding, {len(self.train_set)} training and {len(self.heldout_set)} held-out "
-                "examples are left; both need at least one. Raise trainer.max_length or check the data."
+        self.stop_ids: list[int] = sorted(encoder.stop_ids)
+        # Plain text has no question in it, so there is nothing to answer.
+        self.asked = [e for e in self.heldout_set if e.prompt_ids][: recipe.task.generate_examples]
+        self._check_references()
+        if recipe.task.metric != "none" and not self.asked:
+            self.display.warn(
+                f"task.metric={recipe.task.metric} has nothing to judge: no held-out example has an answer, or "
+                "task.generate_examples is 0. Only the held-out loss is measured."
             )
         self._show(self.train_summary, self.heldout_summary)
+
+    def _check_references(self) -> None:
+        """Refuse references that the metric could never accept, before anything is loaded."""
+        metric = METRICS.get(self.recipe.task.metric)
+        if metric is None:
+            return
+        for encoded in self.asked:
+            try:
+                metric(encoded.answer, encoded.answer)
+            except ValueError as error:
+                raise ValueError(
+                    f"task.metric={self.recipe.task.metric}, {encoded.place}: {error}"
+                ) from error
 
     def _file_dtype(self) -> str:
         return "float32" if self.recipe.model.dtype == "auto" else self.recipe.model.dtype
@@ -136,10 +152,11 @@ class TextTask(Task):
 
     def load(self) -> nn.Module:
         """Load the base model in the recipe's dtype."""
-        model = self.recipe.model
-        return load_model(
-            self.source, model.dtype, model.trust_remote_code, model.attn_implementation, self.device
+        wanted = self.recipe.model
+        model: nn.Module = load_model(
+            self.source, wanted.dtype, wanted.trust_remote_code, wanted.attn_implementation, self.device
         )
+        return model
 
     def build_trainer(
         self,
@@ -175,9 +192,8 @@ class TextTask(Task):
         """Measure held-out loss, and answers where the recipe wants them."""
         task = self.recipe.task
         metrics, intervals = {"loss": self._loss(model, label)}, {}
-        chosen = self.heldout_set[: task.generate_examples]
-        answers = self._answers(model, chosen, label) if chosen else []
-        if chosen and task.metric != "none":
+        answers = self._answers(model, self.asked, label) if self.asked else []
+        if answers and task.metric != "none":
             right = sum(bool(a.correct) for a in answers)
             metrics["exact_match"] = right / len(answers)
             intervals["exact_match"] = wilson_interval(right, len(answers))
