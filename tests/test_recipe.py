@@ -361,3 +361,10 @@ def test_numbers_are_finite() -> None:
     assert not any(math.isfinite(v) for v in (float("nan"), float("inf")))
     assert "must be a number" in problems(*MINIMUM, "adapter.lora_alpha=.nan")[0]
     assert "finite" in problems(*MINIMUM, "data.heldout_fraction=.nan")[0]
+
+
+def test_the_reference_names_every_key() -> None:
+    reference = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    keys = {key for section in recipes.SECTIONS.values() for key in section.model_fields} - {"dir", "name"}
+    missing = sorted(key for key in (keys | TRAINER_DEFAULTS.keys()) if f"`{key}`" not in reference)
+    assert not missing
