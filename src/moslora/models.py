@@ -118,13 +118,13 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         >>> resolve_model("HuggingFaceTB/SmolLM2-135M").kind
         'hub'
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for a user that does not exist
     if name in PACKAGED:
         source = _packaged(name)
-    elif path.is_dir():
+    elif name and os.path.isdir(path):  # noqa: PTH112 - Path's raises for a name that is too long
         _check_folder(path)
         source = ModelSource(name, "folder", str(path.absolute()))
-    elif path.is_file():
+    elif os.path.isfile(path):  # noqa: PTH113
         source = _gguf(name, path)
     elif HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelSource(name, "hub", name, revision=revision)
@@ -189,8 +189,8 @@ def _check_folder(folder: Path) -> None:
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if pickles:
             raise ModelError(
-                f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when "
-                "opened. Convert a model that you trust: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
+                f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when opened."
+                " Convert a model that you trust: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
                 "writes safetensors."
             )
         raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")

@@ -13,9 +13,11 @@ and of TRL's ``SFTConfig``, looked up where they are defined. Everything wrong i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
+import os
 import re
 import types
 import typing
@@ -136,7 +138,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every default written out; reading it back gives an equal recipe."""
-        values = self.model_dump(mode="json")
+        values = self.model_dump()
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -262,6 +264,11 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Unicode's own line breaks fold into spaces in every style but this one, which escapes them.
+        style = '"' if re.search(r"[\x85\u2028\u2029\ufeff]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
 
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}  # PyYAML's own, which are YAML 1.1
@@ -269,6 +276,7 @@ for _class in (_Loader, _Dumper):
         _letters = [*_first, ""] if _tag == "null" else [*_first]
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _letters)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_core_int)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -317,13 +325,17 @@ def load_recipe(arguments: Sequence[str], base: Path | None = None) -> Recipe:
         raise RecipeError("There is no recipe: give a YAML file, or at least model=… and data=….")
     raw: dict[str, Any] = {}
     if "=" not in arguments[0] or (here / arguments[0]).is_file():
-        path = here / Path(arguments.pop(0)).expanduser()
+        path = here / _path(arguments.pop(0))
         raw = _expand(_read(path))
         for section, values in raw.items():
             _anchor(section, values, (path.parent, here))
     problems: list[str] = []
     _override(raw, arguments, here, problems)
     return _check(raw, here, problems)
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises for a user that does not exist
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -368,7 +380,7 @@ def _section(section: str, value: Any) -> Any:
     if section not in SHORTHANDS or not isinstance(value, str):
         return value
     if section == "output" and "/" in value:
-        path = Path(value).expanduser()
+        path = _path(value)
         return {"dir": str(path.parent), "name": path.name}
     return {SHORTHANDS[section]: value}
 
@@ -379,10 +391,12 @@ def _anchor(section: str, values: Any, folders: Sequence[Path]) -> None:
         value = values.get(key)
         if not isinstance(value, str) or not value or "\0" in value:
             continue
-        path = Path(value).expanduser()
-        found = next((folder / path for folder in folders if (folder / path).exists()), None)
-        if found is not None:
-            values[key] = str(found.absolute())
+        for folder in folders:
+            place = folder / _path(value)
+            with contextlib.suppress(OSError):  # too long for a path, or not ours to look at
+                if place.exists():
+                    values[key] = str(place.absolute())
+                    break
 
 
 def _override(raw: dict[str, Any], arguments: Sequence[str], here: Path, problems: list[str]) -> None:
@@ -408,15 +422,17 @@ def _override(raw: dict[str, Any], arguments: Sequence[str], here: Path, problem
         if keys:
             values = raw.setdefault(section, {})
             for key in keys[:-1]:
-                inner = values.get(key) if isinstance(values, dict) else values
-                values = values.setdefault(key, {}) if inner is None else inner
+                if isinstance(values, dict) and values.get(key) is None:
+                    values[key] = {}
+                values = values[key] if isinstance(values, dict) else values
             if not isinstance(values, dict):
                 problems.append(
                     f"{place} cannot be set, because what holds it is the single value {values!r}."
                 )
                 continue
             values[keys[-1]] = value
-            _anchor(section, {keys[-1]: value} if len(keys) > 1 else values, (here,))
+            if len(keys) == 1:
+                _anchor(section, values, (here,))
         else:
             new, old = _section(section, value), raw.get(section)
             _anchor(section, new, (here,))
@@ -466,7 +482,7 @@ def _check(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe:
         problems.extend(_adapter_complaint(checked["adapter"]))
     if problems or recipe is None:
         raise RecipeError(problems)
-    folder = str((here / Path(recipe.output.dir).expanduser()).absolute())
+    folder = str((here / _path(recipe.output.dir)).absolute())
     output = recipe.output.model_copy(update={"dir": folder})
     return recipe.model_copy(update={**checked, "output": output})
 
