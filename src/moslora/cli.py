@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -55,6 +56,10 @@ def _run(action: Callable[[], None], debug: bool) -> None:
     from moslora.export import ProofError
     from moslora.train import Stopped, TrainingError
 
+    # PEFT asks transformers 5 for a property under its old name: news for PEFT, not for who runs this.
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     try:
         action()
     except Stopped as stopped:

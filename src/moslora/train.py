@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.export import ProofError, export_adapter
 from moslora.formats.directory import staged
-from moslora.recipe import Recipe, load_recipe
+from moslora.models import default_device
+from moslora.recipe import Recipe, load_recipe, resolve_trainer_arguments
 from moslora.report import write_report
 from moslora.rundir import MetricsLog, RunDirectory, collect_hardware, collect_versions, write_whole
 from moslora.tasks import find_task
@@ -157,6 +158,8 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
         task.read()
         directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or recipe.task.kind)
         display.say(f"Run: {directory.path}")
+        resolved = resolve_trainer_arguments(recipe, default_device())
+        recipe = recipe.model_copy(update={"trainer": resolved})
         write_whole(directory.recipe, recipe.to_yaml())
         directory.update(command=command, seed=recipe.seed)
         return _carry_out(_Run(directory, recipe, display, stop), task)
