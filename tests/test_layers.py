@@ -32,9 +32,9 @@ THIRD_PARTY = {
     0: {"torch"},
     1: {"torch", "safetensors"},
     2: {"torch", "safetensors", "peft", "transformers"},
-    3: {"pydantic", "yaml"},
-    4: {"pydantic", "yaml", "rich"},
-    5: {"pydantic", "yaml", "rich", "typer"},
+    3: {"pydantic", "pydantic_core", "yaml"},
+    4: {"pydantic", "pydantic_core", "yaml", "rich"},
+    5: {"pydantic", "pydantic_core", "yaml", "rich", "typer"},
 }
 ONLY_IN = {"triton": {"kernels"}}
 
