@@ -32,7 +32,7 @@ class ReloadProof:
             that stock PEFT loaded.
         max_logit: Largest logit, to judge it by.
         adapter_effect: Largest difference that the adapter makes to the base's logits.
-        tolerance: Largest difference allowed, relative to the largest logit.
+        tolerance: Largest difference allowed: the dtype's share of the largest logit.
         inputs: How many held-out inputs were compared.
     """
 
@@ -45,7 +45,7 @@ class ReloadProof:
     @property
     def passed(self) -> bool:
         """Whether the difference is a number within the tolerance."""
-        return self.max_logit_difference <= self.tolerance * self.max_logit
+        return self.max_logit_difference <= self.tolerance
 
 
 def live_logits(model: nn.Module, inputs: Sequence[Tensor], device: str) -> dict[str, Tensor]:
@@ -115,19 +115,20 @@ def prove_reload(
         # max() of a tensor keeps NaN, so a broken logit cannot pass.
         return float(torch.stack([(one[name] - two(name)).abs().max() for name in one]).max())
 
+    max_logit = largest(live, lambda name: torch.zeros_like(live[name]))
     proof = ReloadProof(
         max_logit_difference=largest(live, lambda name: found[name]),
-        max_logit=largest(live, lambda name: torch.zeros_like(live[name])),
+        max_logit=max_logit,
         adapter_effect=largest(live, lambda name: found[f"base.{name}"]),
-        tolerance=RELOAD_TOLERANCE[dtype],
+        tolerance=RELOAD_TOLERANCE[dtype] * max_logit,
         inputs=len(inputs),
     )
     if not proof.passed:
         raise ProofError(
             f"The proof failed: stock PEFT's logits differ by {proof.max_logit_difference:.2e}, more than "
-            f"{proof.tolerance:.0e} of the largest logit, {proof.max_logit:.1f}."
+            f"the {proof.tolerance:.1e} that rounding explains (largest logit {proof.max_logit:.1f})."
         )
-    if proof.adapter_effect <= proof.tolerance * proof.max_logit:
+    if proof.adapter_effect <= proof.tolerance:
         say("The adapter changes the base's logits by no more than rounding: it has learned next to nothing.")
     return proof
 

@@ -122,9 +122,10 @@ def write_report(run_dir: Path) -> Path:
         error=record.get("error"),
         run_path=str(run_dir),
         last_step=max((line.get("step", 0) for line in log), default=0),
-        verdict=_verdict(rows, count),
+        verdict=_verdict(rows, count, len(predictions)),
         chance=_chance(predictions),
         count=count,
+        answered=len(predictions),
         glance=_glance(record),
         curves=[loss_curve(log, metrics, width) for width in (7.2, 4.0)] if _has_curve(log) else [],
         diverged=[line.get("step") for line in log if "loss" in line.get("not_finite", [])],
@@ -340,7 +341,7 @@ def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
     return [mark for line in predictions if isinstance(mark := line.get(key), bool)]
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], count: int) -> str | None:
+def _verdict(rows: Sequence[Mapping[str, Any]], count: int, answered: int) -> str | None:
     """Say in one sentence what tuning did: the loss first, then the first share."""
     said = [row for row in rows if row["key"] == "loss"] + [row for row in rows if row["form"] == "share"][:1]
     parts: list[str] = []
@@ -354,7 +355,8 @@ def _verdict(rows: Sequence[Mapping[str, Any]], count: int) -> str | None:
         parts.append(f"{row['label'].lower() if parts else row['label']} {course}")
     if not parts:
         return None
-    where = f" on {count} held-out examples" if count else ""
+    some = f", {answered} of which were answered" if 0 < answered < count else ""
+    where = f" on {count} held-out examples{some}" if count else ""
     worse = [row["label"].lower() for row in said if row.get("direction") == "worse"]
     also = f" Tuning made the {' and the '.join(worse)} worse." if worse else ""
     if all(row["after"] == "—" for row in rows):

@@ -266,7 +266,7 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
     if kept.exists():
         found = json.loads(kept.read_text(encoding="utf-8"))
         answers = [Answer(**answer) for answer in found["answers"]]
-        return Evaluation(found["metrics"], found["intervals"], answers)
+        return Evaluation(found["metrics"], found["examples"], found["intervals"], answers)
     with run.stage(stage, f"measuring the {label}"):
         evaluation = task.evaluate(model, label)
     loss = evaluation.metrics["loss"]
@@ -280,7 +280,8 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
         metrics={
             stage: dict(evaluation.metrics),
             "intervals": {stage: {name: list(ends) for name, ends in evaluation.intervals.items()}},
-            "examples": len(evaluation.answers),
+            "examples": evaluation.examples,
+            "answers": len(evaluation.answers),
         }
     )
     return evaluation
@@ -415,7 +416,8 @@ def _show_result(run: _Run, before: Evaluation, after: Evaluation, display: Disp
             cells = ["{:.1%} to {:.1%}".format(*e.intervals[key]) for e in (before, after)]
             rows.append(["  95 % interval", *cells])
     display.say()
-    display.table("Held-out examples, never trained on", ["", "base", "tuned"], rows)
+    some = f", {len(after.answers)} of them answered" if len(after.answers) != after.examples else ""
+    display.table(f"{after.examples} held-out examples{some}", ["", "base", "tuned"], rows)
     _show_samples(_choose(before.answers, after.answers, run.recipe.task.samples), display)
     fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
     display.say(

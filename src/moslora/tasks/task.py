@@ -51,11 +51,13 @@ class Evaluation:
 
     Attributes:
         metrics: Numbers by name, ``loss`` among them; the same names before and after training.
+        examples: How many examples the loss was measured on.
         intervals: 95 % intervals of those that are shares, by the same names.
         answers: One per held-out example that was answered, in the order of the data.
     """
 
     metrics: Mapping[str, float]
+    examples: int
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     answers: Sequence[Answer] = field(default_factory=tuple)
 

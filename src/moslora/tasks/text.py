@@ -197,7 +197,7 @@ class TextTask(Task):
             right = sum(bool(a.correct) for a in answers)
             metrics["exact_match"] = right / len(answers)
             intervals["exact_match"] = wilson_interval(right, len(answers))
-        return Evaluation(metrics, intervals, answers)
+        return Evaluation(metrics, len(self.heldout_set), intervals, answers)
 
     def _loss(self, model: nn.Module, label: str) -> float:
         with self.display.progress(f"Held-out loss, {label}", len(self.heldout_set)) as progress:
