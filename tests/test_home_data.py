@@ -110,7 +110,10 @@ def test_every_line_is_a_conversation_with_canonical_json_of_the_schema(split: s
         "after": lambda value: isinstance(value, int) and 5 <= value <= 180,
         "for": lambda value: isinstance(value, int) and 5 <= value <= 180,
         "if": lambda value: (
-            re.fullmatch(r"!?(rain|dark|windy|home \w+)|empty|temp[<>]\d\d", value) is not None
+            re.fullmatch(
+                r"(no )?(rain|wind)|(not )?dark|nobody home|[A-Z][a-z]+ (home|away)|(below|above) \d\d", value
+            )
+            is not None
         ),
     }
     for line in (HOME / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():

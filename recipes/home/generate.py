@@ -11,7 +11,6 @@ What the JSON means is told in README.md.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -63,6 +62,10 @@ ACTIONS = {
     for family in FAMILIES
 }
 OPPOSITE = {"on": "off", "off": "on", "open": "close", "close": "open", "lock": "unlock", "unlock": "lock"}
+CONDITIONS = (
+    "rain", "no rain", "dark", "not dark", "wind", "no wind",
+    "nobody home", "home", "home", "away", "below", "above",
+)  # fmt: skip
 COMPARATIVES = {
     ("light", "up"): "brighter", ("light", "down"): "dimmer",
     ("sound", "up"): "louder", ("sound", "down"): "quieter",
@@ -74,175 +77,203 @@ COMPARATIVES = {
 # Lower-case slots stand inside a sentence, upper-case ones open it: {d} device, {a} {b} {c} whole commands,
 # {v} value, {amount} "by 20 percent" or "a bit", {much} "20 percent" or "a bit", {when} time, {if} condition.
 
-WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_WORDINGS = {
     # Plain commands, as imperatives.
     "on": (
-        ("turn on {d}", "turn {d} on", "switch on {d}", "switch {d} on", "put {d} on", "power up {d}"),
-        ("get {d} going", "flip {d} on", "fire up {d}"),
+        "turn on {d} | turn {d} on | switch on {d} | switch {d} on | put {d} on | power up {d}",
+        "have {d} turned on | get {d} switched on | flip {d} on | get {d} going",
     ),
     "off": (
-        ("turn off {d}", "turn {d} off", "switch off {d}", "switch {d} off", "power down {d}", "shut off {d}"),
-        ("kill {d}", "flip {d} off", "shut down {d}"),
+        "turn off {d} | turn {d} off | switch off {d} | switch {d} off | power down {d} | shut off {d}",
+        "have {d} turned off | get {d} switched off | flip {d} off | shut down {d}",
     ),
-    "open": (("open {d}", "open up {d}", "get {d} open"), ("pull {d} open", "throw {d} open")),
-    "close": (("close {d}", "shut {d}", "get {d} closed"), ("pull {d} shut", "close up {d}")),
-    "lock": (("lock {d}", "lock up {d}", "get {d} locked"), ("bolt {d}", "secure {d}")),
-    "unlock": (("unlock {d}", "get {d} unlocked", "undo the lock on {d}"), ("take the lock off {d}", "unbolt {d}")),
+    "open": ("open {d} | open up {d} | get {d} open", "pull {d} open | have {d} opened"),
+    "close": ("close {d} | shut {d} | get {d} closed", "pull {d} shut | have {d} closed"),
+    "lock": ("lock {d} | lock up {d} | get {d} locked", "have {d} locked | make sure {d} is locked"),
+    "unlock": (
+        "unlock {d} | get {d} unlocked | undo the lock on {d}",
+        "have {d} unlocked | make sure {d} is unlocked",
+    ),
     "set": (
-        ("set {d} to {v}", "put {d} at {v}", "change {d} to {v}", "turn {d} to {v}"),
-        ("bring {d} to {v}", "adjust {d} to {v}", "have {d} at {v}"),
+        "set {d} to {v} | put {d} at {v} | change {d} to {v} | turn {d} to {v}",
+        "bring {d} to {v} | adjust {d} to {v} | have {d} set to {v}",
     ),
     "up": (
-        ("turn {d} up {amount}", "turn up {d} {amount}", "raise {d} {amount}", "make {d} {much} {more}",
-         "get {d} {much} {more}"),
-        ("push {d} up {amount}", "take {d} up {amount}", "bring {d} up {amount}", "have {d} {much} {more}"),
+        "turn {d} up {amount} | turn up {d} {amount} | raise {d} {amount} | "
+        "make {d} {much} {more} | get {d} {much} {more}",
+        "have {d} turned up {amount} | bring {d} up {amount} | have {d} {much} {more}",
     ),
     "down": (
-        ("turn {d} down {amount}", "turn down {d} {amount}", "lower {d} {amount}", "make {d} {much} {more}",
-         "get {d} {much} {more}"),
-        ("tone {d} down {amount}", "take {d} down {amount}", "bring {d} down {amount}", "have {d} {much} {more}"),
+        "turn {d} down {amount} | turn down {d} {amount} | lower {d} {amount} | "
+        "make {d} {much} {more} | get {d} {much} {more}",
+        "have {d} turned down {amount} | bring {d} down {amount} | have {d} {much} {more}",
     ),
     # Plain commands, as statements.
     "say on": (
-        ("I want {d} on.", "{D} should be on.", "I need {d} on now.", "{D} can go on."),
-        ("I'd be happier with {d} on.", "It would be nice to have {d} on."),
+        "I want {d} on. | {D} should be on. | I need {d} on now. | {D} can go on.",
+        "I'd be happier with {d} on. | It would be nice to have {d} on.",
     ),
     "say off": (
-        ("I want {d} off.", "{D} should be off.", "I don't need {d} any more.", "{D} can go off now."),
-        ("I'm done with {d}.", "No need for {d} right now."),
+        "I want {d} off. | {D} should be off. | I don't need {d} any more. | {D} can go off now.",
+        "I'm done with {d}. | No need for {d} right now.",
     ),
-    "say open": (("I want {d} open.", "{D} should be open."), ("I'd be happier with {d} open.",)),
-    "say close": (("I want {d} closed.", "{D} should be closed."), ("I'd be happier with {d} shut.",)),
-    "say lock": (("I want {d} locked.", "{D} should be locked."), ("{D} shouldn't stay unlocked.", "Nobody should be able to open {d}.")),
-    "say unlock": (("I want {d} unlocked.", "{D} should be unlocked."), ("{D} shouldn't stay locked.", "I'd be happier with {d} unlocked.")),
+    "say open": ("I want {d} open. | {D} should be open.", "I'd be happier with {d} open."),
+    "say close": ("I want {d} closed. | {D} should be closed.", "I'd be happier with {d} shut."),
+    "say lock": (
+        "I want {d} locked. | {D} should be locked.",
+        "{D} shouldn't stay unlocked. | I'd be happier with {d} locked.",
+    ),
+    "say unlock": (
+        "I want {d} unlocked. | {D} should be unlocked.",
+        "{D} shouldn't stay locked. | I'd be happier with {d} unlocked.",
+    ),
     "say set": (
-        ("I want {d} at {v}.", "{D} should be at {v}.", "{V} is right for {d}."),
-        ("For {d}, {v} would be perfect.", "I'd say {v} for {d}."),
+        "I want {d} at {v}. | {D} should be at {v}. | {V} is right for {d}.",
+        "For {d}, {v} would be perfect. | I'd say {v} for {d}.",
     ),
     "say up": (
-        ("I want {d} {much} {more}.", "{D} should be {much} {more}.", "{D} could be {much} {more}."),
-        ("I'd prefer {d} {much} {more}.", "How about {d} {much} {more}?"),
+        "I want {d} {much} {more}. | {D} should be {much} {more}. | {D} could be {much} {more}.",
+        "I'd prefer {d} {much} {more}. | How about {d} {much} {more}?",
     ),
     "say down": (
-        ("I want {d} {much} {more}.", "{D} should be {much} {more}.", "{D} could be {much} {more}."),
-        ("I'd prefer {d} {much} {more}.", "How about {d} {much} {more}?"),
+        "I want {d} {much} {more}. | {D} should be {much} {more}. | {D} could be {much} {more}.",
+        "I'd prefer {d} {much} {more}. | How about {d} {much} {more}?",
     ),
-    # One command.
+    # Around one command.
     "one": (
-        ("{A}.", "{A}, please.", "Please {a}.", "Could you {a}?", "Can you {a} for me?", "Hey, {a}.",
-         "I'd like you to {a}.", "{A}, will you?", "Um, {a}, thanks.", "Would you {a}, please?"),
-        ("Any chance you could {a}?", "Do me a favour and {a}.", "I need you to {a}.", "Go ahead and {a}.",
-         "It's time to {a}.", "Mind if I ask you to {a}?", "Quick one: {a}.", "{A} if you can.",
-         "Would it be possible to {a}?"),
+        "{A}. | {A}, please. | Please {a}. | Could you {a}? | Can you {a} for me? | Hey, {a}. | "
+        "I'd like you to {a}. | {A}, will you? | Um, {a}, thanks. | Would you {a}, please?",
+        "Any chance you could {a}? | Do me a favour and {a}. | I need you to {a}. | "
+        "Go ahead and {a}. | It's time to {a}. | Mind if I ask you to {a}? | Quick one: {a}. | "
+        "{A} if you can. | Would it be possible to {a}?",
     ),
     # Time.
-    "at": (("at {t}", "when it's {t}", "at exactly {t}"), ("as soon as it's {t}", "at {t} sharp", "once it's {t}")),
-    "after": (
-        ("in {duration}", "{duration} from now"),
-        ("after {duration}", "after waiting {duration}"),
-    ),
-    "for": (("for {duration}", "for just {duration}"), ("for {duration} only", "for a total of {duration}")),
+    "at": ("at {t} | when it's {t} | at exactly {t}", "as soon as it's {t} | at {t} sharp | once it's {t}"),
+    "after": ("in {duration} | {duration} from now", "after {duration} | after waiting {duration}"),
+    "for": ("for {duration} | for just {duration}", "for only {duration} | for a total of {duration}"),
     "timed": (
-        ("{A} {when}.", "{A} {when}, please.", "{When}, {a}.", "Please {a} {when}.", "Can you {a} {when}?",
-         "Hey, {when}, {a}.", "Um, {a} {when}, thanks."),
-        ("{When}, I'd like you to {a}.", "Don't forget to {a} {when}.", "Plan to {a} {when}.",
-         "Here's one for later: {a} {when}.",
-         "{A} {when} if you can.", "{When}, it would be good to {a}."),
+        "{A} {when}. | {A} {when}, please. | {When}, {a}. | Please {a} {when}. | "
+        "Can you {a} {when}? | Hey, {when}, {a}. | Um, {a} {when}, thanks.",
+        "{When}, I'd like you to {a}. | Don't forget to {a} {when}. | Plan to {a} {when}. | "
+        "Here's one for later: {a} {when}. | {A} {when} if you can. | "
+        "{When}, it would be good to {a}.",
     ),
     # Several commands. A time or condition said first holds for all of them.
     "two": (
-        ("{A} and {b}.", "{A}, then {b}.", "Please {a} and {b}.", "Can you {a} and {b}?", "{A}. Also, {b}.",
-         "{A}. And {b}, please.", "I'm off: {a} and {b}."),
-        ("First {a}, after that {b}.", "{A}, and while you're at it, {b}.", "Two things: {a}, and {b}.",
-         "{A} plus {b}."),
+        "{A} and {b}. | {A}, then {b}. | Please {a} and {b}. | Can you {a} and {b}? | "
+        "{A}. Also, {b}. | {A}. And {b}, please. | I'm going out: {a} and {b}.",
+        "First {a}, after that {b}. | {A}, and while you're at it, {b}. | "
+        "Two things: {a}, and {b}. | {A}. Please {b} too. | I'd like you to {a} and to {b}.",
     ),
     "three": (
-        ("{A}, {b} and {c}.", "{A}, {b}, and then {c}.", "Please {a}, {b} and {c}.", "{A}. Also {b}. And {c}."),
-        ("Three things: {a}, {b}, {c}.", "{A} and {b}, and finally {c}."),
+        "{A}, {b} and {c}. | {A}, {b}, and then {c}. | Please {a}, {b} and {c}. | {A}. Also {b}. And {c}.",
+        "Three things: {a}, {b}, and {c}. | {A} and {b}, and finally {c}.",
     ),
     "both": (
-        ("{d} and {e}", "{d} and also {e}", "both {d} and {e}"),
-        ("{d} as well as {e}", "{d} together with {e}"),
+        "{d} and {e} | {d} and also {e} | both {d} and {e}",
+        "{d} as well as {e} | {d} together with {e}",
     ),
     "both here": (
-        ("the {x} and the {y} in {room}", "both the {x} and the {y} in {room}"),
-        ("the {x} as well as the {y} in {room}",),
+        "the {x} and the {y} in {room} | both the {x} and the {y} in {room}",
+        "the {x} as well as the {y} in {room}",
     ),
-    "first when": (("{When}, {a} and {b}.", "{When}, please {a} and {b}."), ("{When}, I need you to {a} and also {b}.",)),
+    "first when": (
+        "{When}, {a} and {b}. | {When}, please {a} and {b}.",
+        "{When}, I need you to {a} and {b}. | {When}, go ahead and {a}, and {b} too.",
+    ),
     "second when": (
-        ("{A}. Then, {when}, {b}.", "{A} now and {b} {when}."),
-        ("{A} right away, but {b} {when}.", "Start with this: {a}. Later, {when}, {b}."),
+        "{A}. Then, {when}, {b}. | {A} now and {b} {when}.",
+        "{A} right away, and {b} {when}. | {A} now. Later, {when}, {b}.",
     ),
-    # Corrections. {e} is the device meant, {w} the value meant.
+    # Corrections: of the device, of the device within its room, of the room, of the value, of the action;
+    # then one of two commands is taken back. {e} is the device meant, {w} the value meant.
     "fix device": (
-        ("{A}, no, {e}.", "{A}. No wait, {e}.", "{A}, sorry, I meant {e}.", "{A}. Actually, {e} instead."),
-        ("{A}... oops, wrong one, {e}.", "{A}, or rather {e}.", "{A}. Hm, make that {e}."),
+        "{A}, no, {e}. | {A}. No wait, {e}. | {A}, sorry, I meant {e}. | {A}. Actually, {e} instead.",
+        "{A}... oh no, sorry, {e}. | {A}, no, I mean {e}. | {A}. Wait, make that {e}.",
     ),
-    "fix here": (  # another device, the room stays
-        ("{A}, no, the {y}.", "{A}. No wait, the {y}, not the {x}.", "{A}, sorry, the {y} there."),
-        ("{A}, or rather the {y}.", "{A}... I mean the {y} in there."),
+    "fix here": (
+        "{A}, no, the {y}. | {A}. No wait, the {y}, not the {x}. | {A}, sorry, the {y} there.",
+        "{A}. Wait, I mean the {y}. | {A}... no, the {y} in there.",
     ),
-    "fix room": (  # another room, the device stays
-        ("{A}, no, the {one} in {room}.", "{A}. Sorry, I meant the {one} in {room}.", "{A}, I mean in {room}."),
-        ("{A}. Oh, the {one} in {room}, rather.", "{A}... not there, in {room}."),
+    "fix room": (
+        "{A}, no, the {one} in {room}. | {A}. Sorry, I meant the {one} in {room}. | {A}, I mean in {room}.",
+        "{A}. Oh wait, the {one} in {room}. | {A}... no, not there, in {room}.",
     ),
     "fix value": (
-        ("{A}, no, {w}.", "{A}. Wait, {w}.", "{A}, sorry, {w}.", "{A}. Actually, better {w}."),
-        ("{A}, or rather {w}.", "{A}. Hm, make that {w}.", "{A}... let's say {w} instead."),
+        "{A}, no, {w}. | {A}. Wait, {w}. | {A}, sorry, {w}. | {A}. Actually, better {w}.",
+        "{A}, or rather {w}. | {A}. Hm, make that {w}. | {A}... no, let's say {w} instead.",
     ),
     "fix action": (
-        ("{A}. No, the other way round, {b}.", "{A}. Wait, no, {b}.", "{A}, I mean, {b}."),
-        ("{A}... scratch that, {b}.", "{A}. Hm, I changed my mind: {b}."),
+        "{A}. No, the other way round, {b}. | {A}. Wait, no, {b}. | {A}, I mean, {b}.",
+        "{A}... sorry, no, {b}. | {A}. Hm, I changed my mind, {b}.",
     ),
     "keep first": (
-        ("{A} and {b}. Actually, forget the second one.", "{A} and {b}. No, leave {e} alone.", "{A}, but leave {e} alone."),
-        ("{A} and {b}... on reflection, skip the last part.", "{A}, and don't touch {e}."),
+        "{A} and {b}. Actually, forget the second one. | {A} and {b}. No, leave {e} alone. | "
+        "{A}, but leave {e} alone.",
+        "{A} and {b}... no, skip the second one. | {A}, but don't touch {e}.",
     ),
     "keep second": (
-        ("{A} and {b}. Actually, forget the first one.", "{A} and {b}. No, leave {d} alone.", "Leave {d} alone and {b}."),
-        ("{A} and {b}... on reflection, skip the first part.", "Don't touch {d}, just {b}."),
+        "{A} and {b}. Actually, forget the first one. | {A} and {b}. No, leave {d} alone. | "
+        "Leave {d} alone and {b}.",
+        "{A} and {b}... no, skip the first one. | Don't touch {d}, just {b}.",
     ),
     # Conditions.
     "rain": (
-        ("if it rains", "when it starts to rain", "in case of rain", "if it's raining"),
-        ("should it rain", "as soon as there's rain", "once it begins raining"),
+        "if it rains | when it starts to rain | in case of rain | if it's raining",
+        "should it rain | as soon as there's rain | once it begins raining",
     ),
-    "!rain": (("unless it rains", "if it isn't raining"), ("as long as it doesn't rain", "unless there's rain")),
-    "dark": (("if it's dark", "when it gets dark", "when it's dark outside"), ("once darkness falls", "as soon as it's dark")),
-    "!dark": (("unless it's dark", "if it isn't dark"), ("as long as it isn't dark yet",)),
-    "windy": (("if it's windy", "when it gets windy", "if there's wind"), ("should it be windy", "as soon as the wind picks up")),
-    "!windy": (("unless it's windy", "if it isn't windy"), ("as long as it isn't windy",)),
-    "empty": (
-        ("if nobody is home", "when everyone has left", "if the house is empty"),
-        ("once the house is empty", "as soon as nobody's home any more"),
+    "no rain": (
+        "unless it rains | if it isn't raining | if there's no rain",
+        "as long as it doesn't rain | unless there's rain",
+    ),
+    "dark": (
+        "if it's dark | when it gets dark | when it's dark outside",
+        "once it's dark out | as soon as it's dark",
+    ),
+    "not dark": ("unless it's dark | if it isn't dark", "as long as it isn't dark yet | while it's not dark"),
+    "wind": (
+        "if it's windy | when it gets windy | if there's wind",
+        "should it be windy | as soon as the wind picks up",
+    ),
+    "no wind": (
+        "unless it's windy | if it isn't windy | if there's no wind",
+        "as long as it isn't windy | unless there's wind",
+    ),
+    "nobody home": (
+        "if nobody is home | when everyone has left | if the house is empty",
+        "once the house is empty | as soon as nobody's home",
     ),
     "home": (
-        ("if {p} is home", "when {p} gets home", "when {p} comes home"),
-        ("as soon as {p} is home", "once {p} gets back home"),
+        "if {p} is home | when {p} gets home | when {p} comes home",
+        "as soon as {p} is home | once {p} gets back home",
     ),
-    "!home": (("unless {p} is home", "if {p} isn't home"), ("as long as {p} isn't home",)),
-    "temp<": (
-        ("if it's colder than {n} degrees", "when it drops below {n} degrees", "if it's below {n} degrees"),
-        ("should it get colder than {n} degrees", "once the temperature falls under {n} degrees"),
+    "away": (
+        "unless {p} is home | if {p} isn't home | when {p} is away",
+        "as long as {p} isn't home | while {p} is away",
     ),
-    "temp>": (
-        ("if it's warmer than {n} degrees", "when it rises above {n} degrees", "if it's above {n} degrees"),
-        ("should it get warmer than {n} degrees", "once the temperature climbs over {n} degrees"),
+    "below": (
+        "if it's colder than {n} degrees | when it drops below {n} degrees | if it's below {n} degrees",
+        "should it get colder than {n} degrees | once the temperature falls below {n} degrees",
+    ),
+    "above": (
+        "if it's warmer than {n} degrees | when it rises above {n} degrees | if it's above {n} degrees",
+        "should it get warmer than {n} degrees | once the temperature climbs above {n} degrees",
     ),
     "conditional": (
-        ("{If}, {a}.", "{A} {if}.", "Please {a} {if}.", "{If}, please {a}.", "Can you {a} {if}?", "{A} {if}, okay?"),
-        ("{If}, I'd like you to {a}.", "Be sure to {a} {if}.", "Here's a rule: {if}, {a}.",
-         "{A} {if}, got it?", "{If}, it would be good to {a}."),
+        "{If}, {a}. | {A} {if}. | Please {a} {if}. | {If}, please {a}. | Can you {a} {if}? | {A} {if}, okay?",
+        "{If}, I'd like you to {a}. | Be sure to {a} {if}. | Here's a rule: {if}, {a}. | "
+        "{A} {if}, got it? | {If}, it would be good to {a}.",
     ),
     "conditional two": (
-        ("{If}, {a} and {b}.", "{If}, please {a} and {b}."),
-        ("{If}, I need you to {a} and also {b}.",),
+        "{If}, {a} and {b}. | {If}, please {a} and {b}.",
+        "{If}, I need you to {a} and {b}. | {If}, go ahead and {a}, and {b} too.",
     ),
     "conditional timed": (
-        ("{If}, {a} {when}.", "{If}, please {a} {when}."),
-        ("{If}, I'd like you to {a} {when}.",),
+        "{If}, {a} {when}. | {If}, please {a} {when}.",
+        "{If}, I'd like you to {a} {when}. | {If}, go ahead and {a} {when}.",
     ),
-}  # fmt: skip
+}
+WORDINGS = {slot: tuple(tuple(side.split(" | ")) for side in sides) for slot, sides in _WORDINGS.items()}
 
 
 # --- Commands and examples --------------------------------------------------------------------------------
@@ -250,7 +281,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Command:
-    """One command; a field that is None is not said. ``at`` is "HH:MM", ``after`` and ``for_`` are minutes."""
+    """One command; None is not said. ``at`` is "HH:MM", ``after`` and ``for_`` are minutes."""
 
     do: str
     what: str
@@ -309,22 +340,31 @@ def pairs_with_new_names() -> list[tuple[str, str]]:
     ]
 
 
+def values_of(do: str, what: str) -> range:
+    """Return the values that ``set``, ``up`` or ``down`` may take: degrees for heating, else percent."""
+    if FAMILY_OF[what] == "climate":
+        return range(16, 27) if do == "set" else range(1, 5)
+    return range(5, 101, 5) if do == "set" else range(5, 45, 5)
+
+
 # --- Slots in words ---------------------------------------------------------------------------------------
 
-_UNITS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_TENS = {
-    20: "twenty",
-    30: "thirty",
-    40: "forty",
-    50: "fifty",
-    60: "sixty",
-    70: "seventy",
-    80: "eighty",
-    90: "ninety",
+_NUMBERS = (
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+)  # fmt: skip
+_UNITS = dict(enumerate(_NUMBERS[:12], start=1))
+_TENS = dict(zip(range(20, 100, 10), _NUMBERS[12:], strict=True))
+_HOURS = {
+    15: ("a quarter of an hour",),
+    30: ("half an hour",),
+    45: ("three quarters of an hour",),
+    60: ("an hour", "one hour"),
+    90: ("an hour and a half", "one and a half hours"),
+    120: ("two hours",),
+    150: ("two and a half hours",),
+    180: ("three hours",),
 }
-_DURATIONS = {30: ("half an hour",), 60: ("an hour", "one hour"), 90: ("an hour and a half", "one and a half hours"),
-              120: ("two hours",), 15: ("a quarter of an hour",), 45: ("three quarters of an hour",),
-              150: ("two and a half hours",), 180: ("three hours",)}  # fmt: skip
 _FRACTIONS = {25: "a quarter", 50: "half", 75: "three quarters", 100: "maximum"}
 
 
@@ -343,7 +383,7 @@ def say_percent(rng: random.Random, value: int) -> str:
 
 def say_duration(rng: random.Random, minutes: int) -> str:
     """Say a duration: "20 minutes", "half an hour", "an hour and 20 minutes"."""
-    forms = list(_DURATIONS.get(minutes, ()))
+    forms = list(_HOURS.get(minutes, ()))
     if minutes < 100:
         forms.append(f"{minutes} minutes")
     if minutes in _TENS or minutes <= 12:
@@ -416,16 +456,14 @@ class Draft:
         return Command(self.rng.choice(ACTIONS[family]), what, room)
 
     def level(self) -> Command:
-        """Draw a command that sets a level: percent, or degrees for heating."""
+        """Draw a command that sets a level."""
         what, room = self.pair(lambda what, room: FAMILY_OF[what] in (*LEVELS, "cover"))
-        to = self.rng.randint(16, 26) if FAMILY_OF[what] == "climate" else self.rng.randrange(5, 101, 5)
-        return Command("set", what, room, to=to)
+        return Command("set", what, room, to=self.rng.choice(values_of("set", what)))
 
     def relative(self) -> Command:
         """Draw a command that raises or lowers a level."""
         what, room = self.pair(lambda what, room: FAMILY_OF[what] in LEVELS)
-        by = self.rng.choice((1, 2, 3, 4)) if FAMILY_OF[what] == "climate" else self.rng.randrange(5, 45, 5)
-        return Command(self.rng.choice(("up", "down")), what, room, by=by)
+        return Command(self.rng.choice(("up", "down")), what, room, by=self.rng.choice(values_of("up", what)))
 
     def any_command(self) -> Command:
         """Draw a command of any sort, plain ones most often."""
@@ -473,10 +511,8 @@ class Draft:
             slots = tuple(slot for slot in slots if slot != "for")
         slot = self.rng.choice(slots)
         if slot == "at":
-            hour, minute = (
-                self.rng.randrange(24),
-                self.rng.choice((0, 0, 15, 30, 45, self.rng.randrange(5, 60, 5))),
-            )
+            hour = self.rng.randrange(24)
+            minute = self.rng.choice((0, 0, 15, 30, 45, self.rng.randrange(5, 60, 5)))
             command = replace(command, at=f"{hour:02d}:{minute:02d}")
             words = self.fill("at", t=say_time(self.rng, hour, minute))
             if "for" in slots and self.rng.random() < 0.3:
@@ -489,28 +525,13 @@ class Draft:
 
     def condition(self) -> tuple[str, str]:
         """Draw a condition and say it."""
-        name = self.rng.choice(
-            (
-                "rain",
-                "!rain",
-                "dark",
-                "!dark",
-                "windy",
-                "!windy",
-                "empty",
-                "home",
-                "home",
-                "!home",
-                "temp<",
-                "temp>",
-            )
-        )
-        if name.endswith("home"):
+        name = self.rng.choice(CONDITIONS)
+        if name in ("home", "away"):
             person = self.rng.choice(self.people)
-            return f"{name} {person}", self.fill(name, p=person)
-        if name.startswith("temp"):
+            return f"{person} {name}", self.fill(name, p=person)
+        if name in ("below", "above"):
             degrees = self.rng.randint(12, 28)
-            return f"{name}{degrees}", self.fill(name, n=str(degrees))
+            return f"{name} {degrees}", self.fill(name, n=str(degrees))
         return name, self.wording(name)
 
 
@@ -595,17 +616,9 @@ def correction(draft: Draft) -> Built:
     )
     if form == "fix value":
         wrong = draft.rng.choice((draft.level, draft.relative))()
-        meant = wrong
-        while (meant.to, meant.by) == (wrong.to, wrong.by):
-            meant = (
-                replace(wrong, to=(wrong.to or 0) + draft.rng.choice((-2, -1, 1, 2)))
-                if FAMILY_OF[wrong.what] == "climate" and wrong.do == "set"
-                else replace(wrong, to=draft.rng.randrange(5, 101, 5))
-                if wrong.do == "set"
-                else replace(wrong, by=draft.rng.choice((1, 2, 3, 4)))
-                if FAMILY_OF[wrong.what] == "climate"
-                else replace(wrong, by=draft.rng.randrange(5, 45, 5))
-            )
+        said = wrong.to or wrong.by
+        other = draft.rng.choice([value for value in values_of(wrong.do, wrong.what) if value != said])
+        meant = replace(wrong, to=other) if wrong.do == "set" else replace(wrong, by=other)
         value = draft.value(meant) if meant.do == "set" else draft.amount(meant, vague=0)[1]
         return draft.fill(form, a=draft.imperative(wrong), w=value), (meant,)
     first = draft.plain()
@@ -705,7 +718,7 @@ def write(folder: Path = HERE) -> None:
         partial.write_text(
             "".join(example.to_line() for example in generate(split)), encoding="utf-8", newline="\n"
         )
-        os.replace(partial, target)
+        partial.replace(target)
 
 
 if __name__ == "__main__":
