@@ -10,6 +10,7 @@ What the JSON means is told in README.md.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ from pathlib import Path
 SEED = 2406
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "heldout")
-TRAIN_PER_KIND = 200
-HELDOUT_PER_KIND = 25
+TRAIN_ROUNDS = 110
+HELDOUT_ROUNDS = 25
 SYSTEM = "Smart home"
 
 # --- The house -------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ _WORDINGS = {
         "I'd like you to {a}. | {A}, will you? | Um, {a}, thanks. | Would you {a}, please?",
         "Any chance you could {a}? | Do me a favour and {a}. | I need you to {a}. | "
         "Go ahead and {a}. | It's time to {a}. | Mind if I ask you to {a}? | Quick one: {a}. | "
-        "{A} if you can. | Would it be possible to {a}?",
+        "{A}, cheers. | Would it be possible to {a}?",
     ),
     # Time.
     "at": ("at {t} | when it's {t} | at exactly {t}", "as soon as it's {t} | at {t} sharp | once it's {t}"),
@@ -155,7 +156,7 @@ _WORDINGS = {
         "{A} {when}. | {A} {when}, please. | {When}, {a}. | Please {a} {when}. | "
         "Can you {a} {when}? | Hey, {when}, {a}. | Um, {a} {when}, thanks.",
         "{When}, I'd like you to {a}. | Don't forget to {a} {when}. | Plan to {a} {when}. | "
-        "Here's one for later: {a} {when}. | {A} {when} if you can. | "
+        "Here's one for later: {a} {when}. | {A} {when}, cheers. | "
         "{When}, it would be good to {a}.",
     ),
     # Several commands. A time or condition said first holds for all of them.
@@ -685,8 +686,16 @@ KINDS: dict[str, Callable[[Draft], Built]] = {
 }
 
 
+# Training takes longer turns at the kinds that are harder to learn; held-out asks for all of them alike.
+TRAIN_TURNS = (
+    *("single", "multi", "condition", "time", "level", "correction", "multi"),
+    *("condition", "relative", "time", "multi", "correction", "condition"),
+)
+HELDOUT_TURNS = (*KINDS, "new-name")
+
+
 def generate(split: str) -> Iterator[Example]:
-    """Yield a split's examples, the kinds taking turns so that every prefix is balanced.
+    """Yield a split's examples, the kinds taking turns so that every prefix is a fair sample.
 
     Args:
         split: "train" or "heldout"; only the latter has the kind ``new-name``, built as any other kind but
@@ -694,20 +703,19 @@ def generate(split: str) -> Iterator[Example]:
     """
     rng = random.Random(f"{SEED}-{split}")
     known, new = pairs_of_split()[split], pairs_with_new_names()
-    kinds, rounds = [*KINDS], TRAIN_PER_KIND
-    if split == "heldout":
-        kinds, rounds = [*KINDS, "new-name"], HELDOUT_PER_KIND
+    kinds = TRAIN_TURNS * TRAIN_ROUNDS if split == "train" else HELDOUT_TURNS * HELDOUT_ROUNDS
+    borrowed = itertools.cycle(KINDS)  # new-name has no form of its own
     seen: set[str] = set()
-    for turn in range(rounds):
-        for kind in kinds:
-            while True:
-                fresh = kind == "new-name"
-                draft = Draft(rng, split, new if fresh else known, NEW_PEOPLE if fresh else PEOPLE)
-                request, commands = KINDS[[*KINDS][turn % len(KINDS)] if fresh else kind](draft)
-                if request.lower() not in seen:
-                    break
-            seen.add(request.lower())
-            yield Example(kind, request, commands, frozenset(draft.wordings), frozenset(draft.pairs))
+    for kind in kinds:
+        build = KINDS[kind if kind in KINDS else next(borrowed)]
+        while True:
+            pool, people = (known, PEOPLE) if kind in KINDS else (new, NEW_PEOPLE)
+            draft = Draft(rng, split, pool, people)
+            request, commands = build(draft)
+            if request.lower() not in seen:
+                break
+        seen.add(request.lower())
+        yield Example(kind, request, commands, frozenset(draft.wordings), frozenset(draft.pairs))
 
 
 def write(folder: Path = HERE) -> None:
