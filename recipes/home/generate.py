@@ -414,6 +414,10 @@ def say_time(rng: random.Random, hour: int, minute: int) -> str:
 # --- Building examples ------------------------------------------------------------------------------------
 
 
+class DeadEnd(Exception):  # noqa: N818 - not an error: a draw that leads nowhere and is made anew
+    """No (device, room) pair of the split fits what was drawn so far."""
+
+
 @dataclass
 class Draft:
     """An example in the making: draws from one split's tables and remembers what it drew."""
@@ -440,6 +444,8 @@ class Draft:
     def pair(self, accept: Callable[[str, str], bool] = lambda what, room: True) -> tuple[str, str]:
         """Draw a (device, room) pair not named yet in this request."""
         free = [pair for pair in self.pool if pair not in self.pairs and accept(*pair)]
+        if not free:
+            raise DeadEnd
         pair = self.rng.choice(free)
         self.pairs.add(pair)
         return pair
@@ -708,10 +714,13 @@ def generate(split: str) -> Iterator[Example]:
     seen: set[str] = set()
     for kind in kinds:
         build = KINDS[kind if kind in KINDS else next(borrowed)]
+        pool, people = (known, PEOPLE) if kind in KINDS else (new, NEW_PEOPLE)
         while True:
-            pool, people = (known, PEOPLE) if kind in KINDS else (new, NEW_PEOPLE)
             draft = Draft(rng, split, pool, people)
-            request, commands = build(draft)
+            try:
+                request, commands = build(draft)
+            except DeadEnd:
+                continue
             if request.lower() not in seen:
                 break
         seen.add(request.lower())
