@@ -104,21 +104,17 @@ def test_new_names_never_occur_in_training() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_line_is_a_conversation_with_canonical_json_of_the_schema(split: str) -> None:
+    condition = r"(no )?(rain|wind)|(not )?dark|nobody home|[A-Z][a-z]+ (home|away)|(below|above) \d\d"
     schema = {
+        "if": lambda value: re.fullmatch(condition, value) is not None,
+        "at": lambda value: re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", value) is not None,
+        "after": lambda value: isinstance(value, int) and 5 <= value <= 180,
+        "for": lambda value: isinstance(value, int) and 5 <= value <= 180,
         "do": lambda value: value in {"on", "off", "open", "close", "lock", "unlock", "set", "up", "down"},
         "what": lambda value: value in home.FAMILY_OF,
         "room": lambda value: isinstance(value, str) and value != "",
         "to": lambda value: isinstance(value, int) and 5 <= value <= 100,
         "by": lambda value: isinstance(value, int) and 1 <= value <= 40,
-        "at": lambda value: re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", value) is not None,
-        "after": lambda value: isinstance(value, int) and 5 <= value <= 180,
-        "for": lambda value: isinstance(value, int) and 5 <= value <= 180,
-        "if": lambda value: (
-            re.fullmatch(
-                r"(no )?(rain|wind)|(not )?dark|nobody home|[A-Z][a-z]+ (home|away)|(below|above) \d\d", value
-            )
-            is not None
-        ),
     }
     for line in (HOME / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         example = json.loads(line)
@@ -130,7 +126,7 @@ def test_every_line_is_a_conversation_with_canonical_json_of_the_schema(split: s
         assert 1 <= len(commands) <= 3
         for command in commands:
             keys = list(command)
-            assert keys[:3] == ["do", "what", "room"]
+            assert {"do", "what", "room"} <= set(keys)
             assert keys == sorted(keys, key=list(schema).index)
             assert all(schema[key](value) for key, value in command.items()), command
             assert ("to" in command) == (command["do"] == "set")
@@ -156,7 +152,7 @@ def test_a_time_said_aloud_has_one_meaning() -> None:
 
 def test_a_duration_said_aloud_has_one_meaning() -> None:
     meanings: dict[str, int] = {}
-    for minutes in (5, 10, 15, 20, 25, 30, 40, 45, 60, 75, 80, 90, 100, 120, 130, 150, 180):
+    for minutes in (5, 10, 15, 20, 25, 30, 40, 45, 60, 75, 90, 120, 150, 180):
         for seed in range(20):
             said = home.say_duration(home.random.Random(seed), minutes)
             assert meanings.setdefault(said, minutes) == minutes, said

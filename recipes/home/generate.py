@@ -14,7 +14,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 SEED = 2406
@@ -289,14 +289,16 @@ class Command:
     room: str
     to: int | None = None
     by: int | None = None
+    if_: str | None = None
     at: str | None = None
     after: int | None = None
     for_: int | None = None
-    if_: str | None = None
 
     def to_dict(self) -> dict[str, str | int]:
-        """Return what is said, in the canonical order of keys."""
-        return {key.rstrip("_"): value for key, value in asdict(self).items() if value is not None}
+        """Return what is said, in the canonical order of keys: when, then what."""
+        keys = ("if_", "at", "after", "for_", "do", "what", "room", "to", "by")
+        values = {key.rstrip("_"): getattr(self, key) for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -526,7 +528,7 @@ class Draft:
                 command, more = self.schedule(command, ("for",))
                 words += f" {more}"
             return command, words
-        minutes = self.rng.choice((5, 10, 15, 20, 25, 30, 40, 45, 60, 75, 80, 90, 100, 120, 130, 150, 180))
+        minutes = self.rng.choice((5, 10, 15, 20, 25, 30, 40, 45, 60, 75, 90, 120, 150, 180))
         words = self.fill(slot, duration=say_duration(self.rng, minutes))
         return replace(command, **{"after": minutes} if slot == "after" else {"for_": minutes}), words
 
