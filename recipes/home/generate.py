@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -73,6 +73,9 @@ COMPARATIVES = {
     ("climate", "up"): "warmer", ("climate", "down"): "cooler",
     ("air", "up"): "stronger", ("air", "down"): "weaker",
 }  # fmt: skip
+
+MINUTES = (5, 10, 15, 20, 25, 30, 40, 45, 60, 90, 120)  # delays and durations
+SMALL_AND_LARGE = {"degrees": (1, 3), "percent": (10, 30)}  # what "a bit" and "a lot" mean
 
 # --- The wordings: (train, held-out) ----------------------------------------------------------------------
 # Lower-case slots stand inside a sentence, upper-case ones open it: {d} device, {a} {b} {c} whole commands,
@@ -343,7 +346,7 @@ def pairs_with_new_names() -> list[tuple[str, str]]:
     ]
 
 
-def values_of(do: str, what: str) -> range:
+def values_of(do: str, what: str) -> Sequence[int]:
     """Return the values that ``set``, ``up`` or ``down`` may take: degrees for heating, else percent."""
     if FAMILY_OF[what] == "climate":
         return range(16, 27) if do == "set" else range(1, 5)
@@ -352,23 +355,8 @@ def values_of(do: str, what: str) -> range:
 
 # --- Slots in words ---------------------------------------------------------------------------------------
 
-_NUMBERS = (
-    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
-)  # fmt: skip
-_UNITS = dict(enumerate(_NUMBERS[:12], start=1))
-_TENS = dict(zip(range(20, 100, 10), _NUMBERS[12:], strict=True))
-_HOURS = {
-    15: ("a quarter of an hour",),
-    30: ("half an hour",),
-    45: ("three quarters of an hour",),
-    60: ("an hour", "one hour"),
-    90: ("an hour and a half", "one and a half hours"),
-    120: ("two hours",),
-    150: ("two and a half hours",),
-    180: ("three hours",),
-}
-_FRACTIONS = {25: "a quarter", 50: "half", 75: "three quarters", 100: "maximum"}
+_DURATIONS = {30: "half an hour", 60: "an hour", 90: "an hour and a half", 120: "two hours"}
+_FRACTIONS = {25: "a quarter", 50: "half", 100: "maximum"}
 
 
 def capital(text: str) -> str:
@@ -377,39 +365,24 @@ def capital(text: str) -> str:
 
 
 def say_percent(rng: random.Random, value: int) -> str:
-    """Say a percentage: "40 percent", "40%" or "forty percent"."""
-    forms = [f"{value} percent", f"{value}%"]
-    if value in _TENS:
-        forms.append(f"{_TENS[value]} percent")
-    return rng.choice(forms)
+    """Say a percentage: "40 percent" or "40%"."""
+    return rng.choice((f"{value} percent", f"{value}%"))
 
 
 def say_duration(rng: random.Random, minutes: int) -> str:
-    """Say a duration: "20 minutes", "half an hour", "an hour and 20 minutes"."""
-    forms = list(_HOURS.get(minutes, ()))
-    if minutes < 100:
-        forms.append(f"{minutes} minutes")
-    if minutes in _TENS or minutes <= 12:
-        forms.append(f"{_TENS[minutes] if minutes in _TENS else _UNITS[minutes]} minutes")
-    if minutes > 60 and minutes % 60:
-        hours = minutes // 60
-        forms.append(f"{'an hour' if hours == 1 else _UNITS[hours] + ' hours'} and {minutes % 60} minutes")
-    return rng.choice(forms)
+    """Say a duration: "20 minutes", "half an hour", "an hour and a half"."""
+    return rng.choice((_DURATIONS.get(minutes, f"{minutes} minutes"), f"{minutes} minutes"))
 
 
 def say_time(rng: random.Random, hour: int, minute: int) -> str:
-    """Say a time of day so that morning and evening cannot be confused."""
+    """Say a time of day: "19:30", "7:30 pm", "half past 7 in the evening", "noon"."""
     if (hour, minute) in {(0, 0), (12, 0)}:
         return "midnight" if hour == 0 else "noon"
     half, twelve = ("am" if hour < 12 else "pm"), (hour - 1) % 12 + 1
     forms = [f"{hour:02d}:{minute:02d}", f"{twelve}:{minute:02d} {half}" if minute else f"{twelve} {half}"]
     part = "in the morning" if 5 <= hour < 12 else "in the evening" if 18 <= hour < 22 else None
-    if part and minute == 0:
-        forms.append(f"{_UNITS[twelve]} o'clock {part}")
-    if part and minute in (15, 30):
-        forms.append(f"{'quarter' if minute == 15 else 'half'} past {_UNITS[twelve]} {part}")
-    if part and minute == 45 and hour not in (11, 21):  # the hour said must lie in the same part of the day
-        forms.append(f"quarter to {_UNITS[twelve % 12 + 1]} {part}")
+    if part and minute == 30:
+        forms.append(f"half past {twelve} {part}")
     return rng.choice(forms)
 
 
@@ -472,11 +445,14 @@ class Draft:
     def relative(self) -> Command:
         """Draw a command that raises or lowers a level."""
         what, room = self.pair(lambda what, room: FAMILY_OF[what] in LEVELS)
-        return Command(self.rng.choice(("up", "down")), what, room, by=self.rng.choice(values_of("up", what)))
+        values = values_of("up", what)
+        if self.rng.random() < 0.4:  # as often as people are vague
+            values = SMALL_AND_LARGE["degrees" if FAMILY_OF[what] == "climate" else "percent"]
+        return Command(self.rng.choice(("up", "down")), what, room, by=self.rng.choice(values))
 
     def any_command(self) -> Command:
         """Draw a command of any sort, plain ones most often."""
-        return self.rng.choice((self.plain, self.plain, self.level, self.relative))()
+        return self.rng.choice((self.plain, self.plain, self.plain, self.level, self.relative))()
 
     def value(self, command: Command) -> str:
         """Say the value of a ``set``."""
@@ -487,13 +463,14 @@ class Draft:
             return _FRACTIONS[to]
         return say_percent(self.rng, to)
 
-    def amount(self, command: Command, vague: float = 0.8) -> tuple[str, str]:
+    def amount(self, command: Command, vague: bool = True) -> tuple[str, str]:
         """Say how much a level changes, after a verb and before a comparative."""
         by, degrees = command.by or 0, FAMILY_OF[command.what] == "climate"
-        if by == (1 if degrees else 10) and self.rng.random() < vague:
-            small = self.rng.choice(("a bit", "a little", "slightly"))
-            return small, small
-        if by == (3 if degrees else 30) and self.rng.random() < vague:
+        small, large = SMALL_AND_LARGE["degrees" if degrees else "percent"]
+        if by == small and vague:
+            word = self.rng.choice(("a bit", "a little", "slightly"))
+            return word, word
+        if by == large and vague:
             return "a lot", "a lot"
         exact = (f"{by} degree" + "s" * (by > 1)) if degrees else say_percent(self.rng, by)
         return f"by {exact}", exact
@@ -528,7 +505,7 @@ class Draft:
                 command, more = self.schedule(command, ("for",))
                 words += f" {more}"
             return command, words
-        minutes = self.rng.choice((5, 10, 15, 20, 25, 30, 40, 45, 60, 75, 90, 120, 150, 180))
+        minutes = self.rng.choice(MINUTES)
         words = self.fill(slot, duration=say_duration(self.rng, minutes))
         return replace(command, **{"after": minutes} if slot == "after" else {"for_": minutes}), words
 
@@ -628,7 +605,7 @@ def correction(draft: Draft) -> Built:
         said = wrong.to or wrong.by
         other = draft.rng.choice([value for value in values_of(wrong.do, wrong.what) if value != said])
         meant = replace(wrong, to=other) if wrong.do == "set" else replace(wrong, by=other)
-        value = draft.value(meant) if meant.do == "set" else draft.amount(meant, vague=0)[1]
+        value = draft.value(meant) if meant.do == "set" else draft.amount(meant, vague=False)[1]
         return draft.fill(form, a=draft.imperative(wrong), w=value), (meant,)
     first = draft.plain()
     device = draft.device(first.what, first.room)
