@@ -156,3 +156,16 @@ def test_a_duration_said_aloud_has_one_meaning() -> None:
         for seed in range(20):
             said = home.say_duration(home.random.Random(seed), minutes)
             assert meanings.setdefault(said, minutes) == minutes, said
+
+
+def test_the_examples_in_the_readme_are_in_the_files() -> None:
+    text = (HOME / "README.md").read_text(encoding="utf-8")
+    by_request = {example.request: example for split in SPLITS for example in EXAMPLES[split]}
+    shown = re.findall(r"^user +(.+)\nassistant +(.+)$", text, re.MULTILINE)
+    assert shown
+    for request, answer in shown:
+        assert by_request[request].answer == answer
+    kinds = re.findall(r"^\| `([a-z-]+)` \| [^|]+ \| ([A-Z][^|]+) \|$", text, re.MULTILINE)
+    assert [kind for kind, _ in kinds] == [*home.KINDS, "new-name"]
+    for kind, request in kinds:
+        assert by_request[request].kind == kind

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "heldout")
 TRAIN_ROUNDS = 110
 HELDOUT_ROUNDS = 25
-SYSTEM = "Smart home"
+SYSTEM = "Smart home"  # short on purpose: without one, chat templates insert a longer one of their own
 
 # --- The house -------------------------------------------------------------------------------------------
 # A device's family says what can be done with it. New names occur in held-out examples only.
@@ -85,7 +85,7 @@ _WORDINGS = {
     # Plain commands, as imperatives.
     "on": (
         "turn on {d} | turn {d} on | switch on {d} | switch {d} on | put {d} on | power up {d}",
-        "have {d} turned on | get {d} switched on | flip {d} on | get {d} going",
+        "have {d} turned on | get {d} switched on | flip {d} on",
     ),
     "off": (
         "turn off {d} | turn {d} off | switch off {d} | switch {d} off | power down {d} | shut off {d}",
@@ -133,7 +133,7 @@ _WORDINGS = {
     ),
     "say set": (
         "I want {d} at {v}. | {D} should be at {v}. | {V} is right for {d}.",
-        "For {d}, {v} would be perfect. | I'd say {v} for {d}.",
+        "{V} would be perfect for {d}. | I'd say {v} for {d}.",
     ),
     "say up": (
         "I want {d} {much} {more}. | {D} should be {much} {more}. | {D} could be {much} {more}.",
@@ -148,7 +148,7 @@ _WORDINGS = {
         "{A}. | {A}, please. | Please {a}. | Could you {a}? | Can you {a} for me? | Hey, {a}. | "
         "I'd like you to {a}. | {A}, will you? | Um, {a}, thanks. | Would you {a}, please?",
         "Any chance you could {a}? | Do me a favour and {a}. | I need you to {a}. | "
-        "Go ahead and {a}. | It's time to {a}. | Mind if I ask you to {a}? | Quick one: {a}. | "
+        "Go ahead and {a}. | It's time to {a}. | Would you be so kind as to {a}? | Quick one: {a}. | "
         "{A}, cheers. | Would it be possible to {a}?",
     ),
     # Time.
@@ -223,8 +223,8 @@ _WORDINGS = {
     ),
     # Conditions.
     "rain": (
-        "if it rains | when it starts to rain | in case of rain | if it's raining",
-        "should it rain | as soon as there's rain | once it begins raining",
+        "if it rains | when it starts to rain | if there's rain | if it's raining",
+        "in case it rains | as soon as there's rain | once it begins raining",
     ),
     "no rain": (
         "unless it rains | if it isn't raining | if there's no rain",
@@ -237,7 +237,7 @@ _WORDINGS = {
     "not dark": ("unless it's dark | if it isn't dark", "as long as it isn't dark yet | while it's not dark"),
     "wind": (
         "if it's windy | when it gets windy | if there's wind",
-        "should it be windy | as soon as the wind picks up",
+        "in case it's windy | as soon as the wind picks up",
     ),
     "no wind": (
         "unless it's windy | if it isn't windy | if there's no wind",
@@ -257,11 +257,11 @@ _WORDINGS = {
     ),
     "below": (
         "if it's colder than {n} degrees | when it drops below {n} degrees | if it's below {n} degrees",
-        "should it get colder than {n} degrees | once the temperature falls below {n} degrees",
+        "in case it gets colder than {n} degrees | once the temperature falls below {n} degrees",
     ),
     "above": (
         "if it's warmer than {n} degrees | when it rises above {n} degrees | if it's above {n} degrees",
-        "should it get warmer than {n} degrees | once the temperature climbs above {n} degrees",
+        "in case it gets warmer than {n} degrees | once the temperature climbs above {n} degrees",
     ),
     "conditional": (
         "{If}, {a}. | {A} {if}. | Please {a} {if}. | {If}, please {a}. | Can you {a} {if}? | {A} {if}, okay?",
