@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "heldout")
 TRAIN_ROUNDS = 110
 HELDOUT_ROUNDS = 25
-SYSTEM = "Smart home"  # short on purpose: without one, chat templates insert a longer one of their own
+SYSTEM = "Home"  # short on purpose: without one, chat templates insert a longer one of their own
 
 # --- The house -------------------------------------------------------------------------------------------
 # A device's family says what can be done with it. New names occur in held-out examples only.
@@ -298,9 +298,20 @@ class Command:
     for_: int | None = None
 
     def to_dict(self) -> dict[str, str | int]:
-        """Return what is said, in the canonical order of keys: when, then what."""
-        keys = ("if_", "at", "after", "for_", "do", "what", "room", "to", "by")
-        values = {key.rstrip("_"): getattr(self, key) for key in keys}
+        """Return what is said, in the canonical order of keys: when, then what.
+
+        The action itself is the key of the device, which saves a fifth of the tokens of an answer.
+        """
+        values = {
+            "if": self.if_,
+            "at": self.at,
+            "after": self.after,
+            "for": self.for_,
+            self.do: self.what,
+            "in": self.room,
+            "to": self.to,
+            "by": self.by,
+        }
         return {key: value for key, value in values.items() if value is not None}
 
 
