@@ -42,12 +42,11 @@ def test_there_are_enough_examples() -> None:
 
 
 def test_every_prefix_of_heldout_is_a_fair_sample_of_the_kinds() -> None:
-    examples = EXAMPLES["heldout"]
-    kinds = {example.kind for example in examples}
-    assert kinds == {*home.KINDS, "new-name"}
-    for end in range(len(kinds), len(examples) + 1):
+    examples, turns = EXAMPLES["heldout"], home.HELDOUT_TURNS
+    assert {example.kind for example in examples} == {*home.KINDS, "new-name"}
+    for end in range(len(turns), len(examples) + 1, len(turns)):
         counts = Counter(example.kind for example in examples[:end])
-        assert max(counts.values()) - min(counts.values()) <= 1
+        assert counts == Counter(turns * (end // len(turns)))
 
 
 def test_no_request_occurs_twice() -> None:

@@ -23,6 +23,7 @@ from moslora.export import ProofError
 from moslora.formats import read_adapter
 from moslora.rundir import RunDirectory
 from moslora.train import Stopped, StopRequest, TrainingError, check, resume, train
+from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings(
     # datasets forks a pool for nothing, TRL and accelerate use torch names that torch has renamed.
@@ -297,3 +298,30 @@ def test_a_killed_process_is_told_apart_and_resumed(world: Path, tmp_path: Path)
     done = run_command("train", "--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert directory.read()["status"] == "completed"
+
+
+def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp_path: Path) -> None:
+    from moslora import MoSLoRAConfig
+    from moslora.recipe import load_recipe
+    from moslora.tasks.text import TextTask, labelled_loss, scores_plainly
+
+    task = TextTask(load_recipe(arguments(world, tmp_path)), quiet(), lambda: None)
+    task.read()
+    task.prepare()
+    config = MoSLoRAConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer: Any = task.build_trainer(task.load(), config, tmp_path, [])
+    assert scores_plainly(trainer)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    factors = [p for p in trainer.model.parameters() if p.requires_grad]
+    theirs = super(type(trainer), trainer).compute_loss(trainer.model, dict(inputs))
+    ours = trainer.compute_loss(trainer.model, dict(inputs))
+    total, count = labelled_loss(trainer.model.get_base_model(), inputs)
+    assert torch.equal(ours, total / count)
+    for one, two in zip(
+        [ours, *torch.autograd.grad(ours, factors)],
+        [theirs, *torch.autograd.grad(theirs, factors)],
+        strict=True,
+    ):
+        assert relative_error(one, two) < MODEL
+    trainer.args.label_smoothing_factor = 0.1
+    assert not scores_plainly(trainer)
