@@ -361,9 +361,8 @@ def held_out_loss(
     from torch.nn import functional as F
 
     model.eval()
-    base: Any = (
-        model.get_base_model() if hasattr(model, "get_base_model") else model
-    )  # its layers stay adapted
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    base = unwrap()  # without PEFT's wrapper; its layers stay adapted
     plain = logits_are_plain(base)
     for batch in _batches(examples, LOSS_TOKENS):
         length = max(len(e.input_ids) for e in batch)
