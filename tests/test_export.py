@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ import moslora.export
 import tiny
 from moslora.adapter import Adapter, AdapterError, Factors, compare
 from moslora.export import FOLD_TOLERANCE, ProofError, export_adapter
-from moslora.formats import lora, native, read_adapter
+from moslora.formats import FORMATS, lora, native, read_adapter
 from test_tuner import adapted, config, train
 from tolerances import MODEL, RELATIVE, relative_error
 
@@ -326,3 +327,19 @@ def test_garbage_never_gives_an_adapter_or_another_error(tmp_path_factory, at: i
         return
     # Values may be other numbers; what is read must still be whole.
     assert found.modules.keys() == read_adapter(intact).modules.keys()
+
+
+def test_a_changed_tensor_beside_the_factors_fails_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "native")
+    honest = lora.write
+
+    def careless(found: Adapter, folder: Path) -> None:
+        honest(Adapter(found.modules, found.config, {n: t + 1 for n, t in found.extra.items()}), folder)
+
+    monkeypatch.setitem(FORMATS, "lora", dataclasses.replace(FORMATS["lora"], write=careless))
+    with pytest.raises(ProofError, match="lost or changed"):
+        export_adapter(tmp_path / "native", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

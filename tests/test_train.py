@@ -193,6 +193,7 @@ def test_resuming_with_other_data_is_refused(
     tiny.save_chat_data(data, 13)
     with pytest.raises(ValueError, match="its data changed since it began"):
         resume(tmp_path / "run", quiet())
+    assert RunDirectory.open(tmp_path / "run").read()["status"] == "interrupted"  # as it was
 
 
 def test_a_completed_run_is_not_resumed(finished: RunDirectory) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import tiny
 from moslora import MoSLoRAConfig, ops
 from moslora.mixers import MIXERS
+from moslora.tuner import layer as layer_module
 from tolerances import MODEL, RELATIVE, relative_error
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -448,3 +449,14 @@ def test_scales_are_set_and_restored() -> None:
     layer.scale_layer(0.25)
     layer.unscale_layer()
     assert torch.equal(layer.get_delta_weight("default"), before)
+
+
+def test_leaving_the_fused_path_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    layer_module._told.clear()
+    model = adapted(lora_dropout=0.5).train()
+    with caplog.at_level("INFO", logger="moslora.tuner.layer"):
+        model(tiny.tokens())
+        model(tiny.tokens())
+    assert [r.getMessage() for r in caplog.records] == [
+        "MoSLoRA runs base product and update apart: dropout changes the update's input."
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moslora.adapter import Adapter, compare
 from moslora.formats import FORMATS, detect
@@ -79,10 +80,19 @@ def export_adapter(source: str | Path, out: str | Path, to: str = "lora") -> Exp
     return proof
 
 
+def _equal(one: Any, two: Any) -> bool:
+    """Compare two tensors, None standing for one that is missing."""
+    import torch
+
+    return one is not None and two is not None and one.dtype == two.dtype and torch.equal(one, two)
+
+
 def _prove(adapter: Adapter, written: Adapter, source: str, target: str) -> ExportProof:
     found = compare(adapter, written)
-    if adapter.extra.keys() != written.extra.keys():
-        raise ProofError(f"Tensors were lost: {sorted(adapter.extra.keys() ^ written.extra.keys())[:5]}.")
+    names = adapter.extra.keys() | written.extra.keys()
+    changed = sorted(n for n in names if not _equal(adapter.extra.get(n), written.extra.get(n)))
+    if changed:
+        raise ProofError(f"Tensors beside the factors were lost or changed: {changed[:5]}. Nothing was left.")
     return ExportProof(
         source, target, found.modules, found.max_relative_error, found.worst_module, FOLD_TOLERANCE
     )

@@ -156,6 +156,7 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
     with StopRequest(display) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         task.read()
+        task.prepare()
         directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or recipe.task.kind)
         display.say(f"Run: {directory.path}")
         resolved = resolve_trainer_arguments(recipe, default_device())
@@ -184,10 +185,13 @@ def resume(path: Path, display: Display) -> RunDirectory:
     if directory.read().get("status") == "completed":
         raise ValueError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
     recipe = load_recipe([str(directory.recipe)])
-    directory.claim()
     with StopRequest(display) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
+        # Refusals come before the claim, so that they leave the run's status as it was.
         task.read()
+        task.prepare()
+        _check_same_inputs(directory, task.hashes())
+        directory.claim()
         display.say(f"Resuming {directory.path}")
         return _carry_out(_Run(directory, recipe, display, stop), task)
 
@@ -223,16 +227,12 @@ def _report(run: _Run) -> None:
 
 def _stages(run: _Run, task: Task) -> None:
     directory, display = run.directory, run.display
-    with run.stage("prepare", "preparing the data"):
-        task.prepare()
-        hashes = task.hashes()
-        _check_same_inputs(directory, hashes)
-        directory.update(
-            versions=collect_versions(),
-            hardware=collect_hardware(),
-            hashes=hashes,
-            base={"name": run.recipe.model.name, "path": str(task.base.path)},
-        )
+    directory.update(
+        versions=collect_versions(),
+        hardware=collect_hardware(),
+        hashes=task.hashes(),
+        base={"name": run.recipe.model.name, "path": str(task.base.path)},
+    )
     with run.stage("load", "loading the base model"):
         model = task.load()
     before = _measure(run, task, model, "before", "base model")

@@ -25,6 +25,14 @@ from moslora.tuner.config import MoSLoRAConfig
 __all__ = ["MoSLoRALayer", "MoSLoRALinear"]
 
 logger = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+def _tell_once(reason: str) -> None:
+    """Say why the fused path is not taken; once per reason, for there are hundreds of layers."""
+    if not torch.compiler.is_compiling() and reason not in _told:
+        _told.add(reason)
+        logger.info("MoSLoRA runs base product and update apart: %s.", reason)
 
 
 class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
@@ -271,22 +279,30 @@ class MoSLoRALinear(nn.Module, MoSLoRALayer):
             if adapter in self.moslora_A:
                 self._add_to_weight(adapter, -1, safe=False)
 
-    def _fusable(self, x: Tensor) -> bool:
-        """Tell whether base product and update can run as one Function.
+    def _why_apart(self, x: Tensor, name: str) -> str | None:
+        """Tell why base product and update cannot run as one Function; None if they can.
 
         Only a plain layer qualifies: a quantised or sharded weight has no such product, hooks on the base
         layer (offloading, another adapter library) must see its call.
         """
         base = self.base_layer
         weight: Any = getattr(base, "weight", None)
-        return (
-            ops.is_fusing()
-            and type(base) in (nn.Linear, Conv1D)
-            and type(weight) in (nn.Parameter, Tensor)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-            and "forward" not in base.__dict__
-            and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
-        )
+        if not ops.is_fusing():
+            return "fusing is switched off"
+        if type(base) not in (nn.Linear, Conv1D) or type(weight) not in (nn.Parameter, Tensor):
+            return f"the base layer is a {type(base).__name__} with a {type(weight).__name__}"
+        if (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or "forward" in base.__dict__
+        ):
+            return "the base layer has hooks"
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"the base weight is {weight.dtype}, its input {x.dtype}"
+        if self.training and isinstance(self.moslora_dropout[name], nn.Dropout):
+            return "dropout changes the update's input"
+        return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer and the active adapters.
@@ -306,13 +322,15 @@ class MoSLoRALinear(nn.Module, MoSLoRALayer):
         if self.merged:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         active = [name for name in self.active_adapters if name in self.moslora_A]
-        if active and not (args or kwargs) and self._fusable(x):
+        if active:
             name = active[0]
-            if not (self.training and isinstance(self.moslora_dropout[name], nn.Dropout)):
+            reason = "the call has more arguments" if args or kwargs else self._why_apart(x, name)
+            if reason is None:
                 base: Any = self.base_layer
                 weight = base.weight.T if self.fan_in_fan_out else base.weight  # (out, in)
                 result = ops.adapted_linear(x, weight, base.bias, *self.factors(name))
                 return self._add_updates(x, result, active[1:])
+            _tell_once(reason)
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
     def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
