@@ -20,7 +20,7 @@ from pathlib import Path
 SEED = 2406
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "heldout")
-TRAIN_ROUNDS = 110
+TRAIN_ROUNDS = 105
 HELDOUT_ROUNDS = 20
 SYSTEM = "Home"  # short on purpose: without one, chat templates insert a longer one of their own
 
@@ -132,7 +132,8 @@ _WORDINGS = {
         "{D} shouldn't stay locked. | I'd be happier with {d} unlocked.",
     ),
     "say set": (
-        "I want {d} at {v}. | {D} should be at {v}. | {V} is right for {d}.",
+        "I want {d} at {v}. | {D} should be at {v}. | {V} is right for {d}. | "
+        "{V} for {d}, please. | I like {d} best at {v}. | Let's have {v} on {d}.",
         "{V} would be perfect for {d}. | I'd say {v} for {d}.",
     ),
     "say up": (
@@ -146,18 +147,30 @@ _WORDINGS = {
     # Around one command.
     "one": (
         "{A}. | {A}, please. | Please {a}. | Could you {a}? | Can you {a} for me? | Hey, {a}. | "
-        "I'd like you to {a}. | {A}, will you? | Um, {a}, thanks. | Would you {a}, please?",
+        "I'd like you to {a}. | {A}, will you? | Um, {a}, thanks. | Would you {a}, please? | "
+        "I was wondering if you could {a}. | Be a dear and {a}. | One thing: {a}. | Let's {a}.",
         "Any chance you could {a}? | Do me a favour and {a}. | I need you to {a}. | "
         "Go ahead and {a}. | It's time to {a}. | Would you be so kind as to {a}? | Quick one: {a}. | "
         "{A}, cheers. | Would it be possible to {a}?",
     ),
     # Time.
-    "at": ("at {t} | when it's {t} | at exactly {t}", "as soon as it's {t} | at {t} sharp | once it's {t}"),
-    "after": ("in {duration} | {duration} from now", "after {duration} | after waiting {duration}"),
-    "for": ("for {duration} | for just {duration}", "for only {duration} | for a total of {duration}"),
+    "at": (
+        "at {t} | when it's {t} | at exactly {t} | when the clock says {t} | at about {t}",
+        "as soon as it's {t} | at {t} sharp | once it's {t}",
+    ),
+    "after": (
+        "in {duration} | {duration} from now | in about {duration} | with a delay of {duration} | {duration} later",
+        "after {duration} | after waiting {duration}",
+    ),
+    "for": (
+        "for {duration} | for just {duration} | for about {duration} | for the next {duration} | "
+        "for {duration} altogether",
+        "for only {duration} | for a total of {duration}",
+    ),
     "timed": (
         "{A} {when}. | {A} {when}, please. | {When}, {a}. | Please {a} {when}. | "
-        "Can you {a} {when}? | Hey, {when}, {a}. | Um, {a} {when}, thanks.",
+        "Can you {a} {when}? | Hey, {when}, {a}. | Um, {a} {when}, thanks. | Remember to {a} {when}. | "
+        "{When}, would you {a}? | {When}, we should {a}. | A job for you: {a} {when}.",
         "{When}, I'd like you to {a}. | Don't forget to {a} {when}. | Plan to {a} {when}. | "
         "Here's one for later: {a} {when}. | {A} {when}, cheers. | "
         "{When}, it would be good to {a}.",
@@ -165,60 +178,72 @@ _WORDINGS = {
     # Several commands. A time or condition said first holds for all of them.
     "two": (
         "{A} and {b}. | {A}, then {b}. | Please {a} and {b}. | Can you {a} and {b}? | "
-        "{A}. Also, {b}. | {A}. And {b}, please. | I'm going out: {a} and {b}.",
+        "{A}. Also, {b}. | {A}. And {b}, please. | I'm going out: {a} and {b}. | {A}; {b}. | "
+        "A couple of wishes: {a}, {b}. | {A}, plus {b}. | {A}, and could you {b}? | "
+        "Not only {a} but also {b}. | {A}. Next, {b}. | Both of these, please: {a}; {b}.",
         "First {a}, after that {b}. | {A}, and while you're at it, {b}. | "
         "Two things: {a}, and {b}. | {A}. Please {b} too. | I'd like you to {a} and to {b}.",
     ),
     "three": (
-        "{A}, {b} and {c}. | {A}, {b}, and then {c}. | Please {a}, {b} and {c}. | {A}. Also {b}. And {c}.",
+        "{A}, {b} and {c}. | {A}, {b}, and then {c}. | Please {a}, {b} and {c}. | {A}. Also {b}. And {c}. | "
+        "{A}; {b}; {c}. | A few wishes: {a}, {b}, {c}. | {A}. Next, {b}. Last, {c}. | {A} plus {b} plus {c}.",
         "Three things: {a}, {b}, and {c}. | {A} and {b}, and finally {c}.",
     ),
     "both": (
-        "{d} and {e} | {d} and also {e} | both {d} and {e}",
+        "{d} and {e} | {d} and also {e} | both {d} and {e} | {d} plus {e} | {d} along with {e} | "
+        "{d} and, too, {e} | not just {d} but {e}",
         "{d} as well as {e} | {d} together with {e}",
     ),
     "both here": (
-        "the {x} and the {y} in {room} | both the {x} and the {y} in {room}",
+        "the {x} and the {y} in {room} | both the {x} and the {y} in {room} | "
+        "the {x} plus the {y} in {room} | the {x} along with the {y} in {room}",
         "the {x} as well as the {y} in {room}",
     ),
     "first when": (
-        "{When}, {a} and {b}. | {When}, please {a} and {b}.",
+        "{When}, {a} and {b}. | {When}, please {a} and {b}. | {When}, {a}, then {b}. | "
+        "{When}, would you {a} and also {b}? | {When}, {a}, plus {b}.",
         "{When}, I need you to {a} and {b}. | {When}, go ahead and {a}, and {b} too.",
     ),
     "second when": (
-        "{A}. Then, {when}, {b}. | {A} now and {b} {when}.",
+        "{A}. Then, {when}, {b}. | {A} now and {b} {when}. | {A} immediately; {b} {when}. | "
+        "{A}. But {b} only {when}. | {A} at once, then {b} {when}.",
         "{A} right away, and {b} {when}. | {A} now. Later, {when}, {b}.",
     ),
     # Corrections: of the device, of the device within its room, of the room, of the value, of the action;
     # then one of two commands is taken back. {e} is the device meant, {w} the value meant.
     "fix device": (
-        "{A}, no, {e}. | {A}. No wait, {e}. | {A}, sorry, I meant {e}. | {A}. Actually, {e} instead.",
+        "{A}, no, {e}. | {A}. No wait, {e}. | {A}, sorry, I meant {e}. | {A}. Actually, {e} instead. | "
+        "{A}. Not that, {e}. | {A}, er, {e}, I mean. | {A}. My mistake: {e}.",
         "{A}... oh no, sorry, {e}. | {A}, no, I mean {e}. | {A}. Wait, make that {e}.",
     ),
     "fix here": (
-        "{A}, no, the {y}. | {A}. No wait, the {y}, not the {x}. | {A}, sorry, the {y} there.",
+        "{A}, no, the {y}. | {A}. No wait, the {y}, not the {x}. | {A}, sorry, the {y} there. | "
+        "{A}. Not the {x}, the {y}. | {A}, er, the {y}. | {A}. My mistake: the {y}.",
         "{A}. Wait, I mean the {y}. | {A}... no, the {y} in there.",
     ),
     "fix room": (
-        "{A}, no, the {one} in {room}. | {A}. Sorry, I meant the {one} in {room}. | {A}, I mean in {room}.",
+        "{A}, no, the {one} in {room}. | {A}. Sorry, I meant the {one} in {room}. | {A}, I mean in {room}. | "
+        "{A}. Not that one, the {one} in {room}. | {A}, er, in {room}. | {A}. My mistake: in {room}.",
         "{A}. Oh wait, the {one} in {room}. | {A}... no, not there, in {room}.",
     ),
     "fix value": (
-        "{A}, no, {w}. | {A}. Wait, {w}. | {A}, sorry, {w}. | {A}. Actually, better {w}.",
+        "{A}, no, {w}. | {A}. Wait, {w}. | {A}, sorry, {w}. | {A}. Actually, better {w}. | "
+        "{A}. Not so much, {w}. | {A}, er, {w}. | {A}. My mistake: {w}.",
         "{A}, or rather {w}. | {A}. Hm, make that {w}. | {A}... no, let's say {w} instead.",
     ),
     "fix action": (
-        "{A}. No, the other way round, {b}. | {A}. Wait, no, {b}. | {A}, I mean, {b}.",
+        "{A}. No, the other way round, {b}. | {A}. Wait, no, {b}. | {A}, I mean, {b}. | "
+        "{A}. On second thought, {b}. | {A}, er, {b} instead. | {A}. My mistake: {b}.",
         "{A}... sorry, no, {b}. | {A}. Hm, I changed my mind, {b}.",
     ),
     "keep first": (
         "{A} and {b}. Actually, forget the second one. | {A} and {b}. No, leave {e} alone. | "
-        "{A}, but leave {e} alone.",
+        "{A}, but leave {e} alone. | {A} and {b}, no, just the first one. | {A}, but keep {e} as is.",
         "{A} and {b}... no, skip the second one. | {A}, but don't touch {e}.",
     ),
     "keep second": (
         "{A} and {b}. Actually, forget the first one. | {A} and {b}. No, leave {d} alone. | "
-        "Leave {d} alone and {b}.",
+        "Leave {d} alone and {b}. | {A} and {b}, no, just the second one. | Keep {d} as is and {b}.",
         "{A} and {b}... no, skip the first one. | Don't touch {d}, just {b}.",
     ),
     # Conditions.
@@ -264,16 +289,18 @@ _WORDINGS = {
         "in case it gets warmer than {n} degrees | once the temperature climbs above {n} degrees",
     ),
     "conditional": (
-        "{If}, {a}. | {A} {if}. | Please {a} {if}. | {If}, please {a}. | Can you {a} {if}? | {A} {if}, okay?",
+        "{If}, {a}. | {A} {if}. | Please {a} {if}. | {If}, please {a}. | Can you {a} {if}? | {A} {if}, okay? | "
+        "Remember to {a} {if}. | {If}, would you {a}? | {If}, we should {a}. | A job for you: {a} {if}.",
         "{If}, I'd like you to {a}. | Be sure to {a} {if}. | Here's a rule: {if}, {a}. | "
         "{A} {if}, got it? | {If}, it would be good to {a}.",
     ),
     "conditional two": (
-        "{If}, {a} and {b}. | {If}, please {a} and {b}.",
+        "{If}, {a} and {b}. | {If}, please {a} and {b}. | {If}, {a}, then {b}. | "
+        "{If}, would you {a} and also {b}? | {If}, {a}, plus {b}. | {A} and {b}, both {if}.",
         "{If}, I need you to {a} and {b}. | {If}, go ahead and {a}, and {b} too.",
     ),
     "conditional timed": (
-        "{If}, {a} {when}. | {If}, please {a} {when}.",
+        "{If}, {a} {when}. | {If}, please {a} {when}. | {If}, would you {a} {when}? | {If}, we should {a} {when}.",
         "{If}, I'd like you to {a} {when}. | {If}, go ahead and {a} {when}.",
     ),
 }
@@ -366,7 +393,7 @@ def values_of(do: str, what: str) -> Sequence[int]:
 
 # --- Slots in words ---------------------------------------------------------------------------------------
 
-_DURATIONS = {30: "half an hour", 60: "an hour", 90: "an hour and a half", 120: "two hours"}
+_DURATIONS = {30: "half an hour", 60: "an hour"}
 _FRACTIONS = {25: "a quarter", 50: "half", 100: "maximum"}
 
 
@@ -380,21 +407,16 @@ def say_percent(rng: random.Random, value: int) -> str:
     return rng.choice((f"{value} percent", f"{value}%"))
 
 
-def say_duration(rng: random.Random, minutes: int) -> str:
-    """Say a duration: "20 minutes", "half an hour", "an hour and a half"."""
-    return rng.choice((_DURATIONS.get(minutes, f"{minutes} minutes"), f"{minutes} minutes"))
+def say_duration(minutes: int) -> str:
+    """Say a duration: "20 minutes", "half an hour", "an hour"."""
+    return _DURATIONS.get(minutes, f"{minutes} minutes")
 
 
 def say_time(rng: random.Random, hour: int, minute: int) -> str:
-    """Say a time of day: "19:30", "7:30 pm", "half past 7 in the evening", "noon"."""
-    if (hour, minute) in {(0, 0), (12, 0)}:
-        return "midnight" if hour == 0 else "noon"
+    """Say a time of day: "19:30" as often as "7:30 pm"."""
     half, twelve = ("am" if hour < 12 else "pm"), (hour - 1) % 12 + 1
-    forms = [f"{hour:02d}:{minute:02d}", f"{twelve}:{minute:02d} {half}" if minute else f"{twelve} {half}"]
-    part = "in the morning" if 5 <= hour < 12 else "in the evening" if 18 <= hour < 22 else None
-    if part and minute == 30:
-        forms.append(f"half past {twelve} {part}")
-    return rng.choice(forms)
+    clock = f"{twelve}:{minute:02d} {half}" if minute else f"{twelve} {half}"
+    return rng.choice((f"{hour:02d}:{minute:02d}", clock))
 
 
 # --- Building examples ------------------------------------------------------------------------------------
@@ -518,7 +540,7 @@ class Draft:
                 words += f" {more}"
             return command, words
         minutes = self.rng.choice(MINUTES)
-        words = self.fill(slot, duration=say_duration(self.rng, minutes))
+        words = self.fill(slot, duration=say_duration(minutes))
         return replace(command, **{"after": minutes} if slot == "after" else {"for_": minutes}), words
 
     def condition(self) -> tuple[str, str]:
@@ -686,8 +708,8 @@ KINDS: dict[str, Callable[[Draft], Built]] = {
 # Training takes longer turns at the kinds that are harder to learn; held-out asks for plain commands and
 # corrections twice as often as for the rest, as people do.
 TRAIN_TURNS = (
-    *("single", "multi", "condition", "time", "level", "correction", "multi"),
-    *("condition", "relative", "time", "multi", "correction", "condition"),
+    *("single", "multi", "condition", "time", "level", "correction", "relative"),
+    *("multi", "condition", "relative", "time", "multi", "correction", "condition"),
 )
 HELDOUT_TURNS = (*KINDS, "new-name", "single", "correction")
 

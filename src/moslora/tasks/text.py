@@ -33,7 +33,7 @@ __all__ = ["TextTask", "answer", "held_out_loss"]
 # Tokens of a batch whose loss is measured; bounds the logits to this times the vocabulary.
 LOSS_TOKENS = 1024
 # Answers generated at once.
-ANSWER_BATCH = 50
+ANSWER_BATCH = 64
 # Held-out examples, and tokens of each, whose logits the proof compares.
 PROBES, PROBE_TOKENS = 4, 128
 
