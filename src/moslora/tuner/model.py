@@ -10,29 +10,18 @@ from typing import Any
 import peft.mapping
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
-from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.kinds import KINDS, find_layer_class
+from moslora.tuner.layer import MoSLoRALayer
 
 __all__ = ["MoSLoRAModel", "register"]
 
 PREFIX = "moslora_"
-
-
-def _layer_class(base_layer: nn.Module) -> type[MoSLoRALinear] | None:
-    """Choose the adapted layer for a base layer; None where there is none."""
-    if isinstance(base_layer, nn.Linear | Conv1D):
-        return MoSLoRALinear
-    backend = resolve_quantization_backend(base_layer)
-    return None if backend is None else {"linear": MoSLoRALinear}.get(backend.layer_type)
 
 
 class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
@@ -77,12 +66,14 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 f"{current_key} already carries an adapter of another method ({type(target).__name__}); a "
                 "second one inside it would see the first one's weights. Merge and unload that adapter first."
             )
-        layer_class = _layer_class(target)
+        layer_class = find_layer_class(target)
         if layer_class is None:
             raise TypeError(
                 f"{current_key} is a {type(target).__module__}.{type(target).__name__}, which MoSLoRA cannot "
-                "adapt. It adapts torch.nn.Linear, transformers' Conv1D and quantised linear layers; leave "
-                f"the module out of target_modules, or name {target_name!r} in exclude_modules."
+                f"adapt. It adapts {', '.join(kind.__name__ for kind in KINDS)} and quantised linear layers. "
+                f"Leave the module out of target_modules, name {target_name!r} in exclude_modules, or train it "
+                "whole through modules_to_save; a weight that is no module of its own goes into "
+                "target_parameters."
             )
         if isinstance(target, Conv1D):
             config.fan_in_fan_out = True  # for who reads the configuration; the layer knows by itself
