@@ -57,6 +57,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         rank_pattern, alpha_pattern: Ranks and alphas of modules that differ, by name or regular expression.
         layers_to_transform, layers_pattern: Adapt only these layer indices.
         modules_to_save: Modules trained in full and saved with the adapter.
+        unlike_lora: Filled in by the model: the modules whose update PEFT's LoRA would compute otherwise from
+            the same factors, with the reason. Such an adapter can be merged, but is no plain LoRA.
         use_dora, target_parameters, trainable_token_indices, layer_replication, lora_bias: Arguments of
             LoRA that are refused with the reason when set.
 
@@ -85,6 +87,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     layers_to_transform: Optional[Union[list[int], int]] = field(default=None)  # noqa: UP007, UP045
     layers_pattern: Optional[Union[list[str], str]] = field(default=None)  # noqa: UP007, UP045
     modules_to_save: Optional[list[str]] = field(default=None)  # noqa: UP045
+    unlike_lora: dict[str, str] = field(default_factory=dict)
     use_dora: bool = field(default=False)
     target_parameters: Optional[list[str]] = field(default=None)  # noqa: UP045
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)  # noqa: UP007, UP045

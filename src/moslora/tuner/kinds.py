@@ -9,6 +9,8 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from moslora.tuner.convolution import MoSLoRAConv
+from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
 
 __all__ = ["KINDS", "find_layer_class"]
@@ -16,6 +18,10 @@ __all__ = ["KINDS", "find_layer_class"]
 KINDS: dict[type[nn.Module], type[MoSLoRALayer]] = {
     nn.Linear: MoSLoRALinear,
     Conv1D: MoSLoRALinear,
+    nn.Embedding: MoSLoRAEmbedding,
+    nn.Conv1d: MoSLoRAConv,
+    nn.Conv2d: MoSLoRAConv,
+    nn.Conv3d: MoSLoRAConv,
 }
 # What a quantised layer is called by the backend that knows it, where its class says nothing.
 QUANTIZED_KINDS: dict[str, type[MoSLoRALayer]] = {

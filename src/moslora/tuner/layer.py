@@ -36,7 +36,7 @@ def _tell_once(reason: str) -> None:
         logger.info("MoSLoRA runs base product and update apart: %s.", reason)
 
 
-class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
+class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     """What every adapted layer has: factors by adapter name, scales, and merging.
 
     A kind of layer adds how its factors are held (``_make_factors``), how ΔW lies in its base's weight
@@ -60,13 +60,19 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
     # A, M and B come first; a kind that holds them under other names says so here.
     adapter_layer_names: tuple[str, ...] = ("moslora_A", "moslora_M", "moslora_B")
     other_param_names = ("r", "lora_alpha", "scaling", "moslora_dropout")
+    container: type[nn.ModuleDict] | type[nn.ParameterDict] = nn.ModuleDict
     # PEFT's word for the kind of layer whose weight a quantisation backend can write.
     quantized_kind = ""
-    # Whether the same factors in PEFT's LoRA of this layer compute the same output.
-    is_what_lora_computes = True
 
     # What PEFT's mixin brings, told to the type checker.
-    get_base_layer: Callable[[], nn.Module]
+    get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
+    _get_embed_scale: Callable[[], Tensor | None]
+    quantization_backend: Any
+    moslora_A: nn.ModuleDict  # noqa: N815
+    moslora_B: nn.ModuleDict  # noqa: N815
+    moslora_dropout: nn.ModuleDict
     active_adapters: list[str]
 
     def __init__(
@@ -78,7 +84,7 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         lora_alpha: float,
         **kwargs: Any,
     ) -> None:
-        nn.Module.__init__(cast(nn.Module, self))
+        super().__init__()
         self._init_adapters(base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config)
@@ -98,7 +104,7 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict())
+            setattr(self, name, self.container())
         self.moslora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -152,6 +158,10 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def why_unlike_lora(self) -> str | None:
+        """Tell why PEFT's LoRA of this layer computes another output from the same factors; None if it does not."""
+        return None
+
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         """Refuse an adapter that has no meaning in this layer.
 
@@ -159,10 +169,10 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
             ValueError: With the reason and the way out.
         """
 
-    def _hold(self, adapter_name: str, A: nn.Module, M: nn.Module, B: nn.Module) -> None:
-        """Keep three factors under an adapter's name."""
-        for name, factor in zip(self.adapter_layer_names, (A, M, B), strict=False):
-            cast(nn.ModuleDict, getattr(self, name))[adapter_name] = factor
+    def _hold(self, adapter_name: str, *factors: nn.Module | nn.Parameter) -> None:
+        """Keep A, M and B under an adapter's name."""
+        for name, factor in zip(self.adapter_layer_names, factors, strict=False):
+            getattr(self, name)[adapter_name] = factor
 
     def _held(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parameters A, M and B in the shapes in which they are held."""
@@ -301,6 +311,20 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         """Return the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.scaling]
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer and the active adapters.
+
+        Args:
+            x: The base layer's input.
+            *args: Handed to the base layer.
+            **kwargs: Handed to the base layer.
+
+        Returns:
+            Shape and dtype of the base layer's output.
+        """
+        active = [] if self._is_base_alone() else self._active_here()
+        return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
+
     def _update(self, x: Tensor, name: str) -> Tensor:
         """Return what adapter ``name`` adds to the base layer's output for the input ``x``."""
         raise NotImplementedError
@@ -371,13 +395,10 @@ def _matrices(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 3 else factor[None]
 
 
-class MoSLoRALinear(nn.Module, MoSLoRALayer):
+class MoSLoRALinear(MoSLoRALayer):
     """A linear layer (or Conv1D, or a quantised one) with ``ΔW = s·B·M·A`` beside its weight."""
 
     quantized_kind = "linear"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        MoSLoRALayer.__init__(self, *args, **kwargs)
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +62,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         lora_alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
         if isinstance(target, MoSLoRALayer):
             target.update_layer(adapter_name, r, lora_alpha, config)
+            self._note_unlike_lora(config, current_key, target)
             return
         if isinstance(target, BaseTunerLayer):
             raise ValueError(
@@ -82,6 +85,19 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
         self._replace_module(parent, target_name, new_module, target)
+        self._note_unlike_lora(config, current_key, new_module)
+
+    @staticmethod
+    def _note_unlike_lora(config: MoSLoRAConfig, module_name: str, layer: MoSLoRALayer) -> None:
+        """Keep in the configuration, and say, that a layer's fold would be misread as a plain LoRA."""
+        reason = layer.why_unlike_lora()
+        if reason is not None:
+            config.unlike_lora[module_name] = reason
+            warnings.warn(
+                f"{module_name!r}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
+                "plain LoRA; merge it into the base instead, or leave the module out.",
+                stacklevel=2,
+            )
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that two modules share.
@@ -126,8 +142,8 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        marks = tuple(f".{part}.{adapter_name}." for part in MoSLoRALayer.adapter_layer_names)
-        expected = {key: value for key, value in model.state_dict().items() if any(m in key for m in marks)}
+        factor = re.compile(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.|$)")
+        expected = {key: value for key, value in model.state_dict().items() if factor.search(key)}
         found = {key: value for key, value in remapped.items() if f".{PREFIX}" in key}
         problems = [f"{key}: missing from the checkpoint" for key in expected.keys() - found.keys()]
         for key, tensor in found.items():
