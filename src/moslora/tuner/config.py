@@ -22,8 +22,6 @@ class MoSLoRAType(enum.StrEnum):
 # LoRA arguments that have no meaning here, or not yet: a script that sets one is told so, never half-obeyed.
 REFUSED_ARGUMENTS: dict[str, str] = {
     "use_dora": "DoRA's magnitude on top of a mixer is not supported. Leave it out, or use peft.LoraConfig.",
-    "target_parameters": "Parameters that are no module's own are not supported. Name modules instead.",
-    "trainable_token_indices": "Trainable tokens are not supported. Use modules_to_save for the embedding.",
     "layer_replication": "Layer replication is not supported. Replicate the layers before adapting them.",
     "lora_bias": "A bias on B is not supported, because few readers of LoRA files know it.",
 }
@@ -59,8 +57,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: Modules trained in full and saved with the adapter.
         unlike_lora: Filled in by the model: the modules whose update PEFT's LoRA would compute otherwise from
             the same factors, with the reason. Such an adapter can be merged, but is no plain LoRA.
-        use_dora, target_parameters, trainable_token_indices, layer_replication, lora_bias: Arguments of
-            LoRA that are refused with the reason when set.
+        target_parameters: Names or suffixes of parameters to adapt that are no module's own, as the experts
+            of a mixture are: a matrix, or one matrix for each expert (which then has its own mixer).
+        trainable_token_indices: Token ids whose embeddings are trained in full, as in LoRA; for layers other
+            than the input embedding, by the layer's name.
+        use_dora, layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
 
     Raises:
         ValueError: If a value has no meaning; the message names the way out.
@@ -87,10 +88,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     layers_to_transform: Optional[Union[list[int], int]] = field(default=None)  # noqa: UP007, UP045
     layers_pattern: Optional[Union[list[str], str]] = field(default=None)  # noqa: UP007, UP045
     modules_to_save: Optional[list[str]] = field(default=None)  # noqa: UP045
-    unlike_lora: dict[str, str] = field(default_factory=dict)
-    use_dora: bool = field(default=False)
     target_parameters: Optional[list[str]] = field(default=None)  # noqa: UP045
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)  # noqa: UP007, UP045
+    unlike_lora: dict[str, str] = field(default_factory=dict)
+    use_dora: bool = field(default=False)
     layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
     lora_bias: bool = field(default=False)
 
@@ -127,6 +128,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 f"init_lora_weights={self.init_lora_weights!r} is not supported with a mixer; "
                 "choose True, False or 'gaussian'. (A start from W0's principal components, as PiSSA's, "
                 "would change the output at the start, because M is not the identity.)"
+            )
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} must be a list of names or suffixes; a regular "
+                "expression is not read there."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform cannot be used when target_modules is a string.")

@@ -238,7 +238,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         A, M, B, scale = self.factors(adapter)
         dtype = torch.promote_types(A.dtype, torch.float32)
-        return self._lay(functional.delta_weight(A.to(dtype), M.to(dtype), B.to(dtype), scale))
+        delta = [
+            functional.delta_weight(a, m, b, scale)
+            for a, m, b in zip(*(_matrices(factor.to(dtype)) for factor in (A, M, B)), strict=True)
+        ]
+        return self._lay(delta[0] if A.ndim == 2 else torch.stack(delta))
 
     def get_base_weight(self) -> Tensor:
         """Return the base weight, dequantised if it is quantised."""

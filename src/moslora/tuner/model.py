@@ -7,17 +7,20 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import peft.mapping
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import _convert_peft_config_moe
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
+from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
 
@@ -54,22 +57,27 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         rank_key = get_pattern_key(config.rank_pattern.keys(), current_key)
         alpha_key = get_pattern_key(config.alpha_pattern.keys(), current_key)
         r = config.rank_pattern.get(rank_key, config.r)
         lora_alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-        if isinstance(target, MoSLoRALayer):
+        # A module of which several parameters are adapted has a layer around it for each.
+        is_around_another = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
+        if isinstance(target, MoSLoRALayer) and not is_around_another:
             target.update_layer(adapter_name, r, lora_alpha, config)
             self._note_unlike_lora(config, current_key, target)
             return
-        if isinstance(target, BaseTunerLayer):
+        if isinstance(target, BaseTunerLayer) and not is_around_another:
             raise ValueError(
                 f"{current_key} already carries an adapter of another method ({type(target).__name__}); a "
                 "second one inside it would see the first one's weights. Merge and unload that adapter first."
             )
+        kwargs = get_quantization_kwargs(self)
         layer_class = find_layer_class(target)
+        if parameter_name is not None:
+            layer_class, kwargs["parameter_name"] = ParamWrapper, parameter_name
         if layer_class is None:
             raise TypeError(
                 f"{current_key} is a {type(target).__module__}.{type(target).__name__}, which MoSLoRA cannot "
@@ -80,12 +88,53 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             )
         if isinstance(target, Conv1D):
             config.fan_in_fan_out = True  # for who reads the configuration; the layer knows by itself
-        kwargs = get_quantization_kwargs(self)
         new_module = layer_class(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
         self._replace_module(parent, target_name, new_module, target)
         self._note_unlike_lora(config, current_key, new_module)
+
+    def _prepare_adapter_config(
+        self, peft_config: MoSLoRAConfig, model_config: dict[str, Any]
+    ) -> MoSLoRAConfig:
+        """Name the targets as the installed transformers does, or take PEFT's list for the architecture.
+
+        Transformers 5 holds the experts of some models as parameters. PEFT rewrites the names that older
+        scripts use (Mixtral's ``w1``) for its LoRA alone; the rules are the same here.
+        """
+        if get_checkpoint_conversion_mapping(model_config.get("model_type")) is not None:
+            _convert_peft_config_moe(peft_config, self.model)
+        known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        return cast(MoSLoRAConfig, super()._prepare_adapter_config(peft_config, model_config))
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a module in another's place; PEFT's own way takes each unloaded one to have a ``weight``."""
+        if isinstance(new_module, MoSLoRALayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    def _check_new_adapter_config(self, config: MoSLoRAConfig) -> None:
+        """Refuse an adapter whose parameters would be nested otherwise than another's.
+
+        Raises:
+            ValueError: If two adapters target different parameters.
+        """
+        super()._check_new_adapter_config(config)
+        targets = {
+            name: sorted(other.target_parameters)
+            for name, other in self.peft_config.items()
+            if other.target_parameters
+        }
+        if len({tuple(names) for names in targets.values()}) > 1:
+            raise ValueError(
+                "All adapters that use target_parameters must name the same ones, because a tensor's name in "
+                f"the file tells its parameter by the nesting; found {targets}."
+            )
 
     @staticmethod
     def _note_unlike_lora(config: MoSLoRAConfig, module_name: str, layer: MoSLoRALayer) -> None:
