@@ -59,11 +59,13 @@ def hold_to_lora(
     run: Run,
     dtype: torch.dtype = torch.float64,
     prepare: Callable[[nn.Module], None] = lambda model: None,
+    judge: Callable[[nn.Module], None] = lambda model: None,
     **settings: object,
 ) -> None:
     """Output and every gradient are what stock PEFT's LoRA gives with M folded into A.
 
-    With ``mixer="identity"`` that is: they equal LoRA's. ``prepare`` may change the factors beforehand.
+    With ``mixer="identity"`` that is: they equal LoRA's. ``prepare`` may change our factors beforehand,
+    and ``judge`` may mend PEFT's model.
     """
 
     def whole() -> nn.Module:
@@ -73,6 +75,7 @@ def hold_to_lora(
     lora_settings = {k: v for k, v in settings.items() if k not in ("mixer", "train_mixer")}
     ours, lora = adapt(whole, **settings), adapt(whole, LoraConfig, **lora_settings)
     prepare(ours)
+    judge(lora)
     held, judged = factors_by_key(ours), factors_by_key(lora)
     pairs = {}
     for name in held:

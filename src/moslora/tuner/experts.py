@@ -91,7 +91,8 @@ class ParamWrapper(MoSLoRALayer):
         if config.lora_dropout:
             raise ValueError(
                 f"lora_dropout={config.lora_dropout} has no place in {self.parameter_name}: the update of a "
-                "parameter is added to it, so there is no input to drop from. Set lora_dropout=0 with target_parameters."
+                "parameter is added to it, so there is no input to drop from. Set lora_dropout=0 with "
+                "target_parameters."
             )
 
     def _make_factors(self, adapter_name: str, r: int) -> None:

@@ -9,6 +9,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from moslora.tuner.attention import MoSLoRAAttention
 from moslora.tuner.convolution import MoSLoRAConv
 from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
@@ -22,6 +23,7 @@ KINDS: dict[type[nn.Module], type[MoSLoRALayer]] = {
     nn.Conv1d: MoSLoRAConv,
     nn.Conv2d: MoSLoRAConv,
     nn.Conv3d: MoSLoRAConv,
+    nn.MultiheadAttention: MoSLoRAAttention,
 }
 # What a quantised layer is called by the backend that knows it, where its class says nothing.
 QUANTIZED_KINDS: dict[str, type[MoSLoRALayer]] = {

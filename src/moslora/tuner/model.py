@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.kinds import KINDS, find_layer_class
@@ -59,6 +60,14 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(parent, MoSLoRAAttention):
+            return  # adapted with the attention that it is a part of
+        if isinstance(parent, nn.MultiheadAttention) and parameter_name is None:
+            raise ValueError(
+                f"{current_key} is a part of a MultiheadAttention, which reads its weight and never calls it, so "
+                f"an adapter on it would do nothing. Name {current_key.rpartition('.')[0]!r} in target_modules "
+                f"to adapt both projections, or {target_name!r} in exclude_modules."
+            )
         rank_key = get_pattern_key(config.rank_pattern.keys(), current_key)
         alpha_key = get_pattern_key(config.alpha_pattern.keys(), current_key)
         r = config.rank_pattern.get(rank_key, config.r)
@@ -67,7 +76,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         is_around_another = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, MoSLoRALayer) and not is_around_another:
             target.update_layer(adapter_name, r, lora_alpha, config)
-            self._note_unlike_lora(config, current_key, target)
+            self._keep_why_unlike_lora(config, current_key, target)
             return
         if isinstance(target, BaseTunerLayer) and not is_around_another:
             raise ValueError(
@@ -92,7 +101,13 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
         self._replace_module(parent, target_name, new_module, target)
-        self._note_unlike_lora(config, current_key, new_module)
+        self._keep_why_unlike_lora(config, current_key, new_module)
+
+    @staticmethod
+    def _keep_why_unlike_lora(config: MoSLoRAConfig, module_name: str, layer: MoSLoRALayer) -> None:
+        reason = layer.why_unlike_lora()
+        if reason is not None:
+            config.unlike_lora[module_name] = reason
 
     def _prepare_adapter_config(
         self, peft_config: MoSLoRAConfig, model_config: dict[str, Any]
@@ -108,6 +123,36 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             return peft_config
         return cast(MoSLoRAConfig, super()._prepare_adapter_config(peft_config, model_config))
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt the target modules; PEFT calls this for every adapter.
+
+        Args:
+            model: The base model.
+            adapter_name: The adapter's name; its configuration is known by it.
+            *args: As in PEFT's own.
+            **kwargs: As in PEFT's own.
+
+        Raises:
+            TypeError: If a target module is of a kind that has no adapted layer.
+            ValueError: If a target module cannot carry the adapter; the message names the way out.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_fast_paths(model)
+        unlike_lora = self.peft_config[adapter_name].unlike_lora
+        if unlike_lora:
+            name, reason = next(iter(unlike_lora.items()))
+            more = f" and {len(unlike_lora) - 1} more" if len(unlike_lora) > 1 else ""
+            warnings.warn(
+                f"{name!r}{more}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
+                "plain LoRA; merge it into the base instead, or leave such modules out.",
+                stacklevel=2,
+            )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+        restore_fast_paths(model)
+        return model
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -134,18 +179,6 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             raise ValueError(
                 "All adapters that use target_parameters must name the same ones, because a tensor's name in "
                 f"the file tells its parameter by the nesting; found {targets}."
-            )
-
-    @staticmethod
-    def _note_unlike_lora(config: MoSLoRAConfig, module_name: str, layer: MoSLoRALayer) -> None:
-        """Keep in the configuration, and say, that a layer's fold would be misread as a plain LoRA."""
-        reason = layer.why_unlike_lora()
-        if reason is not None:
-            config.unlike_lora[module_name] = reason
-            warnings.warn(
-                f"{module_name!r}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
-                "plain LoRA; merge it into the base instead, or leave the module out.",
-                stacklevel=2,
             )
 
     def _check_merge_allowed(self) -> None:
