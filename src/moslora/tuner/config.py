@@ -55,6 +55,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         rank_pattern, alpha_pattern: Ranks and alphas of modules that differ, by name or regular expression.
         layers_to_transform, layers_pattern: Adapt only these layer indices.
         modules_to_save: Modules trained in full and saved with the adapter.
+        ensure_weight_tying: Keep a head that is tied to the embedding so, where either is in modules_to_save or
+            trainable_token_indices. For target_modules it is refused: see MoSLoRAModel.
         unlike_lora: Filled in by the model: the modules whose update PEFT's LoRA would compute otherwise from
             the same factors, with the reason. Such an adapter can be merged, but is no plain LoRA.
         target_parameters: Names or suffixes of parameters to adapt that are no module's own, as the experts
@@ -90,6 +92,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: Optional[list[str]] = field(default=None)  # noqa: UP045
     target_parameters: Optional[list[str]] = field(default=None)  # noqa: UP045
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)  # noqa: UP007, UP045
+    ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
     use_dora: bool = field(default=False)
     layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
@@ -105,6 +108,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self.exclude_modules = set(self.exclude_modules)
         self.train_mixer = find_mixer(self.mixer).learned if self.train_mixer is None else self.train_mixer
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
+        if self.ensure_weight_tying:
+            self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
         self._check()
 
     def _check(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import peft.mapping
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
@@ -180,6 +181,22 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 "All adapters that use target_parameters must name the same ones, because a tensor's name in "
                 f"the file tells its parameter by the nesting; found {targets}."
             )
+
+    # What is trained whole stays tied as in LoRA: the factors have no part in it.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: MoSLoRAConfig, tied_weight_keys: list[str]) -> None:
+        """Refuse to tie the adapters of an embedding and its head.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"ensure_weight_tying cannot tie the adapters of the embedding and {sorted(tied_weight_keys)}: the "
+            "head's factors would have to be the embedding's, transposed, the mixer too, which MoSLoRA does not "
+            "do. Adapt one of the two and set ensure_weight_tying=False, train them whole (modules_to_save with "
+            "ensure_weight_tying=True), train single tokens (trainable_token_indices), or untie the base."
+        )
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that two modules share.
