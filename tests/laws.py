@@ -69,7 +69,7 @@ def hold_to_lora(
     """
 
     def whole() -> nn.Module:
-        return build().to(dtype)
+        return build() if dtype == torch.float32 else build().to(dtype)  # a quantised base has no say in it
 
     tolerance = RELATIVE[dtype] if dtype == torch.float64 else MODEL
     lora_settings = {k: v for k, v in settings.items() if k not in ("mixer", "train_mixer")}

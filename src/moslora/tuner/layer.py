@@ -101,7 +101,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+            self.get_base_layer(),
+            get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass", _unknown_quantization),
         )
         for name in self.adapter_layer_names:
             setattr(self, name, self.container())
@@ -246,11 +247,21 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
     def get_base_weight(self) -> Tensor:
         """Return the base weight, dequantised if it is quantised."""
+        base = self.get_base_layer()
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            # To run, bitsandbytes reorders 4-bit weights on some CPUs, and PEFT would read them as if it had
+            # not. Asking for what is stored puts them back.
+            base.state_dict()
         return cast(Tensor, super().get_base_weight())
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Put a base weight in place, quantising it as it was."""
+        bias = getattr(self.get_base_layer(), "bias", None)
         super().set_base_weight(weight_data)
+        base = self.get_base_layer()
+        if bias is not None and base.bias is None:
+            base.bias = bias  # PEFT makes a new layer for HQQ, without it
 
     def _check_mergeable(self) -> None:
         """Refuse what cannot be merged.
@@ -264,6 +275,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
                 f"Cannot merge into a {type(self.get_base_layer()).__name__}: PEFT's {backend.backend_name} "
                 "backend cannot quantise its weight anew. Leave the adapter beside the base, export it as a "
                 "plain LoRA, or load the base in 16 or 32 bits and merge there."
+            )
+        if getattr(backend, "get_apply_tensor_subclass", None) is _unknown_quantization:
+            raise ValueError(
+                "Cannot merge: how the base was quantised by torchao is not known. Load it through transformers "
+                "with quantization_config=TorchAoConfig(...), or leave the adapter beside the base."
             )
 
     def _add_to_weight(self, adapter: str, sign: int, safe: bool) -> None:
@@ -386,6 +402,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"moslora.{super().__repr__()}"
+
+
+def _unknown_quantization() -> None:
+    """Stand for the torchao configuration that a base without one cannot tell; merging looks for it."""
 
 
 def _without_values(kind: type[nn.Module], *sizes: int, like: nn.Module) -> nn.Module:

@@ -155,14 +155,8 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         restore_fast_paths(model)
         return model
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        """Put a module in another's place; PEFT's own way takes each unloaded one to have a ``weight``."""
-        if isinstance(new_module, MoSLoRALayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+    # BaseTuner's takes every unloaded module to have a ``weight``, and an 8-bit one's adapter to be loaded already.
+    _replace_module = LoraModel._replace_module
 
     def _check_new_adapter_config(self, config: MoSLoRAConfig) -> None:
         """Refuse an adapter whose parameters would be nested otherwise than another's.
