@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import laws
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.export import export_adapter
 from tolerances import MODEL, relative_error
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -83,6 +84,10 @@ def test_what_is_trained_beside_the_factors_is_trained_as_in_lora_and_travels(
         ours.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(tied(), tmp_path)
         assert torch.equal(run(loaded), expected)
+        export_adapter(tmp_path, tmp_path / "lora")
+        plain = PeftModel.from_pretrained(tied(), tmp_path / "lora")
+        assert type(plain.peft_config["default"]) is LoraConfig
+        assert relative_error(run(plain), expected) < MODEL
         merged = loaded.merge_and_unload()
         assert relative_error(run(merged), expected) < MODEL
         if beside != "module":  # without ensure_weight_tying the embedding alone was trained

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import laws
 from moslora import MoSLoRAConfig
+from moslora.adapter import AdapterError
+from moslora.export import export_adapter
 from moslora.mixers import MIXERS
 from tolerances import MODEL, RELATIVE, relative_error
 
@@ -52,7 +54,7 @@ def add_out_proj_once(lora: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_pefts_lora_adds_out_proj_twice_which_is_said() -> None:
+def test_pefts_lora_adds_out_proj_twice_so_it_is_said_and_not_exported(tmp_path: Path) -> None:
     """The reason for the warning: if this fails, PEFT has been mended, and the warning can go."""
     lora = laws.adapt(Attend, LoraConfig, target_modules=["attention"])
     out_proj = lora.base_model.model.attention.base_layer.out_proj
@@ -62,6 +64,10 @@ def test_pefts_lora_adds_out_proj_twice_which_is_said() -> None:
     with pytest.warns(UserWarning, match=r"'attention'.*out_proj twice.*merge"):
         ours = laws.adapt(Attend, target_modules=["attention"])
     assert list(ours.peft_config["default"].unlike_lora) == ["attention"]
+    ours.save_pretrained(tmp_path / "native")
+    with pytest.raises(AdapterError, match=r"attention cannot be written as a plain LoRA.*merge_and_unload"):
+        export_adapter(tmp_path / "native", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 @given(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     GptOssConfig,
@@ -20,8 +21,9 @@ from transformers import (
 import laws
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.export import export_adapter
 from moslora.mixers import MIXERS
-from tolerances import RELATIVE, relative_error
+from tolerances import MODEL, RELATIVE, relative_error
 
 # PEFT looks for a pattern's parameter among the modules, with LoRA as with MoSLoRA.
 pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
@@ -201,3 +203,14 @@ def test_a_quantised_parameter_is_refused_with_the_way_out() -> None:
 def test_a_vector_is_refused_with_its_shape() -> None:
     with pytest.raises(ValueError, match=r"\(16,\).*a matrix or a stack"):
         laws.adapt(lambda: build("mixtral"), target_modules=[], target_parameters=["norm.weight"])
+
+
+@torch.no_grad()
+def test_an_adapted_matrix_is_exported_for_stock_peft(tmp_path: Path) -> None:
+    """Its name is in target_parameters alone; without it PEFT would drop the tensors without a word."""
+    model = laws.adapt(lambda: build("mixtral"), target_modules=["q_proj"], target_parameters=["gate.weight"])
+    model.save_pretrained(tmp_path / "native")
+    export_adapter(tmp_path / "native", tmp_path / "lora")
+    plain = PeftModel.from_pretrained(build("mixtral"), tmp_path / "lora")
+    assert type(plain.peft_config["default"]) is LoraConfig
+    assert relative_error(run(plain), run(model)) < MODEL
