@@ -153,3 +153,11 @@ def test_the_same_convolutions_are_adapted_as_in_lora() -> None:
         {"target_modules": ["0"], "bias": "lora_only"},
     ):
         laws.same_targets(stack, **settings)
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only() -> None:
+    model = laws.adapt(stack, target_modules=["2"], lora_dropout=0.5)
+    assert torch.equal(run(model), run(model))
+    model.train()
+    assert not torch.equal(run(model), run(model))
