@@ -418,9 +418,9 @@ def test_arguments_without_a_meaning_are_refused(arguments: dict[str, object], m
 
 def test_a_layer_of_another_kind_is_refused_with_the_way_out() -> None:
     with pytest.raises(
-        TypeError, match=r"embed_tokens is a .*Embedding, which MoSLoRA cannot adapt.*exclude"
+        TypeError, match=r"norm is a .*RMSNorm, which MoSLoRA cannot adapt.*exclude_modules.*modules_to_save"
     ):
-        get_peft_model(tiny.llama(), config(target_modules=["embed_tokens"]))
+        get_peft_model(tiny.llama(), config(target_modules=["norm"]))
 
 
 def test_a_layer_with_another_methods_adapter_is_refused() -> None:

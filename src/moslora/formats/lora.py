@@ -76,8 +76,14 @@ def write(adapter: Adapter, folder: Path) -> None:
         folder: An existing, empty directory.
 
     Raises:
+        AdapterError: If PEFT's LoRA would compute another output from the same factors.
         OSError: If it cannot be written.
     """
+    for name, reason in (adapter.config.get("unlike_lora") or {}).items():
+        raise AdapterError(
+            f"{name} cannot be written as a plain LoRA: {reason}. Merge the adapter into its base instead, with "
+            "merge_and_unload()."
+        )
     values: dict[str, Any] = copy.deepcopy(
         {name: adapter.config[name] for name in SHARED if name in adapter.config}
     )

@@ -26,7 +26,7 @@ __all__ = ["PEFT_TYPE", "read", "write"]
 
 PEFT_TYPE = "MOSLORA"
 PARTS = {"moslora_A": "A", "moslora_M": "M", "moslora_B": "B"}
-OWN = ("mixer", "train_mixer", "match_scale")
+OWN = ("mixer", "train_mixer", "match_scale", "unlike_lora")
 
 
 def read(folder: Path) -> Adapter:

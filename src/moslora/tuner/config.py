@@ -22,8 +22,6 @@ class MoSLoRAType(enum.StrEnum):
 # LoRA arguments that have no meaning here, or not yet: a script that sets one is told so, never half-obeyed.
 REFUSED_ARGUMENTS: dict[str, str] = {
     "use_dora": "DoRA's magnitude on top of a mixer is not supported. Leave it out, or use peft.LoraConfig.",
-    "target_parameters": "Parameters that are no module's own are not supported. Name modules instead.",
-    "trainable_token_indices": "Trainable tokens are not supported. Use modules_to_save for the embedding.",
     "layer_replication": "Layer replication is not supported. Replicate the layers before adapting them.",
     "lora_bias": "A bias on B is not supported, because few readers of LoRA files know it.",
 }
@@ -57,8 +55,15 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         rank_pattern, alpha_pattern: Ranks and alphas of modules that differ, by name or regular expression.
         layers_to_transform, layers_pattern: Adapt only these layer indices.
         modules_to_save: Modules trained in full and saved with the adapter.
-        use_dora, target_parameters, trainable_token_indices, layer_replication, lora_bias: Arguments of
-            LoRA that are refused with the reason when set.
+        ensure_weight_tying: Keep a head that is tied to the embedding so, where either is in modules_to_save or
+            trainable_token_indices. For target_modules it is refused: see MoSLoRAModel.
+        unlike_lora: Filled in by the model: the modules whose update PEFT's LoRA would compute otherwise from
+            the same factors, with the reason. Such an adapter can be merged, but is no plain LoRA.
+        target_parameters: Names or suffixes of parameters to adapt that are no module's own, as the experts
+            of a mixture are: a matrix, or one matrix for each expert (which then has its own mixer).
+        trainable_token_indices: Token ids whose embeddings are trained in full, as in LoRA; for layers other
+            than the input embedding, by the layer's name.
+        use_dora, layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
 
     Raises:
         ValueError: If a value has no meaning; the message names the way out.
@@ -85,9 +90,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     layers_to_transform: Optional[Union[list[int], int]] = field(default=None)  # noqa: UP007, UP045
     layers_pattern: Optional[Union[list[str], str]] = field(default=None)  # noqa: UP007, UP045
     modules_to_save: Optional[list[str]] = field(default=None)  # noqa: UP045
-    use_dora: bool = field(default=False)
     target_parameters: Optional[list[str]] = field(default=None)  # noqa: UP045
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)  # noqa: UP007, UP045
+    ensure_weight_tying: bool = field(default=False)
+    unlike_lora: dict[str, str] = field(default_factory=dict)
+    use_dora: bool = field(default=False)
     layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
     lora_bias: bool = field(default=False)
 
@@ -101,6 +108,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self.exclude_modules = set(self.exclude_modules)
         self.train_mixer = find_mixer(self.mixer).learned if self.train_mixer is None else self.train_mixer
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
+        if self.ensure_weight_tying:
+            self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
         self._check()
 
     def _check(self) -> None:
@@ -124,6 +133,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 f"init_lora_weights={self.init_lora_weights!r} is not supported with a mixer; "
                 "choose True, False or 'gaussian'. (A start from W0's principal components, as PiSSA's, "
                 "would change the output at the start, because M is not the identity.)"
+            )
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} must be a list of names or suffixes; a regular "
+                "expression is not read there."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform cannot be used when target_modules is a string.")

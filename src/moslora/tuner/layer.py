@@ -1,7 +1,8 @@
 """Adapted layers: a frozen base layer, and per adapter the factors A, M and B.
 
-One class serves ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer that PEFT knows a
-backend for.
+``MoSLoRALayer`` is what all kinds share; ``MoSLoRALinear`` serves ``nn.Linear``, transformers' ``Conv1D`` and
+every quantised linear layer that PEFT knows a backend for. The other kinds have a file each, and the table
+that chooses between them is ``kinds.py``.
 """
 
 from __future__ import annotations
@@ -35,21 +36,58 @@ def _tell_once(reason: str) -> None:
         logger.info("MoSLoRA runs base product and update apart: %s.", reason)
 
 
-class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
+class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     """What every adapted layer has: factors by adapter name, scales, and merging.
 
-    The factors are bias-free ``nn.Linear`` modules, as LoRA's are, so that what finds ``lora_A.NAME.weight``
-    by its form (hot-swapping, sharding policies) finds ``moslora_A.NAME.weight`` too.
+    A kind of layer adds how its factors are held (``_make_factors``), how ΔW lies in its base's weight
+    (``_lay``), and its ``forward``.
+
+    The factors are bias-free modules, as LoRA's are, so that what finds ``lora_A.NAME.weight`` by its form
+    (hot-swapping, sharding policies) finds ``moslora_A.NAME.weight`` too.
+
+    Args:
+        base_layer: The frozen layer.
+        adapter_name: The first adapter's name.
+        config: Its configuration.
+        r: Its rank in this layer.
+        lora_alpha: Its alpha in this layer.
+        **kwargs: What PEFT says about quantisation.
+
+    Raises:
+        ValueError: If the layer's settings leave ΔW without a meaning; the message names the way out.
     """
 
-    adapter_layer_names = ("moslora_A", "moslora_M", "moslora_B")
+    # A, M and B come first; a kind that holds them under other names says so here.
+    adapter_layer_names: tuple[str, ...] = ("moslora_A", "moslora_M", "moslora_B")
     other_param_names = ("r", "lora_alpha", "scaling", "moslora_dropout")
+    container: type[nn.ModuleDict] | type[nn.ParameterDict] = nn.ModuleDict
+    # PEFT's word for the kind of layer whose weight a quantisation backend can write.
+    quantized_kind = ""
 
     # What PEFT's mixin brings, told to the type checker.
-    get_base_layer: Callable[[], nn.Module]
-    get_base_weight: Callable[[], Tensor]
-    set_base_weight: Callable[[Tensor], None]
+    get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
+    _get_embed_scale: Callable[[], Tensor | None]
+    quantization_backend: Any
+    moslora_A: nn.ModuleDict  # noqa: N815
+    moslora_B: nn.ModuleDict  # noqa: N815
+    moslora_dropout: nn.ModuleDict
     active_adapters: list[str]
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MoSLoRAConfig,
+        r: int,
+        lora_alpha: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self._init_adapters(base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config)
 
     def _init_adapters(self, base_layer: nn.Module, **kwargs: Any) -> None:
         """Hold no adapter yet.
@@ -63,11 +101,11 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         """
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+            self.get_base_layer(),
+            get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass", _unknown_quantization),
         )
-        self.moslora_A = nn.ModuleDict()
-        self.moslora_M = nn.ModuleDict()
-        self.moslora_B = nn.ModuleDict()
+        for name in self.adapter_layer_names:
+            setattr(self, name, self.container())
         self.moslora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -78,7 +116,19 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._sizes()
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the inputs and outputs that A and B have."""
+        return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
+
+    def _make_factors(self, adapter_name: str, r: int) -> None:
+        """Put A, M and B in their places. A and B draw what LoRA's draw; M draws nothing."""
+        raise NotImplementedError
+
+    def _lay(self, delta: Tensor) -> Tensor:
+        """Lay ΔW, made of what ``factors`` returns, as the base weight lies."""
+        raise NotImplementedError
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: float, config: MoSLoRAConfig, **kwargs: Any
@@ -92,6 +142,7 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
             config: Everything that does not differ between layers.
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
+        self._check_adapter(r, config)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = functional.scaling(lora_alpha, r, config.use_rslora)
@@ -99,15 +150,36 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         self.moslora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
-        self.moslora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
-        self.moslora_B[adapter_name] = nn.Linear(r, self.out_features, bias=False)
+        self._make_factors(adapter_name, r)
         self._start_factors(adapter_name, config)
         if config.train_mixer:
             self.frozen_peft_weight_names.pop(adapter_name, None)
         else:
-            self.frozen_peft_weight_names[adapter_name] = ("moslora_M",)
+            self.frozen_peft_weight_names[adapter_name] = (self.adapter_layer_names[1],)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def why_unlike_lora(self) -> str | None:
+        """Tell why PEFT's LoRA of this layer computes another output from the same factors; None if it does not."""
+        return None
+
+    def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
+        """Refuse an adapter that has no meaning in this layer.
+
+        Raises:
+            ValueError: With the reason and the way out.
+        """
+
+    def _hold(self, adapter_name: str, *factors: nn.Module | nn.Parameter) -> None:
+        """Keep A, M and B under an adapter's name."""
+        for name, factor in zip(self.adapter_layer_names, factors, strict=False):
+            getattr(self, name)[adapter_name] = factor
+
+    def _held(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parameters A, M and B in the shapes in which they are held."""
+        held = (getattr(self, name)[adapter_name] for name in self.adapter_layer_names[:3])
+        A, M, B = (entry if isinstance(entry, Tensor) else cast(Tensor, entry.weight) for entry in held)
+        return A, M, B
 
     @torch.no_grad()
     def _start_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
@@ -116,41 +188,172 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         A and B draw what LoRA's draw, in the same order, from torch's default generator; M draws from a
         fork of it. With one seed, LoRA and MoSLoRA therefore start with the same A in every layer.
         """
-        r = self.r[adapter_name]
-        # An nn.Linear would draw from the generator, so it is made without values, where A is (maybe on
-        # the meta device).
-        device = cast(Tensor, self.moslora_A[adapter_name].weight).device
-        self.moslora_M[adapter_name] = nn.utils.skip_init(nn.Linear, r, r, bias=False, device=device)  # type: ignore[no-untyped-call]
-        A, M, B, _ = self.factors(adapter_name)
-        if A.is_meta:
+        if self._held(adapter_name)[0].is_meta:
             return
+        self._start_like_lora(adapter_name, config)
+        A, M, B, _ = self.factors(adapter_name)
+        r, generator = self.r[adapter_name], forked_generator()
+        for one_A, one_M, one_B in zip(*(_matrices(factor) for factor in (A, M, B)), strict=True):
+            one_M.copy_(initial_mixer(config.mixer, r, generator))
+            if config.match_scale:
+                # Where A starts at zero (embeddings), it is B that the mixer must not shrink.
+                alone, mixed = (one_A, one_M @ one_A) if one_A.any() else (one_B, one_B @ one_M)
+                one_M.mul_(alone.norm() / mixed.norm())
+
+    def _start_like_lora(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+        """Give A and B the values that LoRA's start with."""
+        A, _, B = self._held(adapter_name)
         if config.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / r)
+            nn.init.normal_(A, std=1 / self.r[adapter_name])
         elif config.init_lora_weights:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.init_lora_weights:
             nn.init.zeros_(B)
-        M.copy_(initial_mixer(config.mixer, r, forked_generator()))
-        if config.match_scale:
-            M.mul_(A.norm() / (M @ A).norm())
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Return what an adapter holds in this layer.
+        """Return what an adapter holds in this layer, as matrices.
 
         Args:
             adapter_name: Its name.
 
         Returns:
-            A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale.
+            A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters. A layer of
+            experts has one more dimension in front.
 
         Raises:
             KeyError: If the layer has no adapter of this name.
         """
-        A, M, B = (
-            cast(Tensor, factor[adapter_name].weight)
-            for factor in (self.moslora_A, self.moslora_M, self.moslora_B)
-        )
-        return A, M, B, self.scaling[adapter_name]
+        return *self._held(adapter_name), self.scaling[adapter_name]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Build ΔW as it lies in the base layer.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            The shape of the base weight; float32 where the factors are of lower precision, else their dtype.
+
+        Raises:
+            ValueError: If this layer has no such weight; the message says why.
+        """
+        A, M, B, scale = self.factors(adapter)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        delta = [
+            functional.delta_weight(a, m, b, scale)
+            for a, m, b in zip(*(_matrices(factor.to(dtype)) for factor in (A, M, B)), strict=True)
+        ]
+        return self._lay(delta[0] if A.ndim == 2 else torch.stack(delta))
+
+    def get_base_weight(self) -> Tensor:
+        """Return the base weight, dequantised if it is quantised."""
+        base = self.get_base_layer()
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            # To run, bitsandbytes reorders 4-bit weights on some CPUs, and PEFT would read them as if it had
+            # not. Asking for what is stored puts them back.
+            base.state_dict()
+        return cast(Tensor, super().get_base_weight())
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Put a base weight in place, quantising it as it was."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        super().set_base_weight(weight_data)
+        base = self.get_base_layer()
+        if bias is not None and base.bias is None:
+            base.bias = bias  # PEFT makes a new layer for HQQ, without it
+
+    def _check_mergeable(self) -> None:
+        """Refuse what cannot be merged.
+
+        Raises:
+            ValueError: If the base's quantisation cannot be written.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not (backend.supports_merge and backend.layer_type == self.quantized_kind):
+            raise ValueError(
+                f"Cannot merge into a {type(self.get_base_layer()).__name__}: PEFT's {backend.backend_name} "
+                "backend cannot quantise its weight anew. Leave the adapter beside the base, export it as a "
+                "plain LoRA, or load the base in 16 or 32 bits and merge there."
+            )
+        if getattr(backend, "get_apply_tensor_subclass", None) is _unknown_quantization:
+            raise ValueError(
+                "Cannot merge: how the base was quantised by torchao is not known. Load it through transformers "
+                "with quantization_config=TorchAoConfig(...), or leave the adapter beside the base."
+            )
+
+    def _add_to_weight(self, adapter: str, sign: int, safe: bool) -> None:
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter).to(weight.device)
+        # Summed in the wider of the two dtypes and rounded once.
+        merged = (weight + sign * delta).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"Merging adapter {adapter!r} would put NaN or infinite values into the weight; nothing was "
+                "changed. Load an earlier checkpoint of the adapter."
+            )
+        self.set_base_weight(merged)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW into the base weight.
+
+        Args:
+            safe_merge: Refuse to write NaN or infinite values.
+            adapter_names: Which adapters; the active ones if None.
+
+        Raises:
+            ValueError: If ``safe_merge`` found NaN or infinite values, or the layer cannot be merged.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter in self.scaling:
+                self._check_mergeable()
+                self._add_to_weight(adapter, 1, safe_merge)
+                self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take every merged ΔW out of the base weight again, up to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.scaling:
+                self._add_to_weight(adapter, -1, safe=False)
+
+    def _is_base_alone(self) -> bool:
+        """Tell whether the base layer's output is the answer: adapters are disabled, or merged into it."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return bool(self.disable_adapters or self.merged)
+
+    def _active_here(self) -> list[str]:
+        """Return the active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer and the active adapters.
+
+        Args:
+            x: The base layer's input.
+            *args: Handed to the base layer.
+            **kwargs: Handed to the base layer.
+
+        Returns:
+            Shape and dtype of the base layer's output.
+        """
+        active = [] if self._is_base_alone() else self._active_here()
+        return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
+
+    def _update(self, x: Tensor, name: str) -> Tensor:
+        """Return what adapter ``name`` adds to the base layer's output for the input ``x``."""
+        raise NotImplementedError
+
+    def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
+        """Add the updates of ``adapters`` to the base layer's output."""
+        for name in adapters:
+            result = result + self._update(x, name).to(result.dtype)
+        return result
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale of an adapter to ``scale`` times its own.
@@ -197,87 +400,42 @@ class MoSLoRALayer(BaseTunerLayer):  # type: ignore[misc]
         """Tell PEFT that ΔW is additive, so that the adapter can be converted to LoRA."""
         return True
 
+    def __repr__(self) -> str:
+        return f"moslora.{super().__repr__()}"
 
-class MoSLoRALinear(nn.Module, MoSLoRALayer):
-    """A linear layer (or Conv1D, or a quantised one) with ``ΔW = s·B·M·A`` beside its weight.
 
-    Args:
-        base_layer: The frozen layer.
-        adapter_name: The first adapter's name.
-        config: Its configuration.
-        r: Its rank in this layer.
-        lora_alpha: Its alpha in this layer.
-        **kwargs: What PEFT says about quantisation.
-    """
+def _unknown_quantization() -> None:
+    """Stand for the torchao configuration that a base without one cannot tell; merging looks for it."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: MoSLoRAConfig,
-        r: int,
-        lora_alpha: float,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self._init_adapters(base_layer, **kwargs)
-        # Conv1D stores its weight as (in, out). The layer knows; a flag in the configuration may be wrong.
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Build ΔW as it lies in the base layer.
+def _without_values(kind: type[nn.Module], *sizes: int, like: nn.Module) -> nn.Module:
+    """Make a bias-free module where ``like`` is (maybe on the meta device), drawing no random numbers."""
+    device = next(like.parameters()).device
+    return nn.utils.skip_init(kind, *sizes, bias=False, device=device)  # type: ignore[no-untyped-call, no-any-return]
 
-        Args:
-            adapter: The adapter's name.
 
-        Returns:
-            Shape ``(out, in)``, or ``(in, out)`` for Conv1D; float32 where the factors are of lower
-            precision, else their dtype.
-        """
-        A, M, B, scale = self.factors(adapter)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        delta = functional.delta_weight(A.to(dtype), M.to(dtype), B.to(dtype), scale)
+def _matrices(factor: Tensor) -> Tensor:
+    """Return a factor as a stack of matrices: one, or one for each expert."""
+    return factor if factor.ndim == 3 else factor[None]
+
+
+class MoSLoRALinear(MoSLoRALayer):
+    """A linear layer (or Conv1D, or a quantised one) with ``ΔW = s·B·M·A`` beside its weight."""
+
+    quantized_kind = "linear"
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weight lies as ``(in, out)``. The layer knows; a flag in the configuration may be wrong."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def _make_factors(self, adapter_name: str, r: int) -> None:
+        A = nn.Linear(self.in_features, r, bias=False)
+        B = nn.Linear(r, self.out_features, bias=False)
+        self._hold(adapter_name, A, _without_values(nn.Linear, r, r, like=A), B)
+
+    def _lay(self, delta: Tensor) -> Tensor:
         return delta.T if self.fan_in_fan_out else delta
-
-    def _add_to_weight(self, adapter: str, sign: int, safe: bool) -> None:
-        weight = self.get_base_weight()
-        delta = self.get_delta_weight(adapter).to(weight.device)
-        # Summed in the wider of the two dtypes and rounded once.
-        merged = (weight + sign * delta).to(weight.dtype)
-        if safe and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"Merging adapter {adapter!r} would put NaN or infinite values into the weight; nothing was "
-                "changed. Load an earlier checkpoint of the adapter."
-            )
-        self.set_base_weight(merged)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW into the base weight.
-
-        Args:
-            safe_merge: Refuse to write NaN or infinite values.
-            adapter_names: Which adapters; the active ones if None.
-
-        Raises:
-            ValueError: If ``safe_merge`` found NaN or infinite values.
-        """
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter in self.moslora_A:
-                self._add_to_weight(adapter, 1, safe_merge)
-                self.merged_adapters.append(adapter)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take every merged ΔW out of the base weight again, up to rounding."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            if adapter in self.moslora_A:
-                self._add_to_weight(adapter, -1, safe=False)
 
     def _why_apart(self, x: Tensor, name: str) -> str | None:
         """Tell why base product and update cannot run as one Function; None if they can.
@@ -315,13 +473,9 @@ class MoSLoRALinear(nn.Module, MoSLoRALayer):
         Returns:
             Shape ``(..., out)``, dtype of the base layer's output.
         """
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self._is_base_alone():
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        if self.merged:
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        active = [name for name in self.active_adapters if name in self.moslora_A]
+        active = self._active_here()
         if active:
             name = active[0]
             reason = "the call has more arguments" if args or kwargs else self._why_apart(x, name)
@@ -333,12 +487,5 @@ class MoSLoRALinear(nn.Module, MoSLoRALayer):
             _tell_once(reason)
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
-    def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
-        """Add the updates of ``adapters`` to ``result``, shape ``(..., out)``."""
-        for name in adapters:
-            update = ops.low_rank_update(self.moslora_dropout[name](x), *self.factors(name))
-            result = result + update.to(result.dtype)  # (..., out)
-        return result
-
-    def __repr__(self) -> str:
-        return "moslora." + super().__repr__()
+    def _update(self, x: Tensor, name: str) -> Tensor:
+        return ops.low_rank_update(self.moslora_dropout[name](x), *self.factors(name))  # (..., out)

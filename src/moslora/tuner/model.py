@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import peft.mapping
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import _convert_peft_config_moe
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
-from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.experts import ParamWrapper
+from moslora.tuner.kinds import KINDS, find_layer_class
+from moslora.tuner.layer import MoSLoRALayer
 
 __all__ = ["MoSLoRAModel", "register"]
 
 PREFIX = "moslora_"
-
-
-def _layer_class(base_layer: nn.Module) -> type[MoSLoRALinear] | None:
-    """Choose the adapted layer for a base layer; None where there is none."""
-    if isinstance(base_layer, nn.Linear | Conv1D):
-        return MoSLoRALinear
-    backend = resolve_quantization_backend(base_layer)
-    return None if backend is None else {"linear": MoSLoRALinear}.get(backend.layer_type)
 
 
 class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
@@ -63,34 +59,138 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        if isinstance(parent, MoSLoRAAttention):
+            return  # adapted with the attention that it is a part of
+        if isinstance(parent, nn.MultiheadAttention) and parameter_name is None:
+            raise ValueError(
+                f"{current_key} is a part of a MultiheadAttention, which reads its weight and never calls it, so "
+                f"an adapter on it would do nothing. Name {current_key.rpartition('.')[0]!r} in target_modules "
+                f"to adapt both projections, or {target_name!r} in exclude_modules."
+            )
         rank_key = get_pattern_key(config.rank_pattern.keys(), current_key)
         alpha_key = get_pattern_key(config.alpha_pattern.keys(), current_key)
         r = config.rank_pattern.get(rank_key, config.r)
         lora_alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-        if isinstance(target, MoSLoRALayer):
+        # A module of which several parameters are adapted has a layer around it for each.
+        is_around_another = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
+        if isinstance(target, MoSLoRALayer) and not is_around_another:
             target.update_layer(adapter_name, r, lora_alpha, config)
+            self._keep_why_unlike_lora(config, current_key, target)
             return
-        if isinstance(target, BaseTunerLayer):
+        if isinstance(target, BaseTunerLayer) and not is_around_another:
             raise ValueError(
                 f"{current_key} already carries an adapter of another method ({type(target).__name__}); a "
                 "second one inside it would see the first one's weights. Merge and unload that adapter first."
             )
-        layer_class = _layer_class(target)
+        kwargs = get_quantization_kwargs(self)
+        layer_class = find_layer_class(target)
+        if parameter_name is not None:
+            layer_class, kwargs["parameter_name"] = ParamWrapper, parameter_name
         if layer_class is None:
             raise TypeError(
                 f"{current_key} is a {type(target).__module__}.{type(target).__name__}, which MoSLoRA cannot "
-                "adapt. It adapts torch.nn.Linear, transformers' Conv1D and quantised linear layers; leave "
-                f"the module out of target_modules, or name {target_name!r} in exclude_modules."
+                f"adapt. It adapts {', '.join(kind.__name__ for kind in KINDS)} and quantised linear layers. "
+                f"Leave the module out of target_modules, name {target_name!r} in exclude_modules, or train it "
+                "whole through modules_to_save; a weight that is no module of its own goes into "
+                "target_parameters."
             )
         if isinstance(target, Conv1D):
             config.fan_in_fan_out = True  # for who reads the configuration; the layer knows by itself
-        kwargs = get_quantization_kwargs(self)
         new_module = layer_class(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
         self._replace_module(parent, target_name, new_module, target)
+        self._keep_why_unlike_lora(config, current_key, new_module)
+
+    @staticmethod
+    def _keep_why_unlike_lora(config: MoSLoRAConfig, module_name: str, layer: MoSLoRALayer) -> None:
+        reason = layer.why_unlike_lora()
+        if reason is not None:
+            config.unlike_lora[module_name] = reason
+
+    def _prepare_adapter_config(
+        self, peft_config: MoSLoRAConfig, model_config: dict[str, Any]
+    ) -> MoSLoRAConfig:
+        """Name the targets as the installed transformers does, or take PEFT's list for the architecture.
+
+        Transformers 5 holds the experts of some models as parameters. PEFT rewrites the names that older
+        scripts use (Mixtral's ``w1``) for its LoRA alone; the rules are the same here.
+        """
+        if get_checkpoint_conversion_mapping(model_config.get("model_type")) is not None:
+            _convert_peft_config_moe(peft_config, self.model)
+        known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        return cast(MoSLoRAConfig, super()._prepare_adapter_config(peft_config, model_config))
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt the target modules; PEFT calls this for every adapter.
+
+        Args:
+            model: The base model.
+            adapter_name: The adapter's name; its configuration is known by it.
+            *args: As in PEFT's own.
+            **kwargs: As in PEFT's own.
+
+        Raises:
+            TypeError: If a target module is of a kind that has no adapted layer.
+            ValueError: If a target module cannot carry the adapter; the message names the way out.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_fast_paths(model)
+        unlike_lora = self.peft_config[adapter_name].unlike_lora
+        if unlike_lora:
+            name, reason = next(iter(unlike_lora.items()))
+            more = f" and {len(unlike_lora) - 1} more" if len(unlike_lora) > 1 else ""
+            warnings.warn(
+                f"{name!r}{more}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
+                "plain LoRA; merge it into the base instead, or leave such modules out.",
+                stacklevel=2,
+            )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+        restore_fast_paths(model)
+        return model
+
+    # BaseTuner's takes every unloaded module to have a ``weight``, and an 8-bit one's adapter to be loaded already.
+    _replace_module = LoraModel._replace_module
+
+    def _check_new_adapter_config(self, config: MoSLoRAConfig) -> None:
+        """Refuse an adapter whose parameters would be nested otherwise than another's.
+
+        Raises:
+            ValueError: If two adapters target different parameters.
+        """
+        super()._check_new_adapter_config(config)
+        targets = {
+            name: sorted(other.target_parameters)
+            for name, other in self.peft_config.items()
+            if other.target_parameters
+        }
+        if len({tuple(names) for names in targets.values()}) > 1:
+            raise ValueError(
+                "All adapters that use target_parameters must name the same ones, because a tensor's name in "
+                f"the file tells its parameter by the nesting; found {targets}."
+            )
+
+    # What is trained whole stays tied as in LoRA: the factors have no part in it.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: MoSLoRAConfig, tied_weight_keys: list[str]) -> None:
+        """Refuse to tie the adapters of an embedding and its head.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"ensure_weight_tying cannot tie the adapters of the embedding and {sorted(tied_weight_keys)}: the "
+            "head's factors would have to be the embedding's, transposed, the mixer too, which MoSLoRA does not "
+            "do. Adapt one of the two and set ensure_weight_tying=False, train them whole (modules_to_save with "
+            "ensure_weight_tying=True), train single tokens (trainable_token_indices), or untie the base."
+        )
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that two modules share.
@@ -135,8 +235,8 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        marks = tuple(f".{part}.{adapter_name}." for part in MoSLoRALayer.adapter_layer_names)
-        expected = {key: value for key, value in model.state_dict().items() if any(m in key for m in marks)}
+        factor = re.compile(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.|$)")
+        expected = {key: value for key, value in model.state_dict().items() if factor.search(key)}
         found = {key: value for key, value in remapped.items() if f".{PREFIX}" in key}
         problems = [f"{key}: missing from the checkpoint" for key in expected.keys() - found.keys()]
         for key, tensor in found.items():

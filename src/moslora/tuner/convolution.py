@@ -1,0 +1,103 @@
+"""Adapted convolutions: A is a convolution to r channels, M and B are 1×1 convolutions."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.layer import MoSLoRALayer, _without_values
+
+__all__ = ["MoSLoRAConv"]
+
+# By the number of dimensions of the weight.
+CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+class MoSLoRAConv(MoSLoRALayer):
+    """A convolution with ``ΔW = s·B·M·A`` beside its weight.
+
+    A has the shape ``(r, in, *kernel)`` and the base's stride, padding, padding mode and dilation; M is
+    ``(r, r, 1…)``, B ``(out, r / groups, 1…)``. In a grouped convolution A and M see all input channels and
+    B's groups write the base's groups, as in PEFT's LoRA: such an update has no place in the base weight, so
+    it can be folded and exported, but not merged.
+    """
+
+    quantized_kind = "conv2d"
+
+    def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
+        groups = self.get_base_layer().groups
+        if r % groups:
+            raise ValueError(
+                f"r={r} cannot be split over the {groups} groups of a {type(self.get_base_layer()).__name__}. "
+                f"Choose a multiple of {groups} (for this module alone: rank_pattern), or leave the module out."
+            )
+
+    def _make_factors(self, adapter_name: str, r: int) -> None:
+        base = self.get_base_layer()
+        kind: Any = CONVOLUTIONS[base.weight.ndim]
+        A = kind(
+            self.in_features,
+            r,
+            base.kernel_size,
+            stride=base.stride,
+            padding=base.padding,
+            dilation=base.dilation,
+            padding_mode=base.padding_mode,
+            bias=False,
+        )
+        B = kind(r, self.out_features, 1, groups=base.groups, bias=False)
+        self._hold(adapter_name, A, _without_values(kind, r, r, 1, like=A), B)
+
+    def why_unlike_lora(self) -> str | None:
+        """Tell why PEFT's LoRA of this layer computes another output from the same factors; None if it does not."""
+        base = self.get_base_layer()
+        if any(k > 1 and d > 1 for k, d in zip(base.kernel_size, base.dilation, strict=True)):
+            return f"its dilation is {base.dilation}, which PEFT's LoRA leaves out"
+        padding = base.padding if isinstance(base.padding, str) else max(base.padding)
+        if base.padding_mode != "zeros" and padding not in ("valid", 0):
+            return f"its padding mode is {base.padding_mode!r}, for which PEFT's LoRA pads with zeros"
+        return None
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return what an adapter holds in this layer, as matrices.
+
+        Args:
+            adapter_name: Its name.
+
+        Returns:
+            A ``(r, in · kernel)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters,
+            except for B in a grouped convolution, which is filled up with zeros.
+
+        Raises:
+            KeyError: If the layer has no adapter of this name.
+        """
+        A, M, B = (factor.flatten(1) for factor in self._held(adapter_name))
+        groups = self.get_base_layer().groups
+        B = B if groups == 1 else torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
+        return A, M, B, self.scaling[adapter_name]
+
+    def _lay(self, delta: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        if base.groups != 1:
+            raise ValueError(
+                f"Cannot merge into a convolution of {base.groups} groups: the update mixes channels across "
+                "groups, for which the base weight has no place. Leave the adapter beside the base, or export "
+                "it as a plain LoRA."
+            )
+        return delta.view(base.weight.shape)  # (out, in, *kernel)
+
+    def _update(self, x: Tensor, name: str) -> Tensor:
+        A, M, B = self._held(name)
+        convolve_A: Any = self.moslora_A[name]
+        convolve_B: Any = self.moslora_B[name]
+        # Composed first, in the dtype of the factors: M then costs nothing per position.
+        composed = (M.flatten(1) @ A.flatten(1)).view_as(A)  # (r, in, *kernel)
+        dropped = self.moslora_dropout[name](x)
+        H = convolve_A._conv_forward(dropped, composed.to(x.dtype), None)  # (n, r, *positions)
+        scaled = cast(Tensor, H * self.scaling[name])
+        return cast(
+            Tensor, convolve_B._conv_forward(scaled, B.to(scaled.dtype), None)
+        )  # (n, out, *positions)

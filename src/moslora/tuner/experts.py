@@ -1,0 +1,194 @@
+"""Adapted parameters: expert weights held as one 3-D tensor, or any matrix that is no module of its own.
+
+The module that holds the parameter reads it in its own forward (often in a grouped kernel), so the update
+cannot run beside it: for the length of a call the parameter is replaced by W + ΔW.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.layer import MoSLoRALayer, _without_values
+
+__all__ = ["ParamWrapper"]
+
+
+class ParamWrapper(MoSLoRALayer):
+    """A module one of whose parameters carries ``ΔW = s·B·M·A``, with a mixer for each expert.
+
+    PEFT finds these layers by this class name, and nests one for each parameter of a module. The factors
+    have the layout of PEFT's LoRA, with E experts: A ``(E·r, in)``, expert after expert; B ``(out, r·E)``,
+    rank after rank; and M ``(E·r, r)``, expert after expert, so that each expert's M folds into its rows of
+    A. A parameter is ``(E, out, in)``, or ``(E, in, out)`` where its module says ``is_transposed`` (gpt-oss),
+    or a matrix ``(out, in)``.
+
+    Args:
+        base_layer: The module that holds the parameter, or the layer around another of its parameters.
+        adapter_name: The first adapter's name.
+        config: Its configuration.
+        r: Its rank in this layer.
+        lora_alpha: Its alpha in this layer.
+        parameter_name: The parameter's name in the module.
+        **kwargs: What PEFT says about quantisation.
+
+    Raises:
+        ValueError: If the parameter is quantised or has another number of dimensions, or dropout is asked for.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MoSLoRAConfig,
+        r: int,
+        lora_alpha: float,
+        *,
+        parameter_name: str,
+        **kwargs: Any,
+    ) -> None:
+        self._parameter_name = parameter_name
+        super().__init__(base_layer, adapter_name, config, r, lora_alpha, **kwargs)
+
+    @property
+    def parameter_name(self) -> str:
+        """The name of the adapted parameter in its module."""
+        return self._parameter_name
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter = getattr(self.get_base_layer(), self.parameter_name)
+        assert isinstance(parameter, Tensor)
+        return parameter
+
+    @property
+    def _is_in_out(self) -> bool:
+        """Whether the weight of an expert lies as ``(in, out)``."""
+        return self._parameter.ndim == 3 and getattr(self.get_base_layer(), "is_transposed", False)
+
+    def _sizes(self) -> tuple[int, int]:
+        base, parameter = self.get_base_layer(), self._parameter
+        name = f"{type(base).__name__}.{self.parameter_name}"
+        if parameter.ndim not in (2, 3):
+            raise ValueError(
+                f"{name} has the shape {tuple(parameter.shape)}; a parameter that can be adapted is a matrix or "
+                "a stack of matrices. Name the module in target_modules, or leave the parameter out."
+            )
+        stored = torch.finfo(parameter.dtype).bits if parameter.is_floating_point() else 0
+        if stored < 16 or self.parameter_name in getattr(base, "parametrizations", {}):
+            raise ValueError(
+                f"{name} is quantised ({parameter.dtype}), and what its values mean is known to its module "
+                "alone. Load the base with these weights in 16 or 32 bits, or leave the parameter out."
+            )
+        *_, rows, columns = parameter.shape
+        return (rows, columns) if self._is_in_out else (columns, rows)
+
+    def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
+        if config.lora_dropout:
+            raise ValueError(
+                f"lora_dropout={config.lora_dropout} has no place in {self.parameter_name}: the update of a "
+                "parameter is added to it, so there is no input to drop from. Set lora_dropout=0 with "
+                "target_parameters."
+            )
+
+    def _make_factors(self, adapter_name: str, r: int) -> None:
+        rows = r * (len(self._parameter) if self._parameter.ndim == 3 else 1)  # E·r
+        A = nn.Linear(self.in_features, rows, bias=False)
+        B = nn.Linear(rows, self.out_features, bias=False)
+        self._hold(adapter_name, A, _without_values(nn.Linear, r, rows, like=A), B)
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return what an adapter holds in this layer, as matrices.
+
+        Args:
+            adapter_name: Its name.
+
+        Returns:
+            A ``(E, r, in)``, M ``(E, r, r)``, B ``(E, out, r)``, without the E where the parameter is a
+            matrix, and the scale; views of the parameters.
+
+        Raises:
+            KeyError: If the layer has no adapter of this name.
+        """
+        A, M, B = self._held(adapter_name)
+        if self._parameter.ndim == 3:
+            r = self.r[adapter_name]
+            A, M = A.view(-1, r, A.shape[1]), M.view(-1, r, r)
+            B = B.view(len(B), r, -1).permute(2, 0, 1)
+        return A, M, B, self.scaling[adapter_name]
+
+    def _lay(self, delta: Tensor) -> Tensor:
+        return delta.mT if self._is_in_out else delta
+
+    def get_base_weight(self) -> Tensor:
+        """Return the parameter."""
+        return self._parameter
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Put values into the parameter."""
+        self._parameter.data = weight_data
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move an adapter to the device and dtype of the parameter, for its module has none of its own."""
+        target = self._parameter
+        for name in self.adapter_layer_names:
+            factor = getattr(self, name)[adapter_name]
+            if not any(p.is_meta for p in factor.parameters()):
+                factor.to(device or target.device, target.dtype)
+
+    def _adapted_parameter(self, adapters: list[str]) -> Tensor:
+        """Return W + ΣΔW, in W's dtype: summed inside one product for each adapter, so ΔW is never built."""
+        weight = self._parameter
+        with torch.autocast(weight.device.type, enabled=False):
+            for name in adapters:
+                A, M, B, scale = self.factors(name)
+                left, right = B.to(weight.dtype), (M @ A).to(weight.dtype)
+                if self._is_in_out:
+                    left, right = right.mT, left.mT
+                add = torch.baddbmm if weight.ndim == 3 else torch.addmm
+                weight = add(weight, left, right, alpha=scale)
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module with W + ΔW in the parameter's place.
+
+        Args:
+            *args: Handed to the module.
+            **kwargs: Handed to the module.
+
+        Returns:
+            What the module returns.
+        """
+        active = [] if self._is_base_alone() else self._active_here()
+        if not active:
+            return self.base_layer(*args, **kwargs)
+        place, inner = self.parameter_name, self.base_layer
+        while isinstance(inner, ParamWrapper):
+            place, inner = f"base_layer.{place}", inner.base_layer
+        return functional_call(self.base_layer, {place: self._adapted_parameter(active)}, args, kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the module without the layers around it; PEFT calls this for what is nested.
+
+        Args:
+            merge: Add ΔW into the parameters first.
+            safe_merge: Refuse to write NaN or infinite values.
+            adapter_names: Which adapters; the active ones if None.
+
+        Raises:
+            ValueError: If ``safe_merge`` found NaN or infinite values.
+        """
+        module: nn.Module = self
+        while isinstance(module, ParamWrapper):
+            if merge:
+                module.merge(safe_merge, adapter_names)
+            module = module.base_layer
+        return module
