@@ -20,6 +20,7 @@ FLOORS = {
     2: (
         "tuner",
         "formats",
+        "optimizer",
         "__init__",
         "reload_in_stock_peft",
     ),  # nothing below imports the root

@@ -434,11 +434,6 @@ def test_a_layer_with_another_methods_adapter_is_refused() -> None:
         get_peft_model(model, config())
 
 
-def test_mixed_batches_are_refused_not_ignored() -> None:
-    with pytest.raises(ValueError, match="adapter_names"):
-        adapted()(tiny.tokens(), adapter_names=["default", "__base__"])
-
-
 @torch.no_grad()
 def test_scales_are_set_and_restored() -> None:
     model = adapted()

@@ -38,6 +38,8 @@ class MoSLoRAAttention(MoSLoRALayer):
         ValueError: If query, key and value have projections of their own.
     """
 
+    is_rowwise = False  # W + ΔW is built once for the whole batch
+
     def _sizes(self) -> tuple[int, int]:
         base = self.get_base_layer()
         if base.in_proj_weight is None:

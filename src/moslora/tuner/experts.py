@@ -40,6 +40,8 @@ class ParamWrapper(MoSLoRALayer):
         ValueError: If the parameter is quantised or has another number of dimensions, or dropout is asked for.
     """
 
+    is_rowwise = False  # W + ΔW is built once for the whole batch
+
     def __init__(
         self,
         base_layer: nn.Module,

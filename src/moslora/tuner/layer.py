@@ -63,6 +63,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     container: type[nn.ModuleDict] | type[nn.ParameterDict] = nn.ModuleDict
     # PEFT's word for the kind of layer whose weight a quantisation backend can write.
     quantized_kind = ""
+    # Whether an update is made row by row of the input, so that each row may have an adapter of its own.
+    is_rowwise = True
 
     # What PEFT's mixin brings, told to the type checker.
     get_base_layer: Callable[[], Any]
@@ -225,6 +227,19 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         return *self._held(adapter_name), self.scaling[adapter_name]
 
+    @torch.no_grad()
+    def set_factors(self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor) -> None:
+        """Put values into an adapter's factors, in the dtype they come in.
+
+        Args:
+            adapter_name: Its name.
+            A: Shape ``(r, in)``, as ``factors`` returns it.
+            M: Shape ``(r, r)``.
+            B: Shape ``(out, r)``.
+        """
+        for held, value in zip(self._held(adapter_name), (A, M, B), strict=True):
+            held.data = value.detach().clone().view(held.shape).to(held.device)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Build ΔW as it lies in the base layer.
 
@@ -331,23 +346,64 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Return the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.scaling]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Run the base layer and the active adapters.
 
         Args:
             x: The base layer's input.
             *args: Handed to the base layer.
+            adapter_names: One per row of a mixed batch; None runs the active adapters on all rows.
             **kwargs: Handed to the base layer.
 
         Returns:
             Shape and dtype of the base layer's output.
         """
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
         active = [] if self._is_base_alone() else self._active_here()
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
     def _update(self, x: Tensor, name: str) -> Tensor:
         """Return what adapter ``name`` adds to the base layer's output for the input ``x``."""
         raise NotImplementedError
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer, and for each row of the batch the adapter that is named for it.
+
+        Args:
+            x: The base layer's input, the batch first.
+            adapter_names: One name per row; ``"__base__"``, or an adapter that this layer does not have,
+                leaves the row as the base makes it.
+            *args: Handed to the base layer.
+            **kwargs: Handed to the base layer.
+
+        Returns:
+            Shape and dtype of the base layer's output.
+
+        Raises:
+            ValueError: If adapters are merged, or the first dimension of ``x`` is not the batch.
+        """
+        if self.disable_adapters:
+            self._is_base_alone()  # takes merged adapters out
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if self.merged:
+            raise ValueError(
+                "adapter_names was given while adapters are merged, so no row could be without them. Call "
+                "unmerge_adapter() first."
+            )
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"{len(adapter_names)} adapter_names for an input of shape {tuple(x.shape)} in a "
+                f"{type(self.get_base_layer()).__name__}: one name per row is needed. (A layer that sees tokens "
+                "instead of rows, as an expert does, cannot serve mixed batches: split the batch.)"
+            )
+        result = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        for name in dict.fromkeys(adapter_names):
+            if name in self.scaling:
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name])
+                rows = rows.to(x.device)
+                result = result.index_add(0, rows, self._update(x[rows], name).to(result.dtype))
+        return result
 
     def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
         """Add the updates of ``adapters`` to the base layer's output."""
@@ -462,17 +518,20 @@ class MoSLoRALinear(MoSLoRALayer):
             return "dropout changes the update's input"
         return None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Run the base layer and the active adapters.
 
         Args:
             x: Input, shape ``(..., in)``.
             *args: Handed to the base layer.
+            adapter_names: One per row of a mixed batch; None runs the active adapters on all rows.
             **kwargs: Handed to the base layer.
 
         Returns:
             Shape ``(..., out)``, dtype of the base layer's output.
         """
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
         if self._is_base_alone():
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         active = self._active_here()

@@ -7,14 +7,15 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import peft.mapping
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import get_pattern_key
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs, hotswap
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.transformers_weight_conversion import _convert_peft_config_moe
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -25,6 +26,7 @@ from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.weighted import combine, exact_key
 
 __all__ = ["MoSLoRAModel", "register"]
 
@@ -208,17 +210,147 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse what PEFT would otherwise drop without a word.
+        """Hand the adapter of each row to every layer, for as long as the model runs.
 
         Raises:
-            ValueError: If ``adapter_names`` was passed.
+            ValueError: If ``adapter_names`` was passed and cannot be obeyed.
         """
-        if kwargs.get("adapter_names") is not None:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_mixed_batch(names)
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # An encoder sees each row once, its decoder once per beam. Some models without one name themselves.
+        once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        repeated = [name for name in names for _ in range(beams)]
+
+        def hand_over(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            return args, {**kwargs, "adapter_names": names if module in once else repeated}
+
+        handles = [
+            module.register_forward_pre_hook(hand_over, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, MoSLoRALayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_mixed_batch(self, names: Any) -> None:
+        """Refuse a mixed batch that some layer would run wrongly.
+
+        Raises:
+            ValueError: With the reason and the way out.
+        """
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError(
-                "adapter_names (several adapters in one batch) is not supported by MoSLoRA. Split the batch "
-                "and call set_adapter for each part."
+                f"adapter_names must be a list of names, one per row of the batch; got {names!r}."
             )
-        yield
+        if self.training:
+            raise ValueError("adapter_names is for inference; call eval(), or train one adapter at a time.")
+        layers = [module for module in self.modules() if isinstance(module, MoSLoRALayer)]
+        known = {name for layer in layers for name in layer.scaling}
+        unknown = sorted(set(names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(
+                f"adapter_names has {unknown[0]!r}; the model has {sorted(known)}, and '__base__' for none."
+            )
+        whole = [layer for layer in layers if not layer.is_rowwise and set(names) & set(layer.scaling)]
+        if whole:
+            raise ValueError(
+                f"adapter_names cannot be served: the weight of a {type(whole[0].get_base_layer()).__name__} is "
+                "adapted as a whole, for all rows alike. Split the batch and call set_adapter for each part."
+            )
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose ΔW is the weighted sum of others'.
+
+        The sum is taken of ΔW, never of the factors, so a single adapter at weight 1 comes back as it is.
+
+        Args:
+            adapters: Names of adapters of this model.
+            weights: A factor for each, unitless; may be negative.
+            adapter_name: Name of the new adapter; it is not made active.
+            combination_type: ``"cat"`` (or ``"linear"``, the same here): exact, ranks add up. ``"svd"``: the
+                nearest sum of a rank.
+            svd_rank: Rank for ``"svd"``; the largest of the adapters' if None.
+
+        Raises:
+            ValueError: If the sum cannot be had; the message names the way out. The model is as before then.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"adapters has {unknown[0]!r}; the model has {sorted(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"The model has an adapter {adapter_name!r} already. Choose another name.")
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, MoSLoRALayer)}
+        self._check_summable(adapters, layers)
+        combined = combine(layers, adapters, weights, combination_type, svd_rank)
+        ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
+        patterns = {exact_key(path): r for path, r in ranks.items()}
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            r=max(ranks.values()),
+            lora_alpha=max(ranks.values()),
+            rank_pattern=patterns,
+            alpha_pattern=dict(patterns),  # alpha = r, so the scale is 1
+            use_rslora=False,
+            target_modules=set(ranks),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            mixer="identity",
+            train_mixer=True,
+            match_scale=False,
+            init_lora_weights=True,
+            inference_mode=True,
+            unlike_lora={},
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            got = {n: m.r[adapter_name] for n, m in layers.items() if adapter_name in m.r}
+            if got != ranks:
+                raise ValueError(
+                    f"The name of {(sorted(got.keys() ^ ranks.keys()) or sorted(ranks))[0]!r} fits other modules "
+                    "too, so that a configuration cannot tell them apart. Give the module another name."
+                )
+            for path, factors in combined.items():
+                layers[path].set_factors(adapter_name, factors.A, factors.M, factors.B)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def _check_summable(self, adapters: list[str], layers: dict[str, MoSLoRALayer]) -> None:
+        """Refuse to sum what is more than factors, or factors that cannot be laid side by side.
+
+        Raises:
+            ValueError: With the way out.
+        """
+        for name in adapters:
+            config = self.peft_config[name]
+            if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
+                raise ValueError(
+                    f"Adapter {name!r} trains more than factors (bias, modules_to_save or "
+                    "trainable_token_indices), of which a weighted sum has no meaning. Combine others."
+                )
+        for path, layer in layers.items():
+            grouped = getattr(layer.get_base_layer(), "groups", 1) != 1
+            if set(adapters) & set(layer.scaling) and (not layer.is_rowwise or grouped):
+                raise ValueError(
+                    f"{path}: the factors of a {type(layer.get_base_layer()).__name__} cannot be laid side by "
+                    "side here. Leave such modules out of the adapters, or merge the adapters one by one."
+                )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -264,3 +396,7 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoSLoRAType.MOSLORA] = PREFIX
+    # Ranks and alphas too: PEFT would pad a smaller mixer wrongly, and set_scale go on with the old alpha.
+    hotswap.CONFIG_KEYS_TO_CHECK[MoSLoRAType.MOSLORA] = [
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout")
+    ]

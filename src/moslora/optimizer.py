@@ -1,0 +1,81 @@
+"""Optimiser groups: a learning rate of their own for the mixers and for B."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from torch import nn
+
+__all__ = ["param_groups"]
+
+_FACTOR = re.compile(r"\.moslora_(?:embedding_)?([AMB])(?:\.|$)")
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    mixer_lr_ratio: float = 1.0,
+    b_lr_ratio: float = 1.0,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Sort the trained parameters of a model into groups for any torch optimiser.
+
+    B at a higher rate than A is LoRA+ (arXiv:2402.12354). Everything trained that is no factor (biases,
+    ``modules_to_save``) has the plain rate.
+
+    Args:
+        model: A model with MoSLoRA adapters, as ``get_peft_model`` returns it.
+        lr: Learning rate of A, and of everything that is no factor; positive.
+        mixer_lr_ratio: The mixers' rate is this times ``lr``; at least 0.
+        b_lr_ratio: B's rate is this times ``lr``; at least 0.
+        weight_decay: Of all groups but that of vectors, as biases are, which have none; at least 0.
+
+    Returns:
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``: ``A``, ``mixer``, ``B``, ``other`` and
+        ``vectors``, those without a parameter left out. Every trained parameter is in one of them.
+
+    Raises:
+        ValueError: If a number is out of range, or the model trains no MoSLoRA factor.
+
+    Example:
+        >>> from torch.optim import AdamW
+        >>> from peft import get_peft_model
+        >>> from moslora import MoSLoRAConfig, param_groups
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), MoSLoRAConfig(r=2, target_modules=["0"]))
+        >>> optimizer = AdamW(param_groups(model, 1e-3, mixer_lr_ratio=0.5, b_lr_ratio=16))
+        >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
+        {'A': 0.001, 'mixer': 0.0005, 'B': 0.016}
+    """
+    values = {"mixer_lr_ratio": mixer_lr_ratio, "b_lr_ratio": b_lr_ratio, "weight_decay": weight_decay}
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r} must be a number of at least 0.")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr={lr!r} must be a positive number.")
+    rates = {"A": lr, "mixer": lr * mixer_lr_ratio, "B": lr * b_lr_ratio, "other": lr, "vectors": lr}
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = _FACTOR.search(name)
+        if factor is not None:
+            members[{"A": "A", "M": "mixer", "B": "B"}[factor[1]]].append(parameter)
+        else:
+            members["other" if parameter.ndim > 1 else "vectors"].append(parameter)
+    if not members["A"] and not members["B"] and not members["mixer"]:
+        raise ValueError(
+            "The model trains no MoSLoRA factor. Make it with get_peft_model(model, MoSLoRAConfig(...)), or "
+            "load it with is_trainable=True."
+        )
+    return [
+        {
+            "name": group,
+            "params": parameters,
+            "lr": rates[group],
+            "weight_decay": 0.0 if group == "vectors" else weight_decay,
+        }
+        for group, parameters in members.items()
+        if parameters
+    ]

@@ -1,0 +1,123 @@
+"""Weighted sums of adapters, exact on ΔW.
+
+A sum of products is no product of sums: adding factors, as ``A1 + A2`` and ``B1 + B2``, gives another ΔW. The
+sum of ΔW is had by laying the factors side by side:
+
+    Σ w_i·s_i·B_i·M_i·A_i = [w_1·s_1·B_1, …] · blockdiag(M_1, …) · [A_1; …]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["COMBINATIONS", "Combined", "combine"]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The factors of a sum in one layer; its scale is 1.
+
+    Attributes:
+        A: Shape ``(r, in)``.
+        M: Shape ``(r, r)``.
+        B: Shape ``(out, r)``.
+    """
+
+    A: Tensor
+    M: Tensor
+    B: Tensor
+
+
+def _side_by_side(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]], rank: int | None) -> Combined:
+    """Concatenate: exact, and the ranks add up."""
+    A = torch.cat([A for _, A, _, _ in parts])  # (Σr, in)
+    M = torch.block_diag(*(M for _, _, M, _ in parts))  # type: ignore[no-untyped-call]  # (Σr, Σr)
+    B = torch.cat([weight * B for weight, _, _, B in parts], dim=1)  # (out, Σr)
+    return Combined(A, M, B)
+
+
+def _nearest(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]], rank: int | None) -> Combined:
+    """Take the nearest ΔW of a rank, by the singular value decomposition of the exact sum.
+
+    ΔW is not built: that of the product of two thin matrices follows from their R factors.
+    """
+    whole = _side_by_side([(w, A.double(), M.double(), B.double()) for w, A, M, B in parts], None)
+    Q_left, R_left = torch.linalg.qr(whole.B @ whole.M)  # (out, k), (k, Σr)
+    Q_right, R_right = torch.linalg.qr(whole.A.T)  # (in, l), (l, Σr)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    r = min(rank or len(S), len(S))
+    root = S[:r].sqrt()  # shared by both factors, so that neither is much larger
+    dtype = parts[0][1].dtype
+    A = (root[:, None] * (Vh[:r] @ Q_right.T)).to(dtype)  # (r, in)
+    B = ((Q_left @ U[:, :r]) * root).to(dtype)  # (out, r)
+    return Combined(A, torch.eye(r, dtype=dtype, device=A.device), B)
+
+
+# PEFT's names. What it calls "linear" adds factors, so here it is the exact sum that the name promises.
+COMBINATIONS: dict[str, Callable[[Sequence[tuple[float, Tensor, Tensor, Tensor]], int | None], Combined]] = {
+    "cat": _side_by_side,
+    "linear": _side_by_side,
+    "svd": _nearest,
+}
+
+
+@torch.no_grad()
+def combine(
+    layers: Mapping[str, Any],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    svd_rank: int | None,
+) -> dict[str, Combined]:
+    """Sum the ΔW of adapters in every layer.
+
+    Args:
+        layers: Adapted layers by their path.
+        adapters: Names of adapters; a layer without one has no part of it.
+        weights: A factor for each, unitless.
+        combination_type: A key of ``COMBINATIONS``.
+        svd_rank: Rank for ``"svd"``; the largest of the adapters' if None.
+
+    Returns:
+        Factors by the layer's path, for the layers that have any of the adapters.
+
+    Raises:
+        ValueError: If the arguments make no sense together.
+    """
+    if combination_type not in COMBINATIONS:
+        raise ValueError(
+            f"combination_type={combination_type!r} is unknown; choose one of {sorted(COMBINATIONS)}. (Ties, DARE "
+            "and the like work on factors, which is not the sum of what the adapters do.)"
+        )
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(
+            f"{len(adapters)} adapters and {len(weights)} weights; give a weight for each, and some."
+        )
+    bad = [weight for weight in weights if not math.isfinite(weight)]
+    if bad:
+        raise ValueError(f"weights has {bad[0]!r}, which is no finite number.")
+    if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
+        raise ValueError(f'svd_rank={svd_rank} needs combination_type="svd" and a rank of at least 1.')
+    found: dict[str, Combined] = {}
+    for name, layer in layers.items():
+        parts = []
+        for adapter, weight in zip(adapters, weights, strict=True):
+            if adapter in layer.scaling:
+                A, M, B, scale = layer.factors(adapter)
+                parts.append((weight * scale, A, M, B))
+        if parts:
+            rank = svd_rank or max(A.shape[0] for _, A, _, _ in parts)
+            found[name] = COMBINATIONS[combination_type](parts, rank)
+    return found
+
+
+def exact_key(name: str) -> str:
+    """Return a key for ``rank_pattern`` that fits one module only."""
+    return f"^{re.escape(name)}"

@@ -1,0 +1,254 @@
+"""Several adapters in one model: mixed batches, weighted sums, hot-swapping, and rates of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+import tiny
+from moslora import MoSLoRAConfig, param_groups
+from moslora.tuner.layer import MoSLoRALayer
+from tolerances import MODEL, RELATIVE, relative_error
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def config(**changes: Any) -> MoSLoRAConfig:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False}
+    return MoSLoRAConfig(**{**settings, **changes})
+
+
+def with_two(model: nn.Module | None = None, **other: Any) -> Any:
+    """A model with the adapters "default" and "other"; B is random, so that both do something."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(model or tiny.llama(), config())
+    adapted.add_adapter("other", config(**other))
+    return adapted.eval()
+
+
+def layers_of(model: Any) -> dict[str, MoSLoRALayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, MoSLoRALayer)}
+
+
+@torch.no_grad()
+def logits_of(model: Any, name: str, ids: torch.Tensor) -> torch.Tensor:
+    if name == "__base__":
+        with model.disable_adapter():
+            return model(ids).logits
+    model.set_adapter(name)
+    return model(ids).logits
+
+
+@torch.no_grad()
+def test_a_mixed_batch_gives_each_row_what_its_own_adapter_gives_it() -> None:
+    model = with_two(r=2)
+    names, ids = ["other", "__base__", "default", "other"], tiny.tokens(rows=4)
+    mixed = model(ids, adapter_names=names).logits
+    for row, name in enumerate(names):
+        alone = logits_of(model, name, ids[row : row + 1])
+        assert relative_error(mixed[row : row + 1], alone) < MODEL
+    base, default = logits_of(model, "__base__", ids), logits_of(model, "default", ids)
+    assert relative_error(base, default) > 100 * MODEL
+
+
+@torch.no_grad()
+def test_generation_from_a_mixed_batch_equals_generation_row_by_row() -> None:
+    model = with_two()
+    names, ids = ["other", "default", "__base__"], tiny.tokens(rows=3, length=5)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for beams in (1, 2):
+        mixed = model.generate(input_ids=ids, adapter_names=names, num_beams=beams, **settings)
+        for row, name in enumerate(names):
+            single = ids[row : row + 1]
+            alone = model.generate(input_ids=single, adapter_names=[name], num_beams=beams, **settings)
+            assert torch.equal(mixed[row], alone[0])
+
+
+@torch.no_grad()
+def test_a_mixed_batch_leaves_no_trace() -> None:
+    model, ids = with_two(), tiny.tokens()
+    before = logits_of(model, "default", ids)
+    model(ids, adapter_names=["other", "__base__"])
+    with pytest.raises(ValueError, match="one name per row"):
+        model(ids, adapter_names=["other"])
+    assert torch.equal(model(ids).logits, before)
+    assert not any(layer._forward_pre_hooks for layer in layers_of(model).values())
+
+
+def test_mixed_batches_that_cannot_be_obeyed_are_refused() -> None:
+    model, ids = with_two(), tiny.tokens()
+    with pytest.raises(ValueError, match="has 'nobody'; the model has"):
+        model(ids, adapter_names=["nobody", "default"])
+    with pytest.raises(ValueError, match="must be a list"):
+        model(ids, adapter_names="default")
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model(ids, adapter_names=["other", "default"])
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="for inference"):
+        model.train()(ids, adapter_names=["other", "default"])
+
+
+class Words(nn.Module):
+    """An embedding, a convolution over the words, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 6)
+        self.mix = nn.Conv1d(6, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return self.head(self.mix(self.words(ids).transpose(1, 2)).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_embeddings_and_convolutions_serve_mixed_batches_and_sums_too() -> None:
+    torch.manual_seed(0)
+    targets = ["words", "mix", "head"]
+    model = get_peft_model(Words(), config(target_modules=targets))
+    model.add_adapter("other", config(target_modules=targets, r=2))
+    model.eval()
+    ids = tiny.tokens(rows=2, vocab=20)
+    mixed = model(ids, adapter_names=["other", "default"])
+    alone = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        alone[name] = model(ids)
+    assert relative_error(mixed[0], alone["other"][0]) < MODEL
+    assert relative_error(mixed[1], alone["default"][1]) < MODEL
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+    for layer in layers_of(model).values():
+        expected = 0.5 * layer.get_delta_weight("default") - 2.0 * layer.get_delta_weight("other")
+        assert relative_error(layer.get_delta_weight("sum"), expected) < RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear"])
+def test_a_weighted_adapter_is_the_weighted_sum_of_delta_weights(kind: str) -> None:
+    model = with_two(r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "sum", combination_type=kind)
+    seen = set()
+    for layer in layers_of(model).values():
+        parts = {"default": 0.7, "other": -1.5}
+        expected = sum(w * layer.get_delta_weight(n) for n, w in parts.items() if n in layer.scaling)
+        assert isinstance(expected, torch.Tensor)
+        assert relative_error(layer.get_delta_weight("sum"), expected) < RELATIVE[torch.float32]
+        seen.add(layer.r["sum"])
+    assert seen == {2, 4, 6}
+
+
+@torch.no_grad()
+def test_weight_one_is_the_identity_and_survives_saving(tmp_path: Path) -> None:
+    model, ids = with_two(r=2, target_modules=["q_proj"]), tiny.tokens()
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "sum")
+    assert model.active_adapter == "default"
+    assert relative_error(logits_of(model, "same", ids), logits_of(model, "default", ids)) < MODEL
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path / "sum").eval()
+    assert relative_error(again(ids).logits, logits_of(model, "sum", ids)) < MODEL
+
+
+@torch.no_grad()
+def test_svd_is_exact_at_the_sum_of_the_ranks_and_nearest_below() -> None:
+    model = with_two(r=2)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "whole", "svd", svd_rank=6)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "near", "svd", svd_rank=3)
+    for layer in layers_of(model).values():
+        delta = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+        assert relative_error(layer.get_delta_weight("whole"), delta) < RELATIVE[torch.float32]
+        lost = torch.linalg.svdvals(delta.double())[3:].norm()
+        found = (layer.get_delta_weight("near") - delta).double().norm()
+        assert abs(float(found - lost)) < MODEL * float(delta.norm())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((["default", "nobody"], [1.0, 1.0], "sum"), "has 'nobody'"),
+        ((["default"], [1.0, 2.0], "sum"), "a weight for each"),
+        ((["default"], [float("nan")], "sum"), "no finite number"),
+        ((["default"], [1.0], "other"), "already"),
+        ((["default"], [1.0], "sum", "ties"), "unknown; choose one of"),
+        ((["default"], [1.0], "sum", "cat", 4), "svd_rank"),
+    ],
+)
+def test_senseless_sums_are_refused_and_change_nothing(arguments: Any, match: str) -> None:
+    model = with_two()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        model.add_weighted_adapter(*arguments)
+    after = model.state_dict()
+    assert set(model.peft_config) == {"default", "other"}
+    assert after.keys() == before.keys() and all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_adapters_that_train_more_than_factors_are_not_summed() -> None:
+    model = get_peft_model(tiny.llama(), config(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        model.add_weighted_adapter(["default"], [2.0], "twice")
+
+
+@torch.no_grad()
+def test_hot_swapping_puts_one_adapter_in_the_place_of_another(tmp_path: Path) -> None:
+    model, ids = with_two(), tiny.tokens()
+    expected = logits_of(model, "other", ids)
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    fresh = get_peft_model(tiny.llama(), config()).eval()
+    assert relative_error(fresh(ids).logits, expected) > 100 * MODEL
+    hotswap_adapter(fresh, tmp_path / "other", adapter_name="default")
+    assert torch.equal(fresh(ids).logits, expected)
+
+
+def test_hot_swapping_another_rank_is_refused(tmp_path: Path) -> None:
+    model = with_two(r=2)
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    with pytest.raises(ValueError, match="incompatible"):
+        hotswap_adapter(get_peft_model(tiny.llama(), config()), tmp_path / "other", adapter_name="default")
+
+
+def test_parameter_groups_hold_every_trained_parameter_once() -> None:
+    model = get_peft_model(tiny.llama(), config(modules_to_save=["norm", "lm_head"]))
+    groups = param_groups(model, 1e-3, mixer_lr_ratio=0.5, b_lr_ratio=4, weight_decay=0.1)
+    ours = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ours) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    assert found == {
+        "A": (1e-3, 0.1),
+        "mixer": (5e-4, 0.1),
+        "B": (4e-3, 0.1),
+        "other": (1e-3, 0.1),
+        "vectors": (1e-3, 0.0),
+    }
+
+
+def test_a_mixer_with_a_ratio_of_zero_does_not_move() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.llama(), config())
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2, mixer_lr_ratio=0.0))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "moslora_" in n}
+    ids = tiny.tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if "moslora_" in name:
+            assert torch.equal(parameter, before[name]) == ("moslora_M" in name)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0.0}, {"lr": 1.0, "b_lr_ratio": -1.0}, {"lr": 1.0, "weight_decay": float("inf")}]
+)
+def test_senseless_rates_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be a"):
+        param_groups(get_peft_model(tiny.llama(), config()), **wrong)
+
+
+def test_a_model_without_trained_factors_is_refused() -> None:
+    with pytest.raises(ValueError, match="trains no MoSLoRA factor"):
+        param_groups(tiny.llama(), 1e-3)
