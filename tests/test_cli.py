@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from moslora.cli import app
 
-VERBS = [command.callback.__name__ for command in app.registered_commands]
+VERBS = [(command.name or command.callback.__name__) for command in app.registered_commands]
 
 
 def invoke(*arguments: str) -> tuple[int, str]:

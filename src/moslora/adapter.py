@@ -7,7 +7,7 @@ business of ``formats/``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moslora import functional
 
-__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "compare"]
+__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "Form", "compare"]
 
 
 class AdapterError(ValueError):
@@ -23,14 +23,33 @@ class AdapterError(ValueError):
 
 
 @dataclass(frozen=True)
+class Form:
+    """How the factors of a module lie in files; at rest they are matrices whatever the module is.
+
+    Attributes:
+        kind: ``"linear"``, ``"conv"`` or ``"embedding"``.
+        kernel: Of a convolution; its A is ``(r, in, *kernel)`` in files and ``(r, in · kernel)`` here.
+        groups: Of a convolution; its B is ``(out, r / groups, 1, …)`` in files and filled up with zeros here.
+    """
+
+    kind: str = "linear"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+
+LINEAR = Form()
+
+
+@dataclass(frozen=True)
 class Factors:
     """The factors of one module.
 
     Attributes:
-        A: Shape ``(r, in)``.
+        A: Shape ``(r, in)``; of an embedding, in is the vocabulary.
         M: Shape ``(r, r)``; the identity in a plain LoRA.
         B: Shape ``(out, r)``.
         scale: s of ``ΔW = s·B·M·A``, unitless.
+        form: How they lie in files.
 
     Raises:
         ValueError: If the inner sizes disagree.
@@ -40,6 +59,7 @@ class Factors:
     M: Tensor
     B: Tensor
     scale: float
+    form: Form = LINEAR
 
     def __post_init__(self) -> None:
         functional.check_factors(self.A, self.M, self.B)
@@ -64,7 +84,7 @@ class Factors:
             Factors of exactly the same ΔW.
         """
         A, M, B = (t.to(torch.promote_types(t.dtype, dtype)) for t in (self.A, self.M, self.B))
-        return Factors(A, M, B, self.scale)
+        return replace(self, A=A, M=M, B=B)
 
     def fold(self) -> Factors:
         """Fold M into A; B and the scale unchanged.
@@ -74,9 +94,7 @@ class Factors:
         """
         if self.is_folded:
             return self
-        return Factors(
-            functional.fold(self.A, self.M), torch.eye(self.r, dtype=self.M.dtype), self.B, self.scale
-        )
+        return replace(self, A=functional.fold(self.A, self.M), M=torch.eye(self.r, dtype=self.M.dtype))
 
     def unscaled(self) -> Factors:
         """Move the scale into B, the one form that every reader of LoRA files takes rightly.
@@ -88,7 +106,7 @@ class Factors:
         """
         if self.scale == 1:
             return self
-        return Factors(self.A, self.M, (self.B.double() * self.scale).to(self.B.dtype), 1.0)
+        return replace(self, B=(self.B.double() * self.scale).to(self.B.dtype), scale=1.0)
 
     def delta_weight(self) -> Tensor:
         """Build ΔW.
@@ -200,6 +218,8 @@ def compare(before: Adapter, after: Adapter) -> Comparison:
 def _relative_error(name: str, one: Factors, two: Factors) -> float:
     if one.A.shape[1] != two.A.shape[1] or one.B.shape[0] != two.B.shape[0]:
         raise AdapterError(f"{name} changed its shape: A {tuple(one.A.shape)} became {tuple(two.A.shape)}.")
+    if one.form != two.form:
+        raise AdapterError(f"{name} changed its form: {one.form} became {two.form}.")
     left = torch.cat([one.scale * one.B.double(), -two.scale * two.B.double()], dim=1)  # (out, r1 + r2)
     right = torch.cat([one.M.double() @ one.A.double(), two.M.double() @ two.A.double()])  # (r1 + r2, in)
     difference, size = _product_norm(left, right), one.norm()

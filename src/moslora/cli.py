@@ -141,7 +141,7 @@ def train(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Adapter directory, native or plain LoRA.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter directory of any format that is read.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     to: Annotated[str, typer.Option(help="Format: [bold]lora[/] or [bold]native[/].")] = "lora",
     as_json: Json = False,
@@ -158,25 +158,52 @@ def export(
     def action() -> None:
         import difflib
 
-        from moslora.export import export_adapter
-        from moslora.formats import FORMATS
+        from moslora.formats import WRITTEN
 
-        if to not in FORMATS:
-            near = difflib.get_close_matches(to, FORMATS, n=1)
+        if to not in WRITTEN:
+            near = difflib.get_close_matches(to, WRITTEN, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--to {to} is unknown; choose one of {', '.join(sorted(FORMATS))}.{hint}")
-        proof = export_adapter(adapter, out, to)
-        if as_json:
-            print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
-            return
-        print(f"Read {adapter}: {proof.source}, {proof.modules} modules.")
-        print(f"Wrote {out}: {proof.target}, {FORMATS[to].purpose}.")
-        print(
-            f"Proven: largest relative error of ΔW {proof.max_relative_error:.1e} "
-            f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}."
-        )
+            raise ValueError(f"--to {to} is unknown; choose one of {', '.join(WRITTEN)}.{hint}")
+        _convert(adapter, out, to, as_json)
 
     _run(action, debug)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Adapter directory of another program.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Read an adapter of another program and write it natively, to train it further or export it.
+
+    [bold]moslora import authors-checkpoint my-adapter[/]
+
+    Read are checkpoints of MoSLoRA's authors ([bold]lora_AB[/]; also pickled ones, of which only tensors are
+    opened) and of PEFT pull request 2294 ([bold]lora_mixer[/]), PaddleNLP's in safetensors, and plain LoRA, whose
+    mixers become the identity. Proven as [bold]export[/] is, by reading back what was written.
+    """
+    _run(lambda: _convert(source, out, "native", as_json), debug)
+
+
+def _convert(source: Path, out: Path, to: str, as_json: bool) -> None:
+    """Write an adapter in another format and say what was proven."""
+    from moslora.export import export_adapter
+    from moslora.formats import FORMATS
+
+    proof = export_adapter(source, out, to)
+    if as_json:
+        print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
+        return
+    print(f"Read {source}: {proof.source}, {proof.modules} modules.")
+    if FORMATS[proof.source].warning:
+        print(FORMATS[proof.source].warning)
+    print(f"Wrote {out}: {proof.target}, {FORMATS[to].purpose}.")
+    print(
+        f"Proven: largest relative error of ΔW {proof.max_relative_error:.1e} "
+        f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}."
+    )
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.adapter import Adapter, compare
-from moslora.formats import FORMATS, detect
+from moslora.formats import FORMATS, WRITTEN, detect
 from moslora.formats.directory import staged
 
 __all__ = ["FOLD_TOLERANCE", "ExportProof", "ProofError", "export_adapter"]
@@ -53,9 +53,9 @@ def export_adapter(source: str | Path, out: str | Path, to: str = "lora") -> Exp
     """Write an adapter in another format, and prove it.
 
     Args:
-        source: Adapter directory, native or plain LoRA.
+        source: Adapter directory of any format that is read.
         out: Directory to write; must not exist yet, or be empty.
-        to: A key of ``FORMATS``. All but ``"native"`` fold the mixers.
+        to: One of ``WRITTEN``. All but ``"native"`` fold the mixers.
 
     Returns:
         What was measured; it is kept beside the adapter as ``moslora_proof.json``.
@@ -68,8 +68,11 @@ def export_adapter(source: str | Path, out: str | Path, to: str = "lora") -> Exp
     source = Path(source)
     found = detect(source)
     adapter = FORMATS[found].read(source)
+    write = FORMATS[to].write
+    if write is None:
+        raise ValueError(f"The format {to} is only read; choose one of {', '.join(WRITTEN)}.")
     with staged(Path(out)) as folder:
-        FORMATS[to].write(adapter, folder)
+        write(adapter, folder)
         proof = _prove(adapter, FORMATS[to].read(folder), found, to)
         if not proof.passed:
             raise ProofError(

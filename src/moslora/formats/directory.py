@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moslora.adapter import Adapter, AdapterError, Factors
+from moslora.adapter import LINEAR, Adapter, AdapterError, Factors, Form
 from moslora.functional import scaling
 
 __all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "staged", "write_files"]
@@ -116,12 +117,43 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 "opened. Load the adapter in PEFT and save it again; PEFT writes safetensors."
             )
         raise AdapterError(f"{folder} has no {WEIGHTS}.")
+    return load_tensors(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        AdapterError: If the file is damaged, or holds empty or non-finite tensors.
+    """
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterError(
             f"{path} is damaged or cut off: {error}. Copy it again, or take an earlier checkpoint."
         ) from error
+    return check_tensors(path, tensors)
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Refuse tensors that no adapter can be made of.
+
+    Args:
+        path: Where they come from, for messages.
+        tensors: Tensors by name.
+
+    Returns:
+        The same tensors.
+
+    Raises:
+        AdapterError: If there are none, or one is empty or has NaN or infinite values.
+    """
     if not tensors:
         raise AdapterError(f"{path} holds no tensors.")
     for name, tensor in tensors.items():
@@ -138,28 +170,126 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class Found:
+    """Tensors of a file, sorted.
+
+    Attributes:
+        modules: Per module path, tensors by ``A``, ``M``, ``B``, as they lie in the file.
+        rest: All other tensors, by their full name.
+        embeddings: Paths of the modules whose names said that they are embeddings.
+    """
+
+    modules: dict[str, dict[str, Tensor]]
+    rest: dict[str, Tensor]
+    embeddings: set[str]
+
+
 def group_factors(
-    tensors: Mapping[str, Tensor], parts: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    tensors: Mapping[str, Tensor], parts: Mapping[str, str], embedding_parts: Mapping[str, str] | None = None
+) -> Found:
     """Sort tensors into modules.
 
     Args:
-        tensors: Tensors by name, as ``base_model.model.PATH.PART.weight``.
+        tensors: Tensors by name, as ``base_model.model.PATH.PART.weight``; of embeddings without ``.weight``.
         parts: ``A``, ``M`` or ``B`` by the PART that stands for it.
+        embedding_parts: The same for embeddings.
 
     Returns:
-        Per module path, tensors by ``A``, ``M``, ``B``; and all other tensors by their full name.
+        Modules, their kind, and everything else.
     """
-    modules: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
+    found = Found({}, {}, set())
     for key, tensor in tensors.items():
         stem = key.removesuffix(".weight")
         path, _, part = stem.rpartition(".")
-        if stem == key or part not in parts or not path.startswith(KEY_PREFIX):
-            rest[key] = tensor
+        module = path.removeprefix(KEY_PREFIX)
+        if path == module:
+            found.rest[key] = tensor
+        elif stem != key and part in parts:
+            found.modules.setdefault(module, {})[parts[part]] = tensor
+        elif stem == key and part in (embedding_parts or {}):
+            found.modules.setdefault(module, {})[(embedding_parts or {})[part]] = tensor
+            found.embeddings.add(module)
         else:
-            modules.setdefault(path.removeprefix(KEY_PREFIX), {})[parts[part]] = tensor
-    return modules, rest
+            found.rest[key] = tensor
+    return found
+
+
+def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict[str, Tensor], Form]:
+    """Lay factors as matrices.
+
+    Args:
+        tensors: ``A``, ``B`` and maybe ``M``, as they lie in a file.
+        is_embedding: Whether they adapt an embedding.
+
+    Returns:
+        A ``(r, in)``, M ``(r, r)`` and B ``(out, r)``, and how they lay.
+
+    Raises:
+        ValueError: If a convolution's factors do not fit each other.
+    """
+    A, B = tensors["A"], tensors["B"]
+    if is_embedding:
+        return dict(tensors), Form("embedding")
+    if A.ndim < 3:
+        return dict(tensors), LINEAR
+    r, kernel = A.shape[0], tuple(A.shape[2:])
+    if (
+        B.ndim != A.ndim
+        or any(n != 1 for n in B.shape[2:])
+        or r % B.shape[1]
+        or B.shape[0] % (r // B.shape[1])
+    ):
+        raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no factors of one convolution.")
+    groups = r // B.shape[1]
+    flat = {name: tensor.flatten(1) for name, tensor in tensors.items()}
+    if groups > 1:
+        flat["B"] = torch.block_diag(*flat["B"].chunk(groups))  # type: ignore[no-untyped-call]  # (out, r)
+    return flat, Form("conv", kernel, groups)
+
+
+def as_stored(factors: Factors) -> dict[str, Tensor]:
+    """Lay factors as files hold them: the inverse of ``as_matrices``.
+
+    Args:
+        factors: Of one module.
+
+    Returns:
+        ``A``, ``M`` and ``B``.
+    """
+    A, M, B, form = factors.A, factors.M, factors.B, factors.form
+    if form.kind != "conv":
+        return {"A": A, "M": M, "B": B}
+    ones = (1,) * len(form.kernel)
+    if form.groups > 1:
+        rows, columns = B.shape[0] // form.groups, B.shape[1] // form.groups
+        blocks = B.view(form.groups, rows, form.groups, columns)
+        B = torch.cat([blocks[g, :, g] for g in range(form.groups)])  # (out, r / groups)
+    return {
+        "A": A.view(A.shape[0], -1, *form.kernel),
+        "M": M.view(*M.shape, *ones),
+        "B": B.view(*B.shape, *ones),
+    }
+
+
+def name_tensors(
+    module: str, factors: Factors, parts: Mapping[str, str], embedding_parts: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Name the factors of a module as a file does.
+
+    Args:
+        module: Path in the base model.
+        factors: Its factors.
+        parts: ``A``, ``M`` or ``B`` by the PART that stands for it; letters that are not there are left out.
+        embedding_parts: The same for embeddings.
+
+    Returns:
+        Tensors by name.
+    """
+    stored = as_stored(factors)
+    if factors.form.kind == "embedding":
+        return {f"{KEY_PREFIX}{module}.{part}": stored[letter] for part, letter in embedding_parts.items()}
+    return {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
 
 
 def module_scale(config: Mapping[str, Any], module: str, r: int) -> float:
@@ -186,19 +316,13 @@ def module_scale(config: Mapping[str, Any], module: str, r: int) -> float:
     return scaling(alpha, r, bool(config.get("use_rslora")))
 
 
-def build_adapter(
-    folder: Path,
-    config: Mapping[str, Any],
-    modules: Mapping[str, Mapping[str, Tensor]],
-    extra: Mapping[str, Tensor],
-) -> Adapter:
+def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adapter:
     """Put factors together, checking that none is missing and that they fit.
 
     Args:
         folder: Where they come from, for messages.
         config: What the adapter carries beside its factors.
-        modules: Per module path, tensors by ``A``, ``M``, ``B``. Without M a module is plain LoRA.
-        extra: Other tensors.
+        found: Its tensors. Without M a module is plain LoRA.
 
     Returns:
         The adapter.
@@ -206,26 +330,28 @@ def build_adapter(
     Raises:
         AdapterError: If a factor is missing or of the wrong shape.
     """
-    if not modules:
-        raise AdapterError(f"{folder / WEIGHTS} holds no factors of a known name.")
+    if not found.modules:
+        raise AdapterError(f"{folder} holds no factors of a known name.")
     built: dict[str, Factors] = {}
-    for name in sorted(modules):
-        factors = dict(modules[name])
-        missing = {"A", "B"} - factors.keys()
+    for name in sorted(found.modules):
+        missing = {"A", "B"} - found.modules[name].keys()
         if missing:
-            raise AdapterError(
-                f"{folder / WEIGHTS}: {name} lacks its factor {' and '.join(sorted(missing))}."
-            )
-        A = factors["A"]
-        M = factors.get("M")
-        M = torch.eye(A.shape[0], dtype=A.dtype) if M is None else M
+            raise AdapterError(f"{folder}: {name} lacks its factor {' and '.join(sorted(missing))}.")
         try:
-            built[name] = Factors(A, M, factors["B"], module_scale(config, name, A.shape[0]))
+            tensors, form = as_matrices(found.modules[name], name in found.embeddings)
+            A, r = tensors["A"], tensors["A"].shape[0]
+            if tensors.get("M", tensors["A"]).shape == (r, config.get("r")) != (r, r):
+                raise AdapterError(
+                    f"{name} holds a mixer for each of several experts, which cannot be told apart without the base. "
+                    "Load the adapter with PeftModel.from_pretrained and merge_and_unload()."
+                )
+            M = tensors["M"] if "M" in tensors else torch.eye(r, dtype=A.dtype)
+            built[name] = Factors(A, M, tensors["B"], module_scale(config, name, r), form)
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
         except ValueError as error:
-            raise AdapterError(f"{folder / WEIGHTS}: {name}: {error}") from error
-    return Adapter(built, dict(config), dict(extra))
+            raise AdapterError(f"{folder}: {name}: {error}") from error
+    return Adapter(built, dict(config), dict(found.rest))
 
 
 def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -15,11 +15,11 @@ from peft import LoraConfig
 
 from moslora.adapter import Adapter, AdapterError
 from moslora.formats.directory import (
-    KEY_PREFIX,
     SHARED,
     WEIGHTS,
     build_adapter,
     group_factors,
+    name_tensors,
     read_config,
     read_tensors,
     write_files,
@@ -29,13 +29,13 @@ __all__ = ["PEFT_TYPE", "read", "write"]
 
 PEFT_TYPE = "LORA"
 PARTS = {"lora_A": "A", "lora_B": "B"}
+EMBEDDING_PARTS = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 
 # Tensors of LoRA variants whose ΔW is not s·B·A: reading them as plain LoRA would be silently wrong.
 FOREIGN = {
     "lora_AB": "a mixer in the naming of MoSLoRA's authors; stock PEFT drops it and runs B·A, which is wrong",
     "lora_mixer": "a mixer in the naming of PEFT pull request 2294; stock PEFT drops it and runs B·A",
     "lora_magnitude_vector": "DoRA's magnitude",
-    "lora_embedding_": "factors of an embedding",
     "lora_B.bias": "a bias on B",
 }
 VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config")
@@ -59,13 +59,13 @@ def read(folder: Path) -> Adapter:
     set_variants = [name for name in VARIANTS if config.get(name)]
     if set_variants:
         raise AdapterError(f"{folder} is no plain LoRA: {set_variants[0]} is set. Only plain LoRA is read.")
-    modules, rest = group_factors(read_tensors(folder), PARTS)
-    for key in rest:
+    found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
+    for key in found.rest:
         for mark, meaning in FOREIGN.items():
             if mark in key:
                 raise AdapterError(f"{folder / WEIGHTS} is no plain LoRA: {key} is {meaning}.")
     kept = {name: config[name] for name in SHARED if name in config}
-    return build_adapter(folder, kept, modules, rest)
+    return build_adapter(folder, kept, found)
 
 
 def write(adapter: Adapter, folder: Path) -> None:
@@ -97,6 +97,5 @@ def write(adapter: Adapter, folder: Path) -> None:
     for name, factors in adapter.modules.items():
         # float32 at least: rounding a product to half precision again would cost more than it saves.
         plain = factors.at_least(torch.float32).fold().unscaled()
-        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = plain.A
-        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = plain.B
+        tensors.update(name_tensors(name, plain, PARTS, EMBEDDING_PARTS))
     write_files(folder, config.to_dict(), tensors)

@@ -11,11 +11,11 @@ from typing import Any
 
 from moslora.adapter import Adapter, AdapterError
 from moslora.formats.directory import (
-    KEY_PREFIX,
     SHARED,
     WEIGHTS,
     build_adapter,
     group_factors,
+    name_tensors,
     read_config,
     read_tensors,
     write_files,
@@ -26,6 +26,7 @@ __all__ = ["PEFT_TYPE", "read", "write"]
 
 PEFT_TYPE = "MOSLORA"
 PARTS = {"moslora_A": "A", "moslora_M": "M", "moslora_B": "B"}
+EMBEDDING_PARTS = {"moslora_embedding_A": "A", "moslora_embedding_M": "M", "moslora_embedding_B": "B"}
 OWN = ("mixer", "train_mixer", "match_scale", "unlike_lora")
 
 
@@ -44,15 +45,15 @@ def read(folder: Path) -> Adapter:
     config = read_config(folder)
     if config["peft_type"] != PEFT_TYPE:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
-    modules, rest = group_factors(read_tensors(folder), PARTS)
-    strange = [key for key in rest if "moslora_" in key]
+    found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
+    strange = [key for key in found.rest if "moslora_" in key]
     if strange:
         raise AdapterError(f"{folder / WEIGHTS} holds tensors of an unknown form: {strange[:3]}.")
-    without = [name for name, factors in modules.items() if "M" not in factors]
+    without = [name for name, factors in found.modules.items() if "M" not in factors]
     if without:
         raise AdapterError(f"{folder / WEIGHTS}: {without[0]} lacks its mixer, moslora_M.")
     kept = {name: config[name] for name in (*SHARED, *OWN) if name in config}
-    return build_adapter(folder, kept, modules, rest)
+    return build_adapter(folder, kept, found)
 
 
 def write(adapter: Adapter, folder: Path) -> None:
@@ -72,6 +73,5 @@ def write(adapter: Adapter, folder: Path) -> None:
     config = MoSLoRAConfig(inference_mode=True, **values)
     tensors = dict(adapter.extra)
     for name, factors in adapter.modules.items():
-        for part, letter in PARTS.items():
-            tensors[f"{KEY_PREFIX}{name}.{part}.weight"] = getattr(factors, letter)
+        tensors.update(name_tensors(name, factors, PARTS, EMBEDDING_PARTS))
     write_files(folder, config.to_dict(), tensors)
