@@ -1,0 +1,383 @@
+"""Merge: an adapter into the full weights of its base, on disk, without loading the model.
+
+Shards are copied by bytes and the adapted tensors rewritten in place, a block of rows at a time: sizes and offsets do
+not change, so memory does not grow with the model. ``W + s·B·(M·A)`` is summed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from moslora.adapter import Adapter, AdapterError, Factors
+from moslora.export import PROOF_FILE, ProofError
+from moslora.formats import read_adapter
+from moslora.formats.directory import KEY_PREFIX, staged
+from moslora.models import ModelError, ModelSource, materialise, resolve_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["MergeProof", "merge"]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Weights in other forms, which would be the unmerged ones. (And moslora.json, a cached folder's own record.)
+LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
+BLOCK = 1 << 22  # entries of a weight in memory at once
+SAMPLE = 32  # modules that are read again
+# Beside the one rounding to the weight's dtype: a float32 product over the rank, relative to the largest entry.
+PRODUCT_ERROR = 2e-6
+
+
+@dataclass(frozen=True)
+class MergeProof:
+    """What a merge measured on the files it wrote.
+
+    Attributes:
+        modules: How many modules the adapter has; each was changed, and nothing else.
+        checked: How many of them were read again and compared.
+        max_relative_error: Largest error of a written weight against float64, relative to its largest entry.
+        worst_module: Where it is.
+        tolerance: What it was held against: half a unit in the last place, and the product's own rounding.
+        bytes: Size of the weights.
+    """
+
+    modules: int
+    checked: int
+    max_relative_error: float
+    worst_module: str
+    tolerance: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: its shard, dtype, shape, and first byte in the file."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One tensor to change: ``weight += left · right``, the weight seen as a matrix."""
+
+    module: str
+    stored: _Stored
+    left: Tensor  # (rows, r), float64
+    right: Tensor  # (r, columns), float64
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's dtype."""
+        import torch
+
+        found = getattr(torch, DTYPES[self.stored.dtype])
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield first and last row of each block."""
+        rows, columns = len(self.left), self.right.shape[1]
+        step = max(1, BLOCK // columns)
+        for first in range(0, rows, step):
+            yield first, min(first + step, rows)
+
+    def read(self, file: IO[bytes], first: int, last: int) -> Tensor:
+        """Read a block of rows, in the weight's dtype."""
+        import torch
+
+        columns, size = self.right.shape[1], self.dtype.itemsize
+        file.seek(self.stored.start + first * columns * size)
+        data = bytearray(file.read((last - first) * columns * size))
+        return torch.frombuffer(data, dtype=self.dtype).view(last - first, columns)
+
+    def write(self, file: IO[bytes], first: int, block: Tensor) -> None:
+        """Write a block of rows."""
+        import torch
+
+        file.seek(self.stored.start + first * self.right.shape[1] * self.dtype.itemsize)
+        file.write(block.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def merge(
+    base: str | Path, adapter: str | Path, out: str | Path, say: Callable[[str], None] = lambda _: None
+) -> MergeProof:
+    """Write the base's weights with an adapter merged into them, and prove it.
+
+    Args:
+        base: Folder, hub id, GGUF file (dequantised to float32 on the way) or packaged model.
+        adapter: Adapter directory of any format that is read.
+        out: Directory to write; must not exist yet, or be empty.
+        say: Receives a line before long work.
+
+    Returns:
+        What was measured; it is kept in ``out`` as ``moslora_proof.json``.
+
+    Raises:
+        AdapterError, ModelError: If adapter and base cannot be read, or do not fit; the message says what to do.
+        FileExistsError: If something lies at ``out`` already.
+        ProofError: If a weight was not changed, or not to what it should be. Nothing is left at ``out``.
+        OSError: If the disk is too small.
+    """
+    found, out = read_adapter(adapter), Path(out)
+    folder = _folder(resolve_model(str(base)), say)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{base} has quantised weights ({config['quantization_config'].get('quant_method', 'unknown')}), into "
+            "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantise the result."
+        )
+    shards = _shards(folder)
+    table = {name: stored for shard in shards for name, stored in _header(folder / shard).items()}
+    changes = _plan(found, table, config, folder)
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    with staged(out) as place:
+        free = shutil.disk_usage(place).free
+        if free < size + (1 << 20):
+            raise OSError(f"{out} needs {size:,} bytes, {free:,} are free. Name a place on a larger disk.")
+        say(f"Merging {len(changes)} modules into {len(shards)} shards, {size:,} bytes.")
+        for path in sorted(folder.iterdir()):
+            if path.name in shards or (
+                path.is_file() and not path.name.endswith((*LEFT_BEHIND, ".index.json"))
+            ):
+                shutil.copyfile(path, place / path.name)
+        if (folder / INDEX).is_file():
+            shutil.copyfile(folder / INDEX, place / INDEX)
+        for shard in shards:
+            _change(place / shard, [change for change in changes if change.stored.shard == shard])
+        proof = _prove(folder, place, changes, size)
+        if not proof.max_relative_error <= proof.tolerance:
+            raise ProofError(
+                f"The proof failed: {proof.worst_module} was written with a relative error of "
+                f"{proof.max_relative_error:.1e}, above {proof.tolerance:.1e}. Nothing was left at {out}."
+            )
+        (place / PROOF_FILE).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+    return proof
+
+
+def _folder(source: ModelSource, say: Callable[[str], None]) -> Path:
+    """Find the folder that holds the base's weights."""
+    if source.kind != "hub":
+        return Path(materialise(source, "float32", say=say).path)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted))
+
+
+def _shards(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted(set(names))
+    else:
+        shards = [SINGLE]
+    for name in shards:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} lacks {name}. Merging reads safetensors; load and save the base with transformers if "
+                "it has its weights in another form, or complete the download."
+            )
+    return shards
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    """Read where a shard's tensors lie, checking that they lie inside the file."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            if length > min(size, 100_000_000):
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(length))
+        found = {}
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                if not 8 + length <= start <= end <= size:
+                    raise ValueError(f"{name} lies outside of the file")
+                found[name] = _Stored(path.name, entry["dtype"], tuple(entry["shape"]), start)
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
+        raise ModelError(f"{path} is damaged or cut off: {error}. Download the base again.") from error
+    return found
+
+
+def _plan(adapter: Adapter, table: dict[str, _Stored], config: dict[str, Any], folder: Path) -> list[_Change]:
+    """Find the tensor of every module, and refuse what does not fit before anything is written."""
+    for key, tensor in sorted(adapter.extra.items()):
+        if not _is_copy_of_base(key, tensor, table, folder):
+            raise AdapterError(
+                f"The adapter also holds {key}, which is no factor (a bias, or of modules_to_save). Load it with "
+                "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
+            )
+    changes = []
+    for module, factors in sorted(adapter.modules.items()):
+        if factors.norm() == 0:
+            raise AdapterError(
+                f"ΔW of {module} is zero: the adapter was not trained there, so merging would change nothing. Take "
+                "a later checkpoint."
+            )
+        name = _find(module, table, config)
+        changes.append(_fit(module, factors, table[name], adapter.config, config, folder))
+    doubled = len(changes) - len({(c.stored.shard, c.stored.start) for c in changes})
+    if doubled:
+        raise ModelError(
+            f"{doubled} modules of the adapter share their weight with others; untie the base first."
+        )
+    return changes
+
+
+def _is_copy_of_base(key: str, tensor: Tensor, table: dict[str, _Stored], folder: Path) -> bool:
+    """Tell whether a tensor is the base's own: PEFT saves adapted embeddings and heads with their base weight."""
+    import torch
+
+    name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+    stored = table.get(name)
+    if ".base_layer." not in key or stored is None or stored.dtype not in DTYPES:
+        return False
+    dtype = getattr(torch, DTYPES[stored.dtype])
+    with (folder / stored.shard).open("rb") as file:
+        file.seek(stored.start)
+        data = bytearray(file.read(_product(stored.shape) * dtype.itemsize))
+    own = torch.frombuffer(data, dtype=dtype).view(stored.shape)
+    return own.shape == tensor.shape and torch.equal(own, tensor.to(dtype))
+
+
+def _find(module: str, table: dict[str, _Stored], config: dict[str, Any]) -> str:
+    """Return the name of a module's weight in the files, which may have another prefix."""
+    wanted = f"{module}.weight"
+    fitting = [wanted] if wanted in table else []
+    fitting = fitting or [n for n in table if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
+    head = module.rpartition(".")[2] in ("lm_head", "embed_out", "output")
+    embedding = module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embed_in")
+    if (head or embedding) and config.get("tie_word_embeddings", not any("lm_head" in n for n in table)):
+        raise ModelError(
+            f"{module} shares its weight between embedding and head, so merging would change both. Untie the base "
+            "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
+        )
+    if len(fitting) != 1:
+        near = difflib.get_close_matches(wanted, table, n=1)
+        hint = f" Nearest: {near[0]}." if near else ""
+        count = "no weight" if not fitting else f"{len(fitting)} weights"
+        raise ModelError(
+            f"The base has {count} for {module}.{hint} Name the base that the adapter was trained on."
+        )
+    return fitting[0]
+
+
+def _fit(
+    module: str,
+    factors: Factors,
+    stored: _Stored,
+    adapter_config: Any,
+    config: dict[str, Any],
+    folder: Path,
+) -> _Change:
+    """Lay ΔW as the weight lies."""
+    if stored.dtype not in DTYPES:
+        raise ModelError(
+            f"{module} is stored as {stored.dtype}; weights of {', '.join(DTYPES)} can be merged into. Take the base "
+            "in 16 or 32 bits and quantise the result."
+        )
+    composed = factors.M.double() @ factors.A.double()  # (r, in)
+    B = factors.scale * factors.B.double()  # (out, r)
+    shape = (B.shape[0], composed.shape[1])
+    kind, lies = factors.form.kind, stored.shape
+    if kind == "conv":
+        fits = len(lies) == 2 + len(factors.form.kernel) and lies[0] == shape[0] and factors.form.groups == 1
+        if fits and lies[2:] == factors.form.kernel and shape[1] == _product(lies[1:]):
+            return _Change(module, stored, B, composed)
+    elif kind == "embedding" and lies == shape[::-1]:
+        return _Change(module, stored, composed.T, B.T)
+    elif kind == "linear":
+        is_transposed = bool(adapter_config.get("fan_in_fan_out")) and lies == shape[::-1]
+        if is_transposed and shape[0] == shape[1]:
+            is_transposed = _is_conv1d(module, folder)
+        if is_transposed:
+            return _Change(module, stored, composed.T, B.T)
+        if lies == shape:
+            return _Change(module, stored, B, composed)
+    raise ModelError(
+        f"{module}: the adapter changes a {kind} weight of (out, in) {shape}, the base's is {lies}. Name the base "
+        "that the adapter was trained on."
+        + (" Convolutions with groups cannot be merged into." if factors.form.groups > 1 else "")
+    )
+
+
+def _product(numbers: tuple[int, ...]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+def _is_conv1d(module: str, folder: Path) -> bool:
+    """Tell which way a square weight lies, by the class of its module; no weight is loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return isinstance(model.get_submodule(module), Conv1D)
+
+
+def _change(path: Path, changes: list[_Change]) -> None:
+    """Rewrite the adapted tensors of a shard."""
+    import torch
+
+    with path.open("r+b") as file:
+        for change in changes:
+            dtype = torch.promote_types(change.dtype, torch.float32)
+            left, right = change.left.to(dtype), change.right.to(dtype)
+            differs = False
+            for first, last in change.blocks():
+                old = change.read(file, first, last)
+                new = (old.to(dtype) + left[first:last] @ right).to(change.dtype)
+                if not torch.isfinite(new).all():
+                    raise ProofError(
+                        f"{change.module} would have NaN or infinite values in {change.stored.dtype}; nothing was "
+                        "written. Check the base and the adapter's scale."
+                    )
+                differs = differs or not torch.equal(new, old)
+                change.write(file, first, new)
+            if not differs:
+                raise ProofError(
+                    f"ΔW of {change.module} is too small to change any entry in {change.stored.dtype}; nothing was "
+                    "written. Merge into a base of higher precision, or keep the adapter beside it."
+                )
+
+
+def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> MergeProof:
+    """Read a sample of the written tensors again and compare them with float64."""
+    import torch
+
+    count = min(SAMPLE, len(changes))
+    sample = [changes[i * len(changes) // count] for i in range(count)]
+    worst, worst_module, tolerance = -1.0, "", 0.0
+    for change in sample:
+        largest = error = 0.0
+        with (
+            (folder / change.stored.shard).open("rb") as before,
+            (place / change.stored.shard).open("rb") as after,
+        ):
+            for first, last in change.blocks():
+                expected = change.read(before, first, last).double() + change.left[first:last] @ change.right
+                found = change.read(after, first, last).double()
+                largest = max(largest, float(expected.abs().max()))
+                error = max(error, float((found - expected).abs().max()))
+        relative = error / largest if largest else error
+        tolerance = max(tolerance, torch.finfo(change.dtype).eps / 2 + PRODUCT_ERROR)
+        if not relative <= worst:
+            worst, worst_module = relative, change.module
+    return MergeProof(len(changes), count, worst, worst_module, tolerance, size)

@@ -1,0 +1,237 @@
+"""Merging into full weights on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import moslora.merge
+import tiny
+from moslora import MoSLoRAConfig
+from moslora.adapter import AdapterError
+from moslora.cli import app
+from moslora.export import PROOF_FILE, ProofError, export_adapter
+from moslora.merge import merge
+from moslora.models import ModelError
+from tolerances import MODEL, relative_error
+
+TARGETS = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "c_proj"]}
+MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
+
+
+def save_pair(
+    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **saving: Any
+) -> tuple[Path, Path]:
+    """A base folder and a trained-looking native adapter on it."""
+    MODELS[kind]().to(dtype).save_pretrained(folder / "base", **saving)
+    (folder / "base" / "tokenizer_config.json").write_text("{}")
+    (folder / "base" / "pytorch_model.bin").write_bytes(b"the unmerged weights")
+    config = MoSLoRAConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=TARGETS[kind],
+        init_lora_weights=False,
+        fan_in_fan_out=kind == "gpt2",
+    )
+    torch.manual_seed(3)
+    adapted = get_peft_model(MODELS[kind](), config)
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return folder / "base", folder / "adapter"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("saving", [{}, {"max_shard_size": "20kB"}])
+def test_the_merged_folder_gives_the_logits_of_peft(
+    tmp_path: Path, kind: str, saving: dict[str, Any]
+) -> None:
+    base, adapter = save_pair(tmp_path, kind, **saving)
+    assert len(list(base.glob("*.safetensors"))) == 1 or saving
+    proof = merge(base, adapter, tmp_path / "out")
+    expected = PeftModel.from_pretrained(MODELS[kind](), adapter).merge_and_unload().eval()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tiny.tokens()
+    assert relative_error(found(ids).logits, expected(ids).logits) < MODEL
+    assert proof.max_relative_error <= proof.tolerance
+    assert json.loads((tmp_path / "out" / PROOF_FILE).read_text())["modules"] == proof.modules
+
+
+def test_everything_else_is_carried_over_bit_for_bit(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path, max_shard_size="20kB")
+    proof = merge(base, adapter, tmp_path / "out")
+    changed = 0
+    for shard in base.glob("*.safetensors"):
+        before, after = load_file(shard), load_file(tmp_path / "out" / shard.name)
+        assert before.keys() == after.keys()
+        changed += sum(not torch.equal(before[name], after[name]) for name in before)
+        assert shard.stat().st_size == (tmp_path / "out" / shard.name).stat().st_size
+    assert changed == proof.modules == 5
+    kept = {p.name for p in base.iterdir()} - {"pytorch_model.bin"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == kept | {PROOF_FILE}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept_and_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, adapter = save_pair(tmp_path, dtype=dtype)
+    merge(base, adapter, tmp_path / "out")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    layer = PeftModel.from_pretrained(tiny.llama(), adapter).base_model.model.lm_head
+    exact = before["lm_head.weight"].double() + layer.get_delta_weight("default").double()
+    assert after["lm_head.weight"].dtype == dtype
+    difference = (after["lm_head.weight"].double() - exact).abs()
+    assert (difference <= torch.finfo(dtype).eps / 2 * exact.abs() + MODEL).all()
+
+
+def test_a_plain_lora_merges_as_its_native_form_does(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path)
+    export_adapter(adapter, tmp_path / "lora")
+    merge(base, adapter, tmp_path / "one")
+    merge(base, tmp_path / "lora", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(relative_error(two[name], one[name]) < MODEL for name in one)
+
+
+def test_small_blocks_write_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = save_pair(tmp_path)
+    merge(base, adapter, tmp_path / "one")
+    monkeypatch.setattr(moslora.merge, "BLOCK", 100)
+    merge(base, adapter, tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(relative_error(two[name], one[name]) < MODEL for name in one)
+
+
+def edit_config(base: Path, adapter: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+
+
+def tie(base: Path, adapter: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+def rewrite(base: Path, change: Any) -> None:
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+BREAKAGES: dict[str, tuple[Any, type[Exception], str]] = {
+    "quantised": (edit_config, ModelError, "quantised weights"),
+    "integers": (
+        lambda b, a: rewrite(b, lambda t: t.update({Q: torch.ones(32, 32, dtype=torch.int8)})),
+        ModelError,
+        "stored as I8",
+    ),
+    "another shape": (
+        lambda b, a: rewrite(b, lambda t: t.update({Q: torch.ones(32, 16)})),
+        ModelError,
+        r"the base's is \(32, 16\)",
+    ),
+    "no such module": (lambda b, a: rewrite(b, lambda t: t.pop(Q)), ModelError, "has no weight for"),
+    "tied": (tie, ModelError, "shares its weight"),
+    "cut off": (
+        lambda b, a: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-9]),
+        ModelError,
+        "damaged or cut off",
+    ),
+    "a header that lies": (
+        lambda b, a: (b / "model.safetensors").write_bytes(b"\xff" * 64),
+        ModelError,
+        "damaged or cut off",
+    ),
+    "no weights": (lambda b, a: (b / "model.safetensors").unlink(), ModelError, "only as a pickle"),
+    "a base with NaN": (
+        lambda b, a: rewrite(b, lambda t: t[Q].fill_(float("nan"))),
+        ProofError,
+        "NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_what_does_not_fit_is_named_and_nothing_is_left(tmp_path: Path, name: str) -> None:
+    base, adapter = save_pair(tmp_path)
+    change, error, message = BREAKAGES[name]
+    change(base, adapter)
+    with pytest.raises(error, match=message):
+        merge(base, adapter, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_an_untrained_adapter_is_not_merged(tmp_path: Path) -> None:
+    base, _ = save_pair(tmp_path)
+    get_peft_model(tiny.llama(), MoSLoRAConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "zero"
+    )
+    with pytest.raises(AdapterError, match="is zero: the adapter was not trained"):
+        merge(base, tmp_path / "zero", tmp_path / "out")
+
+
+def test_a_change_lost_in_rounding_is_a_failed_proof(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {name: t * 1e-6 if "moslora_B" in name else t for name, t in tensors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ProofError, match="too small to change"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_or_wrong_merge_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = save_pair(tmp_path)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(moslora.merge, "_prove", stop)
+        merge(base, adapter, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(ProofError, match="relative error"):
+        patch.setattr(moslora.merge, "_change", lambda *_: None)
+        merge(base, adapter, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = save_pair(tmp_path)
+    monkeypatch.setattr(moslora.merge.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match="1,000 are free"):
+        merge(base, adapter, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_the_verb_says_what_it_proved(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path)
+    arguments = ["merge", str(base), str(adapter), str(tmp_path / "out")]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0 and "Proven: 5 of 5 modules" in shown.output
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2 and "exists already" in again.output
+
+
+def test_a_head_saved_with_its_own_base_weight_merges_and_with_another_is_refused(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    own = {
+        "base_model.model.lm_head.base_layer.weight": load_file(base / "model.safetensors")["lm_head.weight"]
+    }
+    save_file({**load_file(file), **own}, file)
+    merge(base, adapter, tmp_path / "out")
+    other = {name: tensor + 1 for name, tensor in own.items()}
+    save_file({**load_file(file), **other}, file)
+    with pytest.raises(AdapterError, match="which is no factor"):
+        merge(base, adapter, tmp_path / "other")
