@@ -25,7 +25,19 @@ FLOORS = {
         "reload_in_stock_peft",
     ),  # nothing below imports the root
     3: ("recipe", "models", "rundir", "records", "tokenization", "answers", "tasks", "display"),
-    4: ("train", "evaluate", "export", "report", "proofs", "compare", "merge", "doctor", "inspect", "chat"),
+    4: (
+        "train",
+        "evaluate",
+        "export",
+        "combine",
+        "report",
+        "proofs",
+        "compare",
+        "merge",
+        "doctor",
+        "inspect",
+        "chat",
+    ),
     5: ("cli", "__main__", "studio"),
 }
 # What may be imported when a module is imported. Everything slower belongs inside the function that needs it.

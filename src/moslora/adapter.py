@@ -6,7 +6,9 @@ business of ``formats/``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from moslora import functional
 
-__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "Form", "compare"]
+__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "Form", "add", "compare"]
 
 
 class AdapterError(ValueError):
@@ -166,6 +168,72 @@ class Adapter:
             KeyError: If the adapter has no such module.
         """
         return self.modules[module].delta_weight()
+
+
+def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Take the weighted sum of adapters, exact on ΔW: the ranks of a module add up, its mixer is block-diagonal.
+
+    Args:
+        adapters: Of one base; a module may be missing in some.
+        weights: A factor for each, unitless; may be negative.
+
+    Returns:
+        The sum, with scales of 1.
+
+    Raises:
+        AdapterError: If the numbers make no sense, the adapters are of different bases, train more than factors, or
+            a module differs in shape or form.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise AdapterError(
+            f"{len(adapters)} adapters and {len(weights)} weights; give a weight for each, and some."
+        )
+    bad = [weight for weight in weights if not math.isfinite(weight) or weight == 0]
+    if bad:
+        raise AdapterError(
+            f"{bad[0]!r} is no weight: it must be finite and not 0 (leave such an adapter out)."
+        )
+    bases = {
+        str(a.config["base_model_name_or_path"]) for a in adapters if a.config.get("base_model_name_or_path")
+    }
+    if len(bases) > 1:
+        raise AdapterError(
+            f"The adapters were trained on different bases, {sorted(bases)}, so their ΔW do not add."
+        )
+    for adapter in adapters:
+        if adapter.extra:
+            raise AdapterError(
+                f"An adapter also holds {sorted(adapter.extra)[0]}, which is no factor (a bias, or of "
+                "modules_to_save), and of which a weighted sum has no meaning. Combine adapters without."
+            )
+    modules: dict[str, Factors] = {}
+    for name in sorted({name for adapter in adapters for name in adapter.modules}):
+        parts = [(w, a.modules[name]) for w, a in zip(weights, adapters, strict=True) if name in a.modules]
+        shapes = {(f.A.shape[1], f.B.shape[0], f.form) for _, f in parts}
+        if len(shapes) > 1:
+            raise AdapterError(
+                f"{name} differs between the adapters: (in, out, form) {sorted(map(str, shapes))}."
+            )
+        wide = [(w * f.scale, f.at_least(torch.float32)) for w, f in parts]
+        A, M, B = functional.concatenate([(w, f.A, f.M, f.B) for w, f in wide])
+        modules[name] = Factors(A, M, B, 1.0, parts[0][1].form)
+    r = max(factors.r for factors in modules.values())
+    others = {f"^{re.escape(name)}": factors.r for name, factors in modules.items() if factors.r != r}
+    config = {
+        "base_model_name_or_path": next(iter(bases), None),
+        "task_type": adapters[0].config.get("task_type"),
+        "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in adapters),
+        "unlike_lora": {n: why for a in adapters for n, why in (a.config.get("unlike_lora") or {}).items()},
+        "target_modules": sorted(modules),
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "use_rslora": False,
+        "bias": "none",
+        "mixer": "identity",
+    }
+    return Adapter(modules, config)
 
 
 @dataclass(frozen=True)

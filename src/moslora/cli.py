@@ -188,6 +188,49 @@ def import_(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Adapter directories, for one base.", metavar="ADAPTER...")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist yet.")],
+    weights: Annotated[
+        str, typer.Option(help="A factor for each, separated by commas; all 1 by default.")
+    ] = "",
+    to: Annotated[str, typer.Option(help="Format: [bold]lora[/] or [bold]native[/].")] = "lora",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the weighted sum of adapters as one, exact on ΔW.
+
+    [bold]moslora combine math code --weights 1,0.5 --out both[/]
+
+    Factors are laid side by side, never added to each other: the ranks of a module add up. Each adapter's ΔW is
+    subtracted from what was written; if anything is left, nothing stays at OUT and the exit code is 1.
+    """
+
+    def action() -> None:
+        from moslora.combine import combine as combine_adapters
+
+        try:
+            numbers = [float(part) for part in weights.split(",")] if weights else [1.0] * len(adapters)
+        except ValueError:
+            raise ValueError(f"--weights {weights} is no list of numbers, as 1,0.5 would be.") from None
+        proof = combine_adapters(adapters, numbers, out, to)
+        if as_json:
+            print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
+            return
+        for folder, weight in zip(adapters, proof.weights, strict=True):
+            print(f"Read {folder}, weight {weight:g}.")
+        print(f"Wrote {out}: {to}, {proof.modules} modules, rank up to {proof.rank}.")
+        print(
+            f"Proven: largest relative error of ΔW against the sum {proof.max_relative_error:.1e} "
+            f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}."
+        )
+
+    _run(action, debug)
+
+
+@app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="Base model: folder, hub id, GGUF file or packaged name.")],
     adapter: Annotated[Path, typer.Argument(help="Adapter directory of any format that is read.")],

@@ -9,10 +9,20 @@ A, a trained mixer folds into it exactly: what is shipped is an ordinary LoRA of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["delta_weight", "fold", "low_rank_update", "scaling", "two_subspace_mixer", "two_subspace_update"]
+__all__ = [
+    "concatenate",
+    "delta_weight",
+    "fold",
+    "low_rank_update",
+    "scaling",
+    "two_subspace_mixer",
+    "two_subspace_update",
+]
 
 
 def scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
@@ -156,3 +166,22 @@ def two_subspace_mixer(r: int, dtype: torch.dtype = torch.float32) -> Tensor:
             f'mixer="two-subspace" needs an even rank, because it mixes two halves; found r={r}.'
         )
     return torch.eye(r // 2, dtype=dtype).repeat(2, 2)  # (r, r)
+
+
+def concatenate(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay factors side by side, so that their ΔW add up.
+
+    A sum of products is no product of sums: adding A to A and B to B gives another ΔW. Exact is
+
+        Σ w_i·B_i·M_i·A_i = [w_1·B_1, …] · blockdiag(M_1, …) · [A_1; …]
+
+    Args:
+        parts: Per summand a weight, and A ``(r_i, in)``, M ``(r_i, r_i)``, B ``(out, r_i)``.
+
+    Returns:
+        A ``(Σr_i, in)``, M ``(Σr_i, Σr_i)`` and B ``(out, Σr_i)``.
+    """
+    A = torch.cat([A for _, A, _, _ in parts])
+    M = torch.block_diag(*(M for _, _, M, _ in parts))  # type: ignore[no-untyped-call]
+    B = torch.cat([weight * B for weight, _, _, B in parts], dim=1)
+    return A, M, B

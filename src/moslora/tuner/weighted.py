@@ -1,9 +1,6 @@
 """Weighted sums of adapters, exact on ΔW.
 
-A sum of products is no product of sums: adding factors, as ``A1 + A2`` and ``B1 + B2``, gives another ΔW. The
-sum of ΔW is had by laying the factors side by side:
-
-    Σ w_i·s_i·B_i·M_i·A_i = [w_1·s_1·B_1, …] · blockdiag(M_1, …) · [A_1; …]
+Factors are laid side by side, or the nearest sum of a rank is taken; never are factors added to factors.
 """
 
 from __future__ import annotations
@@ -16,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moslora.functional import concatenate
 
 __all__ = ["COMBINATIONS", "Combined", "combine"]
 
@@ -37,10 +36,7 @@ class Combined:
 
 def _side_by_side(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]], rank: int | None) -> Combined:
     """Concatenate: exact, and the ranks add up."""
-    A = torch.cat([A for _, A, _, _ in parts])  # (Σr, in)
-    M = torch.block_diag(*(M for _, _, M, _ in parts))  # type: ignore[no-untyped-call]  # (Σr, Σr)
-    B = torch.cat([weight * B for weight, _, _, B in parts], dim=1)  # (out, Σr)
-    return Combined(A, M, B)
+    return Combined(*concatenate(parts))
 
 
 def _nearest(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]], rank: int | None) -> Combined:
