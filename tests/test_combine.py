@@ -102,7 +102,7 @@ def test_what_cannot_be_added_is_refused(two: tuple[Path, Path], tmp_path: Path)
     ):
         with pytest.raises(AdapterError, match=message):
             combine(two, weights, tmp_path / "sum")
-    with pytest.raises(ValueError, match="choose one of lora, native"):
+    with pytest.raises(ValueError, match="choose one of diffusers, gguf, kohya, lora, native"):
         combine(two, [1.0, 1.0], tmp_path / "sum", "paddle")
     config = json.loads((two[1] / "adapter_config.json").read_text())
     for folder, base in zip(two, ("a", "b"), strict=True):

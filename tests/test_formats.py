@@ -214,8 +214,12 @@ def test_paddle_without_safetensors_or_without_its_mixer_is_refused(tmp_path: Pa
 
 
 def test_formats_that_are_only_read_are_not_offered_for_writing(saved: Path, tmp_path: Path) -> None:
-    assert set(WRITTEN) == {name for name, f in FORMATS.items() if f.write} == {"lora", "native"}
-    with pytest.raises(ValueError, match="only read; choose one of lora, native"):
+    assert (
+        set(WRITTEN)
+        == {name for name, f in FORMATS.items() if f.write}
+        == {*("lora", "native", "gguf", "diffusers", "kohya")}
+    )
+    with pytest.raises(ValueError, match="only read; choose one of diffusers, gguf, kohya, lora, native"):
         export_adapter(saved, tmp_path / "out", to="official")
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "moslora"
 # A new file has to be entered here and in README's tree; a folder stands for everything in it.
 FLOORS = {
     0: ("functional", "mixers", "kernels"),
-    1: ("ops", "adapter"),
+    1: ("ops", "adapter", "ranks"),
     2: (
         "tuner",
         "formats",

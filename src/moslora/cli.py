@@ -31,6 +31,17 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+FORMAT_HELP = "Format: [bold]lora[/], [bold]native[/], [bold]gguf[/], [bold]diffusers[/] or [bold]kohya[/]."
+Rank = Annotated[
+    int | None,
+    typer.Option(help="Bring every module to this rank by its singular values, and say what that cost."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the factors: [bold]float32[/], [bold]float16[/] or [bold]bfloat16[/].")
+]
+Base = Annotated[
+    str | None, typer.Option(help="Base model, for gguf; the one that the adapter names by default.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -141,37 +152,36 @@ def train(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Adapter directory of any format that is read.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
-    to: Annotated[str, typer.Option(help="Format: [bold]lora[/] or [bold]native[/].")] = "lora",
+    adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
+    out: Annotated[Path, typer.Argument(help="Directory or file to write; must not exist yet.")],
+    to: Annotated[str, typer.Option(help=FORMAT_HELP)] = "lora",
+    rank: Rank = None,
+    dtype: Dtype = None,
+    base: Base = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write an adapter in another format, proven by reading back what was written.
 
-    [bold]moslora export runs/demo/adapter my-lora --to lora[/]
+    [bold]moslora export runs/demo/adapter my-lora[/]
+    [bold]moslora export runs/demo/adapter my-lora.gguf --to gguf[/]
+    [bold]moslora export runs/style/adapter style.safetensors --to kohya --dtype float16[/]
+    [bold]moslora export runs/demo/adapter small --rank 4[/]
 
-    The proof is the largest relative error of ΔW over all modules, in float64. Above the tolerance nothing
-    is left at OUT and the exit code is 1.
+    All but [bold]native[/] fold the mixers. What was written is read back through the project it is for, where that
+    is installed (PEFT, diffusers, gguf). The proof is the largest relative error of ΔW over all modules, in float64.
+    Above the tolerance nothing is left at OUT and the exit code is 1.
     """
 
     def action() -> None:
-        import difflib
-
-        from moslora.formats import WRITTEN
-
-        if to not in WRITTEN:
-            near = difflib.get_close_matches(to, WRITTEN, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--to {to} is unknown; choose one of {', '.join(WRITTEN)}.{hint}")
-        _convert(adapter, out, to, as_json)
+        _convert(adapter, out, to, as_json, rank=rank, dtype=dtype, base=base)
 
     _run(action, debug)
 
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="Adapter directory of another program.")],
+    source: Annotated[Path, typer.Argument(help="Adapter of another program, a directory or a file.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     as_json: Json = False,
     debug: Debug = False,
@@ -179,10 +189,12 @@ def import_(
     """Read an adapter of another program and write it natively, to train it further or export it.
 
     [bold]moslora import authors-checkpoint my-adapter[/]
+    [bold]moslora import style.safetensors my-style[/]
 
     Read are checkpoints of MoSLoRA's authors ([bold]lora_AB[/]; also pickled ones, of which only tensors are
-    opened) and of PEFT pull request 2294 ([bold]lora_mixer[/]), PaddleNLP's in safetensors, and plain LoRA, whose
-    mixers become the identity. Proven as [bold]export[/] is, by reading back what was written.
+    opened) and of PEFT pull request 2294 ([bold]lora_mixer[/]), PaddleNLP's in safetensors, kohya's and
+    diffusers' files, and plain LoRA, whose mixers become the identity. The adapter of a pipeline becomes one
+    directory for each of its models. Proven as [bold]export[/] is, by reading back what was written.
     """
     _run(lambda: _convert(source, out, "native", as_json), debug)
 
@@ -192,11 +204,14 @@ def combine(
     adapters: Annotated[
         list[Path], typer.Argument(help="Adapter directories, for one base.", metavar="ADAPTER...")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist yet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory or file to write; must not exist yet.")],
     weights: Annotated[
         str, typer.Option(help="A factor for each, separated by commas; all 1 by default.")
     ] = "",
-    to: Annotated[str, typer.Option(help="Format: [bold]lora[/] or [bold]native[/].")] = "lora",
+    to: Annotated[str, typer.Option(help=FORMAT_HELP)] = "lora",
+    rank: Rank = None,
+    dtype: Dtype = None,
+    base: Base = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -215,16 +230,20 @@ def combine(
             numbers = [float(part) for part in weights.split(",")] if weights else [1.0] * len(adapters)
         except ValueError:
             raise ValueError(f"--weights {weights} is no list of numbers, as 1,0.5 would be.") from None
-        proof = combine_adapters(adapters, numbers, out, to)
+        proof = combine_adapters(adapters, numbers, out, to, rank=rank, dtype=dtype, base=base)
         if as_json:
             print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
             return
         for folder, weight in zip(adapters, proof.weights, strict=True):
             print(f"Read {folder}, weight {weight:g}.")
         print(f"Wrote {out}: {to}, {proof.modules} modules, rank up to {proof.rank}.")
+        if proof.rank_error is not None:
+            print(
+                f"Rank {rank}: relative error of ΔW {proof.rank_error:.1e} over all modules, against the exact sum."
+            )
         print(
             f"Proven: largest relative error of ΔW against the sum {proof.max_relative_error:.1e} "
-            f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}."
+            f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}; read back by {proof.reader}."
         )
 
     _run(action, debug)
@@ -264,12 +283,21 @@ def merge(
     _run(action, debug)
 
 
-def _convert(source: Path, out: Path, to: str, as_json: bool) -> None:
+def _convert(
+    source: Path,
+    out: Path,
+    to: str,
+    as_json: bool,
+    *,
+    rank: int | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+) -> None:
     """Write an adapter in another format and say what was proven."""
     from moslora.export import export_adapter
     from moslora.formats import FORMATS
 
-    proof = export_adapter(source, out, to)
+    proof = export_adapter(source, out, to, rank=rank, dtype=dtype, base=base)
     if as_json:
         print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
         return
@@ -277,9 +305,15 @@ def _convert(source: Path, out: Path, to: str, as_json: bool) -> None:
     if FORMATS[proof.source].warning:
         print(FORMATS[proof.source].warning)
     print(f"Wrote {out}: {proof.target}, {FORMATS[to].purpose}.")
+    if proof.rank_error is not None:
+        worst = max(proof.rank_errors, key=lambda name: proof.rank_errors[name])
+        print(
+            f"Rank {rank}: relative error of ΔW {proof.rank_error:.1e} over all modules, at most "
+            f"{proof.rank_errors[worst]:.1e}, in {worst}. --json and moslora_proof.json have every module's."
+        )
     print(
         f"Proven: largest relative error of ΔW {proof.max_relative_error:.1e} "
-        f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}."
+        f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}; read back by {proof.reader}."
     )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from moslora.adapter import add
-from moslora.export import FOLD_TOLERANCE, PROOF_FILE, ProofError
-from moslora.formats import FORMATS, WRITTEN, read_adapter
-from moslora.formats.directory import staged
+from moslora.export import ProofError, check_format, written
+from moslora.formats import read_adapter
+from moslora.ranks import to_rank
 
 __all__ = ["CombineProof", "combine"]
 
@@ -26,6 +25,8 @@ class CombineProof:
         max_relative_error: Largest ``‖ΔW - Σ w·ΔW‖`` over the modules, relative to ``Σ ‖w·ΔW‖``; float64.
         worst_module: Where it is.
         tolerance: What it was held against.
+        reader: Whose reader read it back.
+        rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that a change of rank cost, over all modules; None if there was none.
     """
 
     weights: tuple[float, ...]
@@ -34,21 +35,33 @@ class CombineProof:
     max_relative_error: float
     worst_module: str
     tolerance: float
+    reader: str = "moslora"
+    rank_error: float | None = None
 
 
 def combine(
-    adapters: Sequence[str | Path], weights: Sequence[float], out: str | Path, to: str = "lora"
+    adapters: Sequence[str | Path],
+    weights: Sequence[float],
+    out: str | Path,
+    to: str = "lora",
+    *,
+    rank: int | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
 ) -> CombineProof:
     """Write the weighted sum of adapters.
 
     Args:
-        adapters: Adapter directories of any format that is read, for one base.
+        adapters: Adapters of any format that is read, for one base.
         weights: A factor for each, unitless; may be negative.
-        out: Directory to write; must not exist yet, or be empty.
+        out: Directory to write, or file where the format is a single one; must not exist yet.
         to: A format that is written.
+        rank: Bring every module of the sum to this rank, by its singular values; None keeps it exact.
+        dtype: A key of ``export.TOLERANCES``; None for float32.
+        base: Base model, for formats that need its configuration; None for the one the adapters name.
 
     Returns:
-        What was measured; it is kept beside the adapter as ``moslora_proof.json``.
+        What was measured; where a directory is written it is kept there as ``moslora_proof.json``.
 
     Raises:
         AdapterError: If an adapter cannot be read, or they cannot be added.
@@ -56,33 +69,42 @@ def combine(
         ProofError: If the proof failed; nothing is left at ``out``.
         ValueError: If the format is not written.
     """
-    write = FORMATS[to].write if to in FORMATS else None
-    if write is None:
-        raise ValueError(f"The format {to!r} cannot be written; choose one of {', '.join(WRITTEN)}.")
-    parts = [read_adapter(folder) for folder in adapters]
+    check_format(to)
+    parts = [read_adapter(path) for path in adapters]
     whole = add(parts, weights)
-    with staged(Path(out)) as folder:
-        write(whole, folder)
-        written = FORMATS[to].read(folder)
+    ranked = to_rank(whole, rank) if rank is not None else None
+    with written(whole if ranked is None else ranked.adapter, Path(out), to, dtype, base) as result:
         worst, worst_module = -1.0, ""
-        for name, factors in written.modules.items():
-            # Against the sources, not against the sum that was written: each ΔW on its own, subtracted here.
+        for name, factors in result.adapter.modules.items():
+            # Against the sources, not against the sum that was written: each ΔW on its own, subtracted here. After
+            # a change of rank the sum is what it was brought to, whose distance from the sources is stated beside.
+            summands = [
+                (w, p.modules[name]) for w, p in zip(weights, parts, strict=True) if name in p.modules
+            ]
+            if ranked is not None:
+                summands = [(1.0, ranked.adapter.modules[name])]
             left, size = factors.delta_weight(), 0.0
-            for part, weight in zip(parts, weights, strict=True):
-                if name in part.modules:
-                    delta = weight * part.modules[name].delta_weight()
-                    left -= delta
-                    size += float(delta.norm())
+            for weight, part in summands:
+                delta = weight * part.delta_weight()
+                left -= delta
+                size += float(delta.norm())
             error = float(left.norm()) / size if size else float(left.norm())
             if not error <= worst:
                 worst, worst_module = error, name
-        rank = max(factors.r for factors in written.modules.values())
-        numbers = tuple(float(weight) for weight in weights)
-        proof = CombineProof(numbers, len(written.modules), rank, worst, worst_module, FOLD_TOLERANCE)
-        if not worst <= FOLD_TOLERANCE or written.modules.keys() != whole.modules.keys():
+        proof = CombineProof(
+            tuple(float(weight) for weight in weights),
+            len(result.adapter.modules),
+            max(factors.r for factors in result.adapter.modules.values()),
+            worst,
+            worst_module,
+            result.tolerance,
+            result.reader,
+            None if ranked is None else ranked.overall,
+        )
+        if not worst <= result.tolerance or result.adapter.modules.keys() != whole.modules.keys():
             raise ProofError(
                 f"The proof failed: ΔW of {worst_module} differs from the sum by {worst:.1e}, above "
-                f"{FOLD_TOLERANCE:.0e}. Nothing was left at {out}."
+                f"{result.tolerance:.0e}. Nothing was left at {out}."
             )
-        (folder / PROOF_FILE).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+        result.keep(proof)
     return proof

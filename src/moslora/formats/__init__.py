@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moslora.adapter import Adapter, AdapterError
-from moslora.formats import lora, native, official, paddle
-from moslora.formats.directory import CONFIG, read_config
+from moslora.formats import diffusers, gguf, kohya, lora, native, official, paddle, pipeline
+from moslora.formats.directory import CONFIG, WEIGHTS, read_config, read_header
 
 __all__ = ["FORMATS", "WRITTEN", "Format", "detect", "read_adapter"]
 
@@ -18,21 +19,91 @@ class Format:
     """A way for an adapter to lie on disk.
 
     Attributes:
-        read: Reads a directory.
-        write: Writes into an existing, empty directory; None for formats that are only read.
+        read: Reads a directory or a file; None for formats that are only written.
+        write: Writes into an existing, empty directory, or to a path where nothing is; None for formats that are
+            only read. Takes ``dtype``, and ``base`` where that is needed.
         purpose: Who reads it, or what it is.
         warning: What its user must know.
+        suffix: Of the file, where the format is a single one.
+        read_back: Reads what was written through another project's reader, given what it was written from; None
+            where there is none.
+        needs_base: Whether writing takes the base's ``config.json``, as ``base``.
     """
 
-    read: Callable[[Path], Adapter]
-    write: Callable[[Adapter, Path], None] | None
+    read: Callable[[Path], Adapter] | None
+    write: Callable[..., None] | None
     purpose: str
     warning: str = ""
+    suffix: str = ""
+    read_back: Callable[..., tuple[Adapter, str]] | None = None
+    needs_base: bool = False
+
+
+def _read_each(read: Callable[[Path], Adapter]) -> Callable[[Path], Adapter]:
+    """Read an adapter directory, or one for each model of a pipeline."""
+
+    def whole(path: Path) -> Adapter:
+        parts = {} if (path / CONFIG).exists() else pipeline.folders(path)
+        return pipeline.join({name: read(folder) for name, folder in parts.items()}) if parts else read(path)
+
+    return whole
+
+
+def _write_each(write: Callable[..., None]) -> Callable[..., None]:
+    """Write an adapter directory, or one for each model of a pipeline."""
+
+    def whole(adapter: Adapter, path: Path, **options: Any) -> None:
+        if "components" not in adapter.config:
+            write(adapter, path, **options)
+            return
+        for name, part in pipeline.split(adapter).items():
+            (path / name).mkdir()
+            write(part, path / name, **options)
+
+    return whole
+
+
+def _peft_reads_each(path: Path, like: Adapter) -> tuple[Adapter, str]:
+    """Read back a plain LoRA directory, or one for each model of a pipeline, through PEFT."""
+    if "components" not in like.config:
+        return lora.read_with_peft(path, like)
+    found = {name: lora.read_with_peft(path / name, part) for name, part in pipeline.split(like).items()}
+    readers = {reader for _, reader in found.values()}
+    return pipeline.join({name: part for name, (part, _) in found.items()}), readers.pop()
 
 
 FORMATS: dict[str, Format] = {
-    "lora": Format(lora.read, lora.write, "plain LoRA: PEFT and everything that reads it"),
-    "native": Format(native.read, native.write, "with its mixers, to continue training"),
+    "lora": Format(
+        _read_each(lora.read),
+        _write_each(lora.write),
+        "plain LoRA: PEFT and everything that reads it",
+        read_back=_peft_reads_each,
+    ),
+    "native": Format(
+        _read_each(native.read), _write_each(native.write), "with its mixers, to continue training"
+    ),
+    "gguf": Format(
+        None,
+        gguf.write,
+        "for llama.cpp and what is built on it",
+        suffix=".gguf",
+        read_back=gguf.read_with_gguf,
+        needs_base=True,
+    ),
+    "diffusers": Format(
+        diffusers.read,
+        diffusers.write,
+        "for load_lora_weights of a diffusers pipeline, and ComfyUI",
+        suffix=".safetensors",
+        read_back=diffusers.read_with_diffusers,
+    ),
+    "kohya": Format(
+        kohya.read,
+        kohya.write,
+        "for ComfyUI, A1111 and sd-scripts",
+        suffix=".safetensors",
+        read_back=kohya.read_with_diffusers,
+    ),
     "official": Format(
         official.read, None, "of MoSLoRA's authors, or of PEFT pull request 2294", official.WARNING
     ),
@@ -40,34 +111,71 @@ FORMATS: dict[str, Format] = {
 }
 WRITTEN = tuple(sorted(name for name, format_ in FORMATS.items() if format_.write is not None))
 TYPES = {lora.PEFT_TYPE: "lora", native.PEFT_TYPE: "native"}
+# What diffusers names a file that it saves into a directory; the authors' SDXL script saved so too.
+IMAGE_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def detect(folder: Path) -> str:
-    """Tell the format of an adapter directory.
+def detect(path: Path) -> str:
+    """Tell the format of an adapter.
 
     Args:
-        folder: The directory.
+        path: Its directory, or its file where it is a single one.
 
     Returns:
         A key of ``FORMATS``.
 
     Raises:
-        AdapterError: If it is no adapter directory, or of another method.
+        AdapterError: If it is no adapter, or of another method.
     """
-    if (folder / paddle.CONFIG).is_file() and not (folder / CONFIG).exists():
+    if path.is_file():
+        return _detect_file(path)
+    if (path / paddle.CONFIG).is_file() and not (path / CONFIG).exists():
         return "paddle"
-    found = read_config(folder)["peft_type"]
+    if not (path / CONFIG).exists():
+        parts = pipeline.folders(path)
+        kinds = {name: detect(folder) for name, folder in parts.items()}
+        if len(set(kinds.values())) > 1:
+            raise AdapterError(f"{path} has adapters of several formats, {kinds}. Convert them one by one.")
+        if kinds:
+            return next(iter(kinds.values()))
+        if (path / IMAGE_WEIGHTS).is_file():
+            raise AdapterError(f"{path} is a directory of diffusers; give its file, {path / IMAGE_WEIGHTS}.")
+    found = read_config(path)["peft_type"]
     if found not in TYPES:
         known = ", ".join(sorted(TYPES))
-        raise AdapterError(f"{folder} is an adapter of type {found}; only {known} can be read.")
-    return "official" if TYPES[found] == "lora" and official.carries_mixer(folder) else TYPES[found]
+        raise AdapterError(f"{path} is an adapter of type {found}; only {known} can be read.")
+    return "official" if TYPES[found] == "lora" and official.carries_mixer(path) else TYPES[found]
 
 
-def read_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter directory of any known format.
+def _detect_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        raise AdapterError(f"{path} is GGUF, which is written here but not read. Give what it was made from.")
+    if path.name in (CONFIG, WEIGHTS, official.PICKLED):
+        raise AdapterError(
+            f"{path} is a file; give the adapter's directory, {path.parent}, which holds {CONFIG}."
+        )
+    if path.suffix != ".safetensors":
+        raise AdapterError(
+            f"{path} is a file; an adapter is a directory, or one .safetensors file of diffusers or kohya. "
+            "Pickles (.pt, .ckpt) are not opened."
+        )
+    names, _ = read_header(path)
+    if kohya.is_kohya(names):
+        return "kohya"
+    if diffusers.is_diffusers(names):
+        return "diffusers"
+    example = f", as {names[0]!r}" if names else ""
+    raise AdapterError(
+        f"{path} has no names of diffusers' or kohya's LoRA files{example}. If it belongs to a PEFT adapter, give the "
+        f"directory with its {CONFIG}."
+    )
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter of any format that is read.
 
     Args:
-        folder: The directory.
+        path: Its directory, or its file where it is a single one.
 
     Returns:
         The adapter.
@@ -75,4 +183,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     Raises:
         AdapterError: If it cannot be read or trusted; the message says what to do.
     """
-    return FORMATS[detect(Path(folder))].read(Path(folder))
+    path = Path(path)
+    read = FORMATS[detect(path)].read
+    assert read is not None, "what is detected is read"
+    return read(path)

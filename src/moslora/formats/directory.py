@@ -6,19 +6,22 @@ Both of PEFT's formats, native and lora, lie on disk like this. What is written 
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -139,6 +142,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or cut off: {error}. Copy it again, or take an earlier checkpoint."
         ) from error
     return check_tensors(path, tensors)
+
+
+def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Read what a safetensors file says of itself, without its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The names of its tensors, and its metadata.
+
+    Raises:
+        AdapterError: If it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AdapterError(
+            f"{path} is damaged or cut off: {error}. Copy it again, or take an earlier checkpoint."
+        ) from error
 
 
 def check_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -354,6 +378,48 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
     return Adapter(built, dict(config), dict(found.rest))
 
 
+def settle(adapter: Adapter) -> dict[str, Any]:
+    """Make a configuration whose modules, ranks and alphas are those of the factors.
+
+    Args:
+        adapter: The adapter. If its configuration says the same already, that comes back.
+
+    Returns:
+        The configuration.
+    """
+    config = copy.deepcopy(dict(adapter.config))
+    if not config.get("target_modules") and not config.get("target_parameters"):
+        config["target_modules"] = name_exactly(adapter.modules)
+    with contextlib.suppress(AdapterError):
+        if all(module_scale(config, n, f.r) == f.scale for n, f in adapter.modules.items()):
+            return config
+    ranks = {name: f.r for name, f in adapter.modules.items()}
+    alphas = {name: _whole(f.scale * f.r) for name, f in adapter.modules.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config.update(r=r, lora_alpha=alpha, use_rslora=False)
+    config["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    config["alpha_pattern"] = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha}
+    return config
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def name_exactly(modules: Iterable[str]) -> list[str] | str:
+    """Return ``target_modules`` that name these modules and no others.
+
+    Args:
+        modules: Paths in the base model.
+
+    Returns:
+        Their paths; or a regular expression, if one is so short that it could end another module's path.
+    """
+    names = sorted(modules)
+    return names if all("." in name for name in names) else "(" + "|".join(map(re.escape, names)) + ")"
+
+
 def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files of an adapter directory.
 
@@ -367,12 +433,41 @@ def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     """
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    # Sorted, and each its own memory: the same adapter always gives the same bytes.
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; the same tensors always give the same bytes.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name.
+        metadata: Text by key.
+
+    Raises:
+        OSError: If the disk is full or the place not writable.
+    """
+    # Sorted, and each its own memory.
     ready = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     try:
-        save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(ready, path, metadata=metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
+    if len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order; its writer leaves that to chance."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) != length:
+            raise OSError(f"{path}: its header of {length} bytes came out as {len(text)} when put in order.")
+        file.seek(8)
+        file.write(text)
 
 
 @contextlib.contextmanager
@@ -400,6 +495,31 @@ def staged(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """Write a file beside its place and move it there when everything inside the block went well.
+
+    Args:
+        out: Where it shall appear; must not exist.
+
+    Yields:
+        A path in a temporary directory beside ``out``. If the block raises, nothing is left of it.
+
+    Raises:
+        FileExistsError: If something lies at ``out`` already.
+    """
+    out = Path(out)
+    if out.is_symlink() or out.exists():
+        raise FileExistsError(f"{out} exists already. Name a new file, or remove that one first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary / out.name
+        (temporary / out.name).replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:

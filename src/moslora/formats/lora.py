@@ -6,15 +6,18 @@ some take alpha for r, some know neither rsLoRA nor per-module alphas.
 
 from __future__ import annotations
 
-import copy
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.save_and_load import load_peft_weights
 
 from moslora.adapter import Adapter, AdapterError
+from moslora.formats import skeleton
 from moslora.formats.directory import (
+    KEY_PREFIX,
     SHARED,
     WEIGHTS,
     build_adapter,
@@ -22,10 +25,11 @@ from moslora.formats.directory import (
     name_tensors,
     read_config,
     read_tensors,
+    settle,
     write_files,
 )
 
-__all__ = ["PEFT_TYPE", "read", "write"]
+__all__ = ["PEFT_TYPE", "flatten", "read", "read_with_peft", "write"]
 
 PEFT_TYPE = "LORA"
 PARTS = {"lora_A": "A", "lora_B": "B"}
@@ -68,34 +72,72 @@ def read(folder: Path) -> Adapter:
     return build_adapter(folder, kept, found)
 
 
-def write(adapter: Adapter, folder: Path) -> None:
-    """Write a plain LoRA directory; mixers that are not folded yet are folded here.
+def flatten(adapter: Adapter) -> Adapter:
+    """Fold every mixer and move every scale into B, in float32 at least.
 
     Args:
         adapter: The adapter.
-        folder: An existing, empty directory.
+
+    Returns:
+        A plain LoRA of the same ΔW, with alpha = r everywhere.
 
     Raises:
         AdapterError: If PEFT's LoRA would compute another output from the same factors.
-        OSError: If it cannot be written.
     """
     for name, reason in (adapter.config.get("unlike_lora") or {}).items():
         raise AdapterError(
             f"{name} cannot be written as a plain LoRA: {reason}. Merge the adapter into its base instead, with "
             "merge_and_unload()."
         )
-    values: dict[str, Any] = copy.deepcopy(
-        {name: adapter.config[name] for name in SHARED if name in adapter.config}
-    )
-    values["lora_alpha"] = values["r"]
-    values["alpha_pattern"] = dict(values.get("rank_pattern") or {})
-    values["use_rslora"] = False
+    # float32 at least: rounding a product to half precision again would cost more than it saves.
+    modules = {name: f.at_least(torch.float32).fold().unscaled() for name, f in adapter.modules.items()}
+    config = dict(adapter.config)
+    if "r" in config:
+        config.update(lora_alpha=config["r"], use_rslora=False)
+        config["alpha_pattern"] = dict(config.get("rank_pattern") or {})
+    return Adapter(modules, config, adapter.extra)
+
+
+def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a plain LoRA directory; mixers that are not folded yet are folded here.
+
+    Args:
+        adapter: The adapter.
+        folder: An existing, empty directory.
+        dtype: Of the factors; None for float32, or what is wider.
+
+    Raises:
+        AdapterError: If PEFT's LoRA would compute another output from the same factors.
+        OSError: If it cannot be written.
+    """
+    plain = flatten(adapter)
+    values: dict[str, Any] = {name: value for name, value in settle(plain).items() if name in SHARED}
     if values.get("bias") == "moslora_only":
         values["bias"] = "lora_only"
     config = LoraConfig(inference_mode=True, **values)
-    tensors = dict(adapter.extra)
-    for name, factors in adapter.modules.items():
-        # float32 at least: rounding a product to half precision again would cost more than it saves.
-        plain = factors.at_least(torch.float32).fold().unscaled()
-        tensors.update(name_tensors(name, plain, PARTS, EMBEDDING_PARTS))
+    tensors = dict(plain.extra)
+    for name, factors in plain.modules.items():
+        named = name_tensors(name, factors, PARTS, EMBEDDING_PARTS)
+        tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)
+
+
+def read_with_peft(folder: Path, like: Adapter) -> tuple[Adapter, str]:
+    """Read a plain LoRA directory as stock PEFT does: its choice of modules, its ranks and its scales.
+
+    Args:
+        folder: The directory.
+        like: What was written.
+
+    Returns:
+        What PEFT would run; and the name of the reader.
+
+    Raises:
+        AdapterError: If PEFT passed over a tensor.
+    """
+    config = LoraConfig.from_pretrained(folder)
+    own = {key: t for key, t in load_peft_weights(folder, device="cpu").items() if key not in like.extra}
+    found = skeleton.load_with_peft(
+        config, {key.removeprefix(KEY_PREFIX): tensor for key, tensor in own.items()}, like
+    )
+    return found, f"peft {importlib.metadata.version('peft')}"

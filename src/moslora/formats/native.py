@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moslora.adapter import Adapter, AdapterError
 from moslora.formats.directory import (
     SHARED,
@@ -18,6 +20,7 @@ from moslora.formats.directory import (
     name_tensors,
     read_config,
     read_tensors,
+    settle,
     write_files,
 )
 from moslora.tuner.config import MoSLoRAConfig
@@ -56,22 +59,28 @@ def read(folder: Path) -> Adapter:
     return build_adapter(folder, kept, found)
 
 
-def write(adapter: Adapter, folder: Path) -> None:
+def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a native adapter directory.
 
     Args:
         adapter: The adapter. A plain LoRA gets an identity mixer.
         folder: An existing, empty directory.
+        dtype: Of the factors; None for their own.
 
     Raises:
+        AdapterError: If its configuration is none that can be trained with a mixer.
         OSError: If it cannot be written.
     """
-    values: dict[str, Any] = dict(adapter.config)
+    values: dict[str, Any] = settle(adapter)
     values.setdefault("mixer", "identity")
     if values.get("bias") == "lora_only":
         values["bias"] = "moslora_only"
-    config = MoSLoRAConfig(inference_mode=True, **values)
+    try:
+        config = MoSLoRAConfig(inference_mode=True, **values)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"The adapter's configuration has no native form: {error}") from error
     tensors = dict(adapter.extra)
     for name, factors in adapter.modules.items():
-        tensors.update(name_tensors(name, factors, PARTS, EMBEDDING_PARTS))
+        named = name_tensors(name, factors, PARTS, EMBEDDING_PARTS)
+        tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)

@@ -1,0 +1,453 @@
+"""Adapters of image pipelines: what is written runs in diffusers as it ran live, and what others wrote is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import tiny_pipelines
+from moslora import MoSLoRAConfig
+from moslora.adapter import Adapter, AdapterError, Factors, Form, compare
+from moslora.export import FOLD_TOLERANCE, TOLERANCES, ProofError, export_adapter
+from moslora.formats import FORMATS, detect, diffusers, kohya, read_adapter
+from moslora.formats.pipeline import join, split
+from tolerances import MODEL, relative_error
+
+UNET = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj", "proj_in", "ff.net.0.proj", "conv_in"]
+CLIP = ["q_proj", "v_proj", "out_proj", "fc1"]
+FLUX = ["to_q", "to_out.0", "add_k_proj", "proj_mlp", "proj_out", "ff.net.2", "norm.linear"]
+
+
+def adapt(pipeline: Any, folder: Path, targets: dict[str, list[str]]) -> Any:
+    """Adapt models of a pipeline with mixers, random in every factor, and save each natively."""
+    torch.manual_seed(1)
+    for name, modules in targets.items():
+        config = MoSLoRAConfig(
+            r=4,
+            lora_alpha=6,
+            use_rslora=True,
+            target_modules=modules,
+            rank_pattern={name: 2 for name in ("to_v", "fc1", "proj_mlp") if name in modules},
+            init_lora_weights=False,
+        )
+        model = get_peft_model(getattr(pipeline, name), config).eval()
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if "moslora_B" in key:
+                    p.mul_(4)  # so that the adapter shows
+        model.save_pretrained(folder / name)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A native adapter on the UNet and both text encoders, and what the models give with it."""
+    folder = tmp_path_factory.mktemp("sdxl") / "native"
+    targets = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
+    return folder, tiny_pipelines.outputs(adapt(tiny_pipelines.sdxl(), folder, targets))
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_the_file_gives_a_fresh_pipeline_what_the_live_adapter_gave(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, to: str
+) -> None:
+    native, expected = sdxl
+    proof = export_adapter(native, tmp_path / "style.safetensors", to)
+    assert proof.reader.startswith("diffusers ") and proof.max_relative_error <= FOLD_TOLERANCE
+    fresh = tiny_pipelines.sdxl()
+    base = tiny_pipelines.outputs(fresh)
+    fresh.load_lora_weights(tmp_path, weight_name="style.safetensors")
+    found = tiny_pipelines.outputs(fresh)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < MODEL, name
+        assert relative_error(base[name], expected[name]) > 100 * MODEL, name
+
+
+def test_flux_runs_from_its_file_and_has_no_kohya_form(tmp_path: Path) -> None:
+    live = adapt(tiny_pipelines.flux(), tmp_path / "native", {"transformer": FLUX, "text_encoder": CLIP})
+    expected = tiny_pipelines.latents(live)
+    export_adapter(tmp_path / "native", tmp_path / "style.safetensors", "diffusers")
+    fresh = tiny_pipelines.flux()
+    base = tiny_pipelines.latents(fresh)
+    fresh.load_lora_weights(tmp_path, weight_name="style.safetensors")
+    assert relative_error(tiny_pipelines.latents(fresh), expected) < MODEL
+    assert relative_error(base, expected) > 100 * MODEL
+    with pytest.raises(
+        AdapterError, match="FLUX and SD3 have it, whose kohya names diffusers itself rejects"
+    ):
+        export_adapter(tmp_path / "native", tmp_path / "k.safetensors", "kohya")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["native", "style.safetensors"]
+
+
+def test_one_model_alone_is_recognised_by_its_modules(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    for component in ("unet", "text_encoder"):
+        out = tmp_path / f"{component}.safetensors"
+        export_adapter(sdxl[0] / component, out, "diffusers")
+        assert {key.partition(".")[0] for key in load_file(out)} == {component}
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_an_imported_file_loads_onto_the_models_with_peft(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, to: str
+) -> None:
+    native, expected = sdxl
+    export_adapter(native, tmp_path / "style.safetensors", to)
+    assert detect(tmp_path / "style.safetensors") == to
+    export_adapter(tmp_path / "style.safetensors", tmp_path / "again", "native")
+    export_adapter(tmp_path / "style.safetensors", tmp_path / "lora", "lora")
+    for folder in ("again", "lora"):
+        pipeline = tiny_pipelines.sdxl()
+        for part in ("unet", "text_encoder", "text_encoder_2"):
+            PeftModel.from_pretrained(getattr(pipeline, part), tmp_path / folder / part).eval()
+        found = tiny_pipelines.outputs(pipeline)
+        assert all(relative_error(found[name], expected[name]) < MODEL for name in expected)
+
+
+# ---- read, written, read
+
+
+def pipeline_adapter(seed: int, ranks: list[int], dtype: torch.dtype = torch.float32) -> Adapter:
+    """A UNet's and a text encoder's modules of given ranks, mixers and scales at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(r: int, form: Form = Form()) -> Factors:  # noqa: B008  frozen
+        columns = 6 * torch.Size(form.kernel).numel()
+        A, M, B = (torch.randn(*s, generator=generator).to(dtype) for s in ((r, columns), (r, r), (5, r)))
+        return Factors(A, M, B, float(torch.rand((), generator=generator)) + 0.1, form)
+
+    conv = Form("conv", (3, 3))
+    unet = {
+        "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0": draw(ranks[0]),
+        "mid_block.resnets.0.conv1": draw(ranks[1], conv),
+        "up_blocks.1.attentions.0.proj_in": draw(ranks[2], Form("conv", (1, 1))),
+    }
+    clip = {
+        "encoder.layers.1.self_attn.q_proj": draw(ranks[3]),
+        "encoder.layers.1.self_attn.out_proj": draw(ranks[1]),
+        "encoder.layers.0.mlp.fc2": draw(ranks[0]),
+    }
+    return join({"unet": Adapter(unet), "text_encoder": Adapter(clip)})
+
+
+RANKS = st.lists(st.integers(1, 5), min_size=4, max_size=4)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya", "native", "lora"])
+@given(st.integers(0, 2**16), RANKS)
+def test_reading_what_was_written_gives_the_pipelines_adapter(
+    tmp_path_factory: pytest.TempPathFactory, to: str, seed: int, ranks: list[int]
+) -> None:
+    before = pipeline_adapter(seed, ranks)
+    folder = tmp_path_factory.mktemp("rwr")
+    places = [folder / f"{n}.safetensors" if FORMATS[to].suffix else folder / str(n) for n in (1, 2)]
+    format_, at = FORMATS[to], before
+    assert format_.write is not None and format_.read is not None
+    for place in places:
+        if not format_.suffix:
+            place.mkdir()
+        format_.write(at, place)
+        at = read_adapter(place)
+        assert compare(before, at).max_relative_error <= FOLD_TOLERANCE
+    for one in sorted(p for p in folder.rglob("*.safetensors") if str(p).startswith(str(places[0]))):
+        two = Path(str(one).replace(str(places[0]), str(places[1])))
+        assert one.read_bytes() == two.read_bytes(), "written again, it is another file"
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@given(st.integers(0, 2**16), RANKS)
+def test_diffusers_takes_modules_of_different_ranks_at_their_scales(
+    tmp_path_factory: pytest.TempPathFactory, to: str, seed: int, ranks: list[int]
+) -> None:
+    before = pipeline_adapter(seed, ranks)
+    out = tmp_path_factory.mktemp("ranks") / "a.safetensors"
+    format_ = FORMATS[to]
+    assert format_.write is not None and format_.read_back is not None
+    format_.write(before, out)
+    found, reader = format_.read_back(out, before)
+    assert reader.startswith("diffusers") and compare(before, found).max_relative_error <= FOLD_TOLERANCE
+
+
+def test_without_equal_ranks_diffusers_would_take_kohya_scales_wrongly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Why ranks are filled up, and that the proof would see it: alpha = r of each module is right, and not enough.
+    monkeypatch.setattr(kohya, "pad", lambda factors, r: factors)
+    before = pipeline_adapter(0, [4, 2, 4, 2])
+    kohya.write(before, tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for key in tensors:
+        if key.endswith(".alpha"):
+            tensors[key] = torch.tensor(float(tensors[key.replace(".alpha", ".lora_down.weight")].shape[0]))
+    save_file(tensors, tmp_path / "b.safetensors")
+    assert compare(before, kohya.read(tmp_path / "b.safetensors")).max_relative_error <= FOLD_TOLERANCE
+    found, _ = kohya.read_with_diffusers(tmp_path / "b.safetensors", before)
+    assert compare(before, found).max_relative_error > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_dtype_is_what_the_file_has_and_its_rounding_is_within_its_bound(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, dtype: str
+) -> None:
+    out = tmp_path / "style.safetensors"
+    proof = export_adapter(sdxl[0], out, "diffusers", dtype=dtype)
+    assert {str(t.dtype) for t in load_file(out).values()} == {f"torch.{dtype}"}
+    assert 1e-5 < proof.max_relative_error <= TOLERANCES[dtype]
+
+
+# ---- what others wrote
+
+
+def kohya_file(path: Path, modules: dict[str, tuple[int, ...]], seed: int = 0, **parts: Any) -> Path:
+    """A file as kohya's trainers write it: by flat name (in, out, *kernel), rank 4, alpha 2."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (n_in, n_out, *kernel) in modules.items():
+        ones = (1,) * len(kernel)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(4, n_in, *kernel, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(n_out, 4, *ones, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file({**tensors, **parts}, path)
+    return path
+
+
+ORIGINAL = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (8, 8),
+    "lora_unet_input_blocks_5_0_in_layers_2": (8, 8, 3, 3),
+    "lora_unet_input_blocks_3_0_op": (8, 8, 3, 3),
+    "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj": (8, 8),
+    "lora_unet_middle_block_2_out_layers_3": (8, 8, 3, 3),
+    "lora_unet_output_blocks_4_1_transformer_blocks_1_attn2_to_out_0": (8, 8),
+    "lora_unet_output_blocks_3_0_skip_connection": (8, 8, 1, 1),
+    "lora_unet_output_blocks_2_2_conv": (8, 8, 3, 3),
+    "lora_unet_output_blocks_1_0_emb_layers_1": (8, 8),
+    "lora_te1_text_model_encoder_layers_3_self_attn_k_proj": (8, 8),
+    "lora_te1_text_model_encoder_layers_3_self_attn_out_proj": (8, 8),
+    "lora_te2_text_model_encoder_layers_7_mlp_fc2": (8, 8),
+}
+
+
+def test_the_original_unets_names_are_turned_to_those_that_diffusers_turns_them_to(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
+
+    path = kohya_file(tmp_path / "sd.safetensors", ORIGINAL)
+    judge, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+        str(path), unet_config=SimpleNamespace(layers_per_block=2)
+    )
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    unet = convert_unet_state_dict_to_peft({k: v for k, v in judge.items() if k.startswith("unet.")})
+    texts = convert_state_dict_to_peft({k: v for k, v in judge.items() if not k.startswith("unet.")})
+    theirs = {
+        k.replace("text_encoder.text_model.", "text_encoder.").replace(".processor", ""): v
+        for k, v in {**unet, **texts}.items()
+    }
+    ours = kohya.read(path)
+    assert {f"{name}.lora_{x}.weight" for name in ours.modules for x in "AB"} == theirs.keys()
+    for name, factors in ours.modules.items():
+        assert factors.scale == 0.5
+        assert torch.equal(factors.A, theirs[f"{name}.lora_A.weight"].flatten(1))
+        assert torch.equal(factors.B, theirs[f"{name}.lora_B.weight"].flatten(1))
+
+
+def test_flux_with_fused_projections_is_what_diffusers_makes_of_it(tmp_path: Path) -> None:
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    path = kohya_file(
+        tmp_path / "flux.safetensors",
+        {
+            "lora_unet_double_blocks_0_img_attn_qkv": (8, 24),
+            "lora_unet_double_blocks_0_txt_attn_qkv": (8, 24),
+            "lora_unet_double_blocks_0_img_attn_proj": (8, 8),
+            "lora_unet_double_blocks_0_txt_mlp_2": (32, 8),
+            "lora_unet_double_blocks_0_img_mod_lin": (8, 48),
+            "lora_unet_single_blocks_3_linear2": (40, 8),
+            "lora_unet_single_blocks_3_modulation_lin": (8, 24),
+        },
+    )
+    theirs = FluxLoraLoaderMixin.lora_state_dict(str(path))
+    ours = kohya.read(path)
+    assert {f"{name}.lora_{x}.weight" for name in ours.modules for x in "AB"} == theirs.keys()
+    for name, factors in ours.modules.items():
+        A, B = (theirs[f"{name}.lora_{x}.weight"].double() for x in "AB")
+        assert relative_error(factors.delta_weight(), B @ A) < FOLD_TOLERANCE
+
+
+def test_a_core_between_the_factors_is_folded_into_the_convolution(tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    core = torch.randn(4, 4, 3, 3)
+    path = kohya_file(
+        tmp_path / "locon.safetensors", {name: (6, 5, 1, 1)}, **{f"{name}.lora_mid.weight": core}
+    )
+    tensors = {key: t.double() for key, t in load_file(path).items()}
+    x = torch.randn(1, 6, 7, 7, dtype=torch.float64)
+    conv = torch.nn.functional.conv2d
+    # As LyCORIS runs it: down, core, up, one after the other.
+    h = conv(x, tensors[f"{name}.lora_down.weight"])
+    expected = 0.5 * conv(conv(h, core.double()), tensors[f"{name}.lora_up.weight"])
+    (factors,) = kohya.read(path).modules.values()
+    assert factors.form == Form("conv", (3, 3))
+    found = conv(x, factors.delta_weight().view(5, 6, 3, 3))
+    assert relative_error(found, expected) < FOLD_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("hada_w1_a", "is of LoHa, whose update"),
+        ("lokr_w1", "is of LoKr"),
+        ("dora_scale", "is of DoRA"),
+        ("lora_extra.weight", "an unknown method"),
+    ],
+)
+def test_other_methods_in_kohya_names_are_refused_by_name(tmp_path: Path, part: str, message: str) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    path = kohya_file(tmp_path / "a.safetensors", {name: (6, 5)}, **{f"{name}.{part}": torch.ones(4)})
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"lora_unet_joint_blocks_0_x_block_attn_qkv": (6, 5)}, "of no known model: 'joint'"),
+        ({"lora_unet_double_blocks_0_img_attn_norm": (6, 5)}, "of no known model: 'norm'"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv": (6, 5)}, "no adapted module of FLUX"),
+    ],
+)
+def test_names_of_other_models_are_refused(
+    tmp_path: Path, modules: dict[str, tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(kohya_file(tmp_path / "a.safetensors", modules))
+
+
+def test_older_diffusers_files_are_read_as_diffusers_reads_them(tmp_path: Path) -> None:
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0"
+    tensors = {
+        f"{stem}.attn1.processor.to_q_lora.down.weight": torch.randn(3, 6),
+        f"{stem}.attn1.processor.to_q_lora.up.weight": torch.randn(5, 3),
+        f"{stem}.attn2.processor.to_out_lora.down.weight": torch.randn(3, 6),
+        f"{stem}.attn2.processor.to_out_lora.up.weight": torch.randn(5, 3),
+        f"{stem}.ff.net.0.proj.lora.down.weight": torch.randn(3, 6),
+        f"{stem}.ff.net.0.proj.lora.up.weight": torch.randn(5, 3),
+    }
+    save_file(tensors, tmp_path / "old.safetensors")
+    judge = {k.replace(".processor", ""): v for k, v in convert_unet_state_dict_to_peft(tensors).items()}
+    found = diffusers.read(tmp_path / "old.safetensors")
+    assert {f"{name}.lora_{x}.weight" for name in found.modules for x in "AB"} == judge.keys()
+    assert all(
+        torch.equal(f.A, judge[f"{n}.lora_A.weight"]) and f.scale == 1 for n, f in found.modules.items()
+    )
+
+
+def test_the_authors_sdxl_file_keeps_its_mixer(tmp_path: Path) -> None:
+    # Their script saves lora_AB through diffusers, whose loader then drops it.
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    A, M, B = torch.randn(4, 6), torch.randn(4, 4), torch.randn(5, 4)
+    save_file(
+        {f"{stem}.lora_A.weight": A, f"{stem}.lora_AB.weight": M, f"{stem}.lora_B.weight": B},
+        tmp_path / "pytorch_lora_weights.safetensors",
+    )
+    (factors,) = read_adapter(tmp_path / "pytorch_lora_weights.safetensors").modules.values()
+    assert relative_error(factors.delta_weight(), (B @ M @ A).double()) < FOLD_TOLERANCE
+    with pytest.raises(AdapterError, match="give its file"):
+        read_adapter(tmp_path)
+
+
+def test_metadata_says_the_scale_and_without_it_alpha_is_the_rank(tmp_path: Path) -> None:
+    stem = "unet.mid_block.resnets.0.time_emb_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.randn(4, 6), f"{stem}.lora_B.weight": torch.randn(5, 4)}
+    said = json.dumps({"unet.r": 4, "unet.lora_alpha": 10, "unet.use_rslora": True})
+    save_file(tensors, tmp_path / "with.safetensors", metadata={"lora_adapter_metadata": said})
+    save_file(tensors, tmp_path / "without.safetensors")
+    scales = [
+        next(iter(read_adapter(tmp_path / f"{name}.safetensors").modules.values())).scale
+        for name in ("with", "without")
+    ]
+    assert scales == [5.0, 1.0]
+
+
+# ---- what has no place in a file
+
+
+def test_what_image_files_cannot_hold_is_refused_and_nothing_is_written(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    unet = split(read_adapter(sdxl[0]))["unet"]
+    name = next(iter(unet.modules))
+    grouped = Factors(torch.randn(2, 8), torch.eye(2), torch.randn(4, 2), 1.0, Form("conv", (1, 1), 2))
+    refused = {
+        "no factor": Adapter(unet.modules, unet.config, {"bias": torch.ones(1)}),
+        "of a form": Adapter({**unet.modules, name: grouped}, unet.config),
+        "no module of a diffusers pipeline": Adapter({"model.layers.0.q_proj": grouped}, unet.config),
+    }
+    for message, adapter in refused.items():
+        for format_ in (diffusers, kohya):
+            with pytest.raises(AdapterError, match=message):
+                format_.write(adapter, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        export_adapter(sdxl[0], tmp_path / "style", "kohya")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_diffusers_would_pass_over_in_a_kohya_file_is_not_written(tmp_path: Path) -> None:
+    whole = split(pipeline_adapter(0, [2, 2, 2, 2]))["text_encoder"]
+    less = Adapter({n: f for n, f in whole.modules.items() if not n.endswith("out_proj")}, whole.config)
+    with pytest.raises(AdapterError, match="q_proj adapted and no out_proj"):
+        kohya.write(less, tmp_path / "a.safetensors")
+    # That it is so, and would be seen: the same file, written past the check.
+    kohya.write(whole, tmp_path / "b.safetensors")
+    kept = {k: t for k, t in load_file(tmp_path / "b.safetensors").items() if "out_proj" not in k}
+    save_file(kept, tmp_path / "c.safetensors")
+    assert (
+        compare(less, split(kohya.read(tmp_path / "c.safetensors"))["text_encoder"]).max_relative_error
+        < FOLD_TOLERANCE
+    )
+    with pytest.raises(AdapterError, match=r"Lost: .*q_proj"):
+        compare(less, kohya.read_with_diffusers(tmp_path / "c.safetensors", less)[0])
+
+
+def test_a_file_that_says_otherwise_fails_the_proof_and_leaves_nothing(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers, "as_stored", lambda f: {"A": 1.01 * f.A, "B": f.B})
+    monkeypatch.setattr(diffusers, "flatten", lambda a: Adapter({n: f.fold() for n, f in a.modules.items()}))
+    one = Adapter(
+        {"mid_block.attentions.0.proj_in": Factors(torch.ones(2, 6), torch.eye(2), torch.ones(5, 2), 3.0)}
+    )
+    FORMATS["native"].write(one, _made(tmp_path / "native"))  # type: ignore[misc]
+    with pytest.raises(ProofError, match="Nothing was left"):
+        export_adapter(tmp_path / "native", tmp_path / "a.safetensors", "diffusers")
+    assert [p.name for p in tmp_path.iterdir()] == ["native"]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_files_that_are_no_adapter_say_what_to_give_instead(tmp_path: Path) -> None:
+    save_file({"model.embed.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "old.pt").write_bytes(b"\x80")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for name, message in (
+        ("model.safetensors", "no names of diffusers' or kohya's"),
+        ("old.pt", "not opened"),
+        ("a.gguf", "written here but not read"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            read_adapter(tmp_path / name)
