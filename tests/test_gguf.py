@@ -108,6 +108,15 @@ def test_the_verb_takes_the_base_that_the_adapter_names_or_that_is_given(tmp_pat
     assert done.exit_code == 2 and "exists already" in done.output
 
 
+def test_a_base_that_is_gguf_itself_says_what_it_is(tmp_path: Path) -> None:
+    adapted = saved(tiny.llama(), tmp_path)
+    write_base(adapted.unload(), tmp_path / "model.gguf", vocabulary=True)
+    proof = export_adapter(
+        tmp_path / "native", tmp_path / "a.gguf", "gguf", base=str(tmp_path / "model.gguf")
+    )
+    assert proof.max_relative_error <= FOLD_TOLERANCE
+
+
 def one(path: str, n_out: int = 8, form: Form = Form()) -> dict[str, Factors]:  # noqa: B008  frozen
     return {path: Factors(torch.ones(2, 8), torch.eye(2), torch.ones(n_out, 2), 1.0, form)}
 
@@ -191,7 +200,7 @@ MODELS = {
 }
 
 
-def write_base(model: Any, path: Path) -> None:
+def write_base(model: Any, path: Path, vocabulary: bool = False) -> None:
     """A model as F32 GGUF without a vocabulary, the rows of Llama's q and k moved as llama.cpp's converter does."""
     import gguf as package
 
@@ -213,7 +222,11 @@ def write_base(model: Any, path: Path) -> None:
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if vocabulary:  # which transformers asks for, and llama.cpp would check
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([f"t{n}" for n in range(config.vocab_size)])
+    else:
+        writer.add_tokenizer_model("no_vocab")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for key, tensor in model.state_dict().items():
         module = key.split(".")[-2]

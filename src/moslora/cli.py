@@ -243,7 +243,7 @@ def combine(
             )
         print(
             f"Proven: largest relative error of ΔW against the sum {proof.max_relative_error:.1e} "
-            f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}; read back by {proof.reader}."
+            f"(at most {proof.tolerance:.2g} allowed), in {proof.worst_module}; read back by {proof.reader}."
         )
 
     _run(action, debug)
@@ -313,7 +313,7 @@ def _convert(
         )
     print(
         f"Proven: largest relative error of ΔW {proof.max_relative_error:.1e} "
-        f"(at most {proof.tolerance:.0e} allowed), in {proof.worst_module}; read back by {proof.reader}."
+        f"(at most {proof.tolerance:.2g} allowed), in {proof.worst_module}; read back by {proof.reader}."
     )
 
 

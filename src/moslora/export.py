@@ -174,6 +174,7 @@ def base_config(adapter: Adapter, base: str | None) -> dict[str, Any]:
         AdapterError: If it is not known or cannot be read.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from moslora.models import quiet_transformers, resolve_model
 
@@ -195,6 +196,9 @@ def base_config(adapter: Adapter, base: str | None) -> dict[str, Any]:
             f"The configuration of the base {name} cannot be read: {reason} Give --base MODEL, a folder with its "
             "config.json."
         ) from error
+    if not found.get("architectures"):  # a GGUF base says its type alone
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(found.get("model_type"))
+        found["architectures"] = [kind] if isinstance(kind, str) else []
     return found
 
 
