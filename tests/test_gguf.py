@@ -304,3 +304,16 @@ def test_llama_cpp_sees_rows_that_were_moved_wrongly(
 
 def test_gguf_is_only_written() -> None:
     assert FORMATS["gguf"].read is None and FORMATS["gguf"].needs_base
+
+
+def test_a_full_disk_leaves_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf as package
+
+    def full(self: object, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    saved(tiny.llama(), tmp_path)
+    monkeypatch.setattr(package.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match="No space"):
+        export_adapter(tmp_path / "native", tmp_path / "a.gguf", "gguf", base=str(tmp_path / "base"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "native"]

@@ -17,7 +17,7 @@ import tiny_pipelines
 from moslora import MoSLoRAConfig
 from moslora.adapter import Adapter, AdapterError, Factors, Form, compare
 from moslora.export import FOLD_TOLERANCE, TOLERANCES, ProofError, export_adapter
-from moslora.formats import FORMATS, detect, diffusers, kohya, read_adapter
+from moslora.formats import FORMATS, detect, diffusers, kohya, read_adapter, through_diffusers
 from moslora.formats.pipeline import join, split
 from tolerances import MODEL, relative_error
 
@@ -451,3 +451,90 @@ def test_files_that_are_no_adapter_say_what_to_give_instead(tmp_path: Path) -> N
     ):
         with pytest.raises(AdapterError, match=message):
             read_adapter(tmp_path / name)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@given(st.integers(0, 900), st.binary(min_size=1, max_size=8), st.integers(0, 40))
+def test_garbage_in_a_file_never_gives_half_an_adapter_or_another_error(
+    tmp_path_factory: pytest.TempPathFactory, to: str, at: int, garbage: bytes, cut: int
+) -> None:
+    whole = pipeline_adapter(0, [2, 2, 2, 2])
+    path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
+    format_ = FORMATS[to]
+    assert format_.write is not None
+    format_.write(whole, path)
+    data = bytearray(path.read_bytes())
+    data[at : at + len(garbage)] = garbage
+    path.write_bytes(data[: len(data) - cut])
+    try:
+        found = read_adapter(path)
+    except AdapterError:
+        return
+    # A name may have become another's, a value another number; what is read is whole.
+    assert all(f.A.shape[0] == f.M.shape[0] == f.B.shape[1] for f in found.modules.values())
+    assert len(found.modules) == len(whole.modules)
+
+
+CHANGES = {
+    "drop": lambda t: None,
+    "flat": lambda t: t.flatten(),
+    "point": lambda t: t.flatten()[0],
+    "turned": lambda t: t.T if t.ndim == 2 else t,
+    "more": lambda t: t.unsqueeze(0),
+    "deep": lambda t: t.view(*t.shape, *(1,) * (7 - t.ndim)),
+    "cut": lambda t: t[: max(1, t.shape[0] - 1)] if t.ndim else t,
+    "wide": lambda t: torch.cat([t, t]) if t.ndim else t,
+    "integer": lambda t: t.to(torch.int8),
+    "boolean": lambda t: t > 0,
+    "complex": lambda t: t.to(torch.complex64),
+    "eight bits": lambda t: t.to(torch.float8_e4m3fn),
+    "double": lambda t: t.double(),
+    "nothing": lambda t: t.flatten()[:0],
+    "not a number": lambda t: torch.full_like(t, float("nan")),
+    "infinite": lambda t: torch.full_like(t, float("inf")),
+}
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@given(st.data())
+def test_tensors_that_are_no_factors_are_refused_or_read_whole(
+    tmp_path_factory: pytest.TempPathFactory, to: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("shapes")
+    format_ = FORMATS[to]
+    assert format_.write is not None
+    format_.write(pipeline_adapter(0, [2, 2, 2, 2]), folder / "a.safetensors")
+    tensors = load_file(folder / "a.safetensors")
+    for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3, unique=True)):
+        changed = CHANGES[data.draw(st.sampled_from(sorted(CHANGES)))](tensors.pop(key))
+        if changed is not None:
+            tensors[key] = changed.contiguous()
+    save_file(tensors, folder / "b.safetensors")
+    try:
+        found = read_adapter(folder / "b.safetensors")
+    except AdapterError:
+        return
+    assert all(f.A.shape[0] == f.M.shape[0] == f.B.shape[1] for f in found.modules.values())
+    assert all(f.delta_weight().isfinite().all() for f in found.modules.values())
+
+
+def test_without_diffusers_the_proof_says_that_our_own_reader_made_it(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(through_diffusers, "is_installed", lambda: False)
+    for to in ("diffusers", "kohya"):
+        proof = export_adapter(sdxl[0], tmp_path / f"{to}.safetensors", to)
+        assert proof.reader == "moslora" and proof.max_relative_error <= FOLD_TOLERANCE
+
+
+def test_a_full_disk_leaves_no_file(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moslora.formats.directory.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        export_adapter(sdxl[0], tmp_path / "a.safetensors", "kohya")
+    assert not list(tmp_path.iterdir())

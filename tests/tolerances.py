@@ -22,6 +22,11 @@ SNR_DB = {torch.bfloat16: 38.0, torch.float16: 56.0}
 MODEL = 2e-5
 
 
+# Two QRs, a singular value decomposition and three products in float64: some dozens of roundings of 2e-16, each
+# relative to the norm of the whole.
+SVD = 1e-13
+
+
 def relative_error(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
     """Largest absolute error, relative to the largest entry of ``size``, or of ``expected``.
 

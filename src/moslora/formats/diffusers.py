@@ -105,9 +105,9 @@ def read(path: Path) -> Adapter:
             )
         component, module, letter = split
         own = found.setdefault(component, Found({}, {}, set())).modules.setdefault(module, {})
-        if letter in own or not tensor.is_floating_point():
+        if letter in own or tensor.ndim < 2:
             raise AdapterError(
-                f"{path}: {key} is a second factor {letter} of its module, or no float tensor."
+                f"{path}: {key} is a second factor {letter} of its module, or no factor at all."
             )
         own[letter] = tensor
     parts = {name: _part(path, name, own, metadata) for name, own in found.items()}

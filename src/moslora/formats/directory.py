@@ -186,6 +186,13 @@ def check_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"{path}: {name} is empty, shape {tuple(tensor.shape)}. It was saved under sharding (ZeRO-3, "
                 "FSDP) without gathering; gather the parameters and save again."
             )
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 16:
+            raise AdapterError(
+                f"{path}: {name} is {tensor.dtype}, and factors of 8 bits are not read. Convert the file to float16 "
+                "in the program that wrote it; that loses nothing."
+            )
+        if tensor.is_complex():
+            raise AdapterError(f"{path}: {name} is {tensor.dtype}, which no adapter has.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterError(
                 f"{path}: {name} has NaN or infinite values: the training diverged, or the file is "
@@ -361,6 +368,12 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
         missing = {"A", "B"} - found.modules[name].keys()
         if missing:
             raise AdapterError(f"{folder}: {name} lacks its factor {' and '.join(sorted(missing))}.")
+        for letter, tensor in found.modules[name].items():
+            if tensor.ndim < 2 or not tensor.is_floating_point():
+                raise AdapterError(
+                    f"{folder}: {letter} of {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a "
+                    "matrix of floats. The file is damaged, or of another method."
+                )
         try:
             tensors, form = as_matrices(found.modules[name], name in found.embeddings)
             A, r = tensors["A"], tensors["A"].shape[0]
