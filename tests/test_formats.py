@@ -222,15 +222,3 @@ def test_formats_that_are_only_read_are_not_offered_for_writing(saved: Path, tmp
     with pytest.raises(ValueError, match="only read; choose one of diffusers, gguf, kohya, lora, native"):
         export_adapter(saved, tmp_path / "out", to="official")
     assert not (tmp_path / "out").exists()
-
-
-def test_experts_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    folder = tmp_path / "experts"
-    folder.mkdir()
-    config = {"peft_type": "MOSLORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.down_proj"]}
-    (folder / CONFIG).write_text(json.dumps(config))
-    stem = "base_model.model.experts.moslora_"
-    tensors = {"A": torch.randn(6, 4), "M": torch.randn(6, 2), "B": torch.randn(5, 6)}
-    save_file({f"{stem}{part}.weight": tensor for part, tensor in tensors.items()}, folder / WEIGHTS)
-    with pytest.raises(AdapterError, match=r"several experts.*merge_and_unload"):
-        read_adapter(folder)

@@ -29,7 +29,7 @@ class Form:
     """How the factors of a module lie in files; at rest they are matrices whatever the module is.
 
     Attributes:
-        kind: ``"linear"``, ``"conv"`` or ``"embedding"``.
+        kind: ``"linear"``, ``"conv"``, ``"embedding"``, or ``"expert"`` for one of several in a tensor.
         kernel: Of a convolution; its A is ``(r, in, *kernel)`` in files and ``(r, in · kernel)`` here.
         groups: Of a convolution; its B is ``(out, r / groups, 1, …)`` in files and filled up with zeros here.
     """
@@ -217,6 +217,13 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         wide = [(w * f.scale, f.at_least(torch.float32)) for w, f in parts]
         A, M, B = functional.concatenate([(w, f.A, f.M, f.B) for w, f in wide])
         modules[name] = Factors(A, M, B, 1.0, parts[0][1].form)
+    parameters = {tuple(sorted(a.config.get("target_parameters") or ())) for a in adapters}
+    has_experts = any(factors.form.kind == "expert" for factors in modules.values())
+    if has_experts and len(parameters) > 1:
+        raise AdapterError(
+            f"The adapters adapt different parameters, {sorted(map(list, parameters))}, which lie differently in their "
+            "files. Combine adapters of the same target_parameters."
+        )
     r = max(factors.r for factors in modules.values())
     others = {f"^{re.escape(name)}": factors.r for name, factors in modules.items() if factors.r != r}
     config = {
@@ -224,7 +231,8 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         "task_type": adapters[0].config.get("task_type"),
         "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in adapters),
         "unlike_lora": {n: why for a in adapters for n, why in (a.config.get("unlike_lora") or {}).items()},
-        "target_modules": sorted(modules),
+        "target_modules": sorted(name for name, f in modules.items() if f.form.kind != "expert"),
+        "target_parameters": list(parameters.pop()) if has_experts else None,
         "r": r,
         "lora_alpha": r,
         "rank_pattern": others,

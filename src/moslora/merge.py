@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from moslora.adapter import Adapter, AdapterError, Factors
 from moslora.export import PROOF_FILE, ProofError
-from moslora.formats import read_adapter
+from moslora.formats import experts, read_adapter
 from moslora.formats.directory import KEY_PREFIX, staged
 from moslora.models import ModelError, ModelSource, materialise, resolve_model
 
@@ -255,6 +255,11 @@ def _is_copy_of_base(key: str, tensor: Tensor, table: dict[str, _Stored], folder
 
 def _find(module: str, table: dict[str, _Stored], config: dict[str, Any]) -> str:
     """Return the name of a module's weight in the files, which may have another prefix."""
+    if experts.PLACE.fullmatch(module):
+        raise ModelError(
+            f"{module} is one of several experts in a tensor, whose place only the model's own code knows. Load the "
+            "adapter with PeftModel.from_pretrained, call merge_and_unload() and save the model."
+        )
     wanted = f"{module}.weight"
     fitting = [wanted] if wanted in table else []
     fitting = fitting or [n for n in table if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]

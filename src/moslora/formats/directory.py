@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moslora.adapter import LINEAR, Adapter, AdapterError, Factors, Form
+from moslora.formats import experts
+from moslora.formats.experts import owner
 from moslora.functional import scaling
 
 __all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "staged", "write_files"]
@@ -303,6 +305,30 @@ def as_stored(factors: Factors) -> dict[str, Tensor]:
     }
 
 
+def name_all(
+    modules: Mapping[str, Factors], parts: Mapping[str, str], embedding_parts: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Name the factors of all modules as a file does, experts put together.
+
+    Args:
+        modules: Factors by path.
+        parts: ``A``, ``M`` or ``B`` by the PART that stands for it; letters that are not there are left out.
+        embedding_parts: The same for embeddings.
+
+    Returns:
+        Tensors by name.
+    """
+    named: dict[str, Tensor] = {}
+    for module, factors in modules.items():
+        if factors.form != experts.EXPERT:
+            named.update(name_tensors(module, factors, parts, embedding_parts))
+    for module, stored in experts.gather(modules).items():
+        named.update(
+            {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
+        )
+    return named
+
+
 def name_tensors(
     module: str, factors: Factors, parts: Mapping[str, str], embedding_parts: Mapping[str, str]
 ) -> dict[str, Tensor]:
@@ -323,6 +349,24 @@ def name_tensors(
     return {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
 
 
+def _said(config: Mapping[str, Any], module: str) -> set[tuple[Any, Any]]:
+    """Return which ranks and alphas a configuration may mean for a module.
+
+    PEFT looks a parameter's up by the parameter's name, which its files do not tell; so all that may lie in the
+    module are tried.
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    path = owner(module).replace(".base_layer", "")
+    parameters = [name.rpartition(".")[2] for name in config.get("target_parameters") or ()]
+    return {
+        (
+            ranks.get(get_pattern_key(ranks.keys(), name), config.get("r")),
+            alphas.get(get_pattern_key(alphas.keys(), name), config.get("lora_alpha")),
+        )
+        for name in (path, *(f"{path}.{parameter}" for parameter in parameters))
+    }
+
+
 def module_scale(config: Mapping[str, Any], module: str, r: int) -> float:
     """Return the scale that PEFT would use for a module, checking its rank on the way.
 
@@ -337,11 +381,17 @@ def module_scale(config: Mapping[str, Any], module: str, r: int) -> float:
     Raises:
         AdapterError: If the configuration says another rank.
     """
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    said = ranks.get(get_pattern_key(ranks.keys(), module), config.get("r"))
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha"))
-    if said != r:
-        raise AdapterError(f"{module}: the configuration says rank {said}, its tensors have rank {r}.")
+    said = _said(config, module)
+    alphas = {str(alpha): alpha for rank, alpha in said if rank == r}
+    if not alphas:
+        ranks = " or ".join(sorted({str(rank) for rank, _ in said}))
+        raise AdapterError(f"{module}: the configuration says rank {ranks}, its tensors have rank {r}.")
+    if len(alphas) > 1:
+        raise AdapterError(
+            f"{module}: its parameters have different alphas, {sorted(alphas)}, and the file does not say which this "
+            "one has. Give all parameters of a module one alpha."
+        )
+    alpha = next(iter(alphas.values()))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise AdapterError(f"{module}: lora_alpha={alpha!r} is no number.")
     return scaling(alpha, r, bool(config.get("use_rslora")))
@@ -364,6 +414,7 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
     if not found.modules:
         raise AdapterError(f"{folder} holds no factors of a known name.")
     built: dict[str, Factors] = {}
+    modules: dict[str, tuple[dict[str, Tensor], Form | None]] = {}
     for name in sorted(found.modules):
         missing = {"A", "B"} - found.modules[name].keys()
         if missing:
@@ -374,14 +425,23 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
                     f"{folder}: {letter} of {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a "
                     "matrix of floats. The file is damaged, or of another method."
                 )
+        own = found.modules[name]
         try:
-            tensors, form = as_matrices(found.modules[name], name in found.embeddings)
+            ranks = {rank for rank, _ in _said(config, name)}
+            number = 1 if name in found.embeddings or own["A"].ndim > 2 else experts.count(own, config, ranks)
+            if number > 1:
+                apart = experts.separate(name, own, number)
+                modules.update({path: (tensors, experts.EXPERT) for path, tensors in apart.items()})
+            else:
+                modules[name] = (own, None)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {name}: {error}") from error
+    for name, (own, form) in modules.items():
+        try:
+            tensors = own
+            if form is None:
+                tensors, form = as_matrices(own, name in found.embeddings)
             A, r = tensors["A"], tensors["A"].shape[0]
-            if tensors.get("M", tensors["A"]).shape == (r, config.get("r")) != (r, r):
-                raise AdapterError(
-                    f"{name} holds a mixer for each of several experts, which cannot be told apart without the base. "
-                    "Load the adapter with PeftModel.from_pretrained and merge_and_unload()."
-                )
             M = tensors["M"] if "M" in tensors else torch.eye(r, dtype=A.dtype)
             built[name] = Factors(A, M, tensors["B"], module_scale(config, name, r), form)
         except AdapterError as error:
@@ -403,13 +463,26 @@ def settle(adapter: Adapter) -> dict[str, Any]:
     config = copy.deepcopy(dict(adapter.config))
     if not config.get("target_modules") and not config.get("target_parameters"):
         config["target_modules"] = name_exactly(adapter.modules)
+    if any(f.form == experts.EXPERT for f in adapter.modules.values()) and not config.get(
+        "target_parameters"
+    ):
+        raise AdapterError(
+            "The adapter has experts, and its configuration no target_parameters, so PEFT would not find them. Take "
+            "the adapter from where it was saved with PEFT."
+        )
     with contextlib.suppress(AdapterError):
         if all(module_scale(config, n, f.r) == f.scale for n, f in adapter.modules.items()):
             return config
     ranks = {name: f.r for name, f in adapter.modules.items()}
     alphas = {name: _whole(f.scale * f.r) for name, f in adapter.modules.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # Patterns name modules; experts are looked up by their parameters, so what they have is the rule.
+    rule = [name for name, f in adapter.modules.items() if f.form == experts.EXPERT] or list(ranks)
+    r = Counter(ranks[name] for name in rule).most_common(1)[0][0]
+    alpha = Counter(alphas[name] for name in rule).most_common(1)[0][0]
+    if len(rule) < len(ranks) and {(ranks[name], alphas[name]) for name in rule} != {(r, alpha)}:
+        raise AdapterError(
+            "Experts have different ranks or scales, which PEFT's files cannot say. Give them one with --rank."
+        )
     config.update(r=r, lora_alpha=alpha, use_rslora=False)
     config["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
     config["alpha_pattern"] = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha}

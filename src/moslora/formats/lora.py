@@ -22,7 +22,7 @@ from moslora.formats.directory import (
     WEIGHTS,
     build_adapter,
     group_factors,
-    name_tensors,
+    name_all,
     read_config,
     read_tensors,
     settle,
@@ -116,9 +116,8 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
         values["bias"] = "lora_only"
     config = LoraConfig(inference_mode=True, **values)
     tensors = dict(plain.extra)
-    for name, factors in plain.modules.items():
-        named = name_tensors(name, factors, PARTS, EMBEDDING_PARTS)
-        tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
+    named = name_all(plain.modules, PARTS, EMBEDDING_PARTS)
+    tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)
 
 

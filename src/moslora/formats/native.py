@@ -17,7 +17,7 @@ from moslora.formats.directory import (
     WEIGHTS,
     build_adapter,
     group_factors,
-    name_tensors,
+    name_all,
     read_config,
     read_tensors,
     settle,
@@ -80,7 +80,6 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
     except (TypeError, ValueError) as error:
         raise AdapterError(f"The adapter's configuration has no native form: {error}") from error
     tensors = dict(adapter.extra)
-    for name, factors in adapter.modules.items():
-        named = name_tensors(name, factors, PARTS, EMBEDDING_PARTS)
-        tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
+    named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS)
+    tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)

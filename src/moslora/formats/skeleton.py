@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from moslora.adapter import LINEAR, Adapter, AdapterError, Factors, Form
+from moslora.formats.experts import EXPERT, owner, separate
 
 __all__ = ["build", "filled_factors", "load_with_peft"]
 
@@ -50,7 +52,8 @@ def build(modules: Mapping[str, Factors], root: type[nn.Module] = nn.Module) -> 
         The model, without any memory for its weights.
     """
     model = root()
-    for path, factors in modules.items():
+    plain = {path: factors for path, factors in modules.items() if factors.form != EXPERT}
+    for path, factors in plain.items():
         *parents, name = path.split(".")
         place = model
         for parent in parents:
@@ -59,6 +62,41 @@ def build(modules: Mapping[str, Factors], root: type[nn.Module] = nn.Module) -> 
             place = cast(nn.Module, place._modules[parent])
         place.add_module(name, _module(factors))
     return model
+
+
+def add_experts(model: nn.Module, modules: Mapping[str, Factors], parameters: Iterable[str]) -> None:
+    """Add the modules whose parameters are experts.
+
+    Args:
+        model: From ``build``; changed in place.
+        modules: Factors by path.
+        parameters: ``target_parameters`` of the configuration.
+    """
+    numbers = Counter(owner(path) for path, factors in modules.items() if factors.form == EXPERT)
+    levels: dict[str, list[str]] = {}
+    for path in sorted(
+        numbers, key=len, reverse=True
+    ):  # the innermost first: one ".base_layer" for each around
+        levels.setdefault(path.replace(".base_layer", ""), []).append(path)
+    for inner, paths in levels.items():
+        names = [name for name in parameters if f".{inner}".endswith(f".{name}".rpartition(".")[0])]
+        if len(names) != len(paths):
+            raise AdapterError(
+                f"{inner} has {len(paths)} adapted parameters, and target_parameters {list(parameters)} name "
+                f"{len(names)}."
+            )
+        place = model
+        for part in inner.split("."):
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = cast(nn.Module, place._modules[part])
+        # PEFT nests them in the order in which a module has them. Which name is whose the base alone knows, and
+        # neither what is loaded nor its scale depends on it, for all have one rank and alpha.
+        for path, name in zip(paths, names, strict=True):
+            factors = modules[f"{path}[0]"]
+            shape = (numbers[path], factors.B.shape[0], factors.A.shape[1])
+            zero = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+            place.register_parameter(name.rpartition(".")[2], zero)
 
 
 def filled_factors(model: nn.Module) -> dict[str, Factors]:
@@ -84,6 +122,11 @@ def filled_factors(model: nn.Module) -> dict[str, Factors]:
         if A.is_meta or B.is_meta:
             raise AdapterError(f"{path}: the other project's loader left its factors empty.")
         A, B, form = A.detach(), B.detach(), LINEAR
+        if layer.r[name] * getattr(layer, "num_experts", 1) != layer.r[name]:
+            for expert, own in separate(path, {"A": A, "B": B}, layer.num_experts).items():
+                eye = torch.eye(layer.r[name], dtype=A.dtype)
+                found[expert] = Factors(own["A"], eye, own["B"], float(layer.scaling[name]), EXPERT)
+            continue
         if embedding:
             form = Form("embedding")
         elif A.ndim > 2:
@@ -117,7 +160,9 @@ def load_with_peft(config: LoraConfig, tensors: Mapping[str, Tensor], like: Adap
         warnings.simplefilter(
             "ignore"
         )  # of what merging would need, and of flags for layers that are elsewhere
-        model = inject_adapter_in_model(config, build(like.modules), low_cpu_mem_usage=True)
+        model = build(like.modules)
+        add_experts(model, like.modules, config.target_parameters or ())
+        model = inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
         result = set_peft_model_state_dict(model, dict(tensors), low_cpu_mem_usage=True)
     passed_over = [key for key in result.unexpected_keys if "lora_" in key]
     if passed_over:
