@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,30 @@ def test_wrong_usage_is_exit_code_2_and_one_message(
 def test_version_is_the_packages() -> None:
     code, shown = invoke("--version")
     assert code == 0 and re.fullmatch(r"moslora \d+\.\d+\.\d+\s*", shown)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_export_leaves_nothing_and_says_so_by_its_exit_code(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    program = (
+        "import os, sys, moslora.cli, moslora.export\n"
+        "from pathlib import Path\n"
+        "from moslora.formats.directory import staged\n"
+        "def work(source, out, *_, **__):\n"
+        "    with staged(Path(out)) as place:\n"
+        "        (place / 'half').write_text('half')\n"
+        "        os.kill(os.getpid(), int(sys.argv.pop()))\n"
+        "        while True: pass\n"
+        "moslora.export.export_adapter = work\n"
+        "number = sys.argv[-1]\n"
+        "sys.argv[1:-1] = ['export', 'adapter', sys.argv[1]]\n"
+        "app = moslora.cli.app\n"
+        "arguments = sys.argv[1:-1]\n"
+        "app(args=arguments)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out"), str(int(sent))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == code, result.stderr
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_the_merged_folder_gives_the_logits_of_peft(
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = tiny.tokens()
     assert relative_error(found(ids).logits, expected(ids).logits) < MODEL
-    assert proof.max_relative_error <= proof.tolerance
+    assert proof.error_ratio <= 1 and proof.max_relative_error < MODEL and abs(proof.least_kept - 1) < 1e-3
     assert json.loads((tmp_path / "out" / PROOF_FILE).read_text())["modules"] == proof.modules
 
 
@@ -168,6 +169,77 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(tmp_path: Path, name: st
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def lie(base: Path, change: Any) -> None:
+    """Rewrite the header of the base's shard and leave its bytes."""
+    file = base / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+LIES: dict[str, Any] = {
+    "a shape larger than its bytes": lambda h: h[Q].update(shape=[64, 32]),
+    "one tensor over another": lambda h: h[Q].update(
+        data_offsets=h["model.layers.1.self_attn.q_proj.weight"]["data_offsets"]
+    ),
+    "another dtype": lambda h: h[Q].update(dtype="BF16"),
+    "no offsets": lambda h: h[Q].pop("data_offsets"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path: Path, name: str) -> None:
+    base, adapter = save_pair(tmp_path)
+    lie(base, LIES[name])
+    with pytest.raises(ModelError, match="damaged or cut off"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json"])
+def test_a_damaged_json_of_the_base_is_named(tmp_path: Path, name: str, text: str) -> None:
+    base, adapter = save_pair(tmp_path, max_shard_size="20kB")
+    (base / name).write_text(text)
+    with pytest.raises(ModelError, match=name):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_small_error_in_a_small_delta_fails_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = save_pair(tmp_path)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {n: t * 1e-4 if "moslora_B" in n else t for n, t in tensors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merge(base, adapter, tmp_path / "right")
+    real = moslora.merge._change
+
+    def off(path: Path, changes: Any) -> None:
+        real(path, [replace(c, left=c.left * 1.05) for c in changes])
+
+    monkeypatch.setattr(moslora.merge, "_change", off)
+    with pytest.raises(ProofError, match="times what rounding explains"):
+        merge(base, adapter, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_what_rounding_swallows_is_said(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {n: t * 1e-3 if "moslora_B" in n else t for n, t in tensors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    shown = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(tmp_path / "out")])
+    assert shown.exit_code == 0, shown.output
+    assert "Rounding to the base's dtype kept" in shown.output
+    kept = json.loads((tmp_path / "out" / PROOF_FILE).read_text())["least_kept"]
+    assert kept < 0.9
+
+
 def test_an_untrained_adapter_is_not_merged(tmp_path: Path) -> None:
     base, _ = save_pair(tmp_path)
     get_peft_model(tiny.llama(), MoSLoRAConfig(r=2, target_modules=["q_proj"])).save_pretrained(
@@ -198,7 +270,7 @@ def test_an_interrupted_or_wrong_merge_leaves_nothing(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(moslora.merge, "_prove", stop)
         merge(base, adapter, tmp_path / "out")
-    with monkeypatch.context() as patch, pytest.raises(ProofError, match="relative error"):
+    with monkeypatch.context() as patch, pytest.raises(ProofError, match="times what rounding explains"):
         patch.setattr(moslora.merge, "_change", lambda *_: None)
         merge(base, adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moslora import functional
 
-__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "Form", "add", "compare"]
+__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "Form", "add", "compare", "exact_pattern"]
 
 
 class AdapterError(ValueError):
@@ -170,6 +170,18 @@ class Adapter:
         return self.modules[module].delta_weight()
 
 
+def exact_pattern(name: str) -> str:
+    """Return a key of ``rank_pattern`` and ``alpha_pattern`` that fits one module only.
+
+    Args:
+        name: The module's path.
+
+    Returns:
+        A regular expression as PEFT reads it there.
+    """
+    return f"^{re.escape(name)}"
+
+
 def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Take the weighted sum of adapters, exact on ΔW: the ranks of a module add up, its mixer is block-diagonal.
 
@@ -194,12 +206,14 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             f"{bad[0]!r} is no weight: it must be finite and not 0 (leave such an adapter out)."
         )
     bases = {
-        str(a.config["base_model_name_or_path"]) for a in adapters if a.config.get("base_model_name_or_path")
+        (str(a.config["base_model_name_or_path"]), a.config.get("revision"))
+        for a in adapters
+        if a.config.get("base_model_name_or_path")
     }
     if len(bases) > 1:
-        raise AdapterError(
-            f"The adapters were trained on different bases, {sorted(bases)}, so their ΔW do not add."
-        )
+        names = sorted(f"{name} at {revision}" if revision else name for name, revision in bases)
+        raise AdapterError(f"The adapters were trained on different bases, {names}, so their ΔW do not add.")
+    base, revision = next(iter(bases), (None, None))
     for adapter in adapters:
         if adapter.extra:
             raise AdapterError(
@@ -225,9 +239,10 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             "files. Combine adapters of the same target_parameters."
         )
     r = max(factors.r for factors in modules.values())
-    others = {f"^{re.escape(name)}": factors.r for name, factors in modules.items() if factors.r != r}
+    others = {exact_pattern(name): factors.r for name, factors in modules.items() if factors.r != r}
     config = {
-        "base_model_name_or_path": next(iter(bases), None),
+        "base_model_name_or_path": base,
+        "revision": revision,
         "task_type": adapters[0].config.get("task_type"),
         "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in adapters),
         "unlike_lora": {n: why for a in adapters for n, why in (a.config.get("unlike_lora") or {}).items()},

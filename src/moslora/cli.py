@@ -6,12 +6,15 @@ Ctrl-C and SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +65,26 @@ def _options(
     """Hold the options that belong to no verb."""
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind what is being done, so that what was half written is removed.
+
+    Training has its own way of stopping, which takes over while it lasts.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run(action: Callable[[], None], debug: bool) -> None:
     """Run a verb, and turn what it raises into a message and an exit code."""
     from moslora.export import ProofError
@@ -71,18 +94,22 @@ def _run(action: Callable[[], None], debug: bool) -> None:
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )
-    try:
-        action()
-    except Stopped as stopped:
-        raise typer.Exit(128 + stopped.signal_number) from None
-    except (ProofError, TrainingError) as error:
-        code, problem = 1, error
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
-        code, problem = 2, error  # type: ignore[assignment]
-    except Exception as error:
-        code, problem = 1, error  # type: ignore[assignment]
-    else:
-        return
+    with _ended_by_sigterm():
+        try:
+            action()
+        except Stopped as stopped:
+            raise typer.Exit(128 + stopped.signal_number) from None
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except (ProofError, TrainingError) as error:
+            code, problem = 1, error
+        except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+            code, problem = 2, error  # type: ignore[assignment]
+        except Exception as error:
+            code, problem = 1, error  # type: ignore[assignment]
+        else:
+            return
     if debug:
         raise problem
     known = type(problem).__module__.startswith("moslora") or isinstance(problem, ValueError | OSError)
@@ -267,6 +294,7 @@ def merge(
     """
 
     def action() -> None:
+        from moslora.merge import KEPT
         from moslora.merge import merge as merge_into
 
         proof = merge_into(base, adapter, out, lambda line: print(line, file=sys.stderr))
@@ -274,11 +302,19 @@ def merge(
             print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
             return
         print(f"Read {base} and {adapter}: {proof.modules} modules.")
-        print(f"Wrote {out}: {proof.bytes:,} bytes of weights; every adapted weight changed, no other.")
+        print(
+            f"Wrote {out}: {proof.bytes:,} bytes of weights. Every adapted weight changed, the rest is a copy."
+        )
         print(
             f"Proven: {proof.checked} of {proof.modules} modules read back, largest relative error "
-            f"{proof.max_relative_error:.1e} (at most {proof.tolerance:.1e} allowed), in {proof.worst_module}."
+            f"{proof.max_relative_error:.1e}; each entry within its rounding (at worst {proof.error_ratio:.2f} of it, "
+            f"in {proof.worst_module})."
         )
+        if proof.least_kept < KEPT:
+            print(
+                f"Rounding to the base's dtype kept {proof.least_kept:.0%} of ΔW in {proof.least_kept_module}: it is "
+                "small beside the weights. To keep it all, merge into the base in float32, or ship the adapter."
+            )
 
     _run(action, debug)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moslora.adapter import add
+from moslora.adapter import AdapterError, add
 from moslora.export import ProofError, check_format, written
 from moslora.formats import read_adapter
 from moslora.ranks import to_rank
@@ -73,7 +73,15 @@ def combine(
     parts = [read_adapter(path) for path in adapters]
     whole = add(parts, weights)
     ranked = to_rank(whole, rank) if rank is not None else None
+    if not whole.modules:
+        raise AdapterError("The adapters have no modules, so there is nothing to combine.")
     with written(whole if ranked is None else ranked.adapter, Path(out), to, dtype, base) as result:
+        if result.adapter.modules.keys() != whole.modules.keys():
+            lost = sorted(whole.modules.keys() ^ result.adapter.modules.keys())
+            raise ProofError(
+                f"The proof failed: {len(lost)} modules were lost or added on the way, as {lost[0]}. Nothing was "
+                f"left at {out}."
+            )
         worst, worst_module = -1.0, ""
         for name, factors in result.adapter.modules.items():
             # Against the sources, not against the sum that was written: each ΔW on its own, subtracted here. After
@@ -101,7 +109,7 @@ def combine(
             result.reader,
             None if ranked is None else ranked.overall,
         )
-        if not worst <= result.tolerance or result.adapter.modules.keys() != whole.modules.keys():
+        if not worst <= result.tolerance:
             raise ProofError(
                 f"The proof failed: ΔW of {worst_module} differs from the sum by {worst:.1e}, above "
                 f"{result.tolerance:.0e}. Nothing was left at {out}."

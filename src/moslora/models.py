@@ -177,13 +177,13 @@ def _check_folder(folder: Path) -> None:
     names = sorted(p.name for p in folder.iterdir())
     if "config.json" not in names:
         if "adapter_config.json" in names:
-            base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             raise ModelError(f"{folder} is an adapter, not a model; its base model is {base!r}.")
         nested = [p.parent for p in sorted(folder.glob("*/config.json"))]
         nested += sorted(folder.glob("*.gguf"))
         hint = f"Did you mean {nested[0]}?" if nested else f"Found: {', '.join(names[:6]) or 'nothing'}."
         raise ModelError(f"{folder} is no model: it has no config.json. {hint}")
-    if not isinstance(_read_json(folder / "config.json").get("model_type"), str):
+    if not isinstance(read_json(folder / "config.json").get("model_type"), str):
         raise ModelError(f"{folder}/config.json does not say a model_type, so it is no language model's.")
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
@@ -195,7 +195,11 @@ def _check_folder(folder: Path) -> None:
             )
         raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")
     if "model.safetensors.index.json" in names:
-        shards = set(_read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+        index = folder / "model.safetensors.index.json"
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+            raise ModelError(f"{index} has no weight_map of files. Download the base again.")
+        shards = set(weight_map.values())
         lost = sorted(shards - set(names))
         if lost:
             raise ModelError(
@@ -203,7 +207,7 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -318,7 +322,7 @@ def materialise(
 def _is_whole(folder: Path) -> bool:
     """Whether every file of a finished folder is there with its size."""
     try:
-        files = _read_json(folder / RECORD)["files"]
+        files = read_json(folder / RECORD)["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (ModelError, OSError, KeyError, AttributeError):
         return False

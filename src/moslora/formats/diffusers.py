@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moslora.adapter import Adapter, AdapterError
+from moslora.adapter import Adapter, AdapterError, exact_pattern
 from moslora.formats import through_diffusers
 from moslora.formats.directory import (
     SHARED,
@@ -125,7 +125,7 @@ def _part(path: Path, component: str, found: Found, metadata: Mapping[str, Any])
     ranks = {name: own["A"].shape[0] for name, own in found.modules.items() if "A" in own}
     if "r" not in said or "lora_alpha" not in said:  # as diffusers: alpha = r, module by module
         r = max(ranks.values(), default=1)
-        others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+        others = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
         said = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others}
     config = {key: value for key, value in said.items() if key in SHARED}
     config["target_modules"] = name_exactly(found.modules)

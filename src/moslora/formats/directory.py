@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moslora.adapter import LINEAR, Adapter, AdapterError, Factors, Form
+from moslora.adapter import LINEAR, Adapter, AdapterError, Factors, Form, exact_pattern
 from moslora.formats import experts
 from moslora.formats.experts import owner
 from moslora.functional import scaling
@@ -484,8 +484,8 @@ def settle(adapter: Adapter) -> dict[str, Any]:
             "Experts have different ranks or scales, which PEFT's files cannot say. Give them one with --rank."
         )
     config.update(r=r, lora_alpha=alpha, use_rslora=False)
-    config["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
-    config["alpha_pattern"] = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha}
+    config["rank_pattern"] = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
+    config["alpha_pattern"] = {exact_pattern(name): a for name, a in alphas.items() if a != alpha}
     return config
 
 

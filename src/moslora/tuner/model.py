@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from moslora.adapter import exact_pattern
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
-from moslora.tuner.weighted import combine, exact_key
+from moslora.tuner.weighted import combine
 
 __all__ = ["MoSLoRAModel", "register"]
 
@@ -298,7 +299,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         self._check_summable(adapters, layers)
         combined = combine(layers, adapters, weights, combination_type, svd_rank)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
-        patterns = {exact_key(path): r for path, r in ranks.items()}
+        patterns = {exact_pattern(path): r for path, r in ranks.items()}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             r=max(ranks.values()),

@@ -6,7 +6,6 @@ Factors are laid side by side, or the nearest sum of a rank is taken; never are 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moslora.adapter import Factors
 from moslora.functional import concatenate
+from moslora.ranks import nearest
 
 __all__ = ["COMBINATIONS", "Combined", "combine"]
 
@@ -40,20 +41,12 @@ def _side_by_side(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]], rank: i
 
 
 def _nearest(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]], rank: int | None) -> Combined:
-    """Take the nearest ΔW of a rank, by the singular value decomposition of the exact sum.
-
-    ΔW is not built: that of the product of two thin matrices follows from their R factors.
-    """
-    whole = _side_by_side([(w, A.double(), M.double(), B.double()) for w, A, M, B in parts], None)
-    Q_left, R_left = torch.linalg.qr(whole.B @ whole.M)  # (out, k), (k, Σr)
-    Q_right, R_right = torch.linalg.qr(whole.A.T)  # (in, l), (l, Σr)
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
-    r = min(rank or len(S), len(S))
-    root = S[:r].sqrt()  # shared by both factors, so that neither is much larger
-    dtype = parts[0][1].dtype
-    A = (root[:, None] * (Vh[:r] @ Q_right.T)).to(dtype)  # (r, in)
-    B = ((Q_left @ U[:, :r]) * root).to(dtype)  # (out, r)
-    return Combined(A, torch.eye(r, dtype=dtype, device=A.device), B)
+    """Take the nearest ΔW of a rank, by the singular values of the exact sum."""
+    A, M, B = concatenate([(w, A.double().cpu(), M.double().cpu(), B.double().cpu()) for w, A, M, B in parts])
+    r = min(A.shape[0], A.shape[1], B.shape[0])
+    found = nearest(Factors(A, M, B, 1.0), min(rank or r, r))
+    like = parts[0][1]
+    return Combined(*(t.to(like.device, like.dtype) for t in (found.A, found.M, found.B)))
 
 
 # PEFT's names. What it calls "linear" adds factors, so here it is the exact sum that the name promises.
@@ -112,8 +105,3 @@ def combine(
             rank = svd_rank or max(A.shape[0] for _, A, _, _ in parts)
             found[name] = COMBINATIONS[combination_type](parts, rank)
     return found
-
-
-def exact_key(name: str) -> str:
-    """Return a key for ``rank_pattern`` that fits one module only."""
-    return f"^{re.escape(name)}"
