@@ -24,7 +24,7 @@ FLOORS = {
         "__init__",
         "reload_in_stock_peft",
     ),  # nothing below imports the root
-    3: ("recipe", "models", "rundir", "records", "tokenization", "answers", "tasks", "display"),
+    3: ("recipe", "models", "weights", "rundir", "records", "tokenization", "answers", "tasks", "display"),
     4: (
         "train",
         "evaluate",

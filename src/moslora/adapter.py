@@ -122,6 +122,16 @@ class Factors:
         """Return the Frobenius norm of ΔW, without building it."""
         return _product_norm(self.scale * self.B.double(), self.M.double() @ self.A.double())
 
+    def singular_values(self) -> Tensor:
+        """Return the singular values of ΔW, without building it.
+
+        Returns:
+            Shape ``(min(r, in, out),)``, float64, largest first.
+        """
+        core = _core(self.scale * self.B.double(), self.M.double() @ self.A.double())
+        values: Tensor = torch.linalg.svdvals(core)
+        return values[: min(self.r, self.A.shape[1], self.B.shape[0])]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -323,6 +333,12 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
     """Return ``‖left · right‖_F`` for ``(out, k)`` and ``(k, in)``, float64, k small."""
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         return float("nan")
+    return float(_core(left, right).norm())
+
+
+def _core(left: Tensor, right: Tensor) -> Tensor:
+    """Return a small matrix with the singular values of ``left · right``: the product of their R factors."""
     R_left = torch.linalg.qr(left, mode="r").R  # (min(out, k), k)
     R_right = torch.linalg.qr(right.T, mode="r").R  # (min(in, k), k)
-    return float((R_left @ R_right.T).norm())
+    core: Tensor = R_left @ R_right.T
+    return core

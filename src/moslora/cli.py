@@ -16,9 +16,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moslora.doctor import Diagnosis
+    from moslora.inspect import Inspection
 
 __all__ = ["app", "main"]
 
@@ -97,6 +103,8 @@ def _run(action: Callable[[], None], debug: bool) -> None:
     with _ended_by_sigterm():
         try:
             action()
+        except typer.Exit:
+            raise
         except Stopped as stopped:
             raise typer.Exit(128 + stopped.signal_number) from None
         except KeyboardInterrupt:
@@ -317,6 +325,130 @@ def merge(
             )
 
     _run(action, debug)
+
+
+@app.command("inspect")
+def inspect_(
+    adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
+    base: Annotated[str | None, typer.Option(help="Base model, to compare ΔW with its weights.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write heat maps as a page; must not exist yet.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an adapter learned, by kind of module.
+
+    [bold]moslora inspect runs/demo/adapter[/]
+    [bold]moslora inspect runs/demo/adapter --base HuggingFaceTB/SmolLM2-135M-Instruct --html demo.html[/]
+
+    Medians over the modules of a kind: the effective rank of ΔW (of at most r), its size, how far the mixer M is
+    from the identity (plain LoRA) and from orthogonal, and how it scales A. --json and --html have every module.
+    """
+
+    def action() -> None:
+        from moslora.inspect import inspect_adapter, write_page
+
+        found = inspect_adapter(adapter, base, lambda line: print(line, file=sys.stderr))
+        if html is not None:
+            write_page(found, html)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(found), indent=2))
+            return
+        from moslora.display import Display
+
+        Display().show(_groups_table(found))
+        mixer = f", mixer {found.mixer}" if found.mixer else ""
+        print(
+            f"Read {adapter}: {found.format}{mixer}, {len(found.modules)} modules, {found.parameters:,} parameters."
+        )
+        if found.learned_nothing:
+            named = ", ".join(found.learned_nothing[:3]) + (", …" if len(found.learned_nothing) > 3 else "")
+            print(f"Learned nothing: {len(found.learned_nothing)} of {len(found.modules)} modules ({named}).")
+        if html is not None:
+            print(f"Wrote {html}.")
+
+    _run(action, debug)
+
+
+@app.command()
+def doctor(
+    adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
+    base: Annotated[str | None, typer.Option(help="Base model, to hold the adapter against.")] = None,
+    engines: Annotated[
+        str, typer.Option("--for", help="Where it shall run, separated by commas: vllm, sglang, llama.cpp, …")
+    ] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether an adapter is sound, fits its base, and will run where it is meant to.
+
+    [bold]moslora doctor runs/demo/lora[/]
+    [bold]moslora doctor runs/demo/adapter --base HuggingFaceTB/SmolLM2-135M-Instruct --for vllm,llama.cpp[/]
+
+    Engines: peft, vllm, sglang, llama.cpp, diffusers, comfyui. The adapter is written as each loads it, in a temporary
+    place, and read back. The exit code is 1 if it is not usable as asked; each fault has its fix.
+    """
+
+    def action() -> None:
+        from moslora.doctor import diagnose, to_json
+
+        names = [name.strip() for name in engines.split(",") if name.strip()]
+        found = diagnose(adapter, base, names, lambda line: print(line, file=sys.stderr))
+        if as_json:
+            print(json.dumps(to_json(found), indent=2))
+        else:
+            from moslora.display import Display
+
+            Display().show(_findings_table(found))
+            print(found.verdict)
+        if not found.is_usable:
+            raise typer.Exit(1)
+
+    _run(action, debug)
+
+
+def _findings_table(found: Diagnosis) -> Table:
+    """Lay out findings, each with its fix below it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for column in ("level", "check"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for finding in found.findings:
+        what = Text(finding.what)
+        if finding.fix:
+            what.append(f"\n→ {finding.fix}", style="bold")
+        table.add_row(Text(finding.level, style=colours[finding.level]), Text(finding.check), what)
+    return table
+
+
+def _groups_table(found: Inspection) -> Table:
+    """Lay out medians by kind of module, leaving out what no module has."""
+    from rich.table import Table
+
+    from moslora.inspect import shown
+
+    columns = {
+        "modules": [str(group.modules) for group in found.groups],
+        "rank": [str(group.rank) for group in found.groups],
+        "eff. rank": [shown(group.effective_rank) for group in found.groups],
+        "‖ΔW‖": [shown(group.norm) for group in found.groups],
+        "÷ ‖W0‖": [shown(group.relative_norm) for group in found.groups],
+        "M - I": [shown(group.from_identity) for group in found.groups],
+        "M - orth.": [shown(group.from_orthogonal) for group in found.groups],
+        "moved": [shown(group.moved) for group in found.groups],
+        "‖MA‖/‖A‖": [shown(group.mixed_scale) for group in found.groups],
+    }
+    told = {name: cells for name, cells in columns.items() if any(cell != "–" for cell in cells)}
+    table = Table(box=None, header_style="bold")
+    table.add_column("kind", overflow="fold")
+    for name in told:
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, group in enumerate(found.groups):
+        table.add_row(group.kind, *(cells[index] for cells in told.values()))
+    return table
 
 
 def _convert(

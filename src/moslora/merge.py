@@ -6,10 +6,9 @@ not change, so memory does not grow with the model. ``W + s·B·(M·A)`` is summ
 
 from __future__ import annotations
 
-import difflib
 import json
+import math
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from moslora.adapter import Adapter, AdapterError, Factors
 from moslora.export import PROOF_FILE, ProofError
-from moslora.formats import experts, read_adapter
+from moslora.formats import read_adapter
 from moslora.formats.directory import KEY_PREFIX, staged
-from moslora.models import ModelError, ModelSource, materialise, read_json, resolve_model
+from moslora.models import ModelError
+from moslora.weights import DTYPES, INDEX, Stored, Weights, open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MergeProof", "merge"]
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Weights in other forms, which would be the unmerged ones. (And moslora.json, a cached folder's own record.)
 LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
 BLOCK = 1 << 22  # entries of a weight in memory at once
@@ -64,21 +62,11 @@ class MergeProof:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies: its shard, dtype, shape, and first byte in the file."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
-@dataclass(frozen=True)
 class _Change:
     """One tensor to change: ``weight += left · right``, the weight seen as a matrix."""
 
     module: str
-    stored: _Stored
+    stored: Stored
     left: Tensor  # (rows, r), float64
     right: Tensor  # (r, columns), float64
 
@@ -136,16 +124,14 @@ def merge(
         OSError: If the disk is too small.
     """
     found, out = read_adapter(adapter), Path(out)
-    folder = _folder(resolve_model(str(base)), say)
-    config = read_json(folder / "config.json")
+    weights = open_weights(base, say)
+    folder, shards, config = weights.folder, weights.shards, weights.config
     if config.get("quantization_config"):
         raise ModelError(
             f"{base} has quantised weights ({config['quantization_config'].get('quant_method', 'unknown')}), into "
             "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantise the result."
         )
-    shards = _shards(folder)
-    table = {name: stored for shard in shards for name, stored in _header(folder / shard).items()}
-    changes = _plan(found, table, config, folder)
+    changes = _plan(found, weights)
     size = sum((folder / shard).stat().st_size for shard in shards)
     with staged(out) as place:
         free = shutil.disk_usage(place).free
@@ -171,61 +157,10 @@ def merge(
     return proof
 
 
-def _folder(source: ModelSource, say: Callable[[str], None]) -> Path:
-    """Find the folder that holds the base's weights."""
-    if source.kind != "hub":
-        return Path(materialise(source, "float32", say=say).path)
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted))
-
-
-def _shards(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        shards = sorted(
-            set(read_json(folder / INDEX)["weight_map"].values())
-        )  # resolve_model saw to its form
-    else:
-        shards = [SINGLE]
-    for name in shards:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ModelError(
-                f"{folder} lacks {name}. Merging reads safetensors; load and save the base with transformers if "
-                "it has its weights in another form, or complete the download."
-            )
-    return shards
-
-
-def _header(path: Path) -> dict[str, _Stored]:
-    """Read where a shard's tensors lie, checking that they lie inside the file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # its own checks: no gaps, no tensor over another, all bytes there
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            if length > min(size, 100_000_000):
-                raise ValueError("its header is longer than the file")
-            entries = json.loads(file.read(length))
-        found = {}
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                start, end = (8 + length + offset for offset in entry["data_offsets"])
-                if not 8 + length <= start <= end <= size:
-                    raise ValueError(f"{name} lies outside of the file")
-                found[name] = _Stored(path.name, entry["dtype"], tuple(entry["shape"]), start)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
-        raise ModelError(f"{path} is damaged or cut off: {error}. Download the base again.") from error
-    return found
-
-
-def _plan(adapter: Adapter, table: dict[str, _Stored], config: dict[str, Any], folder: Path) -> list[_Change]:
+def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
     for key, tensor in sorted(adapter.extra.items()):
-        if not _is_copy_of_base(key, tensor, table, folder):
+        if not _is_copy_of_base(key, tensor, weights):
             raise AdapterError(
                 f"The adapter also holds {key}, which is no factor (a bias, or of modules_to_save). Load it with "
                 "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
@@ -237,8 +172,13 @@ def _plan(adapter: Adapter, table: dict[str, _Stored], config: dict[str, Any], f
                 f"ΔW of {module} is zero: the adapter was not trained there, so merging would change nothing. Take "
                 "a later checkpoint."
             )
-        name = _find(module, table, config)
-        changes.append(_fit(module, factors, table[name], adapter.config, config, folder))
+        if weights.is_tied(module):
+            raise ModelError(
+                f"{module} shares its weight between embedding and head, so merging would change both. Untie the base "
+                "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
+            )
+        stored = weights.table[weights.find(module)]
+        changes.append(lay_out(module, factors, stored, adapter.config, weights.folder))
     doubled = len(changes) - len({(c.stored.shard, c.stored.start) for c in changes})
     if doubled:
         raise ModelError(
@@ -247,58 +187,40 @@ def _plan(adapter: Adapter, table: dict[str, _Stored], config: dict[str, Any], f
     return changes
 
 
-def _is_copy_of_base(key: str, tensor: Tensor, table: dict[str, _Stored], folder: Path) -> bool:
+def _is_copy_of_base(key: str, tensor: Tensor, weights: Weights) -> bool:
     """Tell whether a tensor is the base's own: PEFT saves adapted embeddings and heads with their base weight."""
     import torch
 
     name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-    stored = table.get(name)
+    stored = weights.table.get(name)
     if ".base_layer." not in key or stored is None or stored.dtype not in DTYPES:
         return False
-    dtype = getattr(torch, DTYPES[stored.dtype])
-    with (folder / stored.shard).open("rb") as file:
-        file.seek(stored.start)
-        data = bytearray(file.read(_product(stored.shape) * dtype.itemsize))
-    own = torch.frombuffer(data, dtype=dtype).view(stored.shape)
-    return own.shape == tensor.shape and torch.equal(own, tensor.to(dtype))
+    own = weights.read(name)
+    return own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype))
 
 
-def _find(module: str, table: dict[str, _Stored], config: dict[str, Any]) -> str:
-    """Return the name of a module's weight in the files, which may have another prefix."""
-    if experts.PLACE.fullmatch(module):
-        raise ModelError(
-            f"{module} is one of several experts in a tensor, whose place only the model's own code knows. Load the "
-            "adapter with PeftModel.from_pretrained, call merge_and_unload() and save the model."
-        )
-    wanted = f"{module}.weight"
-    fitting = [wanted] if wanted in table else []
-    fitting = fitting or [n for n in table if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
-    head = module.rpartition(".")[2] in ("lm_head", "embed_out", "output")
-    embedding = module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embed_in")
-    if (head or embedding) and config.get("tie_word_embeddings", not any("lm_head" in n for n in table)):
-        raise ModelError(
-            f"{module} shares its weight between embedding and head, so merging would change both. Untie the base "
-            "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
-        )
-    if len(fitting) != 1:
-        near = difflib.get_close_matches(wanted, table, n=1)
-        hint = f" Nearest: {near[0]}." if near else ""
-        count = "no weight" if not fitting else f"{len(fitting)} weights"
-        raise ModelError(
-            f"The base has {count} for {module}.{hint} Name the base that the adapter was trained on."
-        )
-    return fitting[0]
-
-
-def _fit(
+def lay_out(
     module: str,
     factors: Factors,
-    stored: _Stored,
+    stored: Stored,
     adapter_config: Any,
-    config: dict[str, Any],
     folder: Path,
 ) -> _Change:
-    """Lay ΔW as the weight lies."""
+    """Lay ΔW as the base's weight lies.
+
+    Args:
+        module: Path in the base model.
+        factors: Its factors.
+        stored: Where its weight lies.
+        adapter_config: The adapter's configuration.
+        folder: Of the base.
+
+    Returns:
+        The change; nothing is read or written.
+
+    Raises:
+        ModelError: If it does not fit.
+    """
     if stored.dtype not in DTYPES:
         raise ModelError(
             f"{module} is stored as {stored.dtype}; weights of {', '.join(DTYPES)} can be merged into. Take the base "
@@ -310,7 +232,7 @@ def _fit(
     kind, lies = factors.form.kind, stored.shape
     if kind == "conv":
         fits = len(lies) == 2 + len(factors.form.kernel) and lies[0] == shape[0] and factors.form.groups == 1
-        if fits and lies[2:] == factors.form.kernel and shape[1] == _product(lies[1:]):
+        if fits and lies[2:] == factors.form.kernel and shape[1] == math.prod(lies[1:]):
             return _Change(module, stored, B, composed)
     elif kind == "embedding" and lies == shape[::-1]:
         return _Change(module, stored, composed.T, B.T)
@@ -327,13 +249,6 @@ def _fit(
         "that the adapter was trained on."
         + (" Convolutions with groups cannot be merged into." if factors.form.groups > 1 else "")
     )
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
 
 
 def _is_conv1d(module: str, folder: Path) -> bool:
