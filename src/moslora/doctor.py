@@ -274,7 +274,7 @@ def _named(adapter: Adapter, base: str) -> Iterator[Finding]:
 def _fits(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
     missing: dict[str, str] = {}
     unchecked = 0
-    is_quantised = bool(weights.config.get("quantization_config"))
+    is_quantised = weights.quantisation is not None
     for module, factors in adapter.modules.items():
         if factors.form.kind == "expert" or weights.is_tied(module):
             unchecked += 1

@@ -125,10 +125,10 @@ def merge(
     """
     found, out = read_adapter(adapter), Path(out)
     weights = open_weights(base, say)
-    folder, shards, config = weights.folder, weights.shards, weights.config
-    if config.get("quantization_config"):
+    folder, shards = weights.folder, weights.shards
+    if weights.quantisation:
         raise ModelError(
-            f"{base} has quantised weights ({config['quantization_config'].get('quant_method', 'unknown')}), into "
+            f"{base} has quantised weights ({weights.quantisation}), into "
             "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantise the result."
         )
     changes = _plan(found, weights)

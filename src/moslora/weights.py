@@ -81,6 +81,14 @@ class Weights:
             )
         return fitting[0]
 
+    @property
+    def quantisation(self) -> str | None:
+        """What quantised the weights; None if nothing did."""
+        about = self.config.get("quantization_config")
+        if not about:
+            return None
+        return str(about.get("quant_method", "unknown")) if isinstance(about, dict) else "unknown"
+
     def is_tied(self, module: str) -> bool:
         """Tell whether a module is an embedding or a head that share one weight.
 
@@ -109,6 +117,8 @@ class Weights:
         if stored.dtype not in DTYPES:
             raise ModelError(f"{name} is stored as {stored.dtype}; read are {', '.join(DTYPES)}.")
         dtype: torch.dtype = getattr(torch, DTYPES[stored.dtype])
+        if 0 in stored.shape:
+            return torch.empty(stored.shape, dtype=dtype)
         with (self.folder / stored.shard).open("rb") as file:
             file.seek(stored.start)
             data = bytearray(file.read(math.prod(stored.shape) * dtype.itemsize))

@@ -89,10 +89,19 @@ def _targets(adapter: Adapter, base: Mapping[str, Any]) -> tuple[str, dict[str, 
             "have no place for it. Merge the adapter into its base (moslora merge) instead."
         )
     arch = getattr(gguf.MODEL_ARCH, architecture.name)
-    names = gguf.get_tensor_name_map(arch, int(base["num_hidden_layers"]))
+    layers, attention_heads = base.get("num_hidden_layers"), base.get("num_attention_heads")
+    heads: dict[str, Any] = {
+        "q_proj": attention_heads,
+        "k_proj": base.get("num_key_value_heads") or attention_heads,
+    }
+    for name, number in {"num_hidden_layers": layers, **heads}.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 < number < 10**5:
+            raise AdapterError(
+                f"The base's configuration gives {number!r} for {name.replace('_proj', ' heads')}; name the base that "
+                "the adapter was trained on."
+            )
+    names = gguf.get_tensor_name_map(arch, layers)
     tied = bool(base.get("tie_word_embeddings", False))
-    heads = {"q_proj": int(base["num_attention_heads"])}
-    heads["k_proj"] = int(base.get("num_key_value_heads") or heads["q_proj"])
     targets: dict[str, _Target] = {}
     for path, factors in adapter.modules.items():
         name = names.get_name(path)

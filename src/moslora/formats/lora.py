@@ -132,11 +132,20 @@ def read_with_peft(folder: Path, like: Adapter) -> tuple[Adapter, str]:
         What PEFT would run; and the name of the reader.
 
     Raises:
-        AdapterError: If PEFT passed over a tensor.
+        AdapterError: If PEFT could not load it, or passed over a tensor.
     """
     config = LoraConfig.from_pretrained(folder)
     own = {key: t for key, t in load_peft_weights(folder, device="cpu").items() if key not in like.extra}
-    found = skeleton.load_with_peft(
-        config, {key.removeprefix(KEY_PREFIX): tensor for key, tensor in own.items()}, like
-    )
+    try:
+        found = skeleton.load_with_peft(
+            config, {key.removeprefix(KEY_PREFIX): tensor for key, tensor in own.items()}, like
+        )
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever PEFT raises for a configuration that it cannot follow
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(
+            f"Stock PEFT could not load what was written: {reason} Check the arguments in the source's "
+            "adapter_config.json."
+        ) from error
     return found, f"peft {importlib.metadata.version('peft')}"
