@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -21,14 +22,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-import torch
-from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from moslora import MoSLoRAConfig
-from moslora.export import export_adapter
-from moslora.rundir import collect_hardware, collect_versions, write_whole
 
 SEED = 0
 WIDTH, INNER, VOCABULARY = 2048, 5632, 32000
@@ -43,8 +36,15 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save
 """
 
 
-def prepare(folder: Path, gigabytes: float, rank: int) -> int:
-    """Write base and adapter; return the bytes of the base's weights."""
+def prepare(folder: Path, gigabytes: float, rank: int) -> None:
+    """Write base and adapter."""
+    import torch
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moslora import MoSLoRAConfig
+    from moslora.export import export_adapter
+
     per_layer = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
     layers = max(1, round((gigabytes * 1e9 - 4 * WIDTH * VOCABULARY) / per_layer))
     config = LlamaConfig(
@@ -73,7 +73,6 @@ def prepare(folder: Path, gigabytes: float, rank: int) -> int:
     }
     get_peft_model(model, MoSLoRAConfig(**arguments)).save_pretrained(folder / "native")
     export_adapter(folder / "native", folder / "lora")
-    return sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
 
 
 def run(command: list[str]) -> tuple[float, float]:
@@ -99,7 +98,13 @@ def main() -> None:
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="merge-", dir=wanted.folder) as name:
         folder = Path(name)
-        size = prepare(folder, wanted.gigabytes, wanted.rank)
+        # A process of its own: a child's peak memory counts from its parent's, which so stays small.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=prepare, args=(folder, wanted.gigabytes, wanted.rank)
+        )
+        maker.start()
+        maker.join()
+        size = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
         base, out = str(folder / "base"), folder / "out"
         python = [sys.executable, "-W", "ignore"]
         contenders = {
@@ -117,6 +122,8 @@ def main() -> None:
                 if number:
                     rounds[contender].append(measured)
                 print(f"round {number} {contender}: {measured[0]:.2f} s, {measured[1]:.0f} MB", flush=True)
+    from moslora.rundir import collect_hardware, collect_versions, write_whole
+
     floor = statistics.median(seconds for seconds, _ in rounds["cp"])
     results = {
         contender: {

@@ -314,7 +314,7 @@ def merge(
             f"Wrote {out}: {proof.bytes:,} bytes of weights. Every adapted weight changed, the rest is a copy."
         )
         print(
-            f"Proven: {proof.checked} of {proof.modules} modules read back, largest relative error "
+            f"Proven: {proof.checked:,} entries of all {proof.modules} modules read back, largest relative error "
             f"{proof.max_relative_error:.1e}; each entry within its rounding (at worst {proof.error_ratio:.2f} of it, "
             f"in {proof.worst_module})."
         )

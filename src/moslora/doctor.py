@@ -338,7 +338,15 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
             "The base's chat template is not the one of the training, so prompts would differ.",
             "Serve with the tokenizer of the base that it was trained on.",
         )
-    if json.loads(json.dumps(fingerprint(source))) == hashes.get("base"):
+    own, recorded = json.loads(json.dumps(fingerprint(source))), hashes.get("base")
+    if isinstance(recorded, dict) and recorded.keys() != own.keys():
+        yield Finding(
+            "note",
+            "base",
+            "The run recorded its base in another form (a GGUF file or hub id against a folder), so their hashes were "
+            "not compared. Name it as the recipe does to compare them.",
+        )
+    elif own == recorded:
         yield Finding("ok", "base", "The base is, by its hashes, the one of the training.")
     else:
         yield Finding(

@@ -1,7 +1,7 @@
 """Merge: an adapter into the full weights of its base, on disk, without loading the model.
 
-Shards are copied by bytes and the adapted tensors rewritten in place, a block of rows at a time: sizes and offsets do
-not change, so memory does not grow with the model. ``W + s·B·(M·A)`` is summed in float32 and rounded once.
+Shards are copied by bytes, but for the adapted tensors, summed a block of rows at a time on the way: sizes and
+offsets do not change, so memory does not grow with the model. ``W + s·B·(M·A)`` is summed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,8 +29,8 @@ __all__ = ["MergeProof", "merge"]
 
 # Weights in other forms, which would be the unmerged ones. (And moslora.json, a cached folder's own record.)
 LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
-BLOCK = 1 << 22  # entries of a weight in memory at once
-SAMPLE = 32  # modules that are read again
+BLOCK = 1 << 19  # entries of a weight in memory at once; small enough for a processor's cache
+PROOF_BLOCKS = 4  # of 1/8 BLOCK, evenly over each weight, that are read again
 KEPT = 0.9  # share of ΔW below which rounding has swallowed enough of it to be said aloud
 
 
@@ -40,13 +40,13 @@ class MergeProof:
 
     Attributes:
         modules: How many modules the adapter has; each was changed. All else is a copy of the base's bytes.
-        checked: How many of them were read again and compared.
+        checked: How many entries of their weights were read again and compared, some of every module.
         error_ratio: Largest error of a written entry against float64, relative to what the one rounding to the
             weight's dtype and the product's own rounding allow that entry; at most 1.
         worst_module: Where it is.
         max_relative_error: Largest error of an entry, relative to the largest entry of its weight.
-        least_kept: Smallest share of ΔW that survived the rounding, over the modules that were read again:
-            ``⟨W' - W, ΔW⟩ / ‖ΔW‖²``, 1 if all of it. In 16 bits a small ΔW is lost in part, in any merge.
+        least_kept: Smallest share of ΔW that survived the rounding, over the modules, by the entries that were read
+            again: ``⟨W' - W, ΔW⟩ / ‖ΔW‖²``, 1 if all of it. In 16 bits a small ΔW is lost in part, in any merge.
         least_kept_module: Where it is.
         bytes: Size of the weights.
     """
@@ -79,10 +79,15 @@ class _Change:
         assert isinstance(found, torch.dtype)
         return found
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield first and last row of each block."""
+    @property
+    def end(self) -> int:
+        """The first byte after the weight."""
+        return self.stored.start + len(self.left) * self.right.shape[1] * self.dtype.itemsize
+
+    def blocks(self, entries: int) -> Iterator[tuple[int, int]]:
+        """Yield first and last row of each block of about so many entries."""
         rows, columns = len(self.left), self.right.shape[1]
-        step = max(1, BLOCK // columns)
+        step = max(1, entries // columns)
         for first in range(0, rows, step):
             yield first, min(first + step, rows)
 
@@ -92,15 +97,12 @@ class _Change:
 
         columns, size = self.right.shape[1], self.dtype.itemsize
         file.seek(self.stored.start + first * columns * size)
-        data = bytearray(file.read((last - first) * columns * size))
+        data = bytearray((last - first) * columns * size)
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise ModelError(
+                f"{self.stored.shard} ended in the middle of {self.module}; it changed meanwhile."
+            )
         return torch.frombuffer(data, dtype=self.dtype).view(last - first, columns)
-
-    def write(self, file: IO[bytes], first: int, block: Tensor) -> None:
-        """Write a block of rows."""
-        import torch
-
-        file.seek(self.stored.start + first * self.right.shape[1] * self.dtype.itemsize)
-        file.write(block.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def merge(
@@ -139,14 +141,13 @@ def merge(
             raise OSError(f"{out} needs {size:,} bytes, {free:,} are free. Name a place on a larger disk.")
         say(f"Merging {len(changes)} modules into {len(shards)} shards, {size:,} bytes.")
         for path in sorted(folder.iterdir()):
-            if path.name in shards or (
-                path.is_file() and not path.name.endswith((*LEFT_BEHIND, ".index.json"))
-            ):
+            if path.is_file() and not path.name.endswith((*LEFT_BEHIND, ".index.json")):
                 shutil.copyfile(path, place / path.name)
         if (folder / INDEX).is_file():
             shutil.copyfile(folder / INDEX, place / INDEX)
         for shard in shards:
-            _change(place / shard, [change for change in changes if change.stored.shard == shard])
+            of_shard = [change for change in changes if change.stored.shard == shard]
+            _write(folder / shard, place / shard, sorted(of_shard, key=lambda change: change.stored.start))
         proof = _prove(folder, place, changes, size)
         if not proof.error_ratio <= 1:
             raise ProofError(
@@ -262,44 +263,56 @@ def _is_conv1d(module: str, folder: Path) -> bool:
     return isinstance(model.get_submodule(module), Conv1D)
 
 
-def _change(path: Path, changes: list[_Change]) -> None:
-    """Rewrite the adapted tensors of a shard."""
+def _write(source: Path, target: Path, changes: Sequence[_Change]) -> None:
+    """Copy a shard with its adapted tensors changed; they are in the order of the file."""
     import torch
 
-    with path.open("r+b") as file:
+    with source.open("rb") as old_file, target.open("xb") as new_file:
         for change in changes:
+            _copy(old_file, new_file, change.stored.start)
             dtype = torch.promote_types(change.dtype, torch.float32)
             left, right = change.left.to(dtype), change.right.to(dtype)
             differs = False
-            for first, last in change.blocks():
-                old = change.read(file, first, last)
-                new = (old.to(dtype) + left[first:last] @ right).to(change.dtype)
+            for first, last in change.blocks(BLOCK):
+                old = change.read(old_file, first, last)
+                new = torch.addmm(old.to(dtype), left[first:last], right).to(change.dtype)
                 if not torch.isfinite(new).all():
                     raise ProofError(
                         f"{change.module} would have NaN or infinite values in {change.stored.dtype}; nothing was "
                         "written. Check the base and the adapter's scale."
                     )
                 differs = differs or not torch.equal(new, old)
-                change.write(file, first, new)
+                new_file.write(new.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
             if not differs:
                 raise ProofError(
                     f"ΔW of {change.module} is too small to change any entry in {change.stored.dtype}; nothing was "
                     "written. Merge into a base of higher precision, or keep the adapter beside it."
                 )
+        _copy(old_file, new_file, source.stat().st_size)
+
+
+def _copy(source: IO[bytes], target: IO[bytes], end: int) -> None:
+    """Copy the bytes from where ``target`` is to ``end``."""
+    source.seek(target.tell())
+    while target.tell() < end:
+        piece = source.read(min(1 << 24, end - target.tell()))
+        if not piece:
+            raise ModelError(f"{source.name} ended at byte {target.tell()} of {end}; it changed meanwhile.")
+        target.write(piece)
 
 
 def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> MergeProof:
-    """Read a sample of the written tensors again and compare them with float64."""
-    count = min(SAMPLE, len(changes))
-    sample = [changes[i * len(changes) // count] for i in range(count)]
-    worst, worst_module, relative, least, least_module = -1.0, "", 0.0, float("inf"), ""
-    for change in sample:
+    """Read rows of every written weight again and compare them with float64."""
+    checked = 0
+    worst, worst_module, relative, least, least_module = -1.0, "", 0.0, 1.0, ""
+    for change in changes:
         largest = error = ratio = arrived = size_of_delta = 0.0
         with (
             (folder / change.stored.shard).open("rb") as before,
             (place / change.stored.shard).open("rb") as after,
         ):
-            for first, last in change.blocks():
+            for first, last in _evenly(list(change.blocks(BLOCK // 8)), PROOF_BLOCKS):
+                checked += (last - first) * change.right.shape[1]
                 old, found = (change.read(file, first, last).double() for file in (before, after))
                 delta = change.left[first:last] @ change.right
                 off = (found - (old + delta)).abs()
@@ -312,9 +325,16 @@ def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> Merg
         relative = max(relative, error / largest if largest else error)
         if not ratio <= worst:
             worst, worst_module = ratio, change.module
-        if not arrived / size_of_delta >= least:
+        if size_of_delta and not arrived / size_of_delta >= least:
             least, least_module = arrived / size_of_delta, change.module
-    return MergeProof(len(changes), count, worst, worst_module, relative, least, least_module, size)
+    return MergeProof(len(changes), checked, worst, worst_module, relative, least, least_module, size)
+
+
+def _evenly(blocks: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Pick blocks from the first to the last, evenly; all, if they are so few."""
+    if len(blocks) <= count:
+        return blocks
+    return [blocks[i * (len(blocks) - 1) // (count - 1)] for i in range(count)]
 
 
 def _rounding(expected: Tensor, sizes: Tensor, change: _Change) -> Tensor:
