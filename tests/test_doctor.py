@@ -148,7 +148,10 @@ def test_an_adapter_is_held_against_the_run_it_lies_in(tmp_path: Path) -> None:
     base = tiny.save_chat_model(tmp_path / "base")
     save_adapter(tmp_path / "run" / "adapter")
     template = hashlib.sha256(tiny.CHAT_TEMPLATE.encode()).hexdigest()
-    hashes = {"chat_template": template, "base": fingerprint(resolve_model(str(base)))}
+    hashes = {
+        "chat_template": template,
+        "base": {**fingerprint(resolve_model(str(base))), "name": "by another name"},
+    }
     (tmp_path / "run" / "run.json").write_text(json.dumps({"hashes": hashes}))
     same = levels(diagnose(tmp_path / "run" / "adapter", str(base)))
     assert same["template"] == "ok" and same["base"] == "ok"
@@ -156,6 +159,9 @@ def test_an_adapter_is_held_against_the_run_it_lies_in(tmp_path: Path) -> None:
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     found = levels(diagnose(tmp_path / "run" / "adapter", str(other)))
     assert found["template"] == "error" and found["base"] == "warning"
+    hashes["base"] = {"kind": "hub", "name": "a/b", "method": "commit", "commit": "0" * 40}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"hashes": hashes}))
+    assert levels(diagnose(tmp_path / "run" / "adapter", str(base)))["base"] == "note"
 
 
 def test_what_servers_refuse_is_told_with_a_way_out(tmp_path: Path) -> None:

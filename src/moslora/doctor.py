@@ -338,15 +338,18 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
             "The base's chat template is not the one of the training, so prompts would differ.",
             "Serve with the tokenizer of the base that it was trained on.",
         )
-    own, recorded = json.loads(json.dumps(fingerprint(source))), hashes.get("base")
-    if isinstance(recorded, dict) and recorded.keys() != own.keys():
+    # What a base is called may differ, as a folder and its path do; what it holds may not.
+    own = json.loads(json.dumps(fingerprint(source)))
+    recorded = hashes.get("base") if isinstance(hashes.get("base"), dict) else {}
+    kept = own["method"] if own["method"] == "commit" else "files"
+    if own["method"] != recorded.get("method") or not own[kept]:
         yield Finding(
             "note",
             "base",
             "The run recorded its base in another form (a GGUF file or hub id against a folder), so their hashes were "
             "not compared. Name it as the recipe does to compare them.",
         )
-    elif own == recorded:
+    elif own[kept] == recorded.get(kept):
         yield Finding("ok", "base", "The base is, by its hashes, the one of the training.")
     else:
         yield Finding(
