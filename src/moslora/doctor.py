@@ -340,7 +340,8 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
         )
     # What a base is called may differ, as a folder and its path do; what it holds may not.
     own = json.loads(json.dumps(fingerprint(source)))
-    recorded = hashes.get("base") if isinstance(hashes.get("base"), dict) else {}
+    found = hashes.get("base")
+    recorded: dict[str, Any] = found if isinstance(found, dict) else {}
     kept = own["method"] if own["method"] == "commit" else "files"
     if own["method"] != recorded.get("method") or not own[kept]:
         yield Finding(
