@@ -149,3 +149,78 @@ def test_fusing_can_be_switched_off_and_comes_back() -> None:
         assert not ops.is_fusing()
         raise RuntimeError
     assert ops.is_fusing()
+
+
+def oracle_with_dropout(x, weight, bias, A, M, B, scale, dropped, p):  # type: ignore[no-untyped-def]
+    mask = torch.ones(x.numel(), dtype=x.dtype).index_fill(0, dropped, 0).view_as(x) / (1 - p)
+    return F.linear(x, weight, bias) + functional.low_rank_update(x * mask, A, M, B, scale)
+
+
+@given(
+    st.integers(0, 2**16), st.lists(st.integers(0, 6), max_size=3).map(tuple), st.integers(1, 40),
+    st.integers(1, 6), st.integers(1, 9), st.floats(1e-3, 0.25), st.booleans(),
+)  # fmt: skip
+def test_dropout_inside_equals_the_oracle_on_masked_input(seed, batch, n_in, r, n_out, p, base) -> None:  # type: ignore[no-untyped-def]
+    inputs = draw(seed, batch, n_in, r, n_out)
+    torch.manual_seed(seed)
+    dropped = ops.draw_dropped(inputs[0].numel(), p)
+
+    def fast(x, weight, bias, A, M, B, scale):  # type: ignore[no-untyped-def]
+        torch.manual_seed(seed)
+        if base:
+            return ops.adapted_linear(x, weight, bias, A, M, B, scale, p)
+        return F.linear(x, weight, bias) + ops.low_rank_update(x, A, M, B, scale, p)
+
+    def slow(*arguments):  # type: ignore[no-untyped-def]
+        return oracle_with_dropout(*arguments, dropped, p)
+
+    sizes = gradients(slow, [t.detach().abs().requires_grad_() for t in inputs], positive=True)
+    for name, one, two, size in zip(
+        ("out", *NAMES), gradients(fast, inputs), gradients(slow, inputs), sizes, strict=True
+    ):
+        if two.numel():
+            assert relative_error(one, two, size) < RELATIVE[torch.float64], name
+
+
+def test_gradgradcheck_with_dropout() -> None:
+    def seeded(*arguments):  # type: ignore[no-untyped-def]
+        torch.manual_seed(3)
+        return ops.adapted_linear(*arguments, 0.7, 0.25)
+
+    assert torch.autograd.gradcheck(seeded, draw())
+    assert torch.autograd.gradgradcheck(seeded, draw())
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.25])
+def test_entries_are_dropped_independently_with_the_stated_probability(p: float) -> None:
+    torch.manual_seed(0)
+    n = 4_000_000
+    dropped = ops.draw_dropped(n, p)
+    assert bool((dropped[1:] > dropped[:-1]).all()) and int(dropped[0]) >= 0 and int(dropped[-1]) < n
+    # Five standard deviations of a binomial count, for all entries and for pairs of neighbours.
+    for found, chance in ((len(dropped), p), (int((dropped.diff() == 1).sum()), p * p)):
+        assert abs(found - n * chance) < 5 * (n * chance) ** 0.5
+    # Thirds of the row are hit alike.
+    thirds = torch.bincount(dropped * 3 // n, minlength=3)
+    assert float((thirds - n * p / 3).abs().max()) < 5 * (n * p / 3) ** 0.5
+
+
+def test_dropout_keeps_positions_and_no_mask() -> None:
+    x, weight, bias, A, M, B = draw(0, (512,), 64, 4, 48, torch.float32)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        ops.adapted_linear(x, weight.detach(), bias.detach(), A, M, B, 0.7, 0.05)
+    given_anyway = sum(t.untyped_storage().nbytes() for t in (x, weight, A, M, B))
+    mask = x.numel()  # of bytes
+    assert sum(kept.values()) - given_anyway - 512 * 4 * 4 < mask / 3
+
+
+def test_dropout_that_cannot_be_had_here_is_refused() -> None:
+    *inputs, _ = (*draw(), None)
+    with pytest.raises(ValueError, match=r"above 0\.25"):
+        ops.adapted_linear(*inputs, 0.7, 0.5)

@@ -514,9 +514,13 @@ class MoSLoRALinear(MoSLoRALayer):
             return "the base layer has hooks"
         if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return f"the base weight is {weight.dtype}, its input {x.dtype}"
-        if self.training and isinstance(self.moslora_dropout[name], nn.Dropout):
-            return "dropout changes the update's input"
-        return None
+        p = self._dropout(name)
+        return ops.why_no_fused_dropout(x, p) if p else None
+
+    def _dropout(self, name: str) -> float:
+        """Return the probability with which entries of the update's input are dropped now."""
+        dropout = self.moslora_dropout[name]
+        return float(cast(Any, dropout).p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Run the base layer and the active adapters.
@@ -541,10 +545,14 @@ class MoSLoRALinear(MoSLoRALayer):
             if reason is None:
                 base: Any = self.base_layer
                 weight = base.weight.T if self.fan_in_fan_out else base.weight  # (out, in)
-                result = ops.adapted_linear(x, weight, base.bias, *self.factors(name))
+                dropout = self._dropout(name)
+                result = ops.adapted_linear(x, weight, base.bias, *self.factors(name), dropout=dropout)
                 return self._add_updates(x, result, active[1:])
             _tell_once(reason)
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
     def _update(self, x: Tensor, name: str) -> Tensor:
-        return ops.low_rank_update(self.moslora_dropout[name](x), *self.factors(name))  # (..., out)
+        dropout = self._dropout(name)
+        if dropout and (not ops.is_fusing() or ops.why_no_fused_dropout(x, dropout) is not None):
+            x, dropout = self.moslora_dropout[name](x), 0.0
+        return ops.low_rank_update(x, *self.factors(name), dropout=dropout)  # (..., out)
