@@ -299,7 +299,13 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         self._check_summable(adapters, layers)
         combined = combine(layers, adapters, weights, combination_type, svd_rank)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
-        patterns = {exact_pattern(path): r for path, r in ranks.items()}
+        # What is inside an attention is adapted with it, and is no target of its own.
+        inside = {
+            f"{path}.base_layer.out_proj"
+            for path, layer in layers.items()
+            if isinstance(layer, MoSLoRAAttention)
+        }
+        patterns = {exact_pattern(path): r for path, r in ranks.items() if path not in inside}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             r=max(ranks.values()),
@@ -307,7 +313,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             rank_pattern=patterns,
             alpha_pattern=dict(patterns),  # alpha = r, so the scale is 1
             use_rslora=False,
-            target_modules=set(ranks),
+            target_modules=set(ranks) - inside,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -347,10 +353,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 )
         for path, layer in layers.items():
             grouped = getattr(layer.get_base_layer(), "groups", 1) != 1
-            if set(adapters) & set(layer.scaling) and (not layer.is_rowwise or grouped):
+            if set(adapters) & set(layer.scaling) and (isinstance(layer, ParamWrapper) or grouped):
                 raise ValueError(
                     f"{path}: the factors of a {type(layer.get_base_layer()).__name__} cannot be laid side by "
-                    "side here. Leave such modules out of the adapters, or merge the adapters one by one."
+                    "side here. Leave such modules out of the adapters, or let the adapters run together: "
+                    f"model.base_model.set_adapter({adapters})."
                 )
 
     @classmethod
