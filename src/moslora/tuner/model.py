@@ -24,9 +24,11 @@ from transformers.pytorch_utils import Conv1D
 from moslora.adapter import exact_pattern
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
+from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.sharding import check_mergeable, check_whole, gather, shard_like, sharded_parameters
 from moslora.tuner.weighted import combine
 
 __all__ = ["MoSLoRAModel", "register"]
@@ -196,11 +198,13 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         )
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a weight that two modules share.
+        """Refuse to merge into a weight that two modules share, or of which each process holds a part.
 
         Raises:
+            RuntimeError: If a parameter is sharded.
             ValueError: If a target module's weight is tied to the embedding.
         """
+        check_mergeable(self.model)
         tied = self._get_tied_target_modules(self.model)
         if tied:
             raise ValueError(
@@ -361,6 +365,37 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 )
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoSLoRAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Select what belongs to an adapter, whole: PEFT would hand on the shards of a sharded model.
+
+        Raises:
+            RuntimeError: If factors are parts of factors, which cannot be gathered here.
+        """
+        if sharded_parameters(model):
+            # What PEFT itself takes after this: modules trained whole, and embeddings that are targets.
+            beside = tuple(
+                f"{name}."
+                for name, module in model.named_modules()
+                if isinstance(module, AuxiliaryTrainingWrapper | MoSLoRAEmbedding)
+            )
+            state_dict.update(gather(state_dict, [key for key in state_dict if key.startswith(beside)]))
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        if sharded_parameters(model):
+            selected.update(gather(selected, selected))
+        check_whole(selected)
+        return selected
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MoSLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -396,7 +431,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
                 "Load it on the base model that its adapter_config.json names."
             )
-        return remapped
+        return (
+            {**remapped, **shard_like(remapped, sharded)}
+            if (sharded := sharded_parameters(model))
+            else remapped
+        )
 
 
 def register() -> None:
