@@ -1,7 +1,7 @@
 """One of several processes that train a tiny adapted Llama together; tests/test_distributed.py starts them.
 
-``python distributed_worker.py FOLDER RANK WORLD_SIZE`` trains in each of the ``WAYS``, saves the adapter into FOLDER/WAY,
-loads it into a fresh model that is spread in the same way, and leaves what happened in FOLDER/RANK.json.
+``python distributed_worker.py FOLDER RANK WORLD_SIZE`` trains in each of the ``WAYS``, saves the adapter into
+FOLDER/WAY, loads it into a fresh model that is spread in the same way, and leaves what happened in FOLDER/RANK.json.
 """
 
 from __future__ import annotations
