@@ -39,7 +39,7 @@ def adapted(seed: int = 1) -> PeftModel:
 
 def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[float]:
     """Train on this process's share of each batch; the losses are of the whole batch."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     losses = []
     for step in range(STEPS):
         ids = tiny.tokens(rows=ROWS, seed=step)[rank * ROWS // world : (rank + 1) * ROWS // world]
@@ -102,6 +102,11 @@ def live(way: str, folder: Path, rank: int, world: int) -> dict[str, Any]:
         with model.disable_adapter():
             found["disabled"] = loss_of(wrapped)
         found["after"] = loss_of(wrapped)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model.add_adapter("late", MoSLoRAConfig(r=2, target_modules=TARGETS))
+        found["late"] = [str(warning.message) for warning in said]
+        model.delete_adapter("late")
     if way != "fsdp1":  # a model that is flattened takes in no tensors
         sources = {
             "from file": load_file(folder / "adapter_model.safetensors"),

@@ -726,6 +726,28 @@ traced whole with the eager backend.
 """
 
 
+OTHERS = """
+## Living with others
+
+Tested by `tests/test_living_with_others.py` and, with two processes, by `tests/test_distributed.py`.
+
+- **`torch.compile`**: whole graphs, in training too. A hot-swapped adapter of the same rank compiles nothing anew.
+  `set_adapter` compiles once for each name, the first time only, as with LoRA (four adapters, switched to twice: four
+  compilations with either), because the active name is a constant of the graph. Past torch's limit of eight, swap.
+- **DDP, FSDP, FSDP2** (`fully_shard`): two processes have the losses of one. `save_pretrained`, called on every
+  process, gathers what `fully_shard` split, and loading splits it again. Flattened or empty parts (FSDP without
+  `summon_full_params`, ZeRO-3 without `GatheredParameters`) are refused, and so is merging into shards. Add adapters
+  before sharding: one that comes later is said not to train.
+- **Gradient checkpointing**: reentrant or not, the same gradients.
+- **transformers**: `add_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`, `save_pretrained` and
+  `load_adapter`.
+- **diffusers**: `unet.add_adapter`, and `save_lora_weights` with the metadata that its scripts pass. `moslora export`
+  makes of that file one which `load_lora_weights` takes; unfolded, diffusers refuses it.
+- **TRL**: `SFTTrainer` and `DPOTrainer` with `peft_config=`; with M = I held fixed the losses are LoRA's. DPO's
+  reference is the base or, for an adapter that is trained on, a frozen copy of it, mixers included.
+"""
+
+
 def page() -> str:
     """Write the page, from what is declared."""
     signs = {cell: declared(*cell).sign for cell in CELLS}
@@ -759,8 +781,8 @@ def page() -> str:
         words = [
             f"{who}: “{text}”." for who, text in (("MoSLoRA", outcome.ours), ("LoRA", outcome.lora)) if text
         ]
-        lines.append(f"{number}. " + " ".join(words))
-    return "\n".join(lines) + "\n"
+        lines.append(f"{number}. " + " ".join([outcome.because, *words]).strip())
+    return "\n".join(lines) + "\n" + OTHERS
 
 
 if __name__ == "__main__":

@@ -91,6 +91,11 @@ def test_merging_into_shards_is_refused_and_disabling_works(folder: Path) -> Non
         assert result["after"] == result["trained"]
 
 
+def test_an_adapter_that_comes_after_the_shards_is_said_not_to_train(folder: Path) -> None:
+    for result in results(folder, "fsdp2"):
+        assert any("gradients are not averaged" in text and "'late'" in text for text in result["late"])
+
+
 def test_an_empty_factor_is_refused_whoever_left_it_so() -> None:
     whole = {"layer.moslora_A.weight": torch.ones(2, 3), "norm.weight": torch.ones(3)}
     check_whole(whole)

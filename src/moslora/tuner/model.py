@@ -28,7 +28,14 @@ from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
-from moslora.tuner.sharding import check_mergeable, check_whole, gather, shard_like, sharded_parameters
+from moslora.tuner.sharding import (
+    check_mergeable,
+    check_whole,
+    gather,
+    shard_like,
+    sharded_parameters,
+    warn_of_whole_factors,
+)
 from moslora.tuner.weighted import combine
 
 __all__ = ["MoSLoRAModel", "register"]
@@ -145,6 +152,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fast_paths(model)
+        warn_of_whole_factors(model, adapter_name)
         unlike_lora = self.peft_config[adapter_name].unlike_lora
         if unlike_lora:
             name, reason = next(iter(unlike_lora.items()))

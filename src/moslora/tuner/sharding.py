@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 
 import torch.distributed
 from torch import Tensor, nn
 
-__all__ = ["check_mergeable", "check_whole", "gather", "shard_like", "sharded_parameters"]
+__all__ = [
+    "check_mergeable",
+    "check_whole",
+    "gather",
+    "shard_like",
+    "sharded_parameters",
+    "warn_of_whole_factors",
+]
 
 FACTOR = re.compile(r"\.moslora_(embedding_)?[AMB]\.")
 
@@ -103,4 +111,29 @@ def check_mergeable(module: nn.Module) -> None:
         raise RuntimeError(
             f"Cannot merge: {name} is sharded between processes; nothing was changed. Save the adapter (on every "
             "process) and merge it in one, with merge_and_unload() on a base that is whole, or with moslora merge."
+        )
+
+
+def warn_of_whole_factors(model: nn.Module, adapter_name: str) -> None:
+    """Say that an adapter which was added to a sharded model is in no shard.
+
+    Args:
+        model: The adapted model.
+        adapter_name: The adapter that was just added.
+
+    Warns:
+        UserWarning: If ``fully_shard`` was there before the adapter.
+    """
+    sharded = sharded_parameters(model)
+    named = [
+        name
+        for name, _ in model.named_parameters()
+        if FACTOR.search(name) and adapter_name in name.split(".")
+    ]
+    if sharded and named and not set(named) & set(sharded):
+        warnings.warn(
+            f"Adapter {adapter_name!r} was added to a model that is sharded between processes already: its factors are "
+            "whole in each of them, and their gradients are not averaged. It runs, but to train it make or load "
+            "the adapter first and call fully_shard after that.",
+            stacklevel=3,
         )
