@@ -30,11 +30,12 @@ TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
 
 
 def adapted(seed: int = 1) -> PeftModel:
+    base = tiny.llama()
     torch.manual_seed(seed)
     config = MoSLoRAConfig(
         r=4, lora_alpha=8, target_modules=TARGETS, modules_to_save=["norm"], init_lora_weights=False
     )
-    return get_peft_model(tiny.llama(), config)
+    return get_peft_model(base, config)
 
 
 def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[float]:

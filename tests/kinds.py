@@ -146,7 +146,8 @@ def image_and_text(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def unet() -> nn.Module:
-    return tiny_pipelines.sdxl().unet.eval()
+    torch.manual_seed(0)
+    return tiny_pipelines.sdxl_unet().eval()
 
 
 def noise(dtype: torch.dtype) -> dict[str, Any]:

@@ -482,7 +482,7 @@ FEATURES: dict[str, Feature] = {
     "autocast": Feature(autocasts),
     "torch.compile(fullgraph=True)": Feature(
         compiles,
-        only=(*KINDS["Layers"], "Llama", "GPT-2 (Conv1D)", "BERT", "Mixtral"),
+        only=(*KINDS["Layers"], "Llama", "GPT-2 (Conv1D)", "Mixtral"),
     ),
     "layers_to_transform": Feature(
         takes(layers_to_transform=lambda kind: [0], layers_pattern=lambda kind: kind.layers)
