@@ -60,20 +60,22 @@ def hold_to_lora(
     dtype: torch.dtype = torch.float64,
     prepare: Callable[[nn.Module], None] = lambda model: None,
     judge: Callable[[nn.Module], None] = lambda model: None,
+    judged_base: Build | None = None,
     **settings: object,
 ) -> None:
     """Output and every gradient are what stock PEFT's LoRA gives with M folded into A.
 
     With ``mixer="identity"`` that is: they equal LoRA's. ``prepare`` may change our factors beforehand,
-    and ``judge`` may mend PEFT's model.
+    and ``judge`` may mend PEFT's model. PEFT's is put on ``judged_base``, if that is another.
     """
 
-    def whole() -> nn.Module:
+    def whole(build: Build = build) -> nn.Module:
         return build() if dtype == torch.float32 else build().to(dtype)  # a quantised base has no say in it
 
     tolerance = RELATIVE[dtype] if dtype == torch.float64 else MODEL
     lora_settings = {k: v for k, v in settings.items() if k not in ("mixer", "train_mixer")}
-    ours, lora = adapt(whole, **settings), adapt(whole, LoraConfig, **lora_settings)
+    ours = adapt(whole, **settings)
+    lora = adapt(lambda: whole(judged_base or build), LoraConfig, **lora_settings)
     prepare(ours)
     judge(lora)
     held, judged = factors_by_key(ours), factors_by_key(lora)

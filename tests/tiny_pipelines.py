@@ -38,18 +38,11 @@ def clip(tokenizer: Any, projected: bool, hidden: int = 16) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def sdxl(seed: int = 0) -> Any:
-    """An SDXL pipeline whose UNet has two blocks, the second with attention."""
-    from diffusers import (
-        AutoencoderKL,
-        EulerDiscreteScheduler,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
+def sdxl_unet() -> Any:
+    """A UNet of SDXL's kind with two blocks, the second with attention; weights from the default generator."""
+    from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(seed)
-    tokenizer = clip_tokenizer()
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=2,
@@ -64,6 +57,15 @@ def sdxl(seed: int = 0) -> Any:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=64,
     )
+
+
+def sdxl(seed: int = 0) -> Any:
+    """An SDXL pipeline whose UNet has two blocks, the second with attention."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer()
+    unet = sdxl_unet()
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,

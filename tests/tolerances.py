@@ -18,6 +18,10 @@ RELATIVE = {
 # it; a dropped mixer or a wrong scale leaves less than 10 dB.
 SNR_DB = {torch.bfloat16: 38.0, torch.float16: 56.0}
 
+# Whole tiny models: some dozens of roundings, added as noise, leave up to 14 dB less than one does (52 and 70 dB),
+# and 6 dB are for luck. In a model that routes tokens no bound holds, for rounding may send one elsewhere.
+MODEL_SNR_DB = {torch.bfloat16: 32.0, torch.float16: 50.0}
+
 # Whole tiny models in float32, merged against unmerged or folded against live: a few hundred roundings.
 MODEL = 2e-5
 

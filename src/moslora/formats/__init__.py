@@ -164,6 +164,12 @@ def _detect_file(path: Path) -> str:
         return "kohya"
     if diffusers.is_diffusers(names):
         return "diffusers"
+    if any(".moslora_" in name for name in names):
+        raise AdapterError(
+            f"{path} has factors of MoSLoRA, but not the name of the model that they are for, as {names[0]!r}. Save "
+            'them with the pipeline\'s save_lora_weights(…, **_collate_lora_metadata({"unet": unet})), or a PeftModel '
+            "with save_pretrained."
+        )
     example = f", as {names[0]!r}" if names else ""
     raise AdapterError(
         f"{path} has no names of diffusers' or kohya's LoRA files{example}. If it belongs to a PEFT adapter, give the "

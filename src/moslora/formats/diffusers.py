@@ -38,9 +38,12 @@ from moslora.ranks import pad
 __all__ = ["is_diffusers", "read", "read_with_diffusers", "write"]
 
 METADATA = "lora_adapter_metadata"
-SIDES = {"down": "A", "up": "B", "A": "A", "B": "B", "AB": "M", "mixer": "M"}
+SIDES = {"down": "A", "up": "B", "A": "A", "B": "B", "AB": "M", "mixer": "M", "M": "M"}
 ENDINGS = (
     re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B|AB|mixer)\.weight"),
+    re.compile(
+        r"(?P<path>.+)\.moslora_(?P<side>A|M|B)\.weight"
+    ),  # of ``unet.add_adapter``, as its scripts save
     re.compile(r"(?P<path>.+)\.(?:lora|lora_linear_layer)\.(?P<side>down|up)\.weight"),
     re.compile(
         r"(?P<path>.+?)\.(?:processor\.)?(?P<what>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight"
@@ -110,6 +113,12 @@ def read(path: Path) -> Adapter:
                 f"{path}: {key} is a second factor {letter} of its module, or no factor at all."
             )
         own[letter] = tensor
+        if ".moslora_" in key and not {f"{component}.r", f"{component}.lora_alpha"} <= metadata.keys():
+            raise AdapterError(
+                f"{path} does not say rank and alpha of {component}, so the scale of its mixers is unknown. Save it "
+                'again with save_lora_weights(…, **_collate_lora_metadata({"unet": unet})), as the scripts of '
+                "diffusers do (diffusers.training_utils)."
+            )
     parts = {name: _part(path, name, own, metadata) for name, own in found.items()}
     return join(parts)
 
@@ -133,7 +142,7 @@ def _part(path: Path, component: str, found: Found, metadata: Mapping[str, Any])
         without = [name for name, own in found.modules.items() if "M" not in own]
         if without:
             raise AdapterError(f"{path}: {component}.{without[0]} has no mixer while other modules have one.")
-        config["mixer"] = "kaiming"
+        config["mixer"] = said.get("mixer", "kaiming")
     return build_adapter(path, config, found)
 
 

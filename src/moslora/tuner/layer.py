@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from moslora import functional, ops
 from moslora.mixers import forked_generator, initial_mixer
 from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.sharding import check_mergeable
 
 __all__ = ["MoSLoRALayer", "MoSLoRALinear"]
 
@@ -282,8 +283,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Refuse what cannot be merged.
 
         Raises:
+            RuntimeError: If the base's weight is sharded between processes.
             ValueError: If the base's quantisation cannot be written.
         """
+        check_mergeable(self.get_base_layer())
         backend = self.quantization_backend
         if backend is not None and not (backend.supports_merge and backend.layer_type == self.quantized_kind):
             raise ValueError(

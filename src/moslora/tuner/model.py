@@ -24,9 +24,18 @@ from transformers.pytorch_utils import Conv1D
 from moslora.adapter import exact_pattern
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
+from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.sharding import (
+    check_mergeable,
+    check_whole,
+    gather,
+    shard_like,
+    sharded_parameters,
+    warn_of_whole_factors,
+)
 from moslora.tuner.weighted import combine
 
 __all__ = ["MoSLoRAModel", "register"]
@@ -143,6 +152,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fast_paths(model)
+        warn_of_whole_factors(model, adapter_name)
         unlike_lora = self.peft_config[adapter_name].unlike_lora
         if unlike_lora:
             name, reason = next(iter(unlike_lora.items()))
@@ -196,11 +206,13 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         )
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a weight that two modules share.
+        """Refuse to merge into a weight that two modules share, or of which each process holds a part.
 
         Raises:
+            RuntimeError: If a parameter is sharded.
             ValueError: If a target module's weight is tied to the embedding.
         """
+        check_mergeable(self.model)
         tied = self._get_tied_target_modules(self.model)
         if tied:
             raise ValueError(
@@ -299,7 +311,13 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         self._check_summable(adapters, layers)
         combined = combine(layers, adapters, weights, combination_type, svd_rank)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
-        patterns = {exact_pattern(path): r for path, r in ranks.items()}
+        # What is inside an attention is adapted with it, and is no target of its own.
+        inside = {
+            f"{path}.base_layer.out_proj"
+            for path, layer in layers.items()
+            if isinstance(layer, MoSLoRAAttention)
+        }
+        patterns = {exact_pattern(path): r for path, r in ranks.items() if path not in inside}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             r=max(ranks.values()),
@@ -307,7 +325,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             rank_pattern=patterns,
             alpha_pattern=dict(patterns),  # alpha = r, so the scale is 1
             use_rslora=False,
-            target_modules=set(ranks),
+            target_modules=set(ranks) - inside,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -347,11 +365,43 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 )
         for path, layer in layers.items():
             grouped = getattr(layer.get_base_layer(), "groups", 1) != 1
-            if set(adapters) & set(layer.scaling) and (not layer.is_rowwise or grouped):
+            if set(adapters) & set(layer.scaling) and (isinstance(layer, ParamWrapper) or grouped):
                 raise ValueError(
                     f"{path}: the factors of a {type(layer.get_base_layer()).__name__} cannot be laid side by "
-                    "side here. Leave such modules out of the adapters, or merge the adapters one by one."
+                    "side here. Leave such modules out of the adapters, or let the adapters run together: "
+                    f"model.base_model.set_adapter({adapters})."
                 )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoSLoRAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Select what belongs to an adapter, whole: PEFT would hand on the shards of a sharded model.
+
+        Raises:
+            RuntimeError: If factors are parts of factors, which cannot be gathered here.
+        """
+        if sharded_parameters(model):
+            # What PEFT itself takes after this: modules trained whole, and embeddings that are targets.
+            beside = tuple(
+                f"{name}."
+                for name, module in model.named_modules()
+                if isinstance(module, AuxiliaryTrainingWrapper | MoSLoRAEmbedding)
+            )
+            state_dict.update(gather(state_dict, [key for key in state_dict if key.startswith(beside)]))
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        if sharded_parameters(model):
+            selected.update(gather(selected, selected))
+        check_whole(selected)
+        return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -389,7 +439,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
                 "Load it on the base model that its adapter_config.json names."
             )
-        return remapped
+        return (
+            {**remapped, **shard_like(remapped, sharded)}
+            if (sharded := sharded_parameters(model))
+            else remapped
+        )
 
 
 def register() -> None:

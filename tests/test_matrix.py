@@ -1,0 +1,28 @@
+"""Every cell of the matrix does what is declared of it, and the page shows what is declared."""
+
+from __future__ import annotations
+
+import pytest
+
+import matrix
+
+
+@pytest.mark.parametrize(("kind", "feature"), matrix.CELLS)
+def test_a_cell_works_as_with_lora_or_is_refused_as_declared(kind: str, feature: str) -> None:
+    for who, error in matrix.differences(kind, feature):
+        declared = matrix.declared(kind, feature)
+        message = f"{who} {'did it' if error is None else 'raised'}; tests/matrix.py declares {declared}"
+        raise AssertionError(message) from error
+
+
+def test_the_page_shows_what_is_declared() -> None:
+    text = matrix.PAGE.read_text(encoding="utf-8")
+    assert text == matrix.page(), "run: python tests/matrix.py"
+
+
+def test_every_refusal_of_what_lora_can_names_a_way_out() -> None:
+    """A message has a reason and a way out, so what is declared of it has two parts at least."""
+    for cell in matrix.CELLS:
+        outcome = matrix.declared(*cell)
+        if outcome.sign == "✗":
+            assert outcome.ours is not None and "…" in outcome.ours, cell
