@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
 from peft.config import PeftConfig
+from torch import Generator, Tensor
 
-from moslora.mixers import find_mixer
+from moslora.mixers import CUSTOM, draw_mixer, find_mixer, initial_mixer
 
 __all__ = ["MoSLoRAConfig", "MoSLoRAType"]
 
@@ -42,7 +44,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             None takes PEFT's list for the architecture.
         exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
         mixer: How M starts: ``"kaiming"`` (the paper's language runs), ``"orthogonal"`` (its SDXL runs),
-            ``"gaussian"``, ``"identity"`` (starts as LoRA) or ``"two-subspace"`` (fixed, r even).
+            ``"gaussian"``, ``"identity"`` (starts as LoRA) or ``"two-subspace"`` (fixed, r even). Or M itself, a
+            tensor ``(r, r)``, copied; or a callable that makes it of the rank, ``r -> tensor`` or ``(r, generator) ->
+            tensor``. Such a configuration, and what is saved of it, says ``"custom"``: the values are in the
+            adapter's file once it is trained, and what they started from is not kept.
         train_mixer: Whether M is learned. None means yes, except for ``"two-subspace"``.
         match_scale: Rescale the initial M so that ‖M·A‖ equals ‖A‖, as LoRA's would be. A kaiming mixer
             otherwise starts at about 0.58 of it.
@@ -78,7 +83,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     exclude_modules: Optional[Union[list[str], set[str], str]] = field(default=None)  # noqa: UP007, UP045
     lora_alpha: float = field(default=8, metadata={"help": "Numerator of the scaling, lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the update's input, in [0, 1)."})
-    mixer: str = field(default="kaiming", metadata={"help": "How M starts."})
+    mixer: Union[str, Tensor, Callable[..., Tensor]] = field(  # noqa: UP007
+        default="kaiming", metadata={"help": "How M starts."}
+    )
     train_mixer: Optional[bool] = field(default=None, metadata={"help": "Whether M is learned."})  # noqa: UP045
     match_scale: bool = field(default=False, metadata={"help": "Start with ‖M·A‖ = ‖A‖."})
     init_lora_weights: Union[bool, Literal["gaussian"]] = field(default=True)  # noqa: UP007
@@ -106,11 +113,47 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        self.train_mixer = find_mixer(self.mixer).learned if self.train_mixer is None else self.train_mixer
+        self._take_mixer()
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
         if self.ensure_weight_tying:
             self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
         self._check()
+
+    def _take_mixer(self) -> None:
+        """Keep a given mixer beside the fields, which stay such that JSON and ``==`` can have them."""
+        self._given_mixer: Tensor | Callable[..., Tensor] | None = None
+        if not isinstance(self.mixer, str):
+            if not isinstance(self.mixer, Tensor) and not callable(self.mixer):
+                raise ValueError(
+                    f"mixer={self.mixer!r} is a {type(self.mixer).__name__}; it must be a name, a torch.Tensor of "
+                    "shape (r, r), or a callable r -> tensor."
+                )
+            given = self.mixer.detach().clone() if isinstance(self.mixer, Tensor) else self.mixer
+            self._given_mixer, self.mixer = given, CUSTOM
+        # A saved adapter's configuration brings its values in the file beside it.
+        is_custom = self._given_mixer is not None or (self.mixer == CUSTOM and self.inference_mode)
+        learned = is_custom or find_mixer(str(self.mixer)).learned
+        self.train_mixer = learned if self.train_mixer is None else self.train_mixer
+
+    def start_mixer(self, r: int, generator: Generator) -> Tensor | None:
+        """Make the initial M of a module.
+
+        Args:
+            r: Its rank.
+            generator: What random starts are drawn from.
+
+        Returns:
+            M, shape ``(r, r)``, on the CPU; None if it has to come from a file, as the configuration of a saved
+            adapter says of a mixer that was given as a tensor or callable.
+
+        Raises:
+            ValueError: If a given mixer has no meaning for this rank.
+        """
+        if not isinstance(self.mixer, str):
+            self._take_mixer()  # put there after the configuration was made
+        if self._given_mixer is not None:
+            return draw_mixer(self._given_mixer, r, generator)
+        return None if self.mixer == CUSTOM else initial_mixer(str(self.mixer), r, generator)
 
     def _check(self) -> None:
         for name, reason in REFUSED_ARGUMENTS.items():
@@ -124,6 +167,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 raise ValueError(f"{place}={rank!r} is no rank; it must be an integer of at least 1.")
             if self.mixer == "two-subspace" and rank % 2:
                 raise ValueError(f'{place}={rank} is odd, but mixer="two-subspace" mixes two halves.')
+            if isinstance(self._given_mixer, Tensor):
+                try:
+                    draw_mixer(self._given_mixer, rank)
+                except ValueError as error:
+                    raise ValueError(f"{place}={rank}: {error}") from error
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
         if self.bias not in ("none", "all", "moslora_only"):

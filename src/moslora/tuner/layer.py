@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moslora import functional, ops
-from moslora.mixers import forked_generator, initial_mixer
+from moslora.mixers import forked_generator
+from moslora.tuner import starts
 from moslora.tuner.config import MoSLoRAConfig
 
 __all__ = ["MoSLoRALayer", "MoSLoRALinear"]
@@ -113,6 +114,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self._unscaled: dict[str, float] = {}
+        self._unfilled: set[str] = set()  # adapters whose start is NaN, until a file's values are put in
         # A class attribute in PEFT; an own dict keeps one layer's frozen mixer from freezing another's.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -145,6 +147,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
         self._check_adapter(r, config)
+        self._unfilled.discard(adapter_name)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = functional.scaling(lora_alpha, r, config.use_rslora)
@@ -181,6 +184,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Return the parameters A, M and B in the shapes in which they are held."""
         held = (getattr(self, name)[adapter_name] for name in self.adapter_layer_names[:3])
         A, M, B = (entry if isinstance(entry, Tensor) else cast(Tensor, entry.weight) for entry in held)
+        if adapter_name in self._unfilled:
+            starts.check_filled(self, adapter_name, M)
         return A, M, B
 
     @torch.no_grad()
@@ -196,10 +201,18 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         A, M, B, _ = self.factors(adapter_name)
         r, generator = self.r[adapter_name], forked_generator()
         for one_A, one_M, one_B in zip(*(_matrices(factor) for factor in (A, M, B)), strict=True):
-            one_M.copy_(initial_mixer(config.mixer, r, generator))
+            start = config.start_mixer(r, generator)
+            if start is None:
+                starts.leave_unfilled(self, adapter_name, M)
+                break
+            one_M.copy_(start)
             if config.match_scale:
                 # Where A starts at zero (embeddings), it is B that the mixer must not shrink.
                 alone, mixed = (one_A, one_M @ one_A) if one_A.any() else (one_B, one_B @ one_M)
+                if mixed.norm() == 0:
+                    raise ValueError(
+                        "match_scale=True cannot rescale this mixer: its product with A is zero. Choose another mixer."
+                    )
                 one_M.mul_(alone.norm() / mixed.norm())
 
     def _start_like_lora(self, adapter_name: str, config: MoSLoRAConfig) -> None:
@@ -237,6 +250,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             M: Shape ``(r, r)``.
             B: Shape ``(out, r)``.
         """
+        self._unfilled.discard(adapter_name)
         for held, value in zip(self._held(adapter_name), (A, M, B), strict=True):
             held.data = value.detach().clone().view(held.shape).to(held.device)
 
@@ -451,6 +465,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         super().delete_adapter(adapter_name)
         self._unscaled.pop(adapter_name, None)
+        self._unfilled.discard(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT that ΔW is additive, so that the adapter can be converted to LoRA."""
