@@ -25,6 +25,10 @@ __all__ = ["NOTHING", "Group", "Inspection", "ModuleReport", "inspect_adapter", 
 
 # Below this share of the median ‖ΔW‖ a module has learned nothing beside the others.
 NOTHING = 1e-3
+MAGNITUDES = (
+    "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; what is said of ΔW is said of s·B·M·A, before "
+    "that."
+)
 # The starts that a configuration names exactly. Others are random, and their start is not kept.
 KNOWN_STARTS = ("identity", "two-subspace")
 
@@ -112,6 +116,7 @@ class Inspection:
         modules: What each module learned, by path.
         groups: The same by kind of module.
         learned_nothing: Modules whose ``‖ΔW‖`` is below ``NOTHING`` of the median.
+        note: What must be known to read the figures; empty if nothing.
     """
 
     adapter: str
@@ -122,6 +127,7 @@ class Inspection:
     modules: tuple[ModuleReport, ...]
     groups: tuple[Group, ...]
     learned_nothing: tuple[str, ...]
+    note: str = ""
 
 
 def inspect_adapter(
@@ -167,6 +173,7 @@ def inspect_adapter(
             _group(kind, [r for r in reports if r.kind == kind]) for kind in _unique(r.kind for r in reports)
         ),
         tuple(r.module for r in reports if r.norm == 0 or r.norm < NOTHING * typical),
+        MAGNITUDES if found.has_magnitudes else "",
     )
 
 

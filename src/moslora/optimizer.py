@@ -30,7 +30,8 @@ def param_groups(
         lr: Learning rate of A, and of everything that is no factor; positive.
         mixer_lr_ratio: The mixers' rate is this times ``lr``; at least 0.
         b_lr_ratio: B's rate is this times ``lr``; at least 0.
-        weight_decay: Of all groups but that of vectors, as biases are, which have none; at least 0.
+        weight_decay: Of all groups but that of vectors, as biases and DoRA's magnitudes are, which have none; at
+            least 0.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``: ``A``, ``mixer``, ``B``, ``other`` and
@@ -63,7 +64,10 @@ def param_groups(
         if factor is not None:
             members[{"A": "A", "M": "mixer", "B": "B"}[factor[1]]].append(parameter)
         else:
-            members["other" if parameter.ndim > 1 else "vectors"].append(parameter)
+            is_vector = (
+                parameter.ndim < 2 or ".moslora_magnitude." in name
+            )  # of a convolution: (1, out, 1, …)
+            members["vectors" if is_vector else "other"].append(parameter)
     if not members["A"] and not members["B"] and not members["mixer"]:
         raise ValueError(
             "The model trains no MoSLoRA factor. Make it with get_peft_model(model, MoSLoRAConfig(...)), or "

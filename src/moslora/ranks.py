@@ -103,8 +103,12 @@ def to_rank(adapter: Adapter, r: int) -> Ranked:
         The nearest adapter of that rank, with its errors.
 
     Raises:
+        AdapterError: If it has DoRA's magnitude.
         ValueError: If ``r`` is below 1.
     """
+    adapter.refuse_magnitudes(
+        "What another rank would cost depends on the base's weights, so --rank is not done"
+    )
     modules = {name: nearest(factors, r) for name, factors in adapter.modules.items()}
     errors = {
         name: compare(Adapter({name: factors}), Adapter({name: modules[name]})).max_relative_error

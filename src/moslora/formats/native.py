@@ -28,6 +28,7 @@ from moslora.tuner.config import MoSLoRAConfig
 __all__ = ["PEFT_TYPE", "read", "write"]
 
 PEFT_TYPE = "MOSLORA"
+MAGNITUDE = "moslora_magnitude"
 PARTS = {"moslora_A": "A", "moslora_M": "M", "moslora_B": "B"}
 EMBEDDING_PARTS = {"moslora_embedding_A": "A", "moslora_embedding_M": "M", "moslora_embedding_B": "B"}
 OWN = ("mixer", "train_mixer", "match_scale", "unlike_lora")
@@ -48,7 +49,7 @@ def read(folder: Path) -> Adapter:
     config = read_config(folder)
     if config["peft_type"] != PEFT_TYPE:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
-    found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
+    found = group_factors(read_tensors(folder), {**PARTS, MAGNITUDE: "magnitude"}, EMBEDDING_PARTS)
     strange = [key for key in found.rest if "moslora_" in key]
     if strange:
         raise AdapterError(f"{folder / WEIGHTS} holds tensors of an unknown form: {strange[:3]}.")
@@ -80,6 +81,6 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
     except (TypeError, ValueError) as error:
         raise AdapterError(f"The adapter's configuration has no native form: {error}") from error
     tensors = dict(adapter.extra)
-    named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS)
+    named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS, f"{MAGNITUDE}.weight")
     tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)

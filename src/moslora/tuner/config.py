@@ -23,7 +23,6 @@ class MoSLoRAType(enum.StrEnum):
 
 # LoRA arguments that have no meaning here, or not yet: a script that sets one is told so, never half-obeyed.
 REFUSED_ARGUMENTS: dict[str, str] = {
-    "use_dora": "DoRA's magnitude on top of a mixer is not supported. Leave it out, or use peft.LoraConfig.",
     "layer_replication": "Layer replication is not supported. Replicate the layers before adapting them.",
     "lora_bias": "A bias on B is not supported, because few readers of LoRA files know it.",
 }
@@ -68,7 +67,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             of a mixture are: a matrix, or one matrix for each expert (which then has its own mixer).
         trainable_token_indices: Token ids whose embeddings are trained in full, as in LoRA; for layers other
             than the input embedding, by the layer's name.
-        use_dora, layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
+        use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers and convolutions: the update turns the
+            rows of the weight, and a vector that is learned says how long they are.
+        layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
 
     Raises:
         ValueError: If a value has no meaning; the message names the way out.
@@ -101,7 +102,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)  # noqa: UP007, UP045
     ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
-    use_dora: bool = field(default=False)
+    use_dora: bool = field(default=False, metadata={"help": "DoRA's magnitude on top."})
     layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
     lora_bias: bool = field(default=False)
 

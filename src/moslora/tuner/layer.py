@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moslora import functional, ops
 from moslora.mixers import forked_generator
-from moslora.tuner import starts
+from moslora.tuner import dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 
 __all__ = ["MoSLoRALayer", "MoSLoRALinear"]
@@ -64,6 +64,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     container: type[nn.ModuleDict] | type[nn.ParameterDict] = nn.ModuleDict
     # PEFT's word for the kind of layer whose weight a quantisation backend can write.
     quantized_kind = ""
+    # How many dimensions the base weight has, where a layer may have a magnitude.
+    weight_dims = 2
     # Whether an update is made row by row of the input, so that each row may have an adapter of its own.
     is_rowwise = True
 
@@ -114,6 +116,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self._unscaled: dict[str, float] = {}
+        self.merged_gains: dict[str, Tensor] = {}  # of adapters with a magnitude, while they are merged
         self._unfilled: set[str] = set()  # adapters whose start is NaN, until a file's values are put in
         # A class attribute in PEFT; an own dict keeps one layer's frozen mixer from freezing another's.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
@@ -146,6 +149,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             config: Everything that does not differ between layers.
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
+        dora.check(self, config)
         self._check_adapter(r, config)
         self._unfilled.discard(adapter_name)
         self.r[adapter_name] = r
@@ -162,11 +166,24 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         else:
             self.frozen_peft_weight_names[adapter_name] = (self.adapter_layer_names[1],)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        dora.begin(self, adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def why_unlike_lora(self) -> str | None:
         """Tell why PEFT's LoRA of this layer computes another output from the same factors; None if it does not."""
         return None
+
+    def why_no_magnitude(self) -> str | None:
+        """Tell why this layer cannot have DoRA's magnitude; None if it can."""
+        return "DoRA's magnitude is there for linear layers and convolutions"
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A·x``, dropping nothing; of layers that may have a magnitude."""
+        raise NotImplementedError
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """Return the base layer's output without its bias; of layers that may have a magnitude."""
+        raise NotImplementedError
 
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         """Refuse an adapter that has no meaning in this layer.
@@ -261,6 +278,22 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             adapter: The adapter's name.
 
         Returns:
+            The shape of the base weight; float32 where the factors are of lower precision, else their dtype. Of an
+            adapter with DoRA's magnitude, the whole change of the weight, ``W' - W0``.
+
+        Raises:
+            ValueError: If this layer has no such weight; the message says why.
+        """
+        has_magnitude = dora.has_magnitude(self, adapter)
+        return dora.delta_weight(self, adapter) if has_magnitude else self.low_rank_delta(adapter)
+
+    def low_rank_delta(self, adapter: str) -> Tensor:
+        """Build ``s·B·M·A`` as it lies in the base layer, whatever magnitude there is.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
             The shape of the base weight; float32 where the factors are of lower precision, else their dtype.
 
         Raises:
@@ -337,7 +370,9 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.scaling:
                 self._check_mergeable()
+                gain = dora.gain(self, adapter)  # before, for from the merged weight it cannot be told
                 self._add_to_weight(adapter, 1, safe_merge)
+                self.merged_gains.update({} if gain is None else {adapter: gain})
                 self.merged_adapters.append(adapter)
 
     @torch.no_grad()
@@ -346,9 +381,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
+            adapter = self.merged_adapters[-1]
             if adapter in self.scaling:
                 self._add_to_weight(adapter, -1, safe=False)
+            self.merged_adapters.pop()
+            self.merged_gains.pop(adapter, None)
 
     def _is_base_alone(self) -> bool:
         """Tell whether the base layer's output is the answer: adapters are disabled, or merged into it."""
@@ -411,18 +448,26 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
                 f"{type(self.get_base_layer()).__name__}: one name per row is needed. (A layer that sees tokens "
                 "instead of rows, as an expert does, cannot serve mixed batches: split the batch.)"
             )
-        result = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        result = base_out = cast(Tensor, self.base_layer(x, *args, **kwargs))
         for name in dict.fromkeys(adapter_names):
             if name in self.scaling:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name])
                 rows = rows.to(x.device)
-                result = result.index_add(0, rows, self._update(x[rows], name).to(result.dtype))
+                update = self._update_beside(x[rows], name, base_out[rows])
+                result = result.index_add(0, rows, update.to(result.dtype))
         return result
+
+    def _update_beside(self, x: Tensor, name: str, base_out: Tensor) -> Tensor:
+        """Return what adapter ``name`` adds to the base layer's output for x, which is ``base_out``."""
+        if dora.has_magnitude(self, name):
+            return dora.update(self, x, name, base_out)
+        return self._update(x, name)
 
     def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
         """Add the updates of ``adapters`` to the base layer's output."""
+        base_out = result
         for name in adapters:
-            result = result + self._update(x, name).to(result.dtype)
+            result = result + self._update_beside(x, name, base_out).to(result.dtype)
         return result
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -468,8 +513,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self._unfilled.discard(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT that ΔW is additive, so that the adapter can be converted to LoRA."""
-        return True
+        """Tell PEFT whether ΔW is of low rank, so that the adapter can be converted to LoRA."""
+        return not dora.has_magnitude(self, adapter_name)
 
     def __repr__(self) -> str:
         return f"moslora.{super().__repr__()}"
@@ -508,6 +553,19 @@ class MoSLoRALinear(MoSLoRALayer):
     def _lay(self, delta: Tensor) -> Tensor:
         return delta.T if self.fan_in_fan_out else delta
 
+    def why_no_magnitude(self) -> str | None:
+        """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
+        return None
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A·x``, dropping nothing."""
+        return ops.low_rank_update(x, *self.factors(name))  # (..., out)
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """Return the base layer's output without its bias."""
+        weight = self.get_base_weight().to(x.dtype)
+        return nn.functional.linear(x, weight.T if self.fan_in_fan_out else weight)  # (..., out)
+
     def _why_apart(self, x: Tensor, name: str) -> str | None:
         """Tell why base product and update cannot run as one Function; None if they can.
 
@@ -518,6 +576,8 @@ class MoSLoRALinear(MoSLoRALayer):
         weight: Any = getattr(base, "weight", None)
         if not ops.is_fusing():
             return "fusing is switched off"
+        if any(dora.has_magnitude(self, active) for active in self._active_here()):
+            return "DoRA's magnitude rescales the base layer's own output"
         if type(base) not in (nn.Linear, Conv1D) or type(weight) not in (nn.Parameter, Tensor):
             return f"the base layer is a {type(base).__name__} with a {type(weight).__name__}"
         if (
