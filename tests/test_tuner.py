@@ -405,7 +405,7 @@ def test_a_native_adapter_relabelled_as_lora_has_no_tensor_that_lora_knows(tmp_p
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\]=-1"),
         ({"lora_dropout": 1.0}, r"must lie in \[0, 1\)"),
         ({"bias": "some"}, "choose one of"),
-        ({"init_lora_weights": "pissa"}, "PiSSA"),
+        ({"init_lora_weights": "olora"}, "not supported with a mixer"),
         ({"layers_pattern": "layers"}, "needs layers_to_transform"),
         ({"target_modules": "q_proj", "layers_to_transform": [0]}, "is a string"),
     ],

@@ -143,7 +143,7 @@ def diagnose(
         return Diagnosis(str(adapter), None, base, tuple(engines), findings)
     findings_list = [
         *_read(found, format_),
-        *_magnitudes(found),
+        *_more_than_factors(found),
         *_trained(found),
         *_scales(found),
         *_mixers(found),
@@ -184,7 +184,7 @@ def _read(adapter: Adapter, format_: str) -> Iterator[Finding]:
         )
 
 
-def _magnitudes(adapter: Adapter) -> Iterator[Finding]:
+def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
     """A magnitude may be trained while B is still zero, and only the base tells by how much."""
     if adapter.has_magnitudes:
         yield Finding(
@@ -192,6 +192,16 @@ def _magnitudes(adapter: Adapter) -> Iterator[Finding]:
             "DoRA",
             "It has DoRA's magnitude: the factors turn the rows of the weight, a vector says how long they are. What "
             "is said of ΔW is said of s·B·M·A.",
+        )
+    if any(
+        "init_lora_weights" in part
+        for part in adapter.config.get("components", {"": adapter.config}).values()
+    ):
+        yield Finding(
+            "note",
+            "start",
+            "It started from principal components of its base, and subtracts that start, so its ΔW has twice its rank: "
+            "what is said here is said of both together, and so it is exported.",
         )
 
 

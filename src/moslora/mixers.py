@@ -16,8 +16,19 @@ from torch import Generator, Tensor, nn
 
 from moslora.functional import two_subspace_mixer
 
-__all__ = ["CUSTOM", "MIXERS", "Mixer", "draw_mixer", "find_mixer", "forked_generator", "initial_mixer"]
+__all__ = [
+    "CUSTOM",
+    "MIXERS",
+    "SINGULAR_VALUES",
+    "Mixer",
+    "draw_mixer",
+    "find_mixer",
+    "forked_generator",
+    "initial_mixer",
+]
 
+# What a configuration calls a mixer that starts with the singular values of the base weight.
+SINGULAR_VALUES = "singular-values"
 # What a configuration calls a mixer that was given as a tensor or a callable.
 CUSTOM = "custom"
 
@@ -74,6 +85,10 @@ REFUSED: dict[str, str] = {
     ),
 }
 REFUSED["zero"] = REFUSED["zeros"]
+REFUSED[SINGULAR_VALUES] = (
+    f'mixer="{SINGULAR_VALUES}" is what a start from principal components makes of M. Leave mixer out and set '
+    'init_lora_weights="pissa".'
+)
 REFUSED[CUSTOM] = (
     f'mixer="{CUSTOM}" stands in saved adapters whose mixer was given as a tensor or a callable; the values it started '
     "from are not kept. To start a new adapter give them again, mixer=tensor or mixer=callable, or choose one of "

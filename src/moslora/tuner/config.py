@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
 from torch import Generator, Tensor
 
-from moslora.mixers import CUSTOM, draw_mixer, find_mixer, initial_mixer
+from moslora.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 
 __all__ = ["MoSLoRAConfig", "MoSLoRAType"]
 
@@ -51,7 +52,12 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         match_scale: Rescale the initial M so that ‖M·A‖ equals ‖A‖, as LoRA's would be. A kaiming mixer
             otherwise starts at about 0.58 of it.
         init_lora_weights: True: A kaiming-uniform and B zero. ``"gaussian"``: A normal with standard
-            deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests).
+            deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests). Of linear
+            layers also ``"orthogonal"``: A and B random with B·M·A = 0, r even; and ``"pissa"``: the r leading
+            singular vectors of the base weight, with M the diagonal of its singular values (arXiv:2404.02948),
+            or ``"pissa_niter_4"``, by that many iterations of a randomised decomposition. The base weight is left
+            as it is; the start is saved with the adapter and subtracted, so its fold has rank 2r. mixer and
+            match_scale must be left at their defaults then, and mixer becomes ``"singular-values"``.
         bias: ``"none"``, ``"all"`` or ``"moslora_only"``: which biases of the base are trained.
             ``"lora_only"`` is accepted as the same.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv:2312.03732).
@@ -89,7 +95,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     )
     train_mixer: Optional[bool] = field(default=None, metadata={"help": "Whether M is learned."})  # noqa: UP045
     match_scale: bool = field(default=False, metadata={"help": "Start with ‖M·A‖ = ‖A‖."})
-    init_lora_weights: Union[bool, Literal["gaussian"]] = field(default=True)  # noqa: UP007
+    init_lora_weights: Union[bool, str] = field(  # noqa: UP007
+        default=True, metadata={"help": "How A and B start."}
+    )
     bias: str = field(default="none")
     use_rslora: bool = field(default=False)
     fan_in_fan_out: bool = field(default=False)
@@ -131,10 +139,32 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 )
             given = self.mixer.detach().clone() if isinstance(self.mixer, Tensor) else self.mixer
             self._given_mixer, self.mixer = given, CUSTOM
+        if self.starts_from_components:
+            if (
+                self.mixer not in ("kaiming", SINGULAR_VALUES) or self.match_scale
+            ):  # kaiming: left at its default
+                raise ValueError(
+                    f"init_lora_weights={self.init_lora_weights!r} makes M the singular values of the base weight, so "
+                    f"mixer={self.mixer!r} with match_scale={self.match_scale} has no meaning with it. Leave both out."
+                )
+            self.mixer = SINGULAR_VALUES
+            self.train_mixer = True if self.train_mixer is None else self.train_mixer
+            return
         # A saved adapter's configuration brings its values in the file beside it.
         is_custom = self._given_mixer is not None or (self.mixer == CUSTOM and self.inference_mode)
         learned = is_custom or find_mixer(str(self.mixer)).learned
         self.train_mixer = learned if self.train_mixer is None else self.train_mixer
+
+    @property
+    def starts_from_components(self) -> bool:
+        """Whether A, M and B start as the principal components of the base weight."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")
+
+    @property
+    def component_iterations(self) -> int | None:
+        """Iterations of a randomised decomposition; None for an exact one."""
+        found = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
+        return int(found[1]) if found else None
 
     def start_mixer(self, r: int, generator: Generator) -> Tensor | None:
         """Make the initial M of a module.
@@ -154,6 +184,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self._take_mixer()  # put there after the configuration was made
         if self._given_mixer is not None:
             return draw_mixer(self._given_mixer, r, generator)
+        if self.starts_from_components:
+            return initial_mixer("identity", r)  # until the base weight is decomposed
         return None if self.mixer == CUSTOM else initial_mixer(str(self.mixer), r, generator)
 
     def _check(self) -> None:
@@ -177,12 +209,15 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
         if self.bias not in ("none", "all", "moslora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        init = self.init_lora_weights
+        if init not in (True, False, "gaussian", "orthogonal", "pissa") and self.component_iterations is None:
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported with a mixer; "
-                "choose True, False or 'gaussian'. (A start from W0's principal components, as PiSSA's, "
-                "would change the output at the start, because M is not the identity.)"
+                f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, 'gaussian', "
+                "'orthogonal', 'pissa' or 'pissa_niter_[number of iterations]'."
             )
+        for place, rank in [("r", self.r), *self.rank_pattern.items()] if init == "orthogonal" else ():
+            if rank % 2:
+                raise ValueError(f"{place}={rank} is odd, but init_lora_weights='orthogonal' halves it.")
         if isinstance(self.target_parameters, str):
             raise ValueError(
                 f"target_parameters={self.target_parameters!r} must be a list of names or suffixes; a regular "

@@ -100,8 +100,12 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
         layer.adapter_layer_names = (*layer.adapter_layer_names, HELD)
     spare = (1,) * (layer.weight_dims - 2)  # of a convolution
     shape = (1, layer.out_features, *spare) if spare else (layer.out_features,)
-    if layer._held(adapter_name)[0].is_meta:
+    A = layer.moslora_A[adapter_name].weight
+    if A.is_meta:
         values = torch.empty(shape, device="meta")
+    elif adapter_name in layer._unfilled:  # comes from the file that fills the rest
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        values = torch.full(shape, float("nan"), dtype=dtype, device=A.device)
     else:
         values = _norm(layer, adapter_name).view(shape)
         if not values.all():

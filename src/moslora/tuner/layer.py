@@ -66,6 +66,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     quantized_kind = ""
     # How many dimensions the base weight has, where a layer may have a magnitude.
     weight_dims = 2
+    # Whether factors may start from the base weight, or orthogonal.
+    takes_starts = False
     # Whether an update is made row by row of the input, so that each row may have an adapter of its own.
     is_rowwise = True
 
@@ -150,8 +152,9 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
         dora.check(self, config)
+        starts.check(self, config)
         self._check_adapter(r, config)
-        self._unfilled.discard(adapter_name)
+        starts.forget(self, adapter_name)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = functional.scaling(lora_alpha, r, config.use_rslora)
@@ -166,6 +169,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         else:
             self.frozen_peft_weight_names[adapter_name] = (self.adapter_layer_names[1],)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        starts.begin(self, adapter_name, config)
         dora.begin(self, adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -231,10 +235,15 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
                         "match_scale=True cannot rescale this mixer: its product with A is zero. Choose another mixer."
                     )
                 one_M.mul_(alone.norm() / mixed.norm())
+            if config.init_lora_weights == "orthogonal":
+                starts.make_orthogonal(one_A, one_M, one_B)
 
     def _start_like_lora(self, adapter_name: str, config: MoSLoRAConfig) -> None:
         """Give A and B the values that LoRA's start with."""
         A, _, B = self._held(adapter_name)
+        if config.init_lora_weights == "orthogonal":
+            starts.draw_orthogonal(A, B)
+            return
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / self.r[adapter_name])
         elif config.init_lora_weights:
@@ -250,12 +259,13 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
         Returns:
             A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters. A layer of
-            experts has one more dimension in front.
+            experts has one more dimension in front. With a start from principal components, which is subtracted,
+            the rank is 2r and they are no views.
 
         Raises:
             KeyError: If the layer has no adapter of this name.
         """
-        return *self._held(adapter_name), self.scaling[adapter_name]
+        return *starts.with_start(self, adapter_name, *self._held(adapter_name)), self.scaling[adapter_name]
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor) -> None:
@@ -539,6 +549,7 @@ class MoSLoRALinear(MoSLoRALayer):
     """A linear layer (or Conv1D, or a quantised one) with ``ΔW = s·B·M·A`` beside its weight."""
 
     quantized_kind = "linear"
+    takes_starts = True
 
     @property
     def fan_in_fan_out(self) -> bool:
