@@ -25,6 +25,14 @@ def param_groups(
     B at a higher rate than A is LoRA+ (arXiv:2402.12354). Everything trained that is no factor (biases,
     ``modules_to_save``) has the plain rate.
 
+    transformers' Trainer, and TRL's, take them in either of two ways:
+
+        Trainer(model, args, ..., optimizers=(AdamW(param_groups(model, 1e-4, b_lr_ratio=16)), None))
+        Trainer(model, args, ..., optimizer_cls_and_kwargs=(AdamW, {"params": param_groups(model, 1e-4)}))
+
+    The Trainer's schedule then scales each group's own rate; ``learning_rate`` and ``weight_decay`` in its arguments
+    have no say.
+
     Args:
         model: A model with MoSLoRA adapters, as ``get_peft_model`` returns it.
         lr: Learning rate of A, and of everything that is no factor; positive.
