@@ -231,6 +231,27 @@ def test_a_configuration_of_a_saved_adapter_starts_nothing(tmp_path: Path) -> No
         run(model)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [PISSA, {**PISSA, "use_dora": True}, {"r": 4, "mixer": torch.eye(4).flip(0)}, {"r": 4, "use_dora": True}],
+    ids=["pissa", "pissa, DoRA", "custom", "DoRA"],
+)
+@torch.no_grad()
+def test_transformers_own_methods_save_and_load_them(settings: dict[str, object], tmp_path: Path) -> None:
+    """They leave inference_mode as it is, so a file may not say that it is one."""
+    model = tiny.llama()
+    model.add_adapter(MoSLoRAConfig(target_modules=["q_proj"], **settings))
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["inference_mode"] is False
+    again = tiny.llama()
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(run(again), run(model)) and not torch.equal(run(again), run(tiny.llama()))
+
+
 ORTHOGONAL = {"init_lora_weights": "orthogonal", "r": 8}
 
 

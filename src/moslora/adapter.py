@@ -127,10 +127,15 @@ class Factors:
         Raises:
             AdapterError: If there is a magnitude.
         """
-        self._only_factors()
+        self.require_no_magnitude()
         return functional.delta_weight(self.A.double(), self.M.double(), self.B.double(), self.scale)
 
-    def _only_factors(self) -> None:
+    def require_no_magnitude(self) -> None:
+        """Refuse what the factors alone do not tell.
+
+        Raises:
+            AdapterError: If there is a magnitude.
+        """
         if self.magnitude is not None:
             raise AdapterError(
                 "The adapter has DoRA's magnitude, so what it changes depends on the base's weights. Load it on its "

@@ -32,10 +32,12 @@ def nearest(factors: Factors, r: int) -> Factors:
         Folded factors with a scale of 1, in float32 at least; A and B share the roots of the singular values.
 
     Raises:
+        AdapterError: If there is a magnitude.
         ValueError: If ``r`` is below 1.
     """
     if r < 1:
         raise ValueError(f"A rank must be at least 1; found {r}.")
+    factors.require_no_magnitude()
     dtype = torch.promote_types(factors.A.dtype, torch.float32)
     wide = factors.at_least(torch.float64).fold()
     groups = wide.form.groups

@@ -117,6 +117,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         """Check every value, and turn lists of names into sets, as PEFT does."""
         super().__post_init__()
+        # From a file, JSON's text names the type; PEFT's files say inference_mode too, transformers' do not. Such a
+        # configuration brings its values in the file beside it, whatever is done with it later.
+        self._is_saved = self.inference_mode or type(self.peft_type) is str
         self.peft_type = MoSLoRAType.MOSLORA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -150,8 +153,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self.mixer = SINGULAR_VALUES
             self.train_mixer = True if self.train_mixer is None else self.train_mixer
             return
-        # A saved adapter's configuration brings its values in the file beside it.
-        is_custom = self._given_mixer is not None or (self.mixer == CUSTOM and self.inference_mode)
+        is_custom = self._given_mixer is not None or (self.mixer == CUSTOM and self._is_saved)
         learned = is_custom or find_mixer(str(self.mixer)).learned
         self.train_mixer = learned if self.train_mixer is None else self.train_mixer
 
@@ -159,6 +161,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     def starts_from_components(self) -> bool:
         """Whether A, M and B start as the principal components of the base weight."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is a saved adapter's, so that a start that costs or needs something is left to its file."""
+        return self._is_saved
 
     @property
     def component_iterations(self) -> int | None:

@@ -135,7 +135,7 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
     if not config.starts_from_components:
         return
     A, M, B = layer._held(adapter_name)
-    if A.is_meta or config.inference_mode:
+    if A.is_meta or config.is_saved:
         if not A.is_meta:
             leave_unfilled(layer, adapter_name, M)
     else:
