@@ -119,7 +119,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         super().__post_init__()
         # From a file, JSON's text names the type; PEFT's files say inference_mode too, transformers' do not. Such a
         # configuration brings its values in the file beside it, whatever is done with it later.
-        self._is_saved = self.inference_mode or type(self.peft_type) is str
+        named: Any = getattr(self, "peft_type")  # noqa: B009  mypy knows no type of it here
+        self._is_saved = bool(self.inference_mode) or type(named) is str
         self.peft_type = MoSLoRAType.MOSLORA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
