@@ -135,7 +135,8 @@ def live_through(build: Build, run: Run, folder: Path, mergeable: bool = True, *
     twin = copy.deepcopy(model)
     for p in factors_by_key(twin).values():
         p.zero_()
-    assert torch.equal(run(twin), base) and torch.equal(run(model), expected)
+    rescaled = any("magnitude" in name for name in factors_by_key(twin))  # by zero, now
+    assert (rescaled or torch.equal(run(twin), base)) and torch.equal(run(model), expected)
 
     model.save_pretrained(folder, save_embedding_layers=False)
     for low_cpu_mem_usage in (False, True):

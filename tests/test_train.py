@@ -326,3 +326,12 @@ def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp
         assert relative_error(one, two) < MODEL
     trainer.args.label_smoothing_factor = 0.1
     assert not scores_plainly(trainer)
+
+
+def test_a_recipe_may_ask_for_dora_and_a_start_from_principal_components(world: Path, tmp_path: Path) -> None:
+    changes = {"adapter.use_dora": "true", "adapter.init_lora_weights": "pissa", "trainer.max_steps": 3}
+    run = train(arguments(world, tmp_path, **changes), quiet())
+    folded = json.loads((run.lora / "adapter_config.json").read_text())
+    assert (folded["peft_type"], folded["use_dora"], folded["r"]) == ("LORA", True, 8)
+    proofs = json.loads((run.path / "run.json").read_text())["proofs"]
+    assert all(proof["passed"] for proof in proofs.values())

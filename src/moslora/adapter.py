@@ -52,9 +52,12 @@ class Factors:
         B: Shape ``(out, r)``.
         scale: s of ``ΔW = s·B·M·A``, unitless.
         form: How they lie in files.
+        magnitude: DoRA's, shape ``(out,)``: the length of each row of the adapted weight, which the factors then only
+            turn. None in an adapter without. With it the change of the weight is the base's matter too, so what
+            would be ΔW alone is refused.
 
     Raises:
-        ValueError: If the inner sizes disagree.
+        ValueError: If the sizes disagree.
     """
 
     A: Tensor
@@ -62,9 +65,14 @@ class Factors:
     B: Tensor
     scale: float
     form: Form = LINEAR
+    magnitude: Tensor | None = None
 
     def __post_init__(self) -> None:
         functional.check_factors(self.A, self.M, self.B)
+        if self.magnitude is not None and self.magnitude.shape != (self.B.shape[0],):
+            raise ValueError(
+                f"The magnitude is of shape {tuple(self.magnitude.shape)}, for {self.B.shape[0]} outputs."
+            )
 
     @property
     def r(self) -> int:
@@ -77,7 +85,7 @@ class Factors:
         return torch.equal(self.M, torch.eye(self.r, dtype=self.M.dtype))
 
     def at_least(self, dtype: torch.dtype) -> Factors:
-        """Widen the factors to ``dtype``, unless they are wider already.
+        """Widen the factors to ``dtype``, unless they are wider already; a magnitude stays as it is.
 
         Args:
             dtype: A float dtype.
@@ -115,11 +123,27 @@ class Factors:
 
         Returns:
             Shape ``(out, in)``, float64.
+
+        Raises:
+            AdapterError: If there is a magnitude.
         """
+        self.require_no_magnitude()
         return functional.delta_weight(self.A.double(), self.M.double(), self.B.double(), self.scale)
 
+    def require_no_magnitude(self) -> None:
+        """Refuse what the factors alone do not tell.
+
+        Raises:
+            AdapterError: If there is a magnitude.
+        """
+        if self.magnitude is not None:
+            raise AdapterError(
+                "The adapter has DoRA's magnitude, so what it changes depends on the base's weights. Load it on its "
+                "base with PEFT, where merge_and_unload() gives the changed weights."
+            )
+
     def norm(self) -> float:
-        """Return the Frobenius norm of ΔW, without building it."""
+        """Return the Frobenius norm of ``s·B·M·A``, without building it; that is ΔW where there is no magnitude."""
         return _product_norm(self.scale * self.B.double(), self.M.double() @ self.A.double())
 
     def singular_values(self) -> Tensor:
@@ -154,8 +178,29 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers A, M and B hold."""
-        return sum(f.A.numel() + f.M.numel() + f.B.numel() for f in self.modules.values())
+        """How many numbers A, M and B hold, and magnitudes where there are any."""
+        m = sum(0 if f.magnitude is None else f.magnitude.numel() for f in self.modules.values())
+        return m + sum(f.A.numel() + f.M.numel() + f.B.numel() for f in self.modules.values())
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is a DoRA adapter: a module has a magnitude."""
+        return any(f.magnitude is not None for f in self.modules.values())
+
+    def refuse_magnitudes(self, what: str) -> None:
+        """Refuse what is not done, or would be wrong, with DoRA's magnitude.
+
+        Args:
+            what: What was asked for, as the beginning of a sentence: ``"A GGUF file cannot hold it"``.
+
+        Raises:
+            AdapterError: If a module has one; with the way out.
+        """
+        if self.has_magnitudes:
+            raise AdapterError(
+                f"The adapter has DoRA's magnitude (use_dora=True). {what}. Export it --to lora, a DoRA adapter that "
+                "PEFT loads; or load it on its base with PEFT and merge_and_unload(), and ship the full weights."
+            )
 
     def fold(self) -> Adapter:
         """Fold every mixer.
@@ -225,6 +270,7 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         raise AdapterError(f"The adapters were trained on different bases, {names}, so their ΔW do not add.")
     base, revision = next(iter(bases), (None, None))
     for adapter in adapters:
+        adapter.refuse_magnitudes("What it changes is no product of factors, so a weighted sum has none")
         if adapter.extra:
             raise AdapterError(
                 f"An adapter also holds {sorted(adapter.extra)[0]}, which is no factor (a bias, or of "
@@ -274,7 +320,9 @@ class Comparison:
     """How far two adapters are apart.
 
     Attributes:
-        max_relative_error: Largest ``‖ΔW1 - ΔW2‖ / ‖ΔW1‖`` over all modules, Frobenius norms in float64.
+        max_relative_error: Largest ``‖ΔW1 - ΔW2‖ / ‖ΔW1‖`` over all modules, Frobenius norms in float64. Where there
+            are magnitudes, of ``s·B·M·A`` or of the magnitudes, whichever is larger: equal in both, two adapters do
+            the same to any base.
         worst_module: Where it was found.
         modules: How many modules were compared.
     """
@@ -310,9 +358,10 @@ def compare(before: Adapter, after: Adapter) -> Comparison:
         raise AdapterError("The adapter has no modules, so there is nothing to compare.")
     worst, worst_module = -1.0, ""
     for name, one in before.modules.items():
-        error = _relative_error(name, one, after.modules[name])
-        if not error <= worst:  # NaN counts as worse than anything
-            worst, worst_module = error, name
+        two = after.modules[name]
+        for error in (_relative_error(name, one, two), _magnitude_error(name, one, two)):
+            if not (error <= worst or math.isnan(worst)):  # NaN counts as worse than anything
+                worst, worst_module = error, name
     return Comparison(worst, worst_module, len(before.modules))
 
 
@@ -327,6 +376,16 @@ def _relative_error(name: str, one: Factors, two: Factors) -> float:
     if size == 0:
         return 0.0 if difference == 0 else float("inf")
     return difference / size
+
+
+def _magnitude_error(name: str, one: Factors, two: Factors) -> float:
+    if (one.magnitude is None) != (two.magnitude is None):
+        raise AdapterError(f"{name} lost or got DoRA's magnitude.")
+    if one.magnitude is None or two.magnitude is None:
+        return 0.0
+    difference = float((one.magnitude.double() - two.magnitude.double()).norm())
+    size = float(one.magnitude.double().norm())
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:

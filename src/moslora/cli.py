@@ -360,6 +360,8 @@ def inspect_(
         print(
             f"Read {adapter}: {found.format}{mixer}, {len(found.modules)} modules, {found.parameters:,} parameters."
         )
+        if found.note:
+            print(found.note)
         if found.learned_nothing:
             named = ", ".join(found.learned_nothing[:3]) + (", …" if len(found.learned_nothing) > 3 else "")
             print(f"Learned nothing: {len(found.learned_nothing)} of {len(found.modules)} modules ({named}).")

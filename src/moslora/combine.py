@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def combine(
                 left -= delta
                 size += float(delta.norm())
             error = float(left.norm()) / size if size else float(left.norm())
-            if not error <= worst:
+            if not (error <= worst or math.isnan(worst)):  # NaN counts as worse than anything
                 worst, worst_module = error, name
         proof = CombineProof(
             tuple(float(weight) for weight in weights),

@@ -143,6 +143,7 @@ def diagnose(
         return Diagnosis(str(adapter), None, base, tuple(engines), findings)
     findings_list = [
         *_read(found, format_),
+        *_more_than_factors(found),
         *_trained(found),
         *_scales(found),
         *_mixers(found),
@@ -183,8 +184,29 @@ def _read(adapter: Adapter, format_: str) -> Iterator[Finding]:
         )
 
 
+def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
+    """A magnitude may be trained while B is still zero, and only the base tells by how much."""
+    if adapter.has_magnitudes:
+        yield Finding(
+            "note",
+            "DoRA",
+            "It has DoRA's magnitude: the factors turn the rows of the weight, a vector says how long they are. What "
+            "is said of ΔW is said of s·B·M·A.",
+        )
+    if any(
+        "init_lora_weights" in part
+        for part in adapter.config.get("components", {"": adapter.config}).values()
+    ):
+        yield Finding(
+            "note",
+            "start",
+            "It started from principal components of its base, and subtracts that start, so its ΔW has twice its rank: "
+            "what is said here is said of both together, and so it is exported.",
+        )
+
+
 def _trained(adapter: Adapter) -> Iterator[Finding]:
-    zero = [name for name, factors in adapter.modules.items() if factors.norm() == 0]
+    zero = [n for n, factors in adapter.modules.items() if factors.norm() == 0 and factors.magnitude is None]
     if len(zero) == len(adapter.modules):
         yield Finding(
             "error", "trained", "ΔW is zero everywhere: it was not trained.", "Take a later checkpoint."
@@ -363,6 +385,7 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
 
 # --- Where it shall run -------------------------------------------------------------------------------------
 
+MERGE_WHOLE = "Load it on its base with PEFT, merge_and_unload(), and ship the full model."
 # vLLM 0.22: vllm.config.lora, MaxLoRARanks, and its default.
 VLLM_RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
 
@@ -375,6 +398,17 @@ def _only_factors(adapter: Adapter) -> Iterator[Finding]:
             "beside",
             f"Servers refuse modules_to_save and biases; it holds {_some(sorted(adapter.extra))}.",
             "Merge it: PeftModel.merge_and_unload(), and serve the full model.",
+        )
+
+
+def _no_magnitude(adapter: Adapter) -> Iterator[Finding]:
+    """What vLLM's PEFTHelper says: "vLLM does not yet support DoRA."; nothing in SGLang is known to read it."""
+    if adapter.has_magnitudes:
+        yield Finding(
+            "error",
+            "DoRA",
+            "Servers run s·B·A and have no place for DoRA's magnitude; they refuse it, or would be wrong without.",
+            MERGE_WHOLE,
         )
 
 
@@ -431,7 +465,10 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
             needed = base if FORMATS[engine.format].needs_base else None
             proof = export_adapter(path, Path(folder) / f"adapter{suffix}", engine.format, base=needed)
         except (AdapterError, ModelError, ProofError) as error:
-            yield Finding("error", f"{name}: format", f"It cannot be written as {engine.format}. {error}")
+            fix = MERGE_WHOLE if adapter.has_magnitudes else ""
+            yield Finding(
+                "error", f"{name}: format", f"It cannot be written as {engine.format}. {error}", fix
+            )
             return
     proven = f"ΔW is the same to {proof.max_relative_error:.1e}, read back by {proof.reader}."
     if format_ == engine.format:
@@ -449,8 +486,8 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
 
 ENGINES: Mapping[str, Engine] = {
     "peft": Engine("lora"),
-    "vllm": Engine("lora", (_only_factors, _served_layers, _vllm_ranks)),
-    "sglang": Engine("lora", (_only_factors, _served_layers)),
+    "vllm": Engine("lora", (_no_magnitude, _only_factors, _served_layers, _vllm_ranks)),
+    "sglang": Engine("lora", (_no_magnitude, _only_factors, _served_layers)),
     "llama.cpp": Engine("gguf"),
     "diffusers": Engine("diffusers"),
     "comfyui": Engine("kohya"),

@@ -20,6 +20,7 @@ __all__ = [
     "fold",
     "low_rank_update",
     "scaling",
+    "subtract_start",
     "two_subspace_mixer",
     "two_subspace_update",
 ]
@@ -185,3 +186,35 @@ def concatenate(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]]) -> tuple[
     M = torch.block_diag(*(M for _, _, M, _ in parts))  # type: ignore[no-untyped-call]
     B = torch.cat([weight * B for weight, _, _, B in parts], dim=1)
     return A, M, B
+
+
+def subtract_start(
+    factors: tuple[Tensor, Tensor, Tensor], start: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factors of the difference of two products that may be nearly equal.
+
+    Two products subtracted as they are would leave their rounding; so the differences are taken of the factors:
+
+        B·M·A - B0·M0·A0 = [B - B0, B0] · blockdiag(M, I) · [A; (M - M0)·A + M0·(A - A0)]
+
+    Args:
+        factors: A ``(r, in)``, M ``(r, r)`` and B ``(out, r)``.
+        start: A0, M0 and B0, of the same shapes and dtype.
+
+    Returns:
+        Shapes ``(2r, in)``, ``(2r, 2r)`` and ``(out, 2r)``; a product of exactly zero if nothing has moved.
+
+    Raises:
+        ValueError: If the shapes disagree.
+    """
+    for one, other in zip(factors, start, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(
+                f"A start of shape {tuple(other.shape)} does not fit a factor of shape {tuple(one.shape)}."
+            )
+    (A, M, B), (A0, M0, B0) = factors, start
+    check_factors(A, M, B)
+    moved = (M - M0) @ A + M0 @ (A - A0)  # (r, in)
+    identity = torch.eye(len(M), dtype=M.dtype, device=M.device)
+    mixers = torch.block_diag(M, identity)  # type: ignore[no-untyped-call]  # (2r, 2r)
+    return torch.cat([A, moved]), mixers, torch.cat([B - B0, B0], dim=1)

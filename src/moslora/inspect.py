@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.adapter import AdapterError, Factors
+from moslora.adapter import Adapter, AdapterError, Factors
 from moslora.formats import detect, read_adapter
 from moslora.models import ModelError
 from moslora.weights import Weights, open_weights
@@ -25,6 +25,14 @@ __all__ = ["NOTHING", "Group", "Inspection", "ModuleReport", "inspect_adapter", 
 
 # Below this share of the median ‖ΔW‖ a module has learned nothing beside the others.
 NOTHING = 1e-3
+MAGNITUDES = (
+    "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; what is said of ΔW is said of s·B·M·A, before "
+    "that."
+)
+COMPONENTS = (
+    "It started from principal components of its base, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
+    "at as one product of twice the rank, so the figures of the mixer are of both."
+)
 # The starts that a configuration names exactly. Others are random, and their start is not kept.
 KNOWN_STARTS = ("identity", "two-subspace")
 
@@ -112,6 +120,7 @@ class Inspection:
         modules: What each module learned, by path.
         groups: The same by kind of module.
         learned_nothing: Modules whose ``‖ΔW‖`` is below ``NOTHING`` of the median.
+        note: What must be known to read the figures; empty if nothing.
     """
 
     adapter: str
@@ -122,6 +131,7 @@ class Inspection:
     modules: tuple[ModuleReport, ...]
     groups: tuple[Group, ...]
     learned_nothing: tuple[str, ...]
+    note: str = ""
 
 
 def inspect_adapter(
@@ -167,7 +177,16 @@ def inspect_adapter(
             _group(kind, [r for r in reports if r.kind == kind]) for kind in _unique(r.kind for r in reports)
         ),
         tuple(r.module for r in reports if r.norm == 0 or r.norm < NOTHING * typical),
+        _note(found),
     )
+
+
+def _note(adapter: Adapter) -> str:
+    begun = any(
+        "init_lora_weights" in part
+        for part in adapter.config.get("components", {"": adapter.config}).values()
+    )
+    return " ".join([MAGNITUDES] * adapter.has_magnitudes + [COMPONENTS] * begun)
 
 
 def _look(name: str, factors: Factors, weights: Weights | None, mixer: Any) -> ModuleReport:

@@ -160,6 +160,7 @@ def merge(
 
 def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
+    adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
     for key, tensor in sorted(adapter.extra.items()):
         if not _is_copy_of_base(key, tensor, weights):
             raise AdapterError(

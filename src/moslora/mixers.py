@@ -6,6 +6,7 @@ A new mixer is one entry of ``MIXERS``. A start from which nothing can be learne
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,21 @@ from torch import Generator, Tensor, nn
 
 from moslora.functional import two_subspace_mixer
 
-__all__ = ["MIXERS", "Mixer", "find_mixer", "forked_generator", "initial_mixer"]
+__all__ = [
+    "CUSTOM",
+    "MIXERS",
+    "SINGULAR_VALUES",
+    "Mixer",
+    "draw_mixer",
+    "find_mixer",
+    "forked_generator",
+    "initial_mixer",
+]
+
+# What a configuration calls a mixer that starts with the singular values of the base weight.
+SINGULAR_VALUES = "singular-values"
+# What a configuration calls a mixer that was given as a tensor or a callable.
+CUSTOM = "custom"
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,15 @@ REFUSED: dict[str, str] = {
     ),
 }
 REFUSED["zero"] = REFUSED["zeros"]
+REFUSED[SINGULAR_VALUES] = (
+    f'mixer="{SINGULAR_VALUES}" is what a start from principal components makes of M. Leave mixer out and set '
+    'init_lora_weights="pissa".'
+)
+REFUSED[CUSTOM] = (
+    f'mixer="{CUSTOM}" stands in saved adapters whose mixer was given as a tensor or a callable; the values it started '
+    "from are not kept. To start a new adapter give them again, mixer=tensor or mixer=callable, or choose one of "
+    f"{sorted(MIXERS)}."
+)
 
 
 def find_mixer(name: str) -> Mixer:
@@ -108,6 +132,61 @@ def initial_mixer(name: str, r: int, generator: Generator | None = None) -> Tens
         ValueError: If the mixer is unknown, cannot learn, or does not exist for this rank.
     """
     return find_mixer(name).fill(r, generator)
+
+
+def draw_mixer(given: Tensor | Callable[..., Tensor], r: int, generator: Generator | None = None) -> Tensor:
+    """Take the initial M from a user's tensor or callable, refusing what cannot be meant.
+
+    Args:
+        given: M itself, shape ``(r, r)``; or what makes it of the rank. A callable with a parameter named
+            ``generator``, or with a second one without a default, is handed a CPU generator too. What it draws
+            from torch's default generator does not advance that one, so A and B start as without it.
+        r: Rank.
+        generator: What random starts are drawn from; torch's default one if None.
+
+    Returns:
+        M, shape ``(r, r)``, float32 (float64 if it was given so), on the CPU.
+
+    Raises:
+        ValueError: If it is no real matrix of this shape, is not finite, or is zero, from which nothing is learned.
+    """
+    found: object = given
+    if not isinstance(given, Tensor):
+        with torch.random.fork_rng(devices=[]):
+            seed = torch.randint(2**62, (), generator=generator)
+            torch.default_generator.manual_seed(int(seed))
+            found = _call(given, r, generator)
+    source = "mixer" if isinstance(given, Tensor) else f"mixer({r})"
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{source} is a {type(found).__name__}; it must be a torch.Tensor of shape (r, r), or a callable that "
+            "makes one of the rank r."
+        )
+    if found.is_complex() or found.is_meta or found.is_sparse or tuple(found.shape) != (r, r):
+        raise ValueError(
+            f"{source} is a {found.dtype} tensor of shape {tuple(found.shape)} on {found.device}; for rank {r} it must "
+            f"be a dense real one of shape ({r}, {r}). A callable, r -> tensor, serves modules of different ranks."
+        )
+    dtype = found.dtype if found.dtype == torch.float64 else torch.float32
+    M = found.detach().to("cpu", dtype, copy=True)
+    if not torch.isfinite(M).all():
+        raise ValueError(f"{source} has NaN or infinite values (as {dtype}); every entry must be a number.")
+    if not M.any():
+        raise ValueError(f"{source} is zero. {REFUSED['zeros']}")
+    return M
+
+
+def _call(given: Callable[..., Tensor], r: int, generator: Generator | None) -> object:
+    """Call what makes a mixer, with the generator if it asks for one."""
+    try:
+        parameters = inspect.signature(given).parameters
+    except (TypeError, ValueError):  # functions that are not written in Python do not say
+        return given(r)
+    if "generator" in parameters:
+        return given(r, generator=generator)
+    places = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    asks = len(places) > 1 and places[1].default is inspect.Parameter.empty
+    return given(r, generator) if asks else given(r)
 
 
 def forked_generator() -> Generator:

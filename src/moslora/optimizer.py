@@ -25,12 +25,21 @@ def param_groups(
     B at a higher rate than A is LoRA+ (arXiv:2402.12354). Everything trained that is no factor (biases,
     ``modules_to_save``) has the plain rate.
 
+    transformers' Trainer, and TRL's, take them in either of two ways:
+
+        Trainer(model, args, ..., optimizers=(AdamW(param_groups(model, 1e-4, b_lr_ratio=16)), None))
+        Trainer(model, args, ..., optimizer_cls_and_kwargs=(AdamW, {"params": param_groups(model, 1e-4)}))
+
+    The Trainer's schedule then scales each group's own rate; ``learning_rate`` and ``weight_decay`` in its arguments
+    have no say.
+
     Args:
         model: A model with MoSLoRA adapters, as ``get_peft_model`` returns it.
         lr: Learning rate of A, and of everything that is no factor; positive.
         mixer_lr_ratio: The mixers' rate is this times ``lr``; at least 0.
         b_lr_ratio: B's rate is this times ``lr``; at least 0.
-        weight_decay: Of all groups but that of vectors, as biases are, which have none; at least 0.
+        weight_decay: Of all groups but that of vectors, as biases and DoRA's magnitudes are, which have none; at
+            least 0.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``: ``A``, ``mixer``, ``B``, ``other`` and
@@ -63,7 +72,10 @@ def param_groups(
         if factor is not None:
             members[{"A": "A", "M": "mixer", "B": "B"}[factor[1]]].append(parameter)
         else:
-            members["other" if parameter.ndim > 1 else "vectors"].append(parameter)
+            is_vector = (
+                parameter.ndim < 2 or ".moslora_magnitude." in name
+            )  # of a convolution: (1, out, 1, …)
+            members["vectors" if is_vector else "other"].append(parameter)
     if not members["A"] and not members["B"] and not members["mixer"]:
         raise ValueError(
             "The model trains no MoSLoRA factor. Make it with get_peft_model(model, MoSLoRAConfig(...)), or "

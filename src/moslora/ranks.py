@@ -32,10 +32,12 @@ def nearest(factors: Factors, r: int) -> Factors:
         Folded factors with a scale of 1, in float32 at least; A and B share the roots of the singular values.
 
     Raises:
+        AdapterError: If there is a magnitude.
         ValueError: If ``r`` is below 1.
     """
     if r < 1:
         raise ValueError(f"A rank must be at least 1; found {r}.")
+    factors.require_no_magnitude()
     dtype = torch.promote_types(factors.A.dtype, torch.float32)
     wide = factors.at_least(torch.float64).fold()
     groups = wide.form.groups
@@ -103,8 +105,12 @@ def to_rank(adapter: Adapter, r: int) -> Ranked:
         The nearest adapter of that rank, with its errors.
 
     Raises:
+        AdapterError: If it has DoRA's magnitude.
         ValueError: If ``r`` is below 1.
     """
+    adapter.refuse_magnitudes(
+        "What another rank would cost depends on the base's weights, so --rank is not done"
+    )
     modules = {name: nearest(factors, r) for name, factors in adapter.modules.items()}
     errors = {
         name: compare(Adapter({name: factors}), Adapter({name: modules[name]})).max_relative_error

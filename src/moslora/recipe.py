@@ -500,7 +500,7 @@ def _with_defaults(adapter: Any) -> Any:
 def _adapter_fields() -> dict[str, Any]:
     from moslora.tuner.config import MoSLoRAConfig
 
-    return _fields(MoSLoRAConfig)
+    return {**_fields(MoSLoRAConfig), "mixer": str}  # a tensor or callable has no place in YAML
 
 
 def _adapter_complaint(arguments: dict[str, Any]) -> list[str]:

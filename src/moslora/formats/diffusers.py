@@ -158,6 +158,9 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         AdapterError: If it is of no pipeline, or holds more than factors of linear layers and convolutions.
         OSError: If it cannot be written.
     """
+    adapter.refuse_magnitudes(
+        "That diffusers' loader takes it rightly was not verified, so it is not written"
+    )
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     check_writable(
         parts,

@@ -59,6 +59,7 @@ SHARED = (
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
 )
 
 
@@ -169,6 +170,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (_dict_of(_is_whole), "whole numbers by regular expression"),
     "alpha_pattern": (_dict_of(_is_number), "numbers by regular expression"),
     "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
     "mixer": (_is_text, "a name"),
     "unlike_lora": (
         lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
@@ -303,7 +305,7 @@ class Found:
     """Tensors of a file, sorted.
 
     Attributes:
-        modules: Per module path, tensors by ``A``, ``M``, ``B``, as they lie in the file.
+        modules: Per module path, tensors by ``A``, ``M``, ``B`` and ``magnitude``, as they lie in the file.
         rest: All other tensors, by their full name.
         embeddings: Paths of the modules whose names said that they are embeddings.
     """
@@ -351,16 +353,25 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
         is_embedding: Whether they adapt an embedding.
 
     Returns:
-        A ``(r, in)``, M ``(r, r)`` and B ``(out, r)``, and how they lay.
+        A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and a magnitude ``(out,)``, and how they lay.
 
     Raises:
         ValueError: If a convolution's factors do not fit each other.
     """
     A, B = tensors["A"], tensors["B"]
+    flat = dict(tensors)
+    if "magnitude" in flat:  # (out,), of a convolution (1, out, 1, …)
+        magnitude = flat["magnitude"]
+        shape = (B.shape[0],) if A.ndim < 3 else (1, B.shape[0], *(1,) * (A.ndim - 2))
+        if is_embedding or tuple(magnitude.shape) != shape:
+            raise ValueError(
+                f"a magnitude of shape {tuple(magnitude.shape)} does not fit B {tuple(B.shape)}."
+            )
+        flat["magnitude"] = magnitude.flatten()
     if is_embedding:
-        return dict(tensors), Form("embedding")
+        return flat, Form("embedding")
     if A.ndim < 3:
-        return dict(tensors), LINEAR
+        return flat, LINEAR
     r, kernel = A.shape[0], tuple(A.shape[2:])
     if (
         B.ndim != A.ndim
@@ -370,7 +381,7 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
     ):
         raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no factors of one convolution.")
     groups = r // B.shape[1]
-    flat = {name: tensor.flatten(1) for name, tensor in tensors.items()}
+    flat.update({name: tensor.flatten(1) for name, tensor in tensors.items() if name != "magnitude"})
     if groups > 1:
         flat["B"] = torch.block_diag(*flat["B"].chunk(groups))  # type: ignore[no-untyped-call]  # (out, r)
     return flat, Form("conv", kernel, groups)
@@ -383,11 +394,13 @@ def as_stored(factors: Factors) -> dict[str, Tensor]:
         factors: Of one module.
 
     Returns:
-        ``A``, ``M`` and ``B``.
+        ``A``, ``M`` and ``B``, and ``magnitude`` where there is one.
     """
     A, M, B, form = factors.A, factors.M, factors.B, factors.form
+    beside = {} if factors.magnitude is None else {"magnitude": factors.magnitude}
     if form.kind != "conv":
-        return {"A": A, "M": M, "B": B}
+        return {"A": A, "M": M, "B": B, **beside}
+    beside = {name: m.view(1, -1, *(1,) * len(form.kernel)) for name, m in beside.items()}
     ones = (1,) * len(form.kernel)
     if form.groups > 1:
         rows, columns = B.shape[0] // form.groups, B.shape[1] // form.groups
@@ -397,11 +410,15 @@ def as_stored(factors: Factors) -> dict[str, Tensor]:
         "A": A.view(A.shape[0], -1, *form.kernel),
         "M": M.view(*M.shape, *ones),
         "B": B.view(*B.shape, *ones),
+        **beside,
     }
 
 
 def name_all(
-    modules: Mapping[str, Factors], parts: Mapping[str, str], embedding_parts: Mapping[str, str]
+    modules: Mapping[str, Factors],
+    parts: Mapping[str, str],
+    embedding_parts: Mapping[str, str],
+    magnitude_part: str = "",
 ) -> dict[str, Tensor]:
     """Name the factors of all modules as a file does, experts put together.
 
@@ -409,6 +426,7 @@ def name_all(
         modules: Factors by path.
         parts: ``A``, ``M`` or ``B`` by the PART that stands for it; letters that are not there are left out.
         embedding_parts: The same for embeddings.
+        magnitude_part: What a magnitude is called, ``.weight`` included where it has that.
 
     Returns:
         Tensors by name.
@@ -416,7 +434,7 @@ def name_all(
     named: dict[str, Tensor] = {}
     for module, factors in modules.items():
         if factors.form != experts.EXPERT:
-            named.update(name_tensors(module, factors, parts, embedding_parts))
+            named.update(name_tensors(module, factors, parts, embedding_parts, magnitude_part))
     for module, stored in experts.gather(modules).items():
         named.update(
             {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
@@ -425,7 +443,11 @@ def name_all(
 
 
 def name_tensors(
-    module: str, factors: Factors, parts: Mapping[str, str], embedding_parts: Mapping[str, str]
+    module: str,
+    factors: Factors,
+    parts: Mapping[str, str],
+    embedding_parts: Mapping[str, str],
+    magnitude_part: str = "",
 ) -> dict[str, Tensor]:
     """Name the factors of a module as a file does.
 
@@ -434,6 +456,7 @@ def name_tensors(
         factors: Its factors.
         parts: ``A``, ``M`` or ``B`` by the PART that stands for it; letters that are not there are left out.
         embedding_parts: The same for embeddings.
+        magnitude_part: What a magnitude is called, ``.weight`` included where it has that.
 
     Returns:
         Tensors by name.
@@ -441,7 +464,10 @@ def name_tensors(
     stored = as_stored(factors)
     if factors.form.kind == "embedding":
         return {f"{KEY_PREFIX}{module}.{part}": stored[letter] for part, letter in embedding_parts.items()}
-    return {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
+    named = {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
+    if "magnitude" in stored:
+        named[f"{KEY_PREFIX}{module}.{magnitude_part}"] = stored["magnitude"]
+    return named
 
 
 def _said(config: Mapping[str, Any], module: str) -> set[tuple[Any, Any]]:
@@ -515,7 +541,7 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
         if missing:
             raise AdapterError(f"{folder}: {name} lacks its factor {' and '.join(sorted(missing))}.")
         for letter, tensor in found.modules[name].items():
-            if tensor.ndim < 2 or not tensor.is_floating_point():
+            if (tensor.ndim < 2 and letter != "magnitude") or not tensor.is_floating_point():
                 raise AdapterError(
                     f"{folder}: {letter} of {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a "
                     "matrix of floats. The file is damaged, or of another method."
@@ -538,11 +564,18 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
                 tensors, form = as_matrices(own, name in found.embeddings)
             A, r = tensors["A"], tensors["A"].shape[0]
             M = tensors["M"] if "M" in tensors else torch.eye(r, dtype=A.dtype)
-            built[name] = Factors(A, M, tensors["B"], module_scale(config, name, r), form)
+            scale, magnitude = module_scale(config, name, r), tensors.get("magnitude")
+            built[name] = Factors(A, M, tensors["B"], scale, form, magnitude)
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
         except ValueError as error:
             raise AdapterError(f"{folder}: {name}: {error}") from error
+    having = sum(factors.magnitude is not None for factors in built.values())
+    if having != (len(built) if config.get("use_dora") else 0):
+        raise AdapterError(
+            f"{folder}: its configuration says use_dora={bool(config.get('use_dora'))}, and "
+            f"{having} of {len(built)} modules have a magnitude. All must have one, or none. Save the adapter again."
+        )
     return Adapter(built, dict(config), dict(found.rest))
 
 
@@ -556,6 +589,8 @@ def settle(adapter: Adapter) -> dict[str, Any]:
         The configuration.
     """
     config = copy.deepcopy(dict(adapter.config))
+    if adapter.has_magnitudes:
+        config["use_dora"] = True
     if not config.get("target_modules") and not config.get("target_parameters"):
         config["target_modules"] = name_exactly(adapter.modules)
     if any(f.form == experts.EXPERT for f in adapter.modules.values()) and not config.get(

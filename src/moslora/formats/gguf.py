@@ -143,6 +143,7 @@ def write(
         OSError: If it cannot be written.
     """
     gguf = _need_gguf()
+    adapter.refuse_magnitudes("A GGUF file has no place for it")
     plain = flatten(adapter)
     name, targets = _targets(plain, base)
     writer = gguf.GGUFWriter(None, name)

@@ -252,6 +252,9 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         AdapterError: If programs that read kohya files would refuse it or read it wrongly.
         OSError: If it cannot be written.
     """
+    adapter.refuse_magnitudes(
+        "This file would be read by programs that do not agree on it, so it is not written"
+    )
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     strange = sorted(parts.keys() - set(PREFIXES.values()))
     if strange:

@@ -32,6 +32,7 @@ from moslora.formats.directory import (
 __all__ = ["PEFT_TYPE", "flatten", "read", "read_with_peft", "write"]
 
 PEFT_TYPE = "LORA"
+MAGNITUDE = "lora_magnitude_vector"  # without .weight, as PEFT's files have it
 PARTS = {"lora_A": "A", "lora_B": "B"}
 EMBEDDING_PARTS = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 
@@ -39,14 +40,13 @@ EMBEDDING_PARTS = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 FOREIGN = {
     "lora_AB": "a mixer in the naming of MoSLoRA's authors; stock PEFT drops it and runs B·A, which is wrong",
     "lora_mixer": "a mixer in the naming of PEFT pull request 2294; stock PEFT drops it and runs B·A",
-    "lora_magnitude_vector": "DoRA's magnitude",
     "lora_B.bias": "a bias on B",
 }
-VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config")
+VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config")
 
 
 def read(folder: Path) -> Adapter:
-    """Read a plain LoRA directory; its mixers are the identity.
+    """Read a plain LoRA directory, DoRA included; its mixers are the identity.
 
     Args:
         folder: The directory.
@@ -64,6 +64,9 @@ def read(folder: Path) -> Adapter:
     if set_variants:
         raise AdapterError(f"{folder} is no plain LoRA: {set_variants[0]} is set. Only plain LoRA is read.")
     found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
+    for key in [key for key in found.rest if key.endswith(f".{MAGNITUDE}")]:
+        module = key.removesuffix(f".{MAGNITUDE}").removeprefix(KEY_PREFIX)
+        found.modules.setdefault(module, {})["magnitude"] = found.rest.pop(key)
     for key in found.rest:
         for mark, meaning in FOREIGN.items():
             if mark in key:
@@ -116,7 +119,7 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
         values["bias"] = "lora_only"
     config = LoraConfig(inference_mode=True, **values)
     tensors = dict(plain.extra)
-    named = name_all(plain.modules, PARTS, EMBEDDING_PARTS)
+    named = name_all(plain.modules, PARTS, EMBEDDING_PARTS, MAGNITUDE)
     tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)
 

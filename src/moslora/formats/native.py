@@ -6,11 +6,14 @@ program without this package finds nothing it knows, rather than half.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moslora import functional
 from moslora.adapter import Adapter, AdapterError
 from moslora.formats.directory import (
     SHARED,
@@ -28,8 +31,11 @@ from moslora.tuner.config import MoSLoRAConfig
 __all__ = ["PEFT_TYPE", "read", "write"]
 
 PEFT_TYPE = "MOSLORA"
+MAGNITUDE = "moslora_magnitude"
 PARTS = {"moslora_A": "A", "moslora_M": "M", "moslora_B": "B"}
 EMBEDDING_PARTS = {"moslora_embedding_A": "A", "moslora_embedding_M": "M", "moslora_embedding_B": "B"}
+# Where factors started that began with the principal components of the base: to be subtracted.
+STARTS = {"moslora_start_A": "start A", "moslora_start_M": "start M", "moslora_start_B": "start B"}
 OWN = ("mixer", "train_mixer", "match_scale", "unlike_lora")
 
 
@@ -48,7 +54,11 @@ def read(folder: Path) -> Adapter:
     config = read_config(folder)
     if config["peft_type"] != PEFT_TYPE:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
-    found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
+    found = group_factors(read_tensors(folder), {**PARTS, **STARTS, MAGNITUDE: "magnitude"}, EMBEDDING_PARTS)
+    begun = {
+        name: {letter: own.pop(letter) for letter in STARTS.values() if letter in own}
+        for name, own in found.modules.items()
+    }
     strange = [key for key in found.rest if "moslora_" in key]
     if strange:
         raise AdapterError(f"{folder / WEIGHTS} holds tensors of an unknown form: {strange[:3]}.")
@@ -56,7 +66,35 @@ def read(folder: Path) -> Adapter:
     if without:
         raise AdapterError(f"{folder / WEIGHTS}: {without[0]} lacks its mixer, moslora_M.")
     kept = {name: config[name] for name in (*SHARED, *OWN) if name in config}
-    return build_adapter(folder, kept, found)
+    adapter = build_adapter(folder, kept, found)
+    is_begun = str(config.get("init_lora_weights")).startswith("pissa")
+    whole = [name for name, own in begun.items() if len(own) == len(STARTS)]
+    if len(whole) != (len(begun) if is_begun else 0) or any(len(own) % len(STARTS) for own in begun.values()):
+        raise AdapterError(
+            f"{folder}: its configuration says init_lora_weights={config.get('init_lora_weights')!r}, and "
+            f"{len(whole)} of {len(begun)} modules have their start whole (moslora_start_A, _M, _B), which is to be "
+            "subtracted. Save the adapter again."
+        )
+    return _subtract(folder, adapter, begun) if is_begun else adapter
+
+
+def _subtract(folder: Path, adapter: Adapter, begun: Mapping[str, Mapping[str, torch.Tensor]]) -> Adapter:
+    """Make factors of ``B·M·A - B0·M0·A0``, of twice the rank, in float32 at least."""
+    modules = {}
+    for name, factors in adapter.modules.items():
+        start = [begun[name][letter] for letter in STARTS.values()]
+        own = (factors.A.double(), factors.M.double(), factors.B.double())
+        dtype = torch.promote_types(factors.A.dtype, torch.float32)
+        A0, M0, B0 = (t.double() for t in start)
+        try:
+            whole = functional.subtract_start(own, (A0, M0, B0))
+            A, M, B = (t.to(dtype) for t in whole)  # differences first, rounded once
+            modules[name] = replace(factors, A=A, M=M, B=B)
+        except ValueError as error:
+            raise AdapterError(f"{folder}: {name}: its start does not fit its factors: {error}") from error
+    # Of what it is now, M is neither the singular values nor anything else that has a name.
+    config = {**adapter.config, "mixer": "custom", "init_lora_weights": "pissa"}
+    return replace(adapter, modules=modules, config=config)
 
 
 def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -73,6 +111,7 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
     """
     values: dict[str, Any] = settle(adapter)
     values.setdefault("mixer", "identity")
+    values.pop("init_lora_weights", None)  # the start lies beside the factors, in their rank
     if values.get("bias") == "lora_only":
         values["bias"] = "moslora_only"
     try:
@@ -80,6 +119,6 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
     except (TypeError, ValueError) as error:
         raise AdapterError(f"The adapter's configuration has no native form: {error}") from error
     tensors = dict(adapter.extra)
-    named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS)
+    named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS, f"{MAGNITUDE}.weight")
     tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)

@@ -131,10 +131,16 @@ def filled_factors(model: nn.Module) -> dict[str, Factors]:
             form = Form("embedding")
         elif A.ndim > 2:
             form = Form("conv", tuple(A.shape[2:]), A.shape[0] // B.shape[1])
+        magnitude: Tensor | None = None
+        if name in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[name].weight.detach().flatten()
+            if magnitude.is_meta:
+                raise AdapterError(f"{path}: the other project's loader left its magnitude empty.")
         A, B = A.flatten(1), B.flatten(1)
         if form.groups > 1:
             B = torch.block_diag(*B.chunk(form.groups))  # type: ignore[no-untyped-call]
-        found[path] = Factors(A, torch.eye(A.shape[0], dtype=A.dtype), B, float(layer.scaling[name]), form)
+        M, scale = torch.eye(A.shape[0], dtype=A.dtype), float(layer.scaling[name])
+        found[path] = Factors(A, M, B, scale, form, magnitude)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moslora.tuner import dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
 
@@ -70,6 +71,8 @@ class MoSLoRAAttention(MoSLoRALayer):
             config: Everything that does not differ between layers.
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
+        starts.check(self, config)
+        dora.check(self, config)  # before the attention is changed
         base = self.get_base_layer()
         if not isinstance(base.out_proj, MoSLoRALinear):
             base.out_proj = MoSLoRALinear(base.out_proj, adapter_name, config, r, lora_alpha)

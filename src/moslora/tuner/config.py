@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
+from torch import Generator, Tensor
 
-from moslora.mixers import find_mixer
+from moslora.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 
 __all__ = ["MoSLoRAConfig", "MoSLoRAType"]
 
@@ -21,7 +24,6 @@ class MoSLoRAType(enum.StrEnum):
 
 # LoRA arguments that have no meaning here, or not yet: a script that sets one is told so, never half-obeyed.
 REFUSED_ARGUMENTS: dict[str, str] = {
-    "use_dora": "DoRA's magnitude on top of a mixer is not supported. Leave it out, or use peft.LoraConfig.",
     "layer_replication": "Layer replication is not supported. Replicate the layers before adapting them.",
     "lora_bias": "A bias on B is not supported, because few readers of LoRA files know it.",
 }
@@ -42,12 +44,20 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             None takes PEFT's list for the architecture.
         exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
         mixer: How M starts: ``"kaiming"`` (the paper's language runs), ``"orthogonal"`` (its SDXL runs),
-            ``"gaussian"``, ``"identity"`` (starts as LoRA) or ``"two-subspace"`` (fixed, r even).
+            ``"gaussian"``, ``"identity"`` (starts as LoRA) or ``"two-subspace"`` (fixed, r even). Or M itself, a
+            tensor ``(r, r)``, copied; or a callable that makes it of the rank, ``r -> tensor`` or ``(r, generator) ->
+            tensor``. Such a configuration, and what is saved of it, says ``"custom"``: the values are in the
+            adapter's file once it is trained, and what they started from is not kept.
         train_mixer: Whether M is learned. None means yes, except for ``"two-subspace"``.
         match_scale: Rescale the initial M so that ‖M·A‖ equals ‖A‖, as LoRA's would be. A kaiming mixer
             otherwise starts at about 0.58 of it.
         init_lora_weights: True: A kaiming-uniform and B zero. ``"gaussian"``: A normal with standard
-            deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests).
+            deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests). Of linear
+            layers also ``"orthogonal"``: A and B random with B·M·A = 0, r even; and ``"pissa"``: the r leading
+            singular vectors of the base weight, with M the diagonal of its singular values (arXiv:2404.02948),
+            or ``"pissa_niter_4"``, by that many iterations of a randomised decomposition. The base weight is left
+            as it is; the start is saved with the adapter and subtracted, so its fold has rank 2r. mixer and
+            match_scale must be left at their defaults then, and mixer becomes ``"singular-values"``.
         bias: ``"none"``, ``"all"`` or ``"moslora_only"``: which biases of the base are trained.
             ``"lora_only"`` is accepted as the same.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv:2312.03732).
@@ -63,7 +73,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             of a mixture are: a matrix, or one matrix for each expert (which then has its own mixer).
         trainable_token_indices: Token ids whose embeddings are trained in full, as in LoRA; for layers other
             than the input embedding, by the layer's name.
-        use_dora, layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
+        use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers and convolutions: the update turns the
+            rows of the weight, and a vector that is learned says how long they are.
+        layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
 
     Raises:
         ValueError: If a value has no meaning; the message names the way out.
@@ -78,10 +90,14 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     exclude_modules: Optional[Union[list[str], set[str], str]] = field(default=None)  # noqa: UP007, UP045
     lora_alpha: float = field(default=8, metadata={"help": "Numerator of the scaling, lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the update's input, in [0, 1)."})
-    mixer: str = field(default="kaiming", metadata={"help": "How M starts."})
+    mixer: Union[str, Tensor, Callable[..., Tensor]] = field(  # noqa: UP007
+        default="kaiming", metadata={"help": "How M starts."}
+    )
     train_mixer: Optional[bool] = field(default=None, metadata={"help": "Whether M is learned."})  # noqa: UP045
     match_scale: bool = field(default=False, metadata={"help": "Start with ‖M·A‖ = ‖A‖."})
-    init_lora_weights: Union[bool, Literal["gaussian"]] = field(default=True)  # noqa: UP007
+    init_lora_weights: Union[bool, str] = field(  # noqa: UP007
+        default=True, metadata={"help": "How A and B start."}
+    )
     bias: str = field(default="none")
     use_rslora: bool = field(default=False)
     fan_in_fan_out: bool = field(default=False)
@@ -94,23 +110,91 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(default=None)  # noqa: UP007, UP045
     ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
-    use_dora: bool = field(default=False)
+    use_dora: bool = field(default=False, metadata={"help": "DoRA's magnitude on top."})
     layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
     lora_bias: bool = field(default=False)
 
     def __post_init__(self) -> None:
         """Check every value, and turn lists of names into sets, as PEFT does."""
         super().__post_init__()
+        # From a file, JSON's text names the type; PEFT's files say inference_mode too, transformers' do not. Such a
+        # configuration brings its values in the file beside it, whatever is done with it later.
+        named: Any = getattr(self, "peft_type")  # noqa: B009  mypy knows no type of it here
+        self._is_saved = bool(self.inference_mode) or type(named) is str
         self.peft_type = MoSLoRAType.MOSLORA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        self.train_mixer = find_mixer(self.mixer).learned if self.train_mixer is None else self.train_mixer
+        self._take_mixer()
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
         if self.ensure_weight_tying:
             self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
         self._check()
+
+    def _take_mixer(self) -> None:
+        """Keep a given mixer beside the fields, which stay such that JSON and ``==`` can have them."""
+        self._given_mixer: Tensor | Callable[..., Tensor] | None = None
+        if not isinstance(self.mixer, str):
+            if not isinstance(self.mixer, Tensor) and not callable(self.mixer):
+                raise ValueError(
+                    f"mixer={self.mixer!r} is a {type(self.mixer).__name__}; it must be a name, a torch.Tensor of "
+                    "shape (r, r), or a callable r -> tensor."
+                )
+            given = self.mixer.detach().clone() if isinstance(self.mixer, Tensor) else self.mixer
+            self._given_mixer, self.mixer = given, CUSTOM
+        if self.starts_from_components:
+            if (
+                self.mixer not in ("kaiming", SINGULAR_VALUES) or self.match_scale
+            ):  # kaiming: left at its default
+                raise ValueError(
+                    f"init_lora_weights={self.init_lora_weights!r} makes M the singular values of the base weight, so "
+                    f"mixer={self.mixer!r} with match_scale={self.match_scale} has no meaning with it. Leave both out."
+                )
+            self.mixer = SINGULAR_VALUES
+            self.train_mixer = True if self.train_mixer is None else self.train_mixer
+            return
+        is_custom = self._given_mixer is not None or (self.mixer == CUSTOM and self._is_saved)
+        learned = is_custom or find_mixer(str(self.mixer)).learned
+        self.train_mixer = learned if self.train_mixer is None else self.train_mixer
+
+    @property
+    def starts_from_components(self) -> bool:
+        """Whether A, M and B start as the principal components of the base weight."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is a saved adapter's, so that a start that costs or needs something is left to its file."""
+        return self._is_saved
+
+    @property
+    def component_iterations(self) -> int | None:
+        """Iterations of a randomised decomposition; None for an exact one."""
+        found = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
+        return int(found[1]) if found else None
+
+    def start_mixer(self, r: int, generator: Generator) -> Tensor | None:
+        """Make the initial M of a module.
+
+        Args:
+            r: Its rank.
+            generator: What random starts are drawn from.
+
+        Returns:
+            M, shape ``(r, r)``, on the CPU; None if it has to come from a file, as the configuration of a saved
+            adapter says of a mixer that was given as a tensor or callable.
+
+        Raises:
+            ValueError: If a given mixer has no meaning for this rank.
+        """
+        if not isinstance(self.mixer, str):
+            self._take_mixer()  # put there after the configuration was made
+        if self._given_mixer is not None:
+            return draw_mixer(self._given_mixer, r, generator)
+        if self.starts_from_components:
+            return initial_mixer("identity", r)  # until the base weight is decomposed
+        return None if self.mixer == CUSTOM else initial_mixer(str(self.mixer), r, generator)
 
     def _check(self) -> None:
         for name, reason in REFUSED_ARGUMENTS.items():
@@ -124,16 +208,24 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 raise ValueError(f"{place}={rank!r} is no rank; it must be an integer of at least 1.")
             if self.mixer == "two-subspace" and rank % 2:
                 raise ValueError(f'{place}={rank} is odd, but mixer="two-subspace" mixes two halves.')
+            if isinstance(self._given_mixer, Tensor):
+                try:
+                    draw_mixer(self._given_mixer, rank)
+                except ValueError as error:
+                    raise ValueError(f"{place}={rank}: {error}") from error
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
         if self.bias not in ("none", "all", "moslora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        init = self.init_lora_weights
+        if init not in (True, False, "gaussian", "orthogonal", "pissa") and self.component_iterations is None:
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported with a mixer; "
-                "choose True, False or 'gaussian'. (A start from W0's principal components, as PiSSA's, "
-                "would change the output at the start, because M is not the identity.)"
+                f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, 'gaussian', "
+                "'orthogonal', 'pissa' or 'pissa_niter_[number of iterations]'."
             )
+        for place, rank in [("r", self.r), *self.rank_pattern.items()] if init == "orthogonal" else ():
+            if rank % 2:
+                raise ValueError(f"{place}={rank} is odd, but init_lora_weights='orthogonal' halves it.")
         if isinstance(self.target_parameters, str):
             raise ValueError(
                 f"target_parameters={self.target_parameters!r} must be a list of names or suffixes; a regular "

@@ -89,14 +89,34 @@ class MoSLoRAConv(MoSLoRALayer):
             )
         return delta.view(base.weight.shape)  # (out, in, *kernel)
 
+    @property
+    def weight_dims(self) -> int:  # type: ignore[override]
+        """How many dimensions the base weight has."""
+        return cast(int, self.get_base_layer().weight.ndim)
+
+    def why_no_magnitude(self) -> str | None:
+        """Tell why this layer cannot have DoRA's magnitude; None if it can."""
+        groups = self.get_base_layer().groups
+        if groups == 1:
+            return None
+        return f"its {groups} groups leave the update without a place in the weight, whose norm a magnitude needs"
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """Return the base layer's output without its bias."""
+        base = self.get_base_layer()
+        return cast(Tensor, base._conv_forward(x, self.get_base_weight().to(x.dtype), None))
+
     def _update(self, x: Tensor, name: str) -> Tensor:
+        return self.low_rank(self.moslora_dropout[name](x), name)
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A·x``, dropping nothing, shape ``(n, out, *positions)``."""
         A, M, B = self._held(name)
         convolve_A: Any = self.moslora_A[name]
         convolve_B: Any = self.moslora_B[name]
         # Composed first, in the dtype of the factors: M then costs nothing per position.
         composed = (M.flatten(1) @ A.flatten(1)).view_as(A)  # (r, in, *kernel)
-        dropped = self.moslora_dropout[name](x)
-        H = convolve_A._conv_forward(dropped, composed.to(x.dtype), None)  # (n, r, *positions)
+        H = convolve_A._conv_forward(x, composed.to(x.dtype), None)  # (n, r, *positions)
         scaled = cast(Tensor, H * self.scaling[name])
         return cast(
             Tensor, convolve_B._conv_forward(scaled, B.to(scaled.dtype), None)

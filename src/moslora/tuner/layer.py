@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moslora import functional, ops
-from moslora.mixers import forked_generator, initial_mixer
+from moslora.mixers import forked_generator
+from moslora.tuner import dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.sharding import check_mergeable
 
@@ -64,6 +65,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     container: type[nn.ModuleDict] | type[nn.ParameterDict] = nn.ModuleDict
     # PEFT's word for the kind of layer whose weight a quantisation backend can write.
     quantized_kind = ""
+    # How many dimensions the base weight has, where a layer may have a magnitude.
+    weight_dims = 2
+    # Whether factors may start from the base weight, or orthogonal.
+    takes_starts = False
     # Whether an update is made row by row of the input, so that each row may have an adapter of its own.
     is_rowwise = True
 
@@ -114,6 +119,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self._unscaled: dict[str, float] = {}
+        self.merged_gains: dict[str, Tensor] = {}  # of adapters with a magnitude, while they are merged
+        self._unfilled: set[str] = set()  # adapters whose start is NaN, until a file's values are put in
         # A class attribute in PEFT; an own dict keeps one layer's frozen mixer from freezing another's.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -145,7 +152,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             config: Everything that does not differ between layers.
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
+        dora.check(self, config)
+        starts.check(self, config)
         self._check_adapter(r, config)
+        starts.forget(self, adapter_name)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = functional.scaling(lora_alpha, r, config.use_rslora)
@@ -160,11 +170,25 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         else:
             self.frozen_peft_weight_names[adapter_name] = (self.adapter_layer_names[1],)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        starts.begin(self, adapter_name, config)
+        dora.begin(self, adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def why_unlike_lora(self) -> str | None:
         """Tell why PEFT's LoRA of this layer computes another output from the same factors; None if it does not."""
         return None
+
+    def why_no_magnitude(self) -> str | None:
+        """Tell why this layer cannot have DoRA's magnitude; None if it can."""
+        return "DoRA's magnitude is there for linear layers and convolutions"
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A·x``, dropping nothing; of layers that may have a magnitude."""
+        raise NotImplementedError
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """Return the base layer's output without its bias; of layers that may have a magnitude."""
+        raise NotImplementedError
 
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         """Refuse an adapter that has no meaning in this layer.
@@ -182,6 +206,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Return the parameters A, M and B in the shapes in which they are held."""
         held = (getattr(self, name)[adapter_name] for name in self.adapter_layer_names[:3])
         A, M, B = (entry if isinstance(entry, Tensor) else cast(Tensor, entry.weight) for entry in held)
+        if adapter_name in self._unfilled:
+            starts.check_filled(self, adapter_name, M)
         return A, M, B
 
     @torch.no_grad()
@@ -197,15 +223,28 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         A, M, B, _ = self.factors(adapter_name)
         r, generator = self.r[adapter_name], forked_generator()
         for one_A, one_M, one_B in zip(*(_matrices(factor) for factor in (A, M, B)), strict=True):
-            one_M.copy_(initial_mixer(config.mixer, r, generator))
+            start = config.start_mixer(r, generator)
+            if start is None:
+                starts.leave_unfilled(self, adapter_name, M)
+                break
+            one_M.copy_(start)
             if config.match_scale:
                 # Where A starts at zero (embeddings), it is B that the mixer must not shrink.
                 alone, mixed = (one_A, one_M @ one_A) if one_A.any() else (one_B, one_B @ one_M)
+                if mixed.norm() == 0:
+                    raise ValueError(
+                        "match_scale=True cannot rescale this mixer: its product with A is zero. Choose another mixer."
+                    )
                 one_M.mul_(alone.norm() / mixed.norm())
+            if config.init_lora_weights == "orthogonal":
+                starts.make_orthogonal(one_A, one_M, one_B)
 
     def _start_like_lora(self, adapter_name: str, config: MoSLoRAConfig) -> None:
         """Give A and B the values that LoRA's start with."""
         A, _, B = self._held(adapter_name)
+        if config.init_lora_weights == "orthogonal":
+            starts.draw_orthogonal(A, B)
+            return
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / self.r[adapter_name])
         elif config.init_lora_weights:
@@ -221,12 +260,13 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
         Returns:
             A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters. A layer of
-            experts has one more dimension in front.
+            experts has one more dimension in front. With a start from principal components, which is subtracted,
+            the rank is 2r and they are no views.
 
         Raises:
             KeyError: If the layer has no adapter of this name.
         """
-        return *self._held(adapter_name), self.scaling[adapter_name]
+        return *starts.with_start(self, adapter_name, *self._held(adapter_name)), self.scaling[adapter_name]
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor) -> None:
@@ -238,11 +278,28 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             M: Shape ``(r, r)``.
             B: Shape ``(out, r)``.
         """
+        self._unfilled.discard(adapter_name)
         for held, value in zip(self._held(adapter_name), (A, M, B), strict=True):
             held.data = value.detach().clone().view(held.shape).to(held.device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Build ΔW as it lies in the base layer.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            The shape of the base weight; float32 where the factors are of lower precision, else their dtype. Of an
+            adapter with DoRA's magnitude, the whole change of the weight, ``W' - W0``.
+
+        Raises:
+            ValueError: If this layer has no such weight; the message says why.
+        """
+        has_magnitude = dora.has_magnitude(self, adapter)
+        return dora.delta_weight(self, adapter) if has_magnitude else self.low_rank_delta(adapter)
+
+    def low_rank_delta(self, adapter: str) -> Tensor:
+        """Build ``s·B·M·A`` as it lies in the base layer, whatever magnitude there is.
 
         Args:
             adapter: The adapter's name.
@@ -326,7 +383,9 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.scaling:
                 self._check_mergeable()
+                gain = dora.gain(self, adapter)  # before, for from the merged weight it cannot be told
                 self._add_to_weight(adapter, 1, safe_merge)
+                self.merged_gains.update({} if gain is None else {adapter: gain})
                 self.merged_adapters.append(adapter)
 
     @torch.no_grad()
@@ -335,9 +394,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
+            adapter = self.merged_adapters[-1]
             if adapter in self.scaling:
                 self._add_to_weight(adapter, -1, safe=False)
+            self.merged_adapters.pop()
+            self.merged_gains.pop(adapter, None)
 
     def _is_base_alone(self) -> bool:
         """Tell whether the base layer's output is the answer: adapters are disabled, or merged into it."""
@@ -400,18 +461,26 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
                 f"{type(self.get_base_layer()).__name__}: one name per row is needed. (A layer that sees tokens "
                 "instead of rows, as an expert does, cannot serve mixed batches: split the batch.)"
             )
-        result = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        result = base_out = cast(Tensor, self.base_layer(x, *args, **kwargs))
         for name in dict.fromkeys(adapter_names):
             if name in self.scaling:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name])
                 rows = rows.to(x.device)
-                result = result.index_add(0, rows, self._update(x[rows], name).to(result.dtype))
+                update = self._update_beside(x[rows], name, base_out[rows])
+                result = result.index_add(0, rows, update.to(result.dtype))
         return result
+
+    def _update_beside(self, x: Tensor, name: str, base_out: Tensor) -> Tensor:
+        """Return what adapter ``name`` adds to the base layer's output for x, which is ``base_out``."""
+        if dora.has_magnitude(self, name):
+            return dora.update(self, x, name, base_out)
+        return self._update(x, name)
 
     def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
         """Add the updates of ``adapters`` to the base layer's output."""
+        base_out = result
         for name in adapters:
-            result = result + self._update(x, name).to(result.dtype)
+            result = result + self._update_beside(x, name, base_out).to(result.dtype)
         return result
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -454,10 +523,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         super().delete_adapter(adapter_name)
         self._unscaled.pop(adapter_name, None)
+        self._unfilled.discard(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT that ΔW is additive, so that the adapter can be converted to LoRA."""
-        return True
+        """Tell PEFT whether ΔW is of low rank, so that the adapter can be converted to LoRA."""
+        return not dora.has_magnitude(self, adapter_name)
 
     def __repr__(self) -> str:
         return f"moslora.{super().__repr__()}"
@@ -482,6 +552,7 @@ class MoSLoRALinear(MoSLoRALayer):
     """A linear layer (or Conv1D, or a quantised one) with ``ΔW = s·B·M·A`` beside its weight."""
 
     quantized_kind = "linear"
+    takes_starts = True
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -496,6 +567,19 @@ class MoSLoRALinear(MoSLoRALayer):
     def _lay(self, delta: Tensor) -> Tensor:
         return delta.T if self.fan_in_fan_out else delta
 
+    def why_no_magnitude(self) -> str | None:
+        """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
+        return None
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A·x``, dropping nothing."""
+        return ops.low_rank_update(x, *self.factors(name))  # (..., out)
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """Return the base layer's output without its bias."""
+        weight = self.get_base_weight().to(x.dtype)
+        return nn.functional.linear(x, weight.T if self.fan_in_fan_out else weight)  # (..., out)
+
     def _why_apart(self, x: Tensor, name: str) -> str | None:
         """Tell why base product and update cannot run as one Function; None if they can.
 
@@ -506,6 +590,8 @@ class MoSLoRALinear(MoSLoRALayer):
         weight: Any = getattr(base, "weight", None)
         if not ops.is_fusing():
             return "fusing is switched off"
+        if any(dora.has_magnitude(self, active) for active in self._active_here()):
+            return "DoRA's magnitude rescales the base layer's own output"
         if type(base) not in (nn.Linear, Conv1D) or type(weight) not in (nn.Parameter, Tensor):
             return f"the base layer is a {type(base).__name__} with a {type(weight).__name__}"
         if (

@@ -363,6 +363,12 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                     f"Adapter {name!r} trains more than factors (bias, modules_to_save or "
                     "trainable_token_indices), of which a weighted sum has no meaning. Combine others."
                 )
+            if config.use_dora:
+                raise ValueError(
+                    f"Adapter {name!r} has DoRA's magnitude, so its change of the weight is no product of factors, and "
+                    "the sum would be none either. Activate the adapters together (set_adapter with a list), which "
+                    "adds their changes exactly, or merge them."
+                )
         for path, layer in layers.items():
             grouped = getattr(layer.get_base_layer(), "groups", 1) != 1
             if set(adapters) & set(layer.scaling) and (isinstance(layer, ParamWrapper) or grouped):
@@ -453,5 +459,5 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoSLoRAType.MOSLORA] = PREFIX
     # Ranks and alphas too: PEFT would pad a smaller mixer wrongly, and set_scale go on with the old alpha.
     hotswap.CONFIG_KEYS_TO_CHECK[MoSLoRAType.MOSLORA] = [
-        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout")
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "use_dora")
     ]

@@ -1,0 +1,244 @@
+"""DoRA's magnitude (arXiv:2402.09353) on top of a mixer: the update turns the rows of W0, m says how long they are.
+
+    W' = m · (W0 + s·B·M·A) / ‖W0 + s·B·M·A‖      row by row, one m for each output;  m starts as ‖W0 + s·B·M·A‖
+
+With the gain ``g = m / ‖W0 + s·B·M·A‖`` a layer adds ``(g - 1)·W0·x + g·s·B·M·A·x`` to its base's output. As in PEFT's
+LoRA, whose conventions these are, the norm is a constant to the gradient (section 4.3 of the paper), the base's bias
+is left alone, and in training dropout acts on the input of both terms. M folds into A as ever, m is carried over as it
+is, and what comes out is a DoRA adapter of plain LoRA.
+
+Where several adapters are active, each adds its own ``W' - W0``, whatever the order. (PEFT's LoRA rescales what those
+before have made of the output, so there the order counts.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moslora.tuner.config import MoSLoRAConfig
+
+__all__ = [
+    "Magnitude",
+    "begin",
+    "check",
+    "delta_weight",
+    "gain",
+    "has_magnitude",
+    "unmerged_weight",
+    "update",
+]
+
+HELD = "moslora_magnitude"
+# A merged weight is the sum of several; if their gains cancel, no base weight can be had from it again.
+SMALLEST_GAIN = 1e-3
+
+
+class Magnitude(nn.Module):
+    """What an adapter's m is held in.
+
+    Args:
+        values: m, of the shape in which PEFT's LoRA holds it: ``(out,)``, of a convolution ``(1, out, 1, …)``.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+
+def check(layer: Any, config: MoSLoRAConfig) -> None:
+    """Refuse a magnitude where it has no meaning.
+
+    Args:
+        layer: A MoSLoRA layer.
+        config: Its adapter's configuration.
+
+    Raises:
+        ValueError: With the reason and the way out.
+    """
+    if not config.use_dora:
+        return
+    base = layer.get_base_layer()
+    reason = layer.why_no_magnitude()
+    if reason is not None:
+        raise ValueError(
+            f"use_dora=True has no place in a {type(base).__name__}: {reason}. Leave the module out of target_modules "
+            "(or name it in exclude_modules), or set use_dora=False."
+        )
+
+
+def has_magnitude(layer: Any, adapter_name: str) -> bool:
+    """Tell whether an adapter has a magnitude in a layer.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+    """
+    return HELD in layer._modules and adapter_name in layer._modules[HELD]
+
+
+@torch.no_grad()
+def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
+    """Give an adapter its magnitude, so that W' starts as W0 + ΔW; or take one away that a former one had.
+
+    Args:
+        layer: A MoSLoRA layer whose factors have their values.
+        adapter_name: The adapter's name.
+        config: Its configuration.
+
+    Raises:
+        ValueError: If an output of the base has no weights but zeros, and so no direction.
+    """
+    if has_magnitude(layer, adapter_name):
+        del layer._modules[HELD][adapter_name]
+    if not config.use_dora:
+        return
+    if HELD not in layer._modules:
+        layer.add_module(HELD, nn.ModuleDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, HELD)
+    spare = (1,) * (layer.weight_dims - 2)  # of a convolution
+    shape = (1, layer.out_features, *spare) if spare else (layer.out_features,)
+    A = layer.moslora_A[adapter_name].weight
+    if A.is_meta:
+        values = torch.empty(shape, device="meta")
+    elif adapter_name in layer._unfilled:  # comes from the file that fills the rest
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        values = torch.full(shape, float("nan"), dtype=dtype, device=A.device)
+    else:
+        values = _norm(layer, adapter_name).view(shape)
+        if not values.all():
+            raise ValueError(
+                f"use_dora=True divides by the norm of each output's weights, and {int((values == 0).sum())} outputs "
+                f"of a {type(layer.get_base_layer()).__name__} have none but zeros. Leave the module out, or set "
+                "use_dora=False."
+            )
+    layer._modules[HELD][adapter_name] = Magnitude(values)
+
+
+def _along(values: Tensor, ndim: int, dim: int) -> Tensor:
+    """Lay one value for each output along a dimension."""
+    shape = [1] * ndim
+    shape[dim] = -1
+    return values.reshape(shape)
+
+
+def _out_dim(layer: Any) -> int:
+    """Return which dimension of the base weight the outputs are."""
+    return 1 if getattr(layer, "fan_in_fan_out", False) else 0
+
+
+def _directed(layer: Any, adapter_name: str) -> Tensor:
+    """Return ``W0 + s·B·M·A`` as the base weight lies, in float32 at least."""
+    delta: Tensor = layer.low_rank_delta(adapter_name)
+    return unmerged_weight(layer).to(delta.device) + delta
+
+
+def _norm(layer: Any, adapter_name: str, directed: Tensor | None = None) -> Tensor:
+    """Return ``‖W0 + s·B·M·A‖`` for each output, shape ``(out,)``; a constant to the gradient."""
+    with torch.no_grad():
+        directed = _directed(layer, adapter_name) if directed is None else directed
+        dims = [dim for dim in range(directed.ndim) if dim != _out_dim(layer)]
+        norm: Tensor = torch.linalg.vector_norm(directed, dim=dims)
+        return norm
+
+
+def unmerged_weight(layer: Any) -> Tensor:
+    """Return the base weight as it is without what is merged into it, up to rounding.
+
+    Args:
+        layer: A MoSLoRA layer.
+
+    Returns:
+        The shape of the base weight; float32 at least.
+
+    Raises:
+        ValueError: If the merged adapters' gains cancel, so that it cannot be had.
+    """
+    weight: Tensor = layer.get_base_weight()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    merged = [name for name in layer.merged_adapters if name in layer.scaling]
+    if not merged:
+        return weight
+    # W = W0 + Σ (g·(W0 + Δ) - W0) = W0·(1 + Σ (g - 1)) + Σ g·Δ, with g = 1 where there is no magnitude
+    total = torch.ones((), dtype=weight.dtype, device=weight.device)
+    for name in merged:
+        delta = layer.low_rank_delta(name).to(weight.device)
+        kept = layer.merged_gains.get(name)
+        if kept is not None:
+            g = _along(kept.to(weight), weight.ndim, _out_dim(layer))
+            total = total + (g - 1)
+            delta = g * delta
+        weight = weight - delta
+    if bool((total.abs() < SMALLEST_GAIN).any()):
+        raise ValueError(
+            f"The adapters {merged} were merged together, and their magnitudes cancel, so the base weight cannot be "
+            "had again. Load the base anew, and merge one adapter at a time."
+        )
+    return weight / total
+
+
+@torch.no_grad()
+def delta_weight(layer: Any, adapter_name: str) -> Tensor:
+    """Build ``W' - W0`` as it lies in the base layer.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: An adapter with a magnitude.
+
+    Returns:
+        The shape of the base weight; float32 at least.
+    """
+    base = unmerged_weight(layer)
+    directed = base + layer.low_rank_delta(adapter_name).to(base.device)
+    kept = layer.merged_gains.get(adapter_name)
+    g = _gain(layer, adapter_name, directed) if kept is None else kept
+    change: Tensor = _along(g.to(directed), directed.ndim, _out_dim(layer)) * directed - base
+    return change
+
+
+def _gain(layer: Any, adapter_name: str, directed: Tensor | None = None) -> Tensor:
+    magnitude: Tensor = layer._modules[HELD][adapter_name].weight
+    return magnitude.reshape(-1) / _norm(layer, adapter_name, directed).to(magnitude.device)  # (out,)
+
+
+@torch.no_grad()
+def gain(layer: Any, adapter_name: str) -> Tensor | None:
+    """Return ``g = m / ‖W0 + s·B·M·A‖`` of an adapter.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+
+    Returns:
+        Shape ``(out,)``; None if the adapter has no magnitude there.
+    """
+    return _gain(layer, adapter_name) if has_magnitude(layer, adapter_name) else None
+
+
+def update(layer: Any, x: Tensor, adapter_name: str, base_out: Tensor) -> Tensor:
+    """Return what an adapter with a magnitude adds to the base layer's output.
+
+    Args:
+        layer: A MoSLoRA layer, nothing merged.
+        x: The base layer's input.
+        adapter_name: The adapter's name.
+        base_out: The base layer's output for x, its bias included.
+
+    Returns:
+        ``(g - 1)·W0·x + g·s·B·M·A·x``, shape of ``base_out``, float32 at least.
+    """
+    dropout = layer.moslora_dropout[adapter_name]
+    out_dim = (
+        1 - layer.weight_dims
+    )  # counted from the end, for a batch may be missing or have several dimensions
+    if layer.training and isinstance(dropout, nn.Dropout):
+        x = dropout(x)
+        base_out = layer.base_product(x)
+    else:
+        bias = getattr(layer.get_base_layer(), "bias", None)
+        base_out = base_out if bias is None else base_out - _along(bias, base_out.ndim, out_dim)
+    g = _along(_gain(layer, adapter_name), base_out.ndim, out_dim)
+    low_rank: Tensor = layer.low_rank(x, adapter_name)
+    return (g - 1) * base_out + g * low_rank

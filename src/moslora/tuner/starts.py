@@ -1,0 +1,251 @@
+"""Where factors start, beyond LoRA's own beginnings.
+
+*Principal components* (PiSSA's idea, arXiv:2404.02948). With the r leading singular triples of the base weight, A and B
+start as the singular vectors and M as the singular values over s, so that ``s·B·M·A`` is the weight's principal part:
+
+    A = V_rᵀ    B = U_r    M = diag(σ_1 … σ_r) / s        ΔW = s·(B·M·A - B0·M0·A0)
+
+PiSSA takes that part out of the base weight. Here the base is left alone, and where the factors started is kept beside
+them, as tensors that are saved and never trained. So loading on the original base is exact, merging is, adapters live
+beside each other, and any triples would do: a rounded or a randomised decomposition costs no exactness. A layer runs
+one update of rank 2r, and folds into a plain LoRA of that rank. Its factors are differences, for two products that are
+nearly equal, subtracted as they are, would leave their rounding:
+
+    B·M·A - B0·M0·A0 = [B - B0, B0] · blockdiag(M, I) · [A; (M - M0)·A + M0·(A - A0)]
+
+*Orthogonal* (PEFT's ``"orthogonal"``). A and B are random, each of rank r/2, with ``B·M·A = 0``: A's columns span half
+of the rank's space, and B's rows lie in what is orthogonal to their image under M.
+
+*From a file.* A saved adapter's file holds the values of a mixer that was given as a tensor or callable, and the start
+of one that began with principal components; its configuration does not. Such a mixer is NaN until the file's values
+are put in, so that nothing can run in between and be wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moslora import functional
+from moslora.tuner.config import MoSLoRAConfig
+
+__all__ = [
+    "begin",
+    "check",
+    "check_filled",
+    "draw_orthogonal",
+    "forget",
+    "has_start",
+    "leave_unfilled",
+    "make_orthogonal",
+    "with_start",
+]
+
+HELD = ("moslora_start_A", "moslora_start_M", "moslora_start_B")
+
+
+class Start(nn.Module):
+    """What a factor started as, never trained.
+
+    Args:
+        values: The factor at the start.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        # A parameter, not a buffer: whatever casts the factors must cast this alike, or the difference is no start.
+        self.weight = nn.Parameter(values, requires_grad=False)
+
+
+def check(layer: Any, config: MoSLoRAConfig) -> None:
+    """Refuse a start where it has no meaning.
+
+    Args:
+        layer: A MoSLoRA layer.
+        config: Its adapter's configuration.
+
+    Raises:
+        ValueError: With the reason and the way out.
+    """
+    is_lora_own = config.init_lora_weights in (True, False, "gaussian")
+    if not is_lora_own and not layer.takes_starts:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} is there for linear layers, and this is a "
+            f"{type(layer.get_base_layer()).__name__}. Leave the module out of target_modules (or name it in "
+            "exclude_modules), or start with True or 'gaussian'."
+        )
+
+
+def has_start(layer: Any, adapter_name: str) -> bool:
+    """Tell whether an adapter's start is subtracted from it in a layer.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+    """
+    return HELD[0] in layer._modules and adapter_name in layer._modules[HELD[0]]
+
+
+def with_start(
+    layer: Any, adapter_name: str, A: Tensor, M: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factors whose product is ``B·M·A - B0·M0·A0``.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+        A, M, B: Its trained factors, shapes ``(r, in)``, ``(r, r)``, ``(out, r)``.
+
+    Returns:
+        Shapes ``(2r, in)``, ``(2r, 2r)``, ``(out, 2r)``; the factors themselves if there is no start to subtract.
+    """
+    if not has_start(layer, adapter_name):
+        return A, M, B
+    A0, M0, B0 = (layer._modules[name][adapter_name].weight.to(A.dtype) for name in HELD)
+    return functional.subtract_start((A, M, B), (A0, M0, B0))
+
+
+def forget(layer: Any, adapter_name: str) -> None:
+    """Forget the start of a former adapter of this name.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+    """
+    layer._unfilled.discard(adapter_name)
+    if has_start(layer, adapter_name):
+        for name in HELD:
+            del layer._modules[name][adapter_name]
+
+
+@torch.no_grad()
+def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
+    """Start an adapter from the principal components of the base weight, if its configuration says so.
+
+    Args:
+        layer: A MoSLoRA layer whose factors are made and lie where its base does.
+        adapter_name: The adapter's name.
+        config: Its configuration.
+
+    Raises:
+        ValueError: If the base weight has fewer components than the rank, or alpha is 0.
+    """
+    if not config.starts_from_components:
+        return
+    A, M, B = layer._held(adapter_name)
+    if A.is_meta or config.is_saved:
+        if not A.is_meta:
+            leave_unfilled(layer, adapter_name, M)
+    else:
+        for factor, value in zip((A, M, B), _components(layer, adapter_name, config), strict=True):
+            factor.copy_(value)
+    for name, factor in zip(HELD, (A, M, B), strict=True):
+        if name not in layer._modules:
+            layer.add_module(name, nn.ModuleDict())
+            layer.adapter_layer_names = (*layer.adapter_layer_names, name)
+        layer._modules[name][adapter_name] = Start(factor.detach().clone())
+    frozen = layer.frozen_peft_weight_names.get(adapter_name, ())
+    layer.frozen_peft_weight_names[adapter_name] = (*(name for name in frozen if name not in HELD), *HELD)
+
+
+def _components(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose the base weight: A, M and B with ``s·B·M·A`` its principal part."""
+    weight: Tensor = layer.get_base_weight()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.T if layer.fan_in_fan_out else weight  # (out, in)
+    r, scale = layer.r[adapter_name], layer.scaling[adapter_name]
+    if r > min(weight.shape):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} needs {r} components, and a weight of shape "
+            f"{tuple(weight.shape)} has {min(weight.shape)}. Lower r (for such modules alone: rank_pattern)."
+        )
+    if not scale > 0:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} divides by alpha / r, which is {scale}."
+        )
+    iterations = config.component_iterations
+    if iterations is None:
+        U, values, Vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the drawing that it takes leaves the starts of later layers alone
+            U, values, V = torch.svd_lowrank(weight, r, niter=iterations)
+        Vh = V.T
+    return Vh[:r], torch.diag(values[:r] / scale), U[:, :r]
+
+
+@torch.no_grad()
+def draw_orthogonal(A: Tensor, B: Tensor) -> None:
+    """Draw A and B as PEFT does for ``"orthogonal"``, with ``B·A = 0``.
+
+    Args:
+        A: Shape ``(r, in)``, r even; filled.
+        B: Shape ``(out, r)``; filled.
+    """
+    r = A.shape[0]
+    Q = torch.linalg.qr(torch.randn(r, r)).Q  # (r, r)
+    A.copy_((torch.randn(A.shape[1], r // 2) @ Q[0::2]).T / 10)
+    B.copy_(torch.randn(r // 2, B.shape[0]).T @ Q[1::2] / 10)
+
+
+@torch.no_grad()
+def make_orthogonal(A: Tensor, M: Tensor, B: Tensor) -> None:
+    """Turn B so that ``B·M·A = 0``, where it was drawn such that ``B·A = 0``.
+
+    The rows of B span r/2 directions. They are replaced by the nearest r/2 that are orthogonal to the columns of M·A
+    (an orthogonal Procrustes problem), so B keeps its law, and all its values if M changes nothing.
+
+    Args:
+        A: Shape ``(r, in)``, of rank r/2.
+        M: Shape ``(r, r)``.
+        B: Shape ``(out, r)``, of rank r/2; changed.
+    """
+    r = A.shape[0]
+    if torch.equal(M, torch.eye(r, dtype=M.dtype, device=M.device)):
+        return
+    spanned = torch.linalg.svd(
+        (M.double() @ A.double()) @ A.double().T
+    ).U  # (r, r): col(M·A), then its complement
+    free = spanned[:, r // 2 :].T  # (r/2, r)
+    _, _, rows = torch.linalg.svd(B.double().T @ B.double())
+    rows = rows[: r // 2]  # (r/2, r)
+    U, _, Vh = torch.linalg.svd(rows @ free.T)
+    B.copy_(B.double() @ rows.T @ (U @ Vh @ free))
+
+
+def leave_unfilled(layer: Any, adapter_name: str, M: Tensor) -> None:
+    """Leave a mixer to be filled from a file.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+        M: Its mixer; put to NaN.
+    """
+    M.fill_(float("nan"))
+    layer._unfilled.add(adapter_name)
+
+
+def check_filled(layer: Any, adapter_name: str, M: Tensor) -> None:
+    """Refuse to use a mixer into which nothing has been put yet.
+
+    Args:
+        layer: A MoSLoRA layer whose mixer was left unfilled.
+        adapter_name: The adapter's name.
+        M: Its mixer.
+
+    Raises:
+        ValueError: If it is still NaN.
+    """
+    if torch.compiler.is_compiling():
+        return  # a look at values has no place in a graph; NaN would show in the output
+    if torch.isnan(M.detach()).all():
+        raise ValueError(
+            f"The mixer of adapter {adapter_name!r} has no values: its configuration is a saved adapter's "
+            '(mixer="custom" or "singular-values"), and no file was loaded. Load the adapter with '
+            "PeftModel.from_pretrained; or, to start a new one, set mixer in the configuration to a tensor, a callable "
+            'or a name, or for a start from principal components make a new configuration with "pissa".'
+        )
+    layer._unfilled.discard(adapter_name)
