@@ -1,11 +1,11 @@
 """Does a learned mixer of two trained adapters do what their sum cannot?
 
 Two skills from the demo's world: *when* (one command with a time, a delay, a duration or a condition) and *many* (two
-or three commands at once). The task that needs both asks for several commands with a time or a condition; neither adapter
-saw such a request. ``moslora mix`` learns the mixer of both on a few of them. Beside it stand each adapter alone, the
-plain sum, the mean, and a fresh adapter trained on the same few requests, which says what the few requests alone give.
+or three commands at once). The task that needs both asks for several commands with a time or a condition; neither
+adapter saw such a request. ``moslora mix`` learns the mixer of both on a few of them. Beside it stand each adapter
+alone, the plain sum, the mean, and a fresh adapter trained on the same few requests, which says what those alone give.
 All of it is drawn and trained anew for every seed; held-out requests share no wording and no device-and-room pair with
-training. Rates of mix and of the fresh adapter were chosen on a seed that is not among those reported.
+training. Rates are first guesses; none was tuned.
 
     python benchmarks/mix.py --folder DIR [--seeds 0,1,2] [--examples 48] [--steps 36] [--out FILE]
 

@@ -148,8 +148,6 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every default written out; reading it back gives an equal recipe."""
         values = self.model_dump()
-        if self.mix is None:
-            del values["mix"]
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
