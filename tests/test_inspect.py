@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapter import Factors
+from moslora.adapter import AdapterError, Factors
 from moslora.cli import app
 from moslora.export import export_adapter
 from moslora.formats import read_adapter
+from moslora.formats.native import START, keep_start
 from moslora.inspect import effective_rank, inspect_adapter, write_page
 from moslora.models import ModelError
 from tolerances import MODEL
@@ -76,13 +77,35 @@ def test_singular_values_are_those_of_the_delta_weight() -> None:
     torch.testing.assert_close(wide.singular_values(), expected)
 
 
-def test_a_fresh_identity_mixer_has_not_moved_and_a_plain_lora_has_no_mixer(tmp_path: Path) -> None:
-    fresh = inspect_adapter(save_adapter(tmp_path / "a", "identity"))
-    assert {r.moved for r in fresh.modules} == {0.0} and {r.from_identity for r in fresh.modules} == {0.0}
-    change(tmp_path / "a", "moslora_M", 1.5)
-    assert all(r.moved == pytest.approx(0.5) for r in inspect_adapter(tmp_path / "a").modules)
-    export_adapter(tmp_path / "a", tmp_path / "lora")
+def test_how_far_a_mixer_moved_is_told_from_the_start_that_was_kept_and_from_nothing_else(
+    tmp_path: Path,
+) -> None:
+    folder = save_adapter(tmp_path / "a", "identity")
+    # The name of the mixer says nothing: an adapter that was imported or combined has the same.
+    assert {r.moved for r in inspect_adapter(folder).modules} == {None}
+    adapter = read_adapter(folder)
+    keep_start(folder, {name: 2 * factors.M for name, factors in adapter.modules.items()})
+    found = inspect_adapter(folder)
+    assert all(r.moved == pytest.approx(0.5) for r in found.modules) and found.groups[0].moved is not None
+    change(folder, "moslora_M", 1.5)  # other tensors, so another adapter: trained further, or saved over it
+    assert {r.moved for r in inspect_adapter(folder).modules} == {None}
+    export_adapter(folder, tmp_path / "lora")
     assert inspect_adapter(tmp_path / "lora").mixer is None
+
+
+def test_stock_loaders_pass_over_the_start_that_is_kept(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a")
+    ids = tiny.tokens()
+    before = PeftModel.from_pretrained(tiny.llama(), folder)(ids).logits
+    keep_start(folder, {name: f.M for name, f in read_adapter(folder).modules.items()})
+    assert torch.equal(PeftModel.from_pretrained(tiny.llama(), folder)(ids).logits, before)
+
+
+def test_a_damaged_start_is_named(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a")
+    (folder / START).write_bytes(b"nothing")
+    with pytest.raises(AdapterError, match="damaged or cut off"):
+        inspect_adapter(folder)
 
 
 def test_modules_that_learned_nothing_are_named(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ FLOORS = {
         "proofs",
         "compare",
         "merge",
+        "mix",
         "doctor",
         "inspect",
         "chat",

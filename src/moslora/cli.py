@@ -285,6 +285,50 @@ def combine(
 
 
 @app.command()
+def mix(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="Trained adapters of one base, then settings.", metavar="ADAPTER... [KEY=VALUE...]"
+        ),
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="What to learn from: a recipe with the base and a few examples.")
+    ],
+    weights: Annotated[
+        str,
+        typer.Option(help="Where to start: a factor for each, separated by commas, or [bold]mean[/]; all 1."),
+    ] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Learn one mixer over several trained adapters, from few examples; they stay as they are.
+
+    [bold]moslora mix runs/when/adapter runs/many/adapter --recipe both.yaml[/]
+    [bold]moslora mix runs/when/adapter runs/many/adapter --recipe both.yaml --weights mean trainer.max_steps=40[/]
+
+    Factors are laid side by side and frozen; only the mixer over all of them is trained, which starts as the weighted
+    sum. What comes out is a run as [bold]train[/] leaves it, with one plain LoRA;
+    [bold]train --resume[/] goes on with it.
+    """
+
+    def action() -> None:
+        from moslora.display import Display
+        from moslora.mix import arguments_of
+        from moslora.train import train as train_run
+
+        adapters = [Path(a) for a in arguments if "=" not in a or Path(a).exists()]
+        overrides = [a for a in arguments if "=" in a and not Path(a).exists()]
+        given = arguments_of(adapters, recipe, weights, overrides)
+        display = Display(sys.stderr if as_json else sys.stdout)
+        run = train_run(given, display, shlex.join(["moslora", "mix", *arguments, "--recipe", recipe]))
+        if as_json:
+            print(json.dumps({"run": str(run.path), **run.read()}, indent=2))
+
+    _run(action, debug)
+
+
+@app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="Base model: folder, hub id, GGUF file or packaged name.")],
     adapter: Annotated[Path, typer.Argument(help="Adapter directory of any format that is read.")],

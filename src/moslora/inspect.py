@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.adapter import Adapter, AdapterError, Factors
 from moslora.formats import detect, read_adapter
+from moslora.formats.native import start_of
 from moslora.models import ModelError
 from moslora.weights import Weights, open_weights
 
@@ -33,8 +34,6 @@ COMPONENTS = (
     "It started from principal components of its base, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
     "at as one product of twice the rank, so the figures of the mixer are of both."
 )
-# The starts that a configuration names exactly. Others are random, and their start is not kept.
-KNOWN_STARTS = ("identity", "two-subspace")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ModuleReport:
         mixer_values: Singular values of M, largest first.
         from_identity: ``‖M - I‖ / ‖I‖``.
         from_orthogonal: Distance of M from the nearest orthogonal matrix, relative to ``‖I‖``.
-        moved: ``‖M - M0‖ / ‖M0‖`` from its start; None where that is random and was not kept.
+        moved: ``‖M - M0‖ / ‖M0‖`` from its start; None where the start was not kept.
         mixed_scale: ``‖M·A‖ / ‖A‖``; a fresh kaiming mixer has about 0.58.
     """
 
@@ -156,8 +155,10 @@ def inspect_adapter(
         raise AdapterError(f"{adapter} has no modules, so there is nothing to inspect.")
     weights = open_weights(base, say) if base is not None else None
     mixer = found.config.get("mixer")
+    # A configuration names how a fresh mixer starts; what was imported, combined or mixed started elsewhere.
+    starts = start_of(Path(adapter)) or {}
     reports = tuple(
-        _look(name, factors, weights, mixer)
+        _look(name, factors, weights, starts.get(name))
         for name, factors in sorted(found.modules.items(), key=lambda pair: natural(pair[0]))
     )
     if weights is not None and all(report.relative_norm is None for report in reports):
@@ -189,7 +190,7 @@ def _note(adapter: Adapter) -> str:
     return " ".join([MAGNITUDES] * adapter.has_magnitudes + [COMPONENTS] * begun)
 
 
-def _look(name: str, factors: Factors, weights: Weights | None, mixer: Any) -> ModuleReport:
+def _look(name: str, factors: Factors, weights: Weights | None, start: Tensor | None) -> ModuleReport:
     import torch
 
     values = factors.singular_values()
@@ -210,7 +211,7 @@ def _look(name: str, factors: Factors, weights: Weights | None, mixer: Any) -> M
         mixer_values=tuple(mixing.tolist()),
         from_identity=float((M - identity).norm()) / unit,
         from_orthogonal=float((mixing - 1).norm()) / unit,
-        moved=_moved(M, mixer),
+        moved=_moved(M, start),
         mixed_scale=float((M @ A).norm() / A.norm()) if A.any() else 0.0,
     )
 
@@ -231,13 +232,11 @@ def effective_rank(values: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def _moved(M: Tensor, mixer: Any) -> float | None:
+def _moved(M: Tensor, start: Tensor | None) -> float | None:
     """Return how far a mixer is from its start, where that is known."""
-    from moslora.mixers import initial_mixer
-
-    if mixer not in KNOWN_STARTS:
+    if start is None or start.shape != M.shape or not start.any():
         return None
-    start = initial_mixer(mixer, M.shape[0]).to(M)
+    start = start.to(M)
     return float((M - start).norm() / start.norm())
 
 

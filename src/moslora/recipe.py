@@ -37,6 +37,7 @@ __all__ = [
     "ADAPTER_DEFAULTS",
     "TRAINER_DEFAULTS",
     "DataSection",
+    "MixSection",
     "ModelSection",
     "OutputSection",
     "Recipe",
@@ -119,6 +120,13 @@ class OutputSection(_Section):
         return name
 
 
+class MixSection(_Section):
+    """Trained adapters whose common mixer is learned, their factors frozen. See ``moslora mix``."""
+
+    adapters: list[Name] = Field(min_length=1)
+    weights: list[float] | None = None
+
+
 class Recipe(_Section):
     """A whole recipe. Make one with ``load_recipe``, which also checks ``adapter`` and ``trainer``.
 
@@ -132,6 +140,7 @@ class Recipe(_Section):
     model: ModelSection
     data: DataSection
     adapter: dict[str, Any] = {}
+    mix: MixSection | None = None
     trainer: dict[str, Any] = {}
     output: OutputSection = OutputSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -381,7 +390,7 @@ def _expand(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(section: str, value: Any) -> Any:
-    if value is None and section in Recipe.model_fields and section != "seed":
+    if value is None and section in Recipe.model_fields and section not in ("seed", "mix"):
         return {}
     if section not in SHORTHANDS or not isinstance(value, str):
         return value
@@ -395,14 +404,22 @@ def _anchor(section: str, values: Any, folders: Sequence[Path]) -> None:
     """Make paths that exist absolute, in place. Others stay: hub ids, or for the reader to complain about."""
     for key in PATHS.get(section, ()) if isinstance(values, dict) else ():
         value = values.get(key)
-        if not isinstance(value, str) or not value or "\0" in value:
-            continue
-        for folder in folders:
-            place = folder / _path(value)
-            with contextlib.suppress(OSError):  # too long for a path, or not ours to look at
-                if place.exists():
-                    values[key] = str(place.absolute())
-                    break
+        if isinstance(value, list):
+            values[key] = [_found(item, folders) for item in value]
+        elif value is not None:
+            values[key] = _found(value, folders)
+
+
+def _found(value: Any, folders: Sequence[Path]) -> Any:
+    """Return a path that exists as an absolute one, everything else as it is."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return value
+    for folder in folders:
+        place = folder / _path(value)
+        with contextlib.suppress(OSError):  # too long for a path, or not ours to look at
+            if place.exists():
+                return str(place.absolute())
+    return value
 
 
 def _override(raw: dict[str, Any], arguments: Sequence[str], here: Path, problems: list[str]) -> None:
@@ -461,14 +478,16 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "task": TaskSection,
     "model": ModelSection,
     "data": DataSection,
+    "mix": MixSection,
     "output": OutputSection,
 }
 
-PATHS: dict[str, tuple[str, ...]] = {"model": ("name",), "data": ("train", "heldout")}
+PATHS: dict[str, tuple[str, ...]] = {"model": ("name",), "data": ("train", "heldout"), "mix": ("adapters",)}
 
 MISSING: dict[str, str] = {
     "model": "name the base model, as in model=smollm2-135m-instruct",
     "data": "name the examples, as in data=examples.jsonl",
+    "mix": "name the trained adapters, as in mix.adapters=[runs/a/adapter, runs/b/adapter]",
 }
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.export import ProofError, export_adapter
 from moslora.formats.directory import staged
+from moslora.formats.native import keep_start, read_start
+from moslora.mix import Mix, open_mix
 from moslora.models import default_device
 from moslora.recipe import Recipe, load_recipe, resolve_trainer_arguments
 from moslora.report import write_report
@@ -102,6 +105,12 @@ class _Run:
     recipe: Recipe
     display: Display
     stop: StopRequest
+    mix: Mix | None = None
+
+    @property
+    def start(self) -> Path:
+        """Where the mixers' start is kept until the adapter is saved."""
+        return self.directory.path / "start.safetensors"
 
     @contextlib.contextmanager
     def stage(self, name: str, doing: str) -> Iterator[None]:
@@ -128,10 +137,11 @@ def check(arguments: Sequence[str], display: Display) -> None:
     Raises:
         ValueError: If recipe, data or model cannot be used.
     """
-    recipe = load_recipe(list(arguments))
+    recipe, mix = _with_mix(load_recipe(list(arguments)))
     task = find_task(recipe.task.kind)(recipe, display, lambda: None)
     task.read()
     task.prepare()
+    _check_mix(mix, task, display)
     display.say("Recipe and data are fine. Nothing was trained.")
 
 
@@ -152,18 +162,19 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
         TrainingError: If training failed otherwise; the same.
         Stopped: If it was asked to stop; the run can be resumed.
     """
-    recipe = load_recipe(list(arguments))
+    recipe, mix = _with_mix(load_recipe(list(arguments)))
     with StopRequest(display) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         task.read()
         task.prepare()
+        _check_mix(mix, task, display)
         directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or recipe.task.kind)
         display.say(f"Run: {directory.path}")
         resolved = resolve_trainer_arguments(recipe, default_device())
         recipe = recipe.model_copy(update={"trainer": resolved})
         write_whole(directory.recipe, recipe.to_yaml())
         directory.update(command=command, seed=recipe.seed)
-        return _carry_out(_Run(directory, recipe, display, stop), task)
+        return _carry_out(_Run(directory, recipe, display, stop, mix), task)
 
 
 def resume(path: Path, display: Display) -> RunDirectory:
@@ -184,16 +195,51 @@ def resume(path: Path, display: Display) -> RunDirectory:
     directory = RunDirectory.open(path)
     if directory.read().get("status") == "completed":
         raise ValueError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
-    recipe = load_recipe([str(directory.recipe)])
+    recipe, mix = _with_mix(load_recipe([str(directory.recipe)]))
     with StopRequest(display) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         # Refusals come before the claim, so that they leave the run's status as it was.
         task.read()
         task.prepare()
-        _check_same_inputs(directory, task.hashes())
+        _check_mix(mix, task, display)
+        _check_same_inputs(directory, _hashes(task, mix))
         directory.claim()
         display.say(f"Resuming {directory.path}")
-        return _carry_out(_Run(directory, recipe, display, stop), task)
+        return _carry_out(_Run(directory, recipe, display, stop, mix), task)
+
+
+def _with_mix(recipe: Recipe) -> tuple[Recipe, Mix | None]:
+    """Open the adapters that a recipe mixes, and let them decide modules and ranks."""
+    if recipe.mix is None:
+        return recipe, None
+    mix = open_mix(recipe.mix.adapters, recipe.mix.weights)
+    return mix.adjust(recipe), mix
+
+
+def _check_mix(mix: Mix | None, task: Task, display: Display) -> None:
+    """Refuse adapters of another base, and say what is mixed."""
+    if mix is None:
+        return
+    base = task.base
+    warning = mix.check_base(task.recipe.model.name, str(base.path), task.hashes()["base"])
+    if warning:
+        display.warn(warning)
+    for path, weight in zip(mix.sources, mix.weights, strict=True):
+        display.say(f"Mixing {path}, weight {weight:g}: its A and B stay as they are.")
+    display.say(
+        "Modules and ranks are the adapters'; of the recipe's adapter section lora_dropout alone counts."
+    )
+
+
+def _hashes(task: Task, mix: Mix | None) -> dict[str, Any]:
+    """Return what identifies everything that a run is made from."""
+    if mix is None:
+        return task.hashes()
+    return {
+        **task.hashes(),
+        "adapters": [dict(hashes) for hashes in mix.hashes],
+        "weights": list(mix.weights),
+    }
 
 
 def _carry_out(run: _Run, task: Task) -> RunDirectory:
@@ -230,7 +276,7 @@ def _stages(run: _Run, task: Task) -> None:
     directory.update(
         versions=collect_versions(),
         hardware=collect_hardware(),
-        hashes=task.hashes(),
+        hashes=_hashes(task, run.mix),
         base={"name": run.recipe.model.name, "path": str(task.base.path)},
     )
     with run.stage("load", "loading the base model"):
@@ -260,13 +306,26 @@ def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
         )
 
 
+def _evaluation_file(run: _Run, stage: str) -> Path:
+    return run.directory.path / f"evaluation-{stage}.json"
+
+
+def _measured(run: _Run, stage: str) -> Evaluation | None:
+    """Read what was measured in a stage; None if nothing was yet."""
+    kept = _evaluation_file(run, stage)
+    if not kept.exists():
+        return None
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    answers = [Answer(**answer) for answer in found["answers"]]
+    return Evaluation(found["metrics"], found["examples"], found["intervals"], answers)
+
+
 def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) -> Evaluation:
     """Evaluate, or read what an earlier try of the run has measured already."""
-    kept = run.directory.path / f"evaluation-{stage}.json"
-    if kept.exists():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        answers = [Answer(**answer) for answer in found["answers"]]
-        return Evaluation(found["metrics"], found["examples"], found["intervals"], answers)
+    kept = _evaluation_file(run, stage)
+    found = _measured(run, stage)
+    if found is not None:
+        return found
     with run.stage(stage, f"measuring the {label}"):
         evaluation = task.evaluate(model, label)
     loss = evaluation.metrics["loss"]
@@ -296,12 +355,15 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
     directory, recipe = run.directory, run.recipe
     config = MoSLoRAConfig(task_type="CAUSAL_LM", **recipe.adapter)
     checkpoint = directory.latest_checkpoint(run.display.warn)
-    with run.stage("train", "training"):
-        with MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0) as log:
-            recorder = _recorder(run, log)
-            trainer = task.build_trainer(model, config, directory.checkpoints, [recorder])
+    with MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0) as log:
+        with run.stage("train", "preparing to train"):
+            trainer = task.build_trainer(model, config, directory.checkpoints, [_recorder(run, log)])
             trainer.remove_callback(PrinterCallback)
             adapted: Any = trainer.model
+            if run.mix is not None:
+                run.mix.put_into(adapted)
+            if not run.start.exists() and checkpoint is None:
+                _keep_start(run, adapted)
             trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
             total = sum(p.numel() for p in adapted.parameters())
             directory.update(
@@ -309,13 +371,30 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
                 total_parameters=total,
                 trainer=trainer.args.to_dict(),  # with every default of the installed version
             )
+        if run.mix is not None:
+            _measure(run, task, adapted, "start", "weighted sum")
+        with run.stage("train", "training"):
+            what = f"mixer {config.mixer!r}" if run.mix is None else "the mixers alone"
             run.display.say(
-                f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), mixer "
-                f"{config.mixer!r}, r {config.r}, learning rate {trainer.args.learning_rate:g}."
+                f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {what}, r {config.r}, "
+                f"learning rate {trainer.args.learning_rate:g}."
             )
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         run.stop.check()
     return trainer
+
+
+def _keep_start(run: _Run, adapted: Any) -> None:
+    """Keep what the mixers start as: no seed gives it again in another version of torch."""
+    from safetensors.torch import save_file
+
+    from moslora.formats import read_adapter
+
+    with tempfile.TemporaryDirectory(prefix=".start.", dir=run.directory.path) as folder:
+        adapted.save_pretrained(folder)  # whose names are those of what is saved in the end
+        mixers = {name: f.M.contiguous() for name, f in read_adapter(folder).modules.items()}
+        save_file(mixers, Path(folder) / run.start.name)
+        (Path(folder) / run.start.name).replace(run.start)
 
 
 def _recorder(run: _Run, log: MetricsLog) -> TrainerCallback:
@@ -365,6 +444,11 @@ def _save(run: _Run, adapted: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     with staged(directory.adapter) as folder:
         adapted.save_pretrained(folder)
+        if run.start.exists():
+            keep_start(folder, read_start(run.start))
+    if run.mix is not None:
+        frozen = run.mix.prove(directory.adapter)
+        directory.update(proofs={"frozen": {**dataclasses.asdict(frozen), "passed": True}})
     proof = export_adapter(directory.adapter, directory.lora)
     directory.update(proofs={"fold": {**dataclasses.asdict(proof), "passed": proof.passed}})
 
@@ -408,16 +492,21 @@ def _write_answers(path: Path, before: Sequence[Answer], after: Sequence[Answer]
 
 def _show_result(run: _Run, before: Evaluation, after: Evaluation, display: Display) -> None:
     record = run.directory.read()
+    columns = {"base": before, "tuned": after}
+    if run.mix is not None:
+        start = _measured(run, "start")
+        assert start is not None, "a mix is measured before it is trained"
+        columns = {"base": before, "weighted sum": start, "mixed": after}
     rows = []
     for key in after.metrics:
         show = "{:.1%}" if key in after.intervals else "{:.4f}"
-        rows.append([key.replace("_", " "), *(show.format(e.metrics[key]) for e in (before, after))])
+        rows.append([key.replace("_", " "), *(show.format(e.metrics[key]) for e in columns.values())])
         if key in after.intervals:
-            cells = ["{:.1%} to {:.1%}".format(*e.intervals[key]) for e in (before, after)]
+            cells = ["{:.1%} to {:.1%}".format(*e.intervals[key]) for e in columns.values()]
             rows.append(["  95 % interval", *cells])
     display.say()
     some = f", {len(after.answers)} of them answered" if len(after.answers) != after.examples else ""
-    display.table(f"{after.examples} held-out examples{some}", ["", "base", "tuned"], rows)
+    display.table(f"{after.examples} held-out examples{some}", ["", *columns], rows)
     _show_samples(_choose(before.answers, after.answers, run.recipe.task.samples), display)
     fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
     display.say(
@@ -426,6 +515,13 @@ def _show_result(run: _Run, before: Evaluation, after: Evaluation, display: Disp
         f"(the adapter moves logits by up to {reload['adapter_effect']:.1f}).",
         style="green",
     )
+    if "frozen" in record["proofs"]:
+        frozen = record["proofs"]["frozen"]
+        display.say(
+            f"Proven: the {frozen['tensors']} A and B of {frozen['modules']} modules are the sources', bit for bit; "
+            f"the mixers moved by up to {frozen['moved']:.0%} of their start.",
+            style="green",
+        )
     path = run.directory.path
     display.say(f"Plain LoRA, loads anywhere:   {path / 'lora'}")
     display.say(f"Native, to train further:     {path / 'adapter'}")

@@ -6,12 +6,15 @@ program without this package finds nothing it knows, rather than half.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from moslora import functional
 from moslora.adapter import Adapter, AdapterError
@@ -20,15 +23,17 @@ from moslora.formats.directory import (
     WEIGHTS,
     build_adapter,
     group_factors,
+    load_tensors,
     name_all,
     read_config,
+    read_header,
     read_tensors,
     settle,
     write_files,
 )
 from moslora.tuner.config import MoSLoRAConfig
 
-__all__ = ["PEFT_TYPE", "read", "write"]
+__all__ = ["PEFT_TYPE", "START", "keep_start", "read", "read_start", "start_of", "write"]
 
 PEFT_TYPE = "MOSLORA"
 MAGNITUDE = "moslora_magnitude"
@@ -36,6 +41,8 @@ PARTS = {"moslora_A": "A", "moslora_M": "M", "moslora_B": "B"}
 EMBEDDING_PARTS = {"moslora_embedding_A": "A", "moslora_embedding_M": "M", "moslora_embedding_B": "B"}
 # Where factors started that began with the principal components of the base: to be subtracted.
 STARTS = {"moslora_start_A": "start A", "moslora_start_M": "start M", "moslora_start_B": "start B"}
+# What the mixers started as, beside the adapter that they became; a file of its own, which no loader looks for.
+START = "moslora_start.safetensors"
 OWN = ("mixer", "train_mixer", "match_scale", "unlike_lora")
 
 
@@ -122,3 +129,59 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
     named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS, f"{MAGNITUDE}.weight")
     tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
     write_files(folder, config.to_dict(), tensors)
+
+
+def keep_start(folder: Path, mixers: Mapping[str, Tensor]) -> None:
+    """Keep beside an adapter what its mixers started as.
+
+    Args:
+        folder: The adapter's directory, its tensors written.
+        mixers: M0, shape ``(r, r)``, by module path.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in mixers.items()}
+    save_file(whole, folder / START, metadata={"of": _digest(folder)})
+
+
+def read_start(path: Path) -> dict[str, Tensor]:
+    """Read a file of mixers.
+
+    Args:
+        path: A safetensors file, M0 by module path.
+
+    Returns:
+        What ``keep_start`` takes.
+
+    Raises:
+        AdapterError: If it is damaged.
+    """
+    return load_tensors(path)
+
+
+def start_of(folder: Path) -> dict[str, Tensor] | None:
+    """Return what an adapter's mixers started as, where that is known.
+
+    It is not where the tensors beside it are others than those it was kept for: an adapter that was trained further, or
+    another one saved to the same place, has moved from somewhere else.
+
+    Args:
+        folder: The adapter's directory.
+
+    Returns:
+        M0, shape ``(r, r)``, by module path; None where it was not kept, or for other tensors.
+
+    Raises:
+        AdapterError: If the file is damaged.
+    """
+    path = folder / START
+    if not path.is_file() or not (folder / WEIGHTS).is_file():
+        return None
+    _, about = read_header(path)
+    return read_start(path) if about.get("of") == _digest(folder) else None
+
+
+def _digest(folder: Path) -> str:
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
