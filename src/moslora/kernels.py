@@ -35,9 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Read by Triton when it is imported: kernels then run on CPU tensors, in Python.
+INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if find_spec("triton") is not None:
     import triton
     import triton.language as tl
+
+    _WIDEN = tl.constexpr(INTERPRETED)
 else:
     triton = tl = None
 
@@ -45,8 +49,6 @@ __all__ = ["MAX_RANK", "accumulate", "backward", "dropout_probability", "forward
 
 MAX_RANK = 256  # one tile holds all ranks
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Read by Triton when it is imported: kernels then run on CPU tensors, in Python.
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 LEVELS = 65536
 LARGEST_BLOCK = 256  # chunks of a split sum are multiples of it
 JOINT_RANK = 32  # above it the partial sums of the joint kernel cost more than reading G again
@@ -55,6 +57,14 @@ SHARED_BYTES = 96 * 1024  # what consumer GPUs have, too
 
 def _jit(function: Callable[..., None]) -> Any:
     return function if triton is None else triton.jit(function, do_not_specialize=["T", "threshold", "chunk"])
+
+
+@_jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """Return ``total + a·b``, float32; the interpreter would multiply the bits of bfloat16 (triton issue 11584)."""
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @_jit
@@ -95,7 +105,7 @@ def _down_kernel(
             factor + ranks[None, :] * f_r + columns.to(tl.int64)[:, None] * f_n,
             mask=(ranks < r)[None, :] & inside[:, None], other=0.0,
         ).to(tile.dtype)  # fmt: skip
-        total = tl.dot(tile, other, total, input_precision=PRECISION)
+        total = _dot(tile, other, total, PRECISION)
     at = out + (split.to(tl.int64) * T + rows)[:, None] * r + ranks[None, :]
     tl.store(at, (total * scale).to(out.dtype.element_ty), mask=(rows < T)[:, None] & (ranks < r)[None, :])
 
@@ -120,7 +130,8 @@ def _up_kernel(
         factor + ranks[:, None] * f_r + columns.to(tl.int64)[None, :] * f_n,
         mask=(ranks < r)[:, None] & (columns < N)[None, :], other=0.0,
     )  # fmt: skip
-    total = tl.dot(h, (other.to(tl.float32) * scale).to(h.dtype), input_precision=PRECISION)
+    zero = tl.zeros((BT, BN), dtype=tl.float32)
+    total = _dot(h, (other.to(tl.float32) * scale).to(h.dtype), zero, PRECISION)
     if DROPOUT:
         total = tl.where(_keep(seed, rows, first, threshold, BN), total, 0.0)
     at = out + rows.to(tl.int64)[:, None] * o_t + columns.to(tl.int64)[None, :] * o_n
@@ -153,7 +164,8 @@ def _linear_kernel(
         factor + ranks[:, None] * f_r + columns.to(tl.int64)[None, :] * f_n,
         mask=(ranks < r)[:, None] & (columns < N)[None, :], other=0.0,
     )  # fmt: skip
-    total = tl.dot(h, (other.to(tl.float32) * scale).to(h.dtype), input_precision=PRECISION)
+    zero = tl.zeros((BT, BN), dtype=tl.float32)
+    total = _dot(h, (other.to(tl.float32) * scale).to(h.dtype), zero, PRECISION)
     if DROPOUT:
         total = tl.where(_keep(seed, rows, first, threshold, BN), total, 0.0)
     if bias is not None:
@@ -164,7 +176,7 @@ def _linear_kernel(
     for start in range(0, K, BK):
         a = tl.load(x_at, mask=(rows < T)[:, None] & (inner < K - start)[None, :], other=0.0)
         w = tl.load(w_at, mask=(inner < K - start)[:, None] & (columns < N)[None, :], other=0.0)
-        total = tl.dot(a, w, total, input_precision=PRECISION)
+        total = _dot(a, w, total, PRECISION)
         x_at += BK * x_k
         w_at += BK * w_k
     at = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
@@ -195,7 +207,7 @@ def _cross_kernel(
             H + rows.to(tl.int64)[:, None] * r + ranks[None, :],
             mask=(rows < last)[:, None] & (ranks < r)[None, :], other=0.0,
         )  # fmt: skip
-        total = tl.dot(tl.trans(tile), h, total, input_precision=PRECISION)
+        total = _dot(tl.trans(tile), h, total, PRECISION)
     at = out + split.to(tl.int64) * o_s + ranks[None, :] * o_r + columns.to(tl.int64)[:, None] * o_n
     tl.store(at, total, mask=(columns < N)[:, None] & (ranks < r)[None, :])
 
@@ -223,9 +235,9 @@ def _joint_kernel(
             mask=(rows < last)[:, None] & (columns < N)[None, :], other=0.0,
         )  # fmt: skip
         h = tl.load(H + rows.to(tl.int64)[:, None] * r + ranks[None, :], mask=both, other=0.0)
-        part = tl.dot(tile, other, input_precision=PRECISION)
+        part = _dot(tile, other, tl.zeros((BT, R), dtype=tl.float32), PRECISION)
         tl.store(out_down + (block.to(tl.int64) * T + rows)[:, None] * r + ranks[None, :], part, mask=both)
-        total = tl.dot(tl.trans(tile), h, total, input_precision=PRECISION)
+        total = _dot(tl.trans(tile), h, total, PRECISION)
     at = out_cross + (split.to(tl.int64) * N + columns)[:, None] * r + ranks[None, :]
     tl.store(at, total, mask=(columns < N)[:, None] & (ranks < r)[None, :])
 
@@ -330,10 +342,10 @@ def _launch(
     """Run one kernel; every launch goes through here."""
     kernel = _KERNELS[name]
     if len(kernel.configs) > 1 and _may_time():
-        kernel.timed()[grid](**arguments)
+        kernel.timed()[grid](**arguments, enable_fp_fusion=True)  # Triton 3.10 changes the default
         return
     blocks, warps, stages = kernel.fitting(arguments.get("R", 16), itemsize)[-1 if INTERPRETED else 0]
-    kernel.function[grid(blocks)](**arguments, **blocks, num_warps=warps, num_stages=stages)
+    kernel.function[grid(blocks)](**arguments, **blocks, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def _cdiv(a: int, b: int) -> int:
