@@ -21,9 +21,13 @@ from moslora import kernels
 from tolerances import RELATIVE, SNR_DB, relative_error, snr_db
 
 pytestmark = [
-    pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed (it has no build for this system)"),
+    pytest.mark.skipif(
+        kernels.triton is None, reason="Triton is not installed (it has no build for this system)"
+    ),
 ]
-interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the process that interprets kernels")
+interpreted = pytest.mark.skipif(
+    not kernels.INTERPRETED, reason="runs in the process that interprets kernels"
+)
 compiled = pytest.mark.skipif(kernels.INTERPRETED, reason="an interpreted kernel is not compiled")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dx", "dcomposed", "dB")
@@ -31,8 +35,17 @@ NAMES = ("out", "dx", "dcomposed", "dB")
 
 def draw(seed: int, T: int, n_in: int, n_out: int, r: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"x": (T, n_in), "weight": (n_out, n_in), "bias": (n_out,), "composed": (r, n_in), "B": (n_out, r)}
-    return {name: torch.randn(*s, generator=generator).to(dtype) for name, s in (shapes | {"G": (T, n_out)}).items()}
+    shapes = {
+        "x": (T, n_in),
+        "weight": (n_out, n_in),
+        "bias": (n_out,),
+        "composed": (r, n_in),
+        "B": (n_out, r),
+    }
+    return {
+        name: torch.randn(*s, generator=generator).to(dtype)
+        for name, s in (shapes | {"G": (T, n_out)}).items()
+    }
 
 
 def kept(T: int, n_in: int, p: float, seed: int) -> torch.Tensor:
@@ -112,7 +125,9 @@ def test_dropout_equals_the_oracle_with_the_same_mask(seed, T, n_in, n_out, r, d
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "n_in", "n_out", "r"), [(300, 24, 16, 3), (3, 300, 290, 33), (33, 20, 18, 256)])
+@pytest.mark.parametrize(
+    ("T", "n_in", "n_out", "r"), [(300, 24, 16, 3), (3, 300, 290, 33), (33, 20, 18, 256)]
+)
 def test_sums_split_over_programs_equal_the_oracle(dtype, T, n_in, n_out, r) -> None:  # type: ignore[no-untyped-def]
     inputs = draw(1, T, n_in, n_out, r, dtype)
     mask = kept(T, n_in, 0.25, 5)
@@ -226,7 +241,9 @@ def test_the_mask_is_that_of_its_seed_in_every_kernel_and_tile() -> None:
 
 
 @interpreted
-def test_every_configuration_gives_the_same_mask_and_the_oracles_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_configuration_gives_the_same_mask_and_the_oracles_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     inputs = draw(5, 20, 24, 18, 5, torch.float32)
     mask = kept(20, 24, 0.25, 6)
     for name, kernel in kernels._KERNELS.items():
@@ -333,4 +350,6 @@ def test_every_launch_compiles_for_hopper_to_tensor_core_code(dtype, r, p, monke
     t = draw(0, 512, 512, 256, r, dtype)
     for fused in (False, True):
         run(t, 0.7, p, 1, fused)
-    assert {name for name, _ in seen} == set(kernels._KERNELS) - ({"joint"} if r > kernels.JOINT_RANK else set())
+    assert {name for name, _ in seen} == set(kernels._KERNELS) - (
+        {"joint"} if r > kernels.JOINT_RANK else set()
+    )

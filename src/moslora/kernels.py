@@ -248,7 +248,7 @@ def _sum_kernel(parts, out, splits, size, scale, bucket, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     part = parts + at
-    for _ in range(0, splits):
+    for _ in range(splits):
         total += tl.load(part, mask=at < size, other=0.0)
         part += size
     tl.store(out + at, (total * scale).to(out.dtype.element_ty), mask=at < size)
@@ -345,7 +345,9 @@ def _launch(
         kernel.timed()[grid](**arguments, enable_fp_fusion=True)  # Triton 3.10 changes the default
         return
     blocks, warps, stages = kernel.fitting(arguments.get("R", 16), itemsize)[-1 if INTERPRETED else 0]
-    kernel.function[grid(blocks)](**arguments, **blocks, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    kernel.function[grid(blocks)](
+        **arguments, **blocks, num_warps=warps, num_stages=stages, enable_fp_fusion=True
+    )
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -401,7 +403,9 @@ _NO_DROPOUT = _Dropout(0, None)
 
 def _levels(p: float) -> int:
     if not 0 <= p < 1:
-        raise ValueError(f"dropout_p={p!r} is no probability to drop with; it must be at least 0 and below 1.")
+        raise ValueError(
+            f"dropout_p={p!r} is no probability to drop with; it must be at least 0 and below 1."
+        )
     return min(max(round(p * LEVELS), 1), LEVELS - 1) if p > 0 else 0
 
 
@@ -535,7 +539,9 @@ def _linear(
     return out
 
 
-def _cross(x: Tensor, H: Tensor, scale: float, dropout: _Dropout, dtype: torch.dtype, rank_first: bool) -> Tensor:
+def _cross(
+    x: Tensor, H: Tensor, scale: float, dropout: _Dropout, dtype: torch.dtype, rank_first: bool
+) -> Tensor:
     """Return ``scale · Hᵀ·(k⊙x)``, ``(r, n)`` if ``rank_first`` and otherwise ``(n, r)``."""
     (T, N), r = x.shape, H.shape[1]
     chunk = _chunk(T, _cdiv(N, 128), x, 512)
@@ -575,7 +581,9 @@ def _is_fused_faster(key: tuple[Any, ...], fused: Callable[[], Any], separate: C
     if not _may_time():
         return False
     if key not in _faster:
-        one, two = (triton.testing.do_bench(f, warmup=5, rep=20, return_mode="median") for f in (fused, separate))
+        one, two = (
+            triton.testing.do_bench(f, warmup=5, rep=20, return_mode="median") for f in (fused, separate)
+        )
         _faster[key] = one < two
     return _faster[key]
 
@@ -741,15 +749,16 @@ def backward(
     if need_x and weight is None:
         dx = x.new_empty(T, n_in)
         _up(dx, D, composed, 1.0, dropout, into=False)  # (T, in)
-    elif need_x:
+    elif need_x and weight is not None:
+        W = weight
 
         def separate() -> Tensor:
-            dx = G @ weight
+            dx = G @ W
             _up(dx, D, composed, 1.0, dropout, into=True)
             return dx
 
         def one() -> Tensor:
-            return _linear(G, weight, None, D, composed, 1.0, dropout)
+            return _linear(G, W, None, D, composed, 1.0, dropout)
 
-        dx = _choose(fused, x, ("backward", *weight.shape, r, dropout.threshold > 0), one, separate)  # (T, in)
+        dx = _choose(fused, x, ("backward", *W.shape, r, dropout.threshold > 0), one, separate)  # (T, in)
     return dx, dcomposed, dB
