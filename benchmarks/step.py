@@ -5,42 +5,40 @@ go. Contenders run interleaved, in random order, in one process; times are media
 the ratio to the floor.
 
     python benchmarks/step.py [--rounds N] [--rank R] [--rows N] [--length N] [--model NAME] [--out FILE]
+    python benchmarks/step.py --layers 4 --hidden 4096 --inner 14336 --heads 32 --kv-heads 8   (random Llama)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import RESULTS, SEED, header, interleave, over, saved_bytes, write
 from peft import LoraConfig, get_peft_model
 
 from moslora import MoSLoRAConfig, ops
 from moslora.models import default_device, load_model, materialise, resolve_model
-from moslora.rundir import collect_hardware, collect_versions, write_whole
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-SEED = 0
 
 
-def saved_bytes(step: Callable[[], torch.Tensor]) -> int:
-    """Return the bytes that one forward keeps for backward, parameters left out."""
-    storages: dict[int, int] = {}
+def llama(options: argparse.Namespace) -> torch.nn.Module:
+    """Make a Llama of random weights; only its body is run."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step()
-    return sum(storages.values())
+    kind = "float32" if options.device == "cpu" else "bfloat16"
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=options.hidden,
+        intermediate_size=options.inner,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads or options.heads,
+        dtype=kind if options.dtype == "auto" else options.dtype,
+    )
+    with torch.device(options.device):
+        return LlamaForCausalLM(config).to(getattr(torch, kind if options.dtype == "auto" else options.dtype))
 
 
 def main() -> None:
@@ -51,16 +49,30 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step-cpu.json")
+    for name in ("--layers", "--hidden", "--inner", "--heads", "--kv-heads"):
+        parser.add_argument(
+            name, type=int, default=None, help="a random Llama of this shape, all but kv-heads"
+        )
+    parser.add_argument(
+        "--dtype", default="auto", help="float32 on a CPU, the checkpoint's or bfloat16 on a GPU"
+    )
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--quick", action="store_true", help="a narrow Llama and few rounds")
+    parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    if options.quick:
+        options.layers, options.hidden, options.inner, options.heads, options.rounds = 2, 128, 256, 4, 3
+    shape = [options.layers, options.hidden, options.inner, options.heads]
+    if any(shape) and not all(shape):
+        parser.error("a shape takes --layers, --hidden, --inner and --heads together")
 
-    device = default_device()
-    source = materialise(resolve_model(options.model), "float32", say=print)
+    device = options.device
+    source = None if all(shape) else materialise(resolve_model(options.model), "float32", say=print)
     torch.manual_seed(SEED)
     settings = {"r": options.rank, "lora_alpha": 2 * options.rank, "target_modules": TARGETS}
 
     def body(config: LoraConfig | MoSLoRAConfig | None) -> torch.nn.Module:
-        model = load_model(source, "auto", False, None, device)
+        model = llama(options) if source is None else load_model(source, options.dtype, False, None, device)
         model.requires_grad_(False)
         adapted = model if config is None else get_peft_model(model, config).base_model.model
         return adapted.model.train()  # the transformer without its output head
@@ -82,53 +94,29 @@ def main() -> None:
         with ops.fusing(fused):
             return model(inputs_embeds=x, use_cache=False).last_hidden_state
 
-    def step(name: str) -> float:
-        started = time.perf_counter()
-        forward(name).backward(cotangent)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
     cotangent = torch.randn_like(x).detach()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    order = random.Random(SEED)
-    for index in range(options.rounds + 1):
-        for name in order.sample(sorted(contenders), len(contenders)):
-            spent = step(name)
-            if index:  # the first round warms up
-                times[name].append(spent)
-        print(f"round {index}/{options.rounds}", flush=True)
-
-    floor = times["frozen base"]
-    result = {
-        "question": "one training step of the transformer body: time over the frozen base's, bytes kept",
-        "model": options.model,
-        "shape": {"rows": options.rows, "length": options.length, "rank": options.rank, "targets": TARGETS},
-        "dtype": str(dtype),
-        "device": device,
-        "rounds": options.rounds,
-        "seed": SEED,
-        "versions": collect_versions(),
-        "hardware": collect_hardware(),
-        "contenders": {
-            name: {
-                "median_seconds": statistics.median(spent),
-                # Each round's ratio to the floor of the same round, so that a slow minute hits both.
-                "over_floor": statistics.median(a / b for a, b in zip(spent, floor, strict=True)),
-                "quartiles": [
-                    round(q, 4)
-                    for q in statistics.quantiles((a / b for a, b in zip(spent, floor, strict=True)), n=4)
-                ],
-                "saved_bytes": saved_bytes(lambda name=name: forward(name)),
-            }
-            for name, spent in times.items()
-        },
+    steps = {name: lambda name=name: forward(name).backward(cotangent) for name in contenders}
+    times = interleave(steps, options.rounds, device, lambda line: print(line, flush=True))
+    result = header(
+        "one training step of the transformer body: time over the frozen base's, bytes kept",
+        device,
+        model=options.model
+        if source
+        else dict(zip(["layers", "hidden", "inner", "heads"], shape, strict=True)),
+        shape={"rows": options.rows, "length": options.length, "rank": options.rank, "targets": TARGETS},
+        dtype=str(dtype),
+        rounds=options.rounds,
+    )
+    result["contenders"] = {
+        name: {
+            **over(spent, times["frozen base"]),
+            "saved_bytes": saved_bytes(lambda name=name: forward(name)),
+        }
+        for name, spent in times.items()
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out, json.dumps(result, indent=2) + "\n")
     for name, found in result["contenders"].items():
         print(f"{name:26} {found['over_floor']:.3f} × floor   {found['saved_bytes'] / 1e6:6.0f} MB kept")
-    print(f"Wrote {options.out}")
+    write(result, options.out or RESULTS / f"step-{device}.json")
 
 
 if __name__ == "__main__":

@@ -335,3 +335,103 @@ def test_a_recipe_may_ask_for_dora_and_a_start_from_principal_components(world: 
     assert (folded["peft_type"], folded["use_dora"], folded["r"]) == ("LORA", True, 8)
     proofs = json.loads((run.path / "run.json").read_text())["proofs"]
     assert all(proof["passed"] for proof in proofs.values())
+
+
+def gradients(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    from moslora.tasks.text import labelled_loss
+
+    total, count = labelled_loss(model.get_base_model(), inputs)
+    loss = total / count
+    return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+
+def adapted(model: Any) -> Any:
+    from peft import get_peft_model
+
+    from moslora import MoSLoRAConfig
+
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, MoSLoRAConfig(**settings))
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_rows_laid_end_to_end_have_the_loss_and_gradients_of_padded_ones(make: Any) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from moslora.tasks.text import why_rows_mix
+
+    base = make()
+    assert why_rows_mix(base, 0) is None
+    model = adapted(base)
+    rows = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (5, 12, 9)]
+    examples = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in rows]
+    padded, laid = (
+        DataCollatorForLanguageModeling(pad_token_id=0, padding_free=free)(examples) for free in (False, True)
+    )
+    assert laid["input_ids"].shape == (1, 26) and padded["input_ids"].shape == (3, 12)
+    for one, two in zip(gradients(model, laid), gradients(model, padded), strict=True):
+        assert relative_error(one, two) < MODEL
+
+
+def test_an_architecture_that_carries_rows_over_is_found_out() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from moslora.tasks.text import why_rows_mix
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    assert "end to end" in (why_rows_mix(MambaForCausalLM(config).eval(), 0) or "")
+
+
+def test_runs_lay_rows_end_to_end_unless_told_otherwise(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import moslora.tasks.text
+    from moslora import MoSLoRAConfig
+    from moslora.recipe import load_recipe
+    from moslora.tasks.text import TextTask
+
+    # So narrow a model spends all on attention, and would be padded.
+    monkeypatch.setattr(moslora.tasks.text, "padding_cost", lambda *_: 2.0)
+
+    def batch(**changes: object) -> Any:
+        task = TextTask(load_recipe(arguments(world, tmp_path, **changes)), quiet(), lambda: None)
+        task.read()
+        task.prepare()
+        config = MoSLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer: Any = task.build_trainer(task.load(), config, tmp_path, [])
+        return next(iter(trainer.get_train_dataloader()))
+
+    assert batch()["input_ids"].shape[0] == 1
+    assert batch(**{"trainer.padding_free": "false"})["input_ids"].shape[0] == 4
+    assert batch(**{"trainer.per_device_train_batch_size": 1})["input_ids"].shape[0] == 1
+
+
+def test_end_to_end_is_not_chosen_where_attention_would_cost_more_than_padding() -> None:
+    from moslora.tasks.text import padding_cost
+
+    model = tiny.llama()
+    assert padding_cost(model, [8, 4, 8, 2], 4, 0) > 1
+    assert padding_cost(model, [4096] * 8, 8, 0) < 1
+
+
+def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    import moslora.tasks.text
+
+    model = adapted(tiny.llama())
+    ids = tiny.tokens(2, 20)
+    whole = gradients(model, {"input_ids": ids, "labels": ids})
+    monkeypatch.setattr(moslora.tasks.text, "LOGIT_ROWS", 7)
+    kept: list[tuple[int, ...]] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        parts = gradients(model, {"input_ids": ids, "labels": ids})
+    for one, two in zip(parts, whole, strict=True):
+        assert relative_error(one, two) < MODEL
+    assert not [shape for shape in kept if shape[-1:] == (64,) and shape[0] > 7], (
+        "logits of all positions kept"
+    )

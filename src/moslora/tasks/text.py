@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ __all__ = ["TextTask", "answer", "held_out_loss"]
 LOSS_TOKENS = 1024
 # Answers generated at once.
 ANSWER_BATCH = 64
+# Labelled positions whose logits are held at once; more are scored part by part, and recomputed in backward.
+LOGIT_ROWS = 2048
 # Held-out examples, and tokens of each, whose logits the proof compares.
 PROBES, PROBE_TOKENS = 4, 128
 
@@ -175,6 +178,7 @@ class TextTask(Task):
             )
 
         config = build_trainer_config(self.recipe, self.device, output_dir)
+        self._lay_rows(model, config)
         wants_evaluation = config.eval_strategy != "no"
         # Lengths were cut, dropped or refused while encoding; the trainer must not do it again.
         config.dataset_kwargs = None if config.packing else {"skip_prepare_dataset": True}
@@ -204,6 +208,39 @@ class TextTask(Task):
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+
+    def _lay_rows(self, model: nn.Module, config: Any) -> None:
+        """Lay the rows of a batch end to end where that is exact and less work, and say what was chosen."""
+        if config.packing:
+            return
+        if "padding_free" not in self.recipe.trainer:
+            rows = config.per_device_train_batch_size
+            if rows == 1:
+                return  # nothing to pad
+            lengths = [len(e.input_ids) for e in self.train_set]
+            found: str | None
+            saved = padding_cost(model, lengths, rows, self.recipe.seed)
+            if config.n_gpu > 1:
+                found = "one process feeds several GPUs, which split a batch by rows"
+            elif saved <= 1:
+                found = f"laid end to end, attention would cost more than padding does ({saved:.2f} times)"
+            else:
+                found = why_rows_mix(model, self.pad_id)
+                if found:
+                    self.display.warn(
+                        f"The rows of a batch are padded, which costs about {saved:.2f} times the work: {found}"
+                    )
+                    return
+            if found:
+                self.display.say(f"The rows of a batch are padded: {found}.")
+                return
+            self.display.say(
+                f"The rows of a batch lie end to end; padding would cost {saved:.2f} times the work. Tried on "
+                "this model: no row sees another. trainer.padding_free=false pads."
+            )
+            config.padding_free = True
+        if config.padding_free:
+            config.max_length = None  # TRL wants it; lengths were seen to while encoding
 
     def evaluate(self, model: nn.Module, label: str) -> Evaluation:
         """Measure held-out loss, and answers where the recipe wants them."""
@@ -333,14 +370,126 @@ def labelled_loss(model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
     Returns:
         The sum in nats, and over how many tokens (at least 1).
     """
+    import torch
     from torch.nn import functional as F
+    from torch.utils.checkpoint import checkpoint
 
     arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
     hidden = model.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]  # (rows, length - 1, d)
     targets = inputs["labels"][:, 1:]
     trained = targets != -100
-    logits = model.get_output_embeddings()(hidden[trained]).float()  # (tokens, vocabulary)
-    return F.cross_entropy(logits, targets[trained], reduction="sum"), trained.sum().clamp(min=1)
+    hidden, targets = hidden[trained], targets[trained]  # (tokens, d), (tokens,)
+    head = model.get_output_embeddings()
+
+    def score(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden).float()  # (tokens, vocabulary)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    parts = list(zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True))
+    if len(parts) > 1 and torch.is_grad_enabled():
+        # Logits of one part at a time exist, in forward and again in backward.
+        total = torch.stack([checkpoint(score, *part, use_reentrant=False) for part in parts]).sum()
+    else:
+        total = torch.stack([score(*part) for part in parts]).sum()
+    return total, trained.sum().clamp(min=1)
+
+
+def padding_cost(model: nn.Module, lengths: Sequence[int], rows: int, seed: int) -> float:
+    """Estimate how much more work padded batches are than the same rows laid end to end.
+
+    End to end, dense attention goes over all pairs of a batch's tokens; padded, over those of its longest row.
+
+    Args:
+        model: A causal language model of transformers.
+        lengths: Tokens of each example.
+        rows: Examples per batch.
+        seed: Decides which examples fall into one batch.
+
+    Returns:
+        The ratio; below 1, padding is the cheaper.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    head = sum(
+        p.numel()
+        for p in {*model.get_input_embeddings().parameters(), *_head_parameters(model)}  # type: ignore[operator]
+    )
+    per_token = sum(p.numel() for p in model.parameters()) - head
+    implementation = getattr(config, "_attn_implementation", None) or ""
+    per_pair = 2 * config.num_hidden_layers * config.hidden_size
+    order = random.Random(seed).sample(list(lengths), len(lengths))
+    padded = laid = 0
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        padded += len(batch) * (max(batch) * per_token + max(batch) ** 2 * per_pair)
+        # Kernels that know where rows begin do not look at other rows.
+        pairs = sum(n * n for n in batch) if "flash" in implementation else sum(batch) ** 2
+        laid += sum(batch) * per_token + pairs * per_pair
+    return padded / max(laid, 1)
+
+
+def _head_parameters(model: Any) -> list[Any]:
+    head = model.get_output_embeddings()
+    return [] if head is None else list(head.parameters())
+
+
+# Rows laid end to end are the rows alone, up to rounding: relative to the largest logit.
+SAME_LOGITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def why_rows_mix(model: Any, pad_id: int) -> str | None:
+    """Try whether rows laid end to end are computed as they are alone.
+
+    Architectures without position ids, with state-space layers or convolutions over tokens carry one row into the
+    next. Instead of a list of names, the model itself is run: what stands in the first row must not change the
+    second, and the second must be what it is alone.
+
+    Args:
+        model: A causal language model of transformers.
+        pad_id: As for the trainer's collator.
+
+    Returns:
+        None if the rows are independent; otherwise what was seen, a sentence.
+    """
+    import torch
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = (torch.randint(size, (n,), generator=generator).tolist() for n in (7, 7, 9))
+    # A row before and a row behind: what is behind may not leak either.
+    collate = DataCollatorForLanguageModeling(pad_token_id=pad_id, padding_free=True)
+    device = next(model.parameters()).device
+    was_training = model.training
+
+    def run(*rows: list[int]) -> Tensor:
+        batch = collate([{"input_ids": row} for row in rows])
+        arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "labels"}
+        return model(**arguments, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+    model.eval()
+    try:
+        with torch.inference_mode():
+            one = run(first, second, other)[7:16].float()
+            two = run(other, second, first)[7:16].float()
+            ids = torch.tensor([second], device=device)
+            alone = model(input_ids=ids, use_cache=False).logits[0].float()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        return f"this architecture does not run them end to end ({type(error).__name__}: {reason})."
+    finally:
+        model.train(was_training)
+    largest = alone.abs().max().clamp_min(1e-30)
+    seen = float((one - two).abs().max() / largest)
+    changed = float((one - alone).abs().max() / largest)
+    name = str(next(model.parameters()).dtype).removeprefix("torch.")
+    allowed = SAME_LOGITS.get(name, SAME_LOGITS["bfloat16"])
+    # The same shapes and the same row: nothing but the order of sums in shared work, such as experts', may differ.
+    if not seen <= allowed / 10 or not changed <= allowed:
+        return (
+            f"laid end to end, one row changes the next in this architecture (logits by {seen:.1e}; against the row "
+            f"alone {changed:.1e})."
+        )
+    return None
 
 
 def held_out_loss(
