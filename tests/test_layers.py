@@ -24,7 +24,19 @@ FLOORS = {
         "__init__",
         "reload_in_stock_peft",
     ),  # nothing below imports the root
-    3: ("recipe", "models", "weights", "rundir", "records", "tokenization", "answers", "tasks", "display"),
+    3: (
+        "recipe",
+        "models",
+        "weights",
+        "rundir",
+        "records",
+        "tokenization",
+        "answers",
+        "intervals",
+        "methods",
+        "tasks",
+        "display",
+    ),
     4: (
         "train",
         "evaluate",
