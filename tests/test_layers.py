@@ -45,6 +45,8 @@ FLOORS = {
         "report",
         "proofs",
         "compare",
+        "compare_report",
+        "verdict",
         "merge",
         "doctor",
         "inspect",

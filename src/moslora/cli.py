@@ -186,6 +186,80 @@ def train(
 
 
 @app.command()
+def compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|KEY=VALUE...", help="A recipe and/or settings, as for training."),
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Names separated by commas, or paths of adapter_config.json.")
+    ] = "lora,moslora",
+    seeds: Annotated[int, typer.Option(help="How many; the same for every method.")] = 3,
+    learning_rates: Annotated[
+        str,
+        typer.Option(
+            help="Tried for every method, separated by commas; a third, one and three times the recipe's."
+        ),
+    ] = "",
+    baseline: Annotated[str | None, typer.Option(help="Compared with all others; the first method.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps of every training; the recipe's.")
+    ] = None,
+    validation: Annotated[int, typer.Option(help="Training examples set aside to choose rates by.")] = 64,
+    examples: Annotated[int | None, typer.Option(help="Held-out examples to judge by; all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep it in; one that is there goes on.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes side by side, each with its own base.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on your data: tuned learning rates, paired seeds, intervals, a verdict.
+
+    [bold]moslora compare recipes/compare-demo.yaml[/]
+    [bold]moslora compare my.yaml --methods lora,lora-matched,moslora --seeds 5 --learning-rates 2e-4,6e-4,2e-3[/]
+
+    Methods: lora, lora-matched, frozen-mixer, moslora, moslora-orthogonal, two-subspace, dora, rslora, pissa, recipe,
+    full. Data, order, steps and seeds are shared; a learning rate is chosen for each method on validation examples, and
+    judged on held-out ones. "No difference could be shown" is an answer. The same command goes on where it was stopped.
+    Exit code 1 says that a method has no result.
+    """
+
+    def action() -> None:
+        from moslora.compare import compare as compare_methods
+        from moslora.display import Display
+
+        try:
+            rates = [float(rate) for rate in learning_rates.split(",") if rate]
+        except ValueError:
+            raise ValueError(
+                f"--learning-rates {learning_rates} is no list of numbers, as 1e-4,1e-3 is."
+            ) from None
+        folder, verdict = compare_methods(
+            arguments,
+            Display(sys.stderr if as_json else sys.stdout),
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            seeds=seeds,
+            rates=rates,
+            baseline=baseline,
+            steps=steps,
+            validation=validation,
+            examples=examples,
+            out=out,
+            workers=workers,
+            command=shlex.join(["moslora", *sys.argv[1:]]),
+            plan_only=dry_run,
+        )
+        if verdict is None:
+            return
+        if as_json:
+            print(json.dumps({"comparison": str(folder), **dataclasses.asdict(verdict)}, indent=2))
+        if not verdict.complete:
+            raise typer.Exit(1)
+
+    _run(action, debug)
+
+
+@app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
     out: Annotated[Path, typer.Argument(help="Directory or file to write; must not exist yet.")],

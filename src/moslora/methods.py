@@ -34,6 +34,7 @@ class Method:
         arguments: From a recipe's adapter section to the arguments of its configuration.
         adjust: Changes the start of a model that the adapter has been put into; None for most.
         changes_base: Whether base weights move, so that the base has to be loaded anew for the next run.
+        origin: The file or folder that it was read from; None for the table's.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Method:
     arguments: Callable[[Mapping[str, Any]], dict[str, Any]]
     adjust: Callable[[Any], None] | None = None
     changes_base: bool = False
+    origin: str | None = None
 
     def configure(self, adapter: Mapping[str, Any]) -> PeftConfig | None:
         """Make the adapter's configuration.
