@@ -17,6 +17,7 @@ from moslora.display import Display
 from moslora.methods import METHODS, find_method
 from moslora.train import Stopped
 from moslora.verdict import Verdict
+from tolerances import MODEL
 
 pytestmark = pytest.mark.filterwarnings(
     # datasets forks a pool for nothing, TRL and accelerate use torch names that torch has renamed.
@@ -276,3 +277,34 @@ def test_a_dry_run_leaves_nothing(world, tmp_path):
         arguments(world), Display(quiet=True), out=tmp_path / "c", validation=4, plan_only=True
     )
     assert verdict is None and not (tmp_path / "c").exists()
+
+
+def test_workers_give_the_numbers_of_a_single_process(finished, world, tmp_path):
+    folder, _ = finished
+    shared, _ = run(world, tmp_path / "c", methods=["lora", "moslora"], rates=[1e-2], workers=2)
+    alone, beside = cells(folder), cells(shared)
+    assert len(beside) == 4
+    for name, cell in beside.items():
+        # Each worker has a share of the threads, so sums may be taken in another order.
+        assert cell["test"] == pytest.approx(alone[name]["test"], rel=MODEL), name
+
+
+def test_the_command_prints_the_verdict_as_json_and_says_1_where_a_method_has_no_result(
+    world, tmp_path, monkeypatch
+):
+    from typer.testing import CliRunner
+
+    from moslora.cli import app
+
+    monkeypatch.setattr("sys.argv", ["moslora", "compare"])
+    out = tmp_path / "c"
+    options = ["--seeds", "2", "--learning-rates", "1e-3", "--validation", "4", "--out", str(out), "--json"]
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["no_such_module"]}))
+    call = ["compare", *arguments(world), *options, "--methods"]
+    done = CliRunner().invoke(app, [*call, f"lora,{bad}"])
+    assert done.exit_code == 1
+    result = json.loads(done.stdout)
+    assert result["methods"][1]["crashed"] == 2 and not result["complete"]
+    again = CliRunner().invoke(app, [*call, "lora,dora"])
+    assert again.exit_code == 2 and "other methods" in again.stderr

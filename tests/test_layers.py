@@ -34,6 +34,8 @@ FLOORS = {
         "answers",
         "intervals",
         "methods",
+        "choices",
+        "commonsense",
         "tasks",
         "display",
     ),

@@ -260,6 +260,66 @@ def compare(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Base model: folder, hub id, GGUF file or packaged name.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Over the recipe.", show_default=False),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter directory, judged beside the base.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Whose held-out data and metric are used.")] = None,
+    data: Annotated[str | None, typer.Option(help="File of examples; with --task the tasks' folder.")] = None,
+    task: Annotated[
+        str,
+        typer.Option(help="Commonsense tasks separated by commas, or [bold]commonsense[/] for all eight."),
+    ] = "",
+    protocol: Annotated[
+        str, typer.Option(help="For tasks: [bold]answer-text[/], [bold]label[/] or [bold]published[/].")
+    ] = "answer-text",
+    limit: Annotated[int | None, typer.Option(help="Items at most, of each task.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="JSONL to write every item to.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate base and adapter side by side on the same items, with intervals.
+
+    [bold]moslora evaluate smollm2-135m-instruct --adapter runs/demo/adapter --recipe recipes/demo.yaml[/]
+    [bold]moslora evaluate my-model --adapter my-lora --data heldout.jsonl --predictions items.jsonl[/]
+    [bold]moslora evaluate my-model --adapter my-lora --task ARC-Easy,boolq --data commonsense --protocol published[/]
+
+    First it is proven that the adapter takes part: logits with and without it must differ. One that learned nothing is
+    said to; one that is not felt ends with exit code 1.
+    """
+
+    def action() -> None:
+        from moslora.display import Display
+        from moslora.evaluate import evaluate as evaluate_model
+        from moslora.evaluate import show
+
+        display = Display(sys.stderr if as_json else sys.stdout)
+        report = evaluate_model(
+            model,
+            display,
+            adapter=adapter,
+            recipe=recipe,
+            data=data,
+            settings=settings or (),
+            tasks=[name.strip() for name in task.split(",") if name.strip()],
+            protocol=protocol,
+            limit=limit,
+            predictions=predictions,
+        )
+        if as_json:
+            print(json.dumps(dataclasses.asdict(report), indent=2))
+        else:
+            show(report, display)
+        if predictions is not None:
+            display.say(f"Wrote {predictions}.")
+
+    _run(action, debug)
+
+
+@app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
     out: Annotated[Path, typer.Argument(help="Directory or file to write; must not exist yet.")],

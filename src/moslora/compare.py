@@ -409,7 +409,7 @@ class Bench:
             if not all(map(math.isfinite, (*found["validation"], *found["test"]))):
                 reason, found = "a loss after training is NaN or infinite", {}
             elif task.recipe.task.metric != "none" and task.asked:
-                found["correct"] = [bool(a.correct) for a in task._answers(adapted, task.asked, name)]
+                found["correct"] = [bool(a.correct) for a in task.ask(adapted, task.asked, name)]
         del trainer
         self._take_out(adapted, method)
         status = "done" if reason is None else "diverged"

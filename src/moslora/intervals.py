@@ -35,6 +35,7 @@ __all__ = [
     "holm",
     "mean_interval",
     "paired_difference",
+    "paired_examples",
     "student_cdf",
     "student_quantile",
 ]
@@ -128,6 +129,20 @@ def paired_difference(differences: Sequence[Sequence[float]], level: float = 0.9
         examples=examples,
         level=level,
     )
+
+
+def paired_examples(differences: Sequence[float], level: float = 0.95) -> Difference:
+    """Judge paired differences of two models on the same examples; for these models, so nothing is said of seeds.
+
+    Args:
+        differences: One per example, at least 2.
+        level: Of the interval.
+
+    Returns:
+        As ``paired_difference``, with the examples' part alone.
+    """
+    # Equal rows have no spread between seeds, which leaves the examples'.
+    return paired_difference([list(differences)] * 2, level)
 
 
 def _p_value(mean: float, halves: Any) -> float:

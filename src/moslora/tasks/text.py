@@ -214,7 +214,7 @@ class TextTask(Task):
         """Measure held-out loss, and answers where the recipe wants them."""
         task = self.recipe.task
         metrics, intervals = {"loss": self._loss(model, label)}, {}
-        answers = self._answers(model, self.asked, label) if self.asked else []
+        answers = self.ask(model, self.asked, label) if self.asked else []
         if answers and task.metric != "none":
             right = sum(bool(a.correct) for a in answers)
             metrics["exact_match"] = right / len(answers)
@@ -263,7 +263,8 @@ class TextTask(Task):
                 self.checkpoint()
         return total / count
 
-    def _answers(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
+    def ask(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
+        """Generate an answer to each example, in batches, and judge it by the recipe's metric."""
         metric = METRICS.get(self.recipe.task.metric)
         texts: dict[int, str] = {}
         order = sorted(range(len(chosen)), key=lambda i: len(chosen[i].prompt_ids))
