@@ -75,15 +75,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
 
 @pytest.fixture(scope="module")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
-    return run(world, tmp_path_factory.mktemp("runs") / "c", methods=["lora", "moslora", "full"])
+    return run(world, tmp_path_factory.mktemp("runs") / "c", methods=["lora", "pissa", "moslora", "full"])
 
 
 def test_a_comparison_leaves_every_cell_a_verdict_and_a_page(finished):
     folder, verdict = finished
     found = cells(folder)
-    assert len(found) == 3 * 2 * 2 and {c["status"] for c in found.values()} == {"done"}
-    assert [m.name for m in verdict.methods] == ["lora", "moslora", "full"]
-    assert [c.method for c in verdict.contrasts] == ["moslora", "full"]
+    assert len(found) == 4 * 2 * 2 and {c["status"] for c in found.values()} == {"done"}
+    assert [m.name for m in verdict.methods] == ["lora", "pissa", "moslora", "full"]
+    assert [c.method for c in verdict.contrasts] == ["pissa", "moslora", "full"]
     assert json.loads((folder / "results.json").read_text()) == json.loads(
         json.dumps(dataclasses.asdict(verdict))
     )
@@ -95,7 +95,7 @@ def test_a_comparison_leaves_every_cell_a_verdict_and_a_page(finished):
 
 def test_trained_parameters_are_those_of_the_method(finished, world):
     _, verdict = finished
-    lora, moslora, full = (m.trainable_parameters for m in verdict.methods)
+    lora, _, moslora, full = (m.trainable_parameters for m in verdict.methods)
     modules = 2 * 7
     assert lora is not None and moslora == lora + modules * 4 * 4
     assert full == sum(p.numel() for p in tiny.llama(vocab_size=259).parameters())
@@ -104,7 +104,7 @@ def test_trained_parameters_are_those_of_the_method(finished, world):
 def test_a_finished_comparison_runs_nothing_again_and_says_the_same(finished, world, monkeypatch):
     folder, verdict = finished
     ran = counted(monkeypatch)
-    again = run(world, folder, methods=["lora", "moslora", "full"])[1]
+    again = run(world, folder, methods=["lora", "pissa", "moslora", "full"])[1]
     assert ran == [] and again == verdict
 
 
@@ -188,7 +188,7 @@ def test_a_folder_with_another_comparison_is_refused(finished, world):
         run(
             world,
             folder,
-            methods=["lora", "moslora", "full"],
+            methods=["lora", "pissa", "moslora", "full"],
             arguments=arguments(world, seed=0, **{"adapter.r": 8}),
         )
     with pytest.raises(ValueError, match="no comparison"):

@@ -119,6 +119,7 @@ def test_several_tests_are_corrected_for():
     assert together.p_corrected == pytest.approx(2 * alone.p_corrected)
     assert together.detectable > alone.detectable
     assert alone.found == "better" and together.found == "none"
+    assert "by chance" in judge(cells, ["lora", "one", "two"], "lora", BASE, BASE).sentences[0]
 
 
 def test_cautions_name_edges_of_the_grid_and_methods_that_learned_nothing():

@@ -386,6 +386,8 @@ def _sentence(contrast: Contrast, chosen: Mapping[str, Sequence[Cell]]) -> str:
         f"{contrast.p_corrected:.2g}; {found.seeds} seeds, {found.examples} examples)"
     )
     if contrast.found == "none":
+        if found.p < 1 - LEVEL:
+            numbers += "; the interval leaves out zero, but among so many methods one does by chance"
         return (
             f"No difference between {name} and {against} could be shown, {rates}: held-out loss {numbers}. With this "
             f"much data you could have seen one of {contrast.detectable:.2g}, four times out of five."
