@@ -22,7 +22,7 @@ from moslora.rundir import RunDirectory, read_metrics, write_whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["loss_curve", "sign_test", "write_report"]
+__all__ = ["INKS", "as_element", "loss_curve", "sign_test", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    return _as_element(buffer.getvalue(), "Loss by training step")
+    return as_element(buffer.getvalue(), "Loss by training step")
 
 
 def _draw_losses(axes: Axes, train: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> None:
@@ -259,8 +259,16 @@ def _draw_losses(axes: Axes, train: list[tuple[int, float]], held_out: list[tupl
     axes.legend(frameon=False, loc="upper right")
 
 
-def _as_element(document: str, description: str) -> str:
-    """Strip what only a file of its own needs, and let CSS choose the colours and the typeface."""
+def as_element(document: str, description: str) -> str:
+    """Strip what only a file of its own needs, and let CSS choose the colours and the typeface.
+
+    Args:
+        document: An SVG file as matplotlib writes it, drawn in ``INKS``.
+        description: What it shows, for who cannot see it.
+
+    Returns:
+        An ``<svg>`` element to put into a page.
+    """
     element = document[document.index("<svg") :].strip()
     element = re.sub(r"\s*<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     opening, rest = element.split(">", 1)

@@ -109,7 +109,7 @@ class Task(ABC):
     def build_trainer(
         self,
         model: nn.Module,
-        adapter: PeftConfig,
+        adapter: PeftConfig | None,
         output_dir: Path,
         callbacks: Sequence[TrainerCallback],
     ) -> Trainer:
@@ -117,7 +117,7 @@ class Task(ABC):
 
         Args:
             model: The base model.
-            adapter: The adapter's configuration.
+            adapter: The adapter's configuration; None trains the whole model.
             output_dir: Where checkpoints go.
             callbacks: To be told of steps.
         """

@@ -18,7 +18,7 @@ from moslora.models import (
     resolve_model,
 )
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
-from moslora.records import Example, overlap, read_records, split_heldout, to_examples
+from moslora.records import Example, overlap, prompt_of, read_records, split_heldout, to_examples
 from moslora.tasks.task import Answer, Evaluation, Task
 from moslora.tokenization import Encoded, Encoder, Summary, encode_all, preview
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from moslora.models import ModelSource
 
-__all__ = ["TextTask", "answer", "held_out_loss"]
+__all__ = ["TextTask", "answer", "example_losses", "held_out_loss"]
 
 # Tokens of a batch whose loss is measured; bounds the logits to this times the vocabulary.
 LOSS_TOKENS = 1024
@@ -43,6 +43,9 @@ PROBES, PROBE_TOKENS = 4, 128
 
 class TextTask(Task):
     """Fine-tune a causal language model on messages, prompts with completions, or text."""
+
+    # Filled by ``set_aside``; a plain run chooses nothing by them.
+    validation_examples: Sequence[Example] = ()
 
     def read(self) -> None:
         """Read the data and find the base model."""
@@ -95,6 +98,8 @@ class TextTask(Task):
         )
         self.train_set, self.train_summary = encode_all(self.train_examples, encoder)
         self.heldout_set, self.heldout_summary = encode_all(self.heldout_examples, encoder)
+        if self.validation_examples:
+            self.validation_set, _ = encode_all(self.validation_examples, encoder)
         self.by_place = {example.place: example for example in self.heldout_examples}
         self.stop_ids: list[int] = sorted(encoder.stop_ids)
         # Plain text has no question in it, so there is nothing to answer.
@@ -164,7 +169,7 @@ class TextTask(Task):
     def build_trainer(
         self,
         model: nn.Module,
-        adapter: PeftConfig,
+        adapter: PeftConfig | None,
         output_dir: Path,
         callbacks: Sequence[TrainerCallback],
     ) -> Trainer:
@@ -196,7 +201,7 @@ class TextTask(Task):
                 special = return_outputs or model is not self.model or not scores_plainly(self)
                 if special or inputs["labels"].device.type != "cpu":
                     return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                total, count = labelled_loss(model.get_base_model(), inputs)
+                total, count = labelled_loss(unwrapped(model), inputs)
                 return total / (count if num_items_in_batch is None else num_items_in_batch)
 
         return LabelledLossTrainer(
@@ -246,12 +251,45 @@ class TextTask(Task):
         """Measure held-out loss, and answers where the recipe wants them."""
         task = self.recipe.task
         metrics, intervals = {"loss": self._loss(model, label)}, {}
-        answers = self._answers(model, self.asked, label) if self.asked else []
+        answers = self.ask(model, self.asked, label) if self.asked else []
         if answers and task.metric != "none":
             right = sum(bool(a.correct) for a in answers)
             metrics["exact_match"] = right / len(answers)
             intervals["exact_match"] = wilson_interval(right, len(answers))
         return Evaluation(metrics, len(self.heldout_set), intervals, answers)
+
+    def set_aside(self, count: int, heldout: int | None) -> int:
+        """Take examples out of the training data to choose a learning rate by; call it before ``prepare``.
+
+        Args:
+            count: About how many; a quarter of the training data is the limit.
+            heldout: How many held-out examples to keep, at even distances; None for all.
+
+        Returns:
+            How many were set aside. Those chosen depend on content and the recipe's seed alone.
+        """
+        examples = self.train_examples
+        fraction = min(0.25, count / len(examples))
+        rest, aside = split_heldout(examples, fraction, self.recipe.seed)
+        seen = {prompt_of(example) for example in aside}
+        # What has the same prompt as an example set aside is not trained on, unless all have.
+        self.train_examples = [example for example in rest if prompt_of(example) not in seen] or rest
+        self.validation_examples = aside
+        if heldout is not None and heldout < len(self.heldout_examples):
+            every = len(self.heldout_examples)
+            self.heldout_examples = [self.heldout_examples[i * every // heldout] for i in range(heldout)]
+        return len(aside)
+
+    def score(self, model: nn.Module, examples: Sequence[Encoded], label: str) -> list[float]:
+        """Return each example's loss: the mean over its trained tokens, in nats, in the order given."""
+        found = [0.0] * len(examples)
+        with self.display.progress(f"Loss, {label}", len(examples)) as progress:
+            for chosen, losses, counts in example_losses(model, examples, self.pad_id, self.device):
+                for index, loss in zip(chosen, (losses / counts.clamp(min=1)).tolist(), strict=True):
+                    found[index] = loss
+                progress.advance(len(chosen))
+                self.checkpoint()
+        return found
 
     def _loss(self, model: nn.Module, label: str) -> float:
         with self.display.progress(f"Held-out loss, {label}", len(self.heldout_set)) as progress:
@@ -262,7 +300,8 @@ class TextTask(Task):
                 self.checkpoint()
         return total / count
 
-    def _answers(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
+    def ask(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
+        """Generate an answer to each example, in batches, and judge it by the recipe's metric."""
         metric = METRICS.get(self.recipe.task.metric)
         texts: dict[int, str] = {}
         order = sorted(range(len(chosen)), key=lambda i: len(chosen[i].prompt_ids))
@@ -342,11 +381,20 @@ def scores_plainly(trainer: Any) -> bool:
     """
     arguments = trainer.args
     return (
-        logits_are_plain(trainer.model.get_base_model())
+        logits_are_plain(unwrapped(trainer.model))
         and arguments.loss_type == "nll"
         and not arguments.label_smoothing_factor
         and trainer.compute_loss_func is None
     )
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model without PEFT's wrapper; its layers stay adapted.
+
+    Args:
+        model: A model of transformers, or PEFT's around it.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def logits_are_plain(model: Any) -> bool:
@@ -506,14 +554,32 @@ def held_out_loss(
     Yields:
         Per batch: the sum in nats, over how many tokens, of how many examples.
     """
+    for _, losses, counts in example_losses(model, examples, pad_id, device):
+        yield float(losses.sum()), int(counts.sum()), len(losses)
+
+
+def example_losses(
+    model: nn.Module, examples: Sequence[Encoded], pad_id: int, device: str
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Sum the negative log-likelihood of the trained tokens of each example, batch by batch.
+
+    Args:
+        model: A causal language model; it is put into evaluation mode.
+        examples: Encoded examples.
+        pad_id: Token to fill short rows with.
+        device: Where the model is.
+
+    Yields:
+        Per batch: where its examples stand in ``examples``, each one's sum in nats, and over how many tokens.
+    """
     import torch
     from torch.nn import functional as F
 
     model.eval()
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    base = unwrap()  # without PEFT's wrapper; its layers stay adapted
+    base = unwrapped(model)
     plain = logits_are_plain(base)
-    for batch in _batches(examples, LOSS_TOKENS):
+    for chosen in _batches(examples, LOSS_TOKENS):
+        batch = [examples[index] for index in chosen]
         length = max(len(e.input_ids) for e in batch)
         ids = torch.full((len(batch), length), pad_id)
         labels = torch.full((len(batch), length), -100)
@@ -523,30 +589,30 @@ def held_out_loss(
             ids[row, :n] = torch.tensor(example.input_ids)
             labels[row, :n] = torch.tensor(example.labels)
             mask[row, :n] = 1
-        if plain:
-            arguments = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-            with torch.inference_mode():
-                total, count = labelled_loss(base, {name: t.to(device) for name, t in arguments.items()})
-            yield float(total), int(count), len(batch)
-            continue
+        targets = labels[:, 1:].to(device)
+        trained = targets != -100  # (rows, length - 1)
+        arguments = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         with torch.inference_mode():
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[
-                :, :-1
-            ]  # (rows, length - 1, vocabulary)
-            targets = labels[:, 1:].to(device)
-            trained = targets != -100
-            loss = F.cross_entropy(logits[trained].float(), targets[trained], reduction="sum")
-        yield float(loss), int(trained.sum()), len(batch)
+            if plain:
+                hidden = base.base_model(**arguments).last_hidden_state[:, :-1]  # (rows, length - 1, d)
+                logits = base.get_output_embeddings()(hidden[trained])  # (tokens, vocabulary)
+            else:
+                logits = model(**arguments).logits[:, :-1][trained]
+            losses = F.cross_entropy(logits.float(), targets[trained], reduction="none")  # (tokens,)
+        rows = trained.nonzero()[:, 0]
+        sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
+        sums.index_add_(0, rows, losses.double())
+        yield chosen, sums.cpu(), trained.sum(dim=1).cpu()
 
 
-def _batches(examples: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
-    """Group examples of like length so that rows × longest row stays within ``tokens``."""
-    batch: list[Encoded] = []
-    for example in sorted(examples, key=lambda e: len(e.input_ids)):
-        if batch and (len(batch) + 1) * len(example.input_ids) > tokens:
+def _batches(examples: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
+    """Group examples of like length, by their place, so that rows × longest row stays within ``tokens``."""
+    batch: list[int] = []
+    for index in sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids)):
+        if batch and (len(batch) + 1) * len(examples[index].input_ids) > tokens:
             yield batch
             batch = []
-        batch.append(example)
+        batch.append(index)
     if batch:
         yield batch
 

@@ -1,0 +1,549 @@
+"""Evaluate: base and tuned model side by side, on the same items, with intervals and the items that changed.
+
+Held-out loss and answers on one's own data, or commonsense tasks by the published protocol and by log-likelihood. That
+the adapter took part is proven first: an evaluation that ignores it is a known accident, and looks like "no effect".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from moslora.answers import wilson_interval
+from moslora.commonsense import (
+    BEAMS,
+    NEW_TOKENS,
+    PUBLISHED,
+    TASKS,
+    Question,
+    eval_prompt,
+    extract,
+    read_questions,
+)
+from moslora.display import Display
+from moslora.export import ProofError
+from moslora.intervals import paired_examples
+from moslora.models import default_device, load_model, load_tokenizer, materialise, resolve_model
+from moslora.recipe import load_recipe
+from moslora.rundir import write_whole
+
+if TYPE_CHECKING:
+    from moslora.models import ModelSource
+
+__all__ = ["PROTOCOLS", "Activity", "Measure", "Report", "evaluate", "show"]
+
+# Questions generated at once; beams multiply it. The published script takes one, which gives the same beams.
+BATCH = 8
+# Prompts on which the adapter has to show itself, and tokens of each.
+PROBES, PROBE_TOKENS = 4, 128
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the adapter does to the logits.
+
+    Attributes:
+        effect: Largest difference of logits with and without it, on real prompts.
+        learned: Whether any ΔW differs from zero; None where its format has no ΔW that is read.
+        modules: How many modules of the model carry it.
+    """
+
+    effect: float
+    learned: bool | None
+    modules: int
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of base and tuned model on the same items.
+
+    Attributes:
+        name: ``"loss"``, ``"exact_match"``, or a task's name (accuracy).
+        items: How many.
+        base: Of the base; None if the adapted model alone was asked for.
+        base_interval: 95 %; None for losses, whose spread between examples is no error of the difference.
+        tuned, tuned_interval: Of the adapted model; None without an adapter.
+        difference, low, high, p: Tuned less base, paired over items; None without an adapter.
+        fixed, broken: Items that became right, and that became wrong; None for losses.
+        published: MoSLoRA's published figure for LLaMA-3-8B, where there is one.
+    """
+
+    name: str
+    items: int
+    base: float
+    base_interval: tuple[float, float] | None = None
+    tuned: float | None = None
+    tuned_interval: tuple[float, float] | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    fixed: int | None = None
+    broken: int | None = None
+    published: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        model: The base.
+        adapter: Its adapter, or None.
+        protocol: ``"data"``, or a key of ``PROTOCOLS``.
+        activity: Whether the adapter took part; None without one.
+        measures: In order.
+        predictions: Every item with what both models did.
+    """
+
+    model: str
+    adapter: str | None
+    protocol: str
+    activity: Activity | None
+    measures: Sequence[Measure]
+    predictions: Sequence[dict[str, Any]] = field(default_factory=tuple)
+
+
+def evaluate(
+    model: str,
+    display: Display,
+    *,
+    adapter: Path | None = None,
+    recipe: str | None = None,
+    data: str | None = None,
+    settings: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    protocol: str = "answer-text",
+    limit: int | None = None,
+    predictions: Path | None = None,
+) -> Report:
+    """Evaluate a model, and an adapter beside it.
+
+    Args:
+        model: The base: hub id, folder, GGUF file or packaged name.
+        display: Where to tell of progress.
+        adapter: A directory that PEFT loads; None for the base alone.
+        recipe: Its held-out data, metric and settings are used.
+        data: A file of examples to judge by; with ``tasks`` the folder of their data.
+        settings: ``section.key=value`` over the recipe.
+        tasks: Commonsense tasks, keys of ``TASKS``.
+        protocol: For tasks, a key of ``PROTOCOLS``.
+        limit: Items at most, of each task.
+        predictions: A JSONL to write every item to; must not exist yet.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If something cannot be used.
+        ProofError: If the adapter has weights that the model does not feel.
+    """
+    if predictions is not None and predictions.exists():
+        raise FileExistsError(f"{predictions} exists already; name another file for the predictions.")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}.")
+    if not tasks and recipe is None and data is None:
+        raise ValueError(
+            "Nothing to evaluate on: give --data FILE, --recipe FILE, or --task NAME with --data FOLDER."
+        )
+    if tasks:
+        report = _by_tasks(model, display, adapter, data, tasks, protocol, limit)
+    else:
+        report = _by_data(model, display, adapter, recipe, data, settings, limit)
+    if predictions is not None:
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in report.predictions)
+        write_whole(predictions, "".join(lines))
+    return report
+
+
+# --- One's own data -----------------------------------------------------------------------------------------
+
+
+def _by_data(
+    model: str,
+    display: Display,
+    adapter: Path | None,
+    recipe: str | None,
+    data: str | None,
+    settings: Sequence[str],
+    limit: int | None,
+) -> Report:
+    from moslora.tasks.text import TextTask, question
+
+    # Nothing is trained on, so a file of examples serves as both halves of a recipe.
+    given = [] if data is None else [f"data={data}", f"data.heldout={data}"]
+    wanted = load_recipe([*([recipe] if recipe else []), f"model={model}", *given, *settings])
+    if wanted.task.kind != "text":
+        raise ValueError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text can.")
+    task = TextTask(wanted, Display(quiet=True), lambda: None)
+    task.read()
+    if limit is not None:
+        every = len(task.heldout_examples)
+        count = min(limit, every)
+        task.heldout_examples = [task.heldout_examples[i * every // count] for i in range(count)]
+    task.prepare()
+    task.display = display
+    base = task.load()
+
+    def measured(of: Any, label: str) -> tuple[list[float], list[Any]]:
+        losses = task.score(of, task.heldout_set, label)
+        return losses, task.ask(of, task.asked, label) if task.asked else []
+
+    losses, answers = measured(base, "base")
+    tuned_losses: list[float] | None = None
+    tuned_answers: list[Any] = []
+    activity = None
+    if adapter is not None:
+        adapted = _with_adapter(base, adapter)
+        activity = _prove_active(adapted, adapter, [e.input_ids for e in task.heldout_set], task.device)
+        tuned_losses, tuned_answers = measured(adapted, "tuned")
+    measures = [_loss(losses, tuned_losses)]
+    if answers and wanted.task.metric != "none":
+        right = [bool(a.correct) for a in answers]
+        after = [bool(a.correct) for a in tuned_answers] if adapter is not None else None
+        measures.append(_share("exact_match", right, after))
+    asked = {a.place: (a, None) for a in answers}
+    asked |= {b.place: (a, b) for a, b in zip(answers, tuned_answers, strict=False)}
+    lines = []
+    for index, encoded in enumerate(task.heldout_set):
+        before, then = asked.get(encoded.place, (None, None))
+        lines.append(
+            {
+                "place": encoded.place,
+                "prompt": question(task.by_place[encoded.place]),
+                "reference": encoded.answer,
+                "base_loss": losses[index],
+                "tuned_loss": None if tuned_losses is None else tuned_losses[index],
+                "base": None if before is None else before.text,
+                "tuned": None if then is None else then.text,
+                "base_ok": None if before is None else before.correct,
+                "tuned_ok": None if then is None else then.correct,
+            }
+        )
+    return Report(model, None if adapter is None else str(adapter), "data", activity, measures, lines)
+
+
+def _loss(base: Sequence[float], tuned: Sequence[float] | None) -> Measure:
+    if tuned is None:
+        return Measure("loss", len(base), fmean(base))
+    differences = [b - a for a, b in zip(base, tuned, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        raise ValueError(
+            "A held-out loss is NaN or infinite: the adapter or the base is broken (moslora doctor)."
+        )
+    found = paired_examples(differences) if len(differences) > 1 else None
+    return Measure(
+        "loss",
+        len(base),
+        fmean(base),
+        tuned=fmean(tuned),
+        difference=fmean(differences),
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        p=None if found is None else found.p,
+    )
+
+
+def _share(name: str, base: Sequence[bool], tuned: Sequence[bool] | None, **more: Any) -> Measure:
+    """Compare shares of right items; p is McNemar's exact one, as the report of a run has it."""
+    from moslora.report import sign_test
+
+    measure = Measure(name, len(base), fmean(base), wilson_interval(sum(base), len(base)), **more)
+    if tuned is None:
+        return measure
+    fixed = sum(b and not a for a, b in zip(base, tuned, strict=True))
+    broken = sum(a and not b for a, b in zip(base, tuned, strict=True))
+    differences = [float(b) - float(a) for a, b in zip(base, tuned, strict=True)]
+    found = paired_examples(differences) if len(differences) > 1 else None
+    return dataclasses.replace(
+        measure,
+        tuned=fmean(tuned),
+        tuned_interval=wilson_interval(sum(tuned), len(tuned)),
+        difference=fmean(differences),
+        low=None if found is None else max(-1.0, found.low),
+        high=None if found is None else min(1.0, found.high),
+        p=sign_test(fixed, broken) if fixed + broken else 1.0,
+        fixed=fixed,
+        broken=broken,
+    )
+
+
+# --- The adapter --------------------------------------------------------------------------------------------
+
+
+def _with_adapter(base: Any, adapter: Path) -> Any:
+    """Put an adapter into a model, as PEFT does; every tensor of its file has to find its place."""
+    import warnings
+
+    from peft import PeftModel
+
+    import moslora  # noqa: F401 - registers MOSLORA with PEFT
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{adapter} is no adapter directory that PEFT loads; bring others in with: moslora import {adapter} OUT"
+        )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+    missing = [str(w.message).splitlines()[0] for w in said if "missing adapter keys" in str(w.message)]
+    if missing:
+        raise ProofError(f"{adapter} does not fit this base: {missing[0][:300]}")
+    return adapted
+
+
+def _prove_active(adapted: Any, adapter: Path, prompts: Sequence[Sequence[int]], device: str) -> Activity:
+    """Prove that logits with the adapter differ from those without; tell "learned nothing" from "not felt".
+
+    Raises:
+        ProofError: If its ΔW is not zero and the logits do not move.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    effect = 0.0
+    chosen = [list(p)[:PROBE_TOKENS] for p in prompts[:PROBES]]
+    with torch.inference_mode():
+        for ids in chosen:
+            inputs = torch.tensor([ids], device=device)
+            active = adapted(input_ids=inputs).logits
+            with adapted.disable_adapter():
+                plain = adapted(input_ids=inputs).logits
+            effect = max(effect, float((active.float() - plain.float()).abs().max()))
+    learned = _learned(adapter)
+    if effect == 0 and learned is not False:
+        raise ProofError(
+            f"{adapter} changes no logit of this model on {len(chosen)} prompts"
+            + (", though its ΔW is not zero" if learned else "")
+            + ": it was not applied. Is it for this base? (moslora doctor ADAPTER --base MODEL)"
+        )
+    modules = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
+    return Activity(effect, learned, modules)
+
+
+def _learned(adapter: Path) -> bool | None:
+    from moslora.adapter import AdapterError
+    from moslora.formats import read_adapter
+
+    try:
+        found = read_adapter(adapter)
+    except (AdapterError, ValueError):
+        return None  # another method's: it has no factors that are read here
+    return any(factors.norm() > 0 for factors in found.modules.values())
+
+
+# --- Commonsense tasks --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """A loaded model's surroundings."""
+
+    tokenizer: Any
+    device: str
+    display: Display
+
+
+Protocol = Callable[[Any, _Judge, str, Sequence[Question]], list[tuple[str, str]]]
+
+
+def _generate(model: Any, judge: _Judge, task: str, questions: Sequence[Question]) -> list[tuple[str, str]]:
+    """Ask as published: the prompt to the letter, four beams, and the first match of the task's pattern."""
+    import torch
+    from transformers import GenerationConfig
+
+    tokenizer = judge.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=BEAMS,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=pad,
+    )
+    prompts = [tokenizer(eval_prompt(q), verbose=False)["input_ids"] for q in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    with judge.display.progress(f"{task}, answers", len(prompts)) as progress:
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            length = max(len(prompts[i]) for i in chosen)
+            ids = torch.full((len(chosen), length), int(pad))
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, length - len(prompts[i]) :] = 1
+            with torch.inference_mode():
+                out = model.generate(
+                    input_ids=ids.to(judge.device),
+                    attention_mask=mask.to(judge.device),
+                    generation_config=config,
+                )
+            found = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+            for i, text in zip(chosen, found, strict=True):
+                texts[i] = text
+            progress.advance(len(chosen))
+    return [(extract(task, text), text) for text in texts]
+
+
+def _likeliest(
+    prompt: Callable[[Question], str], choice: Callable[[str, str], str], by_length: bool
+) -> Protocol:
+    """Make a protocol that takes the likeliest choice."""
+
+    def judge_all(
+        model: Any, judge: _Judge, task: str, questions: Sequence[Question]
+    ) -> list[tuple[str, str]]:
+        from moslora.choices import score_choices
+
+        found = []
+        with judge.display.progress(f"{task}, choices", len(questions)) as progress:
+            for question in questions:
+                texts = [choice(label, text) for label, text in question.choices.items()]
+                scores = score_choices(model, judge.tokenizer, prompt(question), texts, judge.device)
+                if by_length:
+                    scores = [s / len(t.encode()) for s, t in zip(scores, texts, strict=True)]
+                best = max(range(len(scores)), key=lambda i: scores[i])
+                label = list(question.choices)[best]
+                found.append((label, question.choices[label]))
+                progress.advance()
+        return found
+
+    return judge_all
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "published": _generate,
+    # The same prompt; which of "the correct answer is answer1", "… answer2" is likeliest. No answer goes unread.
+    "label": _likeliest(eval_prompt, lambda label, text: f"the correct answer is {label}", False),
+    # The question alone; which answer's text is likeliest, per byte. For models that know no labels.
+    "answer-text": _likeliest(lambda q: f"Question: {q.stem}\nAnswer:", lambda label, text: f" {text}", True),
+}
+
+
+def _by_tasks(
+    model: str,
+    display: Display,
+    adapter: Path | None,
+    data: str | None,
+    tasks: Sequence[str],
+    protocol: str,
+    limit: int | None,
+) -> Report:
+    if data is None:
+        raise ValueError(
+            "Commonsense tasks need --data FOLDER, which holds one folder per task with its test.json."
+        )
+    names = list(TASKS) if list(tasks) == ["commonsense"] else list(tasks)
+    questions = {name: read_questions(Path(data), name, limit) for name in names}
+    source: ModelSource = resolve_model(model)
+    source = materialise(source, "float32", say=display.say)
+    device = default_device()
+    judge = _Judge(load_tokenizer(source), device, display)
+    base: Any = load_model(source, device=device)
+    run = PROTOCOLS[protocol]
+    before = {name: run(base, judge, name, questions[name]) for name in names}
+    after: dict[str, list[tuple[str, str]]] | None = None
+    activity = None
+    if adapter is not None:
+        adapted = _with_adapter(base, adapter)
+        probes = [
+            judge.tokenizer(eval_prompt(q))["input_ids"] for q in next(iter(questions.values()))[:PROBES]
+        ]
+        activity = _prove_active(adapted, adapter, probes, device)
+        after = {name: run(adapted, judge, name, questions[name]) for name in names}
+    measures, lines = [], []
+    for name in names:
+        right = [found[0] == q.answer for found, q in zip(before[name], questions[name], strict=True)]
+        then = None
+        if after is not None:
+            then = [found[0] == q.answer for found, q in zip(after[name], questions[name], strict=True)]
+        measures.append(_share(name, right, then, published=PUBLISHED.get(name)))
+        for index, q in enumerate(questions[name]):
+            lines.append(
+                {
+                    "place": q.place,
+                    "prompt": q.instruction,
+                    "reference": q.answer,
+                    "base": before[name][index][1],
+                    "base_label": before[name][index][0],
+                    "base_ok": right[index],
+                    "tuned": None if after is None else after[name][index][1],
+                    "tuned_label": None if after is None else after[name][index][0],
+                    "tuned_ok": None if then is None else then[index],
+                }
+            )
+    return Report(model, None if adapter is None else str(adapter), protocol, activity, measures, lines)
+
+
+# --- In words -----------------------------------------------------------------------------------------------
+
+
+def show(report: Report, display: Display, samples: int = 3) -> None:
+    """Write a report for people.
+
+    Args:
+        report: What to show.
+        display: Where to.
+        samples: Items to show of those fixed, and of those broken.
+    """
+    if report.activity is not None:
+        active = report.activity
+        if active.effect == 0:
+            display.warn(f"{report.adapter} learned nothing: every ΔW is 0, so base and tuned are one model.")
+        else:
+            display.say(
+                f"Proven: the adapter takes part in {active.modules} modules; logits move by up to {active.effect:.3g}."
+            )
+    rows = []
+    for m in report.measures:
+        form = "{:.4f}" if m.name == "loss" else "{:.1%}"
+        cells = [m.name.replace("_", " "), str(m.items), form.format(m.base) + _ends(m.base_interval)]
+        if m.tuned is not None and m.difference is not None:
+            signed = form.replace(":", ":+")
+            reach = (
+                ""
+                if m.low is None or m.high is None
+                else f" ({signed.format(m.low)} to {signed.format(m.high)})"
+            )
+            cells += [form.format(m.tuned) + _ends(m.tuned_interval), signed.format(m.difference) + reach]
+            cells += [
+                "" if m.p is None else f"{m.p:.2g}",
+                "" if m.fixed is None else f"{m.fixed} / {m.broken}",
+            ]
+        if any(other.published is not None for other in report.measures):
+            cells.append("" if m.published is None else f"{m.published:.1f}")
+        rows.append(cells)
+    columns = ["", "items", "base"]
+    if report.adapter is not None:
+        columns += ["tuned", "difference (95 %)", "p", "fixed / broken"]
+    if any(m.published is not None for m in report.measures):
+        columns.append("published, LLaMA-3-8B")
+        shares = [(m.base, m.tuned) for m in report.measures]
+        mean = ["mean of tasks", "", f"{fmean(b for b, _ in shares):.1%}"]
+        if report.adapter is not None:
+            mean += [f"{fmean(t or 0.0 for _, t in shares):.1%}", "", "", ""]
+        rows.append([*mean, f"{fmean(m.published for m in report.measures if m.published is not None):.1f}"])
+    display.table(f"{report.model}, protocol {report.protocol}", columns, rows)
+    for change, before in (("fixed", False), ("broken", True)):
+        changed = [p for p in report.predictions if p["base_ok"] is before and p["tuned_ok"] is (not before)]
+        for line in changed[:samples]:
+            display.say(f"{change}: {_short(line['prompt'])}")
+            display.say(
+                f"  base {_short(line['base'])!r}  tuned {_short(line['tuned'])!r}  right {line['reference']!r}"
+            )
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else " ({:.1%} to {:.1%})".format(*interval)
+
+
+def _short(text: str, length: int = 160) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else line[: length - 1] + "…"

@@ -1,0 +1,214 @@
+"""The table of methods that ``moslora compare`` trains: one entry each, made from a recipe's ``adapter`` section.
+
+Rank, alpha, dropout and target modules are the recipe's for all of them; only what a method *is* differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+__all__ = ["METHODS", "Method", "find_method"]
+
+# Arguments of MoSLoRAConfig that LoRA has no name for.
+MIXER_ARGUMENTS = ("mixer", "train_mixer", "match_scale", "unlike_lora")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: What the command calls it.
+        about: What it is, in a line.
+        library: Whose code trains it: ``"moslora"``, ``"peft"``, or ``"none"`` for the whole model.
+        arguments: From a recipe's adapter section to the arguments of its configuration.
+        adjust: Changes the start of a model that the adapter has been put into; None for most.
+        changes_base: Whether base weights move, so that the base has to be loaded anew for the next run.
+        origin: The file or folder that it was read from; None for the table's.
+    """
+
+    name: str
+    about: str
+    library: str
+    arguments: Callable[[Mapping[str, Any]], dict[str, Any]]
+    adjust: Callable[[Any], None] | None = None
+    changes_base: bool = False
+    origin: str | None = None
+
+    def configure(self, adapter: Mapping[str, Any]) -> PeftConfig | None:
+        """Make the adapter's configuration.
+
+        Args:
+            adapter: A checked recipe's ``adapter`` section.
+
+        Returns:
+            A fresh one, because PEFT writes into it; None for the whole model.
+
+        Raises:
+            ValueError: If the method has no such argument; names it.
+        """
+        if self.library == "none":
+            return None
+        arguments = {"task_type": "CAUSAL_LM", **self.arguments(adapter)}
+        try:
+            return _make(self.library, arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Method {self.name} cannot be made: {error}") from error
+
+
+def _make(library: str, arguments: dict[str, Any]) -> PeftConfig:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import moslora  # registers MOSLORA with PEFT
+
+    if library == "moslora":
+        return moslora.MoSLoRAConfig(**arguments)
+    kind = str(arguments.pop("peft_type", "LORA")).upper()
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        near = difflib.get_close_matches(
+            kind, [str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING], 1
+        )
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"peft_type {kind} is unknown to the installed PEFT.{hint}")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**arguments)
+
+
+def _lora(**changes: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    def arguments(adapter: Mapping[str, Any]) -> dict[str, Any]:
+        shared = {name: value for name, value in adapter.items() if name not in MIXER_ARGUMENTS}
+        if shared.get("bias") == "moslora_only":
+            shared["bias"] = "lora_only"
+        return shared | changes
+
+    return arguments
+
+
+def _moslora(**changes: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    def arguments(adapter: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: v for name, v in adapter.items() if name not in MIXER_ARGUMENTS} | changes
+
+    return arguments
+
+
+def _match_scale(model: Any) -> None:
+    """Make LoRA of a frozen kaiming mixer: M the identity, and A (B, where A starts at zero) at the scale M gave it.
+
+    The mixer is the one that ``moslora`` draws with this seed, so both start at one scale, module by module.
+    """
+    import torch
+
+    from moslora.tuner.layer import MoSLoRALayer
+
+    with torch.no_grad():
+        for layer in (module for module in model.modules() if isinstance(module, MoSLoRALayer)):
+            A, M, B, _ = layer.factors(
+                "default"
+            )  # (r, in), (r, r), (out, r); experts have one dimension more
+            alone, mixed = (A, M @ A) if A.any() else (B, B @ M)
+            alone.mul_(_norm(mixed) / _norm(alone))
+            M.copy_(torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M))
+
+
+def _norm(matrices: Any) -> Any:
+    return matrices.norm(dim=(-2, -1), keepdim=True)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("lora", "PEFT's LoRA", "peft", _lora()),
+        Method(
+            "lora-matched",
+            "LoRA, its A at the scale at which M·A starts with a kaiming mixer (about 0.58 of it)",
+            "moslora",
+            _moslora(mixer="kaiming", train_mixer=False),
+            adjust=_match_scale,
+        ),
+        Method(
+            "frozen-mixer",
+            "the kaiming mixer, never trained",
+            "moslora",
+            _moslora(mixer="kaiming", train_mixer=False),
+        ),
+        Method("moslora", "the kaiming mixer, trained", "moslora", _moslora(mixer="kaiming")),
+        Method(
+            "moslora-orthogonal",
+            "a mixer that starts orthogonal, trained",
+            "moslora",
+            _moslora(mixer="orthogonal"),
+        ),
+        Method("two-subspace", "two halves mixed by hand, fixed", "moslora", _moslora(mixer="two-subspace")),
+        Method("dora", "PEFT's DoRA (arXiv:2402.09353)", "peft", _lora(use_dora=True)),
+        Method("rslora", "LoRA scaled by alpha ÷ √r (arXiv:2312.03732)", "peft", _lora(use_rslora=True)),
+        Method(
+            "pissa",
+            "PEFT's PiSSA: LoRA from W0's principal components (arXiv:2404.02948)",
+            "peft",
+            _lora(init_lora_weights="pissa_niter_16"),
+            changes_base=True,
+        ),
+        Method("recipe", "the recipe's own adapter section", "moslora", dict),
+        Method("full", "every weight of the base", "none", dict, changes_base=True),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """Look a method up, or read a user's own configuration of PEFT.
+
+    Args:
+        name: A key of ``METHODS``, or the path of an ``adapter_config.json``, of its folder, or of a YAML file of the
+            same keys.
+
+    Returns:
+        The method. One read from a file is named after it and takes nothing from the recipe.
+
+    Raises:
+        ValueError: If there is no such method or file, or the file holds no configuration.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    path = Path(name).expanduser()
+    file = path / "adapter_config.json" if path.is_dir() else path
+    if not file.is_file():
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"Method {name!r} is unknown.{hint} Choose from {', '.join(METHODS)}, or name an adapter_config.json."
+        )
+    own = (
+        path.name if path.is_dir() else path.parent.name if path.name == "adapter_config.json" else path.stem
+    )
+    if own in METHODS or not own:
+        own = f"own-{own}"
+    arguments = _read(file)
+    library = "moslora" if str(arguments.get("peft_type", "")).upper() == "MOSLORA" else "peft"
+    return Method(
+        own, f"the configuration in {file.name}", library, lambda _: dict(arguments), changes_base=True
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a configuration as PEFT or a person writes it."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(value, dict) or not any(key in value for key in ("peft_type", "r", "target_modules")):
+        raise ValueError(
+            f"{file} holds no configuration of PEFT: it needs peft_type, and what that type takes."
+        )
+    # What PEFT notes of where an adapter came from, and a flag that would train nothing.
+    left_out = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+    return {key: item for key, item in value.items() if key not in left_out and item is not None}

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moslora.compare
+import moslora.methods
+import tiny
+from moslora.compare import Bench, compare
+from moslora.display import Display
+from moslora.methods import METHODS, find_method
+from moslora.train import Stopped
+from moslora.verdict import Verdict
+from tolerances import MODEL
+
+pytestmark = pytest.mark.filterwarnings(
+    # datasets forks a pool for nothing, TRL and accelerate use torch names that torch has renamed.
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.save_chat_model(folder / "base")
+    tiny.save_chat_data(folder / "train.jsonl", 40)
+    tiny.save_chat_data(folder / "heldout.jsonl", 6)
+    return folder
+
+
+def arguments(world: Path, **changes: object) -> list[str]:
+    settings: dict[str, object] = {
+        "model": world / "base",
+        "data": world / "train.jsonl",
+        "data.heldout": world / "heldout.jsonl",
+        "adapter.r": 4,
+        "trainer.max_steps": 3,
+        "trainer.per_device_train_batch_size": 4,
+    }
+    return [f"{key}={value}" for key, value in {**settings, **changes}.items()]
+
+
+def run(world: Path, out: Path, **options: Any) -> tuple[Path, Verdict]:
+    settings: dict[str, Any] = {"seeds": 2, "rates": [1e-3, 1e-2], "validation": 4, "out": out, **options}
+    own = settings.pop("arguments", arguments(world))
+    folder, verdict = compare(own, Display(quiet=True), **settings)
+    assert verdict is not None
+    return folder, verdict
+
+
+def cells(folder: Path) -> dict[str, dict[str, Any]]:
+    files = (folder / "cells").glob("*.json")
+    return {f.stem: json.loads(f.read_text()) for f in files if f.stem != "base"}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
+    """The cells that are run from here on."""
+    ran: list[tuple[str, float, int]] = []
+    original = Bench.run
+
+    def spy(self: Bench, method: Any, rate: float, seed: int) -> Any:
+        ran.append((method.name, rate, seed))
+        return original(self, method, rate, seed)
+
+    monkeypatch.setattr(Bench, "run", spy)
+    return ran
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
+    return run(world, tmp_path_factory.mktemp("runs") / "c", methods=["lora", "pissa", "moslora", "full"])
+
+
+def test_a_comparison_leaves_every_cell_a_verdict_and_a_page(finished):
+    folder, verdict = finished
+    found = cells(folder)
+    assert len(found) == 4 * 2 * 2 and {c["status"] for c in found.values()} == {"done"}
+    assert [m.name for m in verdict.methods] == ["lora", "pissa", "moslora", "full"]
+    assert [c.method for c in verdict.contrasts] == ["pissa", "moslora", "full"]
+    assert json.loads((folder / "results.json").read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(verdict))
+    )
+    page = (folder / "report.html").read_text()
+    assert verdict.sentences[0].split(",")[0] in page and page.count("<svg") == 3
+    assert not re.search(r'(?:src|href)="?(?:https?:)?//', page)
+    assert not list((folder / "cells").glob("*.started"))
+
+
+def test_trained_parameters_are_those_of_the_method(finished, world):
+    _, verdict = finished
+    lora, _, moslora, full = (m.trainable_parameters for m in verdict.methods)
+    modules = 2 * 7
+    assert lora is not None and moslora == lora + modules * 4 * 4
+    assert full == sum(p.numel() for p in tiny.llama(vocab_size=259).parameters())
+
+
+def test_a_finished_comparison_runs_nothing_again_and_says_the_same(finished, world, monkeypatch):
+    folder, verdict = finished
+    ran = counted(monkeypatch)
+    again = run(world, folder, methods=["lora", "pissa", "moslora", "full"])[1]
+    assert ran == [] and again == verdict
+
+
+def test_a_cell_alone_gives_what_it_gave_after_others(finished, world, tmp_path, monkeypatch):
+    """So adapters leave nothing behind, and the order of cells does not count."""
+    folder, _ = finished
+    alone, _ = run(world, tmp_path / "c", methods=["moslora", "lora"], rates=[1e-2])
+    before, after = cells(folder), cells(alone)
+    for name in ("moslora_0.01_0", "lora_0.01_1"):
+        for key in ("validation", "test", "train_loss"):
+            assert before[name][key] == after[name][key], (name, key)
+
+
+def test_a_stopped_comparison_goes_on_and_runs_no_cell_twice(world, tmp_path, monkeypatch):
+    original = Bench.run
+    ran: list[tuple[str, float, int]] = []
+
+    def stopping(self: Bench, method: Any, rate: float, seed: int) -> Any:
+        if len(ran) == 2:
+            raise Stopped(2)
+        ran.append((method.name, rate, seed))
+        return original(self, method, rate, seed)
+
+    monkeypatch.setattr(Bench, "run", stopping)
+    with pytest.raises(Stopped):
+        run(world, tmp_path / "c", rates=[1e-3])
+    monkeypatch.setattr(Bench, "run", original)
+    later = counted(monkeypatch)
+    folder, _ = run(world, tmp_path / "c", rates=[1e-3])
+    assert len(ran) == 2 and len(later) == 2 and not set(ran) & set(later)
+    assert len(cells(folder)) == 4
+
+
+def test_crashed_and_diverged_cells_are_shown_and_the_base_is_whole_after_them(world, tmp_path, monkeypatch):
+    original = moslora.methods.Method.configure
+
+    def configure(self: Any, adapter: Any) -> Any:
+        config = original(self, adapter)
+        if self.name == "dora" and armed:
+            config.target_modules = {"no_such_module"}
+        return config
+
+    armed: list[int] = []
+    monkeypatch.setattr(moslora.methods.Method, "configure", configure)
+
+    def poison(model: Any) -> None:
+        armed.append(1)
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    poisoned = dataclasses.replace(METHODS["frozen-mixer"], adjust=poison)
+    monkeypatch.setitem(METHODS, "frozen-mixer", poisoned)
+    folder, verdict = run(world, tmp_path / "c", methods=["lora", "frozen-mixer", "dora"], rates=[1e-3])
+    states = {name: c["status"] for name, c in cells(folder).items()}
+    assert states == {
+        f"{m}_0.001_{s}": state
+        for m, state in (("lora", "done"), ("frozen-mixer", "diverged"), ("dora", "crashed"))
+        for s in (0, 1)
+    }
+    assert not verdict.complete and len(verdict.sentences) == 2
+    page = (folder / "report.html").read_text()
+    assert "no_such_module" in page and "NaN" in page
+
+
+def test_a_cell_in_which_the_process_died_again_and_again_counts_as_crashed(finished, world, tmp_path):
+    out = tmp_path / "c"
+    run(world, out, rates=[1e-3])
+    file = out / "cells" / "moslora_0.001_1.json"
+    file.unlink()
+    file.with_suffix(".started").write_text("2")
+    _, verdict = run(world, out, rates=[1e-3])
+    assert json.loads(file.read_text())["status"] == "crashed"
+    assert verdict.methods[1].crashed == 1 and verdict.methods[1].score is None
+
+
+def test_a_folder_with_another_comparison_is_refused(finished, world):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="other methods"):
+        run(world, folder, methods=["lora", "dora"])
+    with pytest.raises(ValueError, match="recipe"):
+        run(
+            world,
+            folder,
+            methods=["lora", "pissa", "moslora", "full"],
+            arguments=arguments(world, seed=0, **{"adapter.r": 8}),
+        )
+    with pytest.raises(ValueError, match="no comparison"):
+        run(world, folder / "cells")
+
+
+def test_methods_start_where_they_should(world, tmp_path):
+    """LoRA and MoSLoRA draw one A for a seed; the matched LoRA has it at the scale that M gives it."""
+    from peft import get_peft_model
+
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "mixer": "orthogonal"}
+    models: dict[str, Any] = {}
+    for name in ("lora", "moslora", "frozen-mixer", "lora-matched", "rslora", "two-subspace", "dora"):
+        torch.manual_seed(3)
+        base = tiny.llama()
+        torch.manual_seed(7)
+        models[name] = get_peft_model(base, METHODS[name].configure(adapter))
+        if METHODS[name].adjust is not None:
+            METHODS[name].adjust(models[name])
+
+    def layer(name: str) -> Any:
+        return models[name].base_model.model.model.layers[1].self_attn.q_proj
+
+    A, M, _, scale = layer("moslora").factors("default")
+    assert torch.equal(layer("lora").lora_A["default"].weight, A)
+    assert torch.equal(layer("frozen-mixer").factors("default")[1], M)
+    assert not layer("frozen-mixer").moslora_M["default"].weight.requires_grad
+    matched = layer("lora-matched").factors("default")
+    assert torch.equal(matched[1], torch.eye(4))
+    torch.testing.assert_close(matched[0], A * (M @ A).norm() / A.norm())
+    assert scale == layer("lora").scaling["default"] == 2
+    assert layer("rslora").scaling["default"] == 4
+    counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()}
+    assert counts["lora"] == counts["lora-matched"] == counts["frozen-mixer"] == counts["two-subspace"]
+    assert counts["lora"] < counts["moslora"] < counts["dora"]
+
+
+def test_a_users_own_configuration_is_a_method(tmp_path):
+    folder = tmp_path / "mine"
+    METHODS["rslora"].configure({"r": 3, "target_modules": ["q_proj"]}).save_pretrained(folder)
+    method = find_method(str(folder))
+    assert method.name == "mine" and method.configure({"r": 99}).r == 3
+    assert method.configure({}).use_rslora and not method.configure({}).inference_mode
+    written = tmp_path / "vera.yaml"
+    written.write_text("peft_type: VERA\nr: 8\ntarget_modules: [q_proj]\n")
+    assert find_method(str(written)).configure({}).peft_type == "VERA"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"methods": ["lora", "mslora"]}, "Did you mean moslora"),
+        ({"methods": ["lora", "lora"]}, "none of them twice"),
+        ({"methods": ["lora"]}, "at least two"),
+        ({"baseline": "dora"}, "none of the methods"),
+        ({"seeds": 1}, "no noise between seeds"),
+        ({"rates": [1e-3, -1.0]}, "positive"),
+        ({"rates": [1e-3, 1e-3]}, "different"),
+        ({"workers": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_written(world, tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        run(world, tmp_path / "c", **options)
+    assert not (tmp_path / "c").exists()
+
+
+def test_no_example_serves_two_purposes(world, tmp_path):
+    plan = moslora.compare._plan(
+        arguments(world), ["lora", "moslora"], 2, [1e-3], None, None, 8, 4, tmp_path / "c"
+    )
+    task = moslora.compare._prepare(plan, Display(quiet=True), lambda: None)
+    train, validation = ({e.place for e in part} for part in (task.train_set, task.validation_set))
+    assert validation and not train & validation and len(task.heldout_set) == 4
+
+
+def test_exact_match_is_measured_where_the_recipe_has_a_metric(world, tmp_path):
+    own = arguments(world, **{"task.metric": "json", "task.max_new_tokens": 4, "task.generate_examples": 3})
+    folder, verdict = run(world, tmp_path / "c", rates=[1e-3], arguments=own)
+    assert all(len(c["correct"]) == 3 for c in cells(folder).values())
+    assert [c.measure for c in verdict.contrasts] == ["loss", "exact_match"]
+
+
+def test_a_dry_run_leaves_nothing(world, tmp_path):
+    _, verdict = compare(
+        arguments(world), Display(quiet=True), out=tmp_path / "c", validation=4, plan_only=True
+    )
+    assert verdict is None and not (tmp_path / "c").exists()
+
+
+def test_workers_give_the_numbers_of_a_single_process(finished, world, tmp_path):
+    folder, _ = finished
+    shared, _ = run(world, tmp_path / "c", methods=["lora", "moslora"], rates=[1e-2], workers=2)
+    alone, beside = cells(folder), cells(shared)
+    assert len(beside) == 4
+    for name, cell in beside.items():
+        # Each worker has a share of the threads, so sums may be taken in another order.
+        assert cell["test"] == pytest.approx(alone[name]["test"], rel=MODEL), name
+
+
+def test_the_command_prints_the_verdict_as_json_and_says_1_where_a_method_has_no_result(
+    world, tmp_path, monkeypatch
+):
+    from typer.testing import CliRunner
+
+    from moslora.cli import app
+
+    monkeypatch.setattr("sys.argv", ["moslora", "compare"])
+    out = tmp_path / "c"
+    options = ["--seeds", "2", "--learning-rates", "1e-3", "--validation", "4", "--out", str(out), "--json"]
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["no_such_module"]}))
+    call = ["compare", *arguments(world), *options, "--methods"]
+    done = CliRunner().invoke(app, [*call, f"lora,{bad}"])
+    assert done.exit_code == 1
+    result = json.loads(done.stdout)
+    assert result["methods"][1]["crashed"] == 2 and not result["complete"]
+    again = CliRunner().invoke(app, [*call, "lora,dora"])
+    assert again.exit_code == 2 and "other methods" in again.stderr
