@@ -39,6 +39,7 @@ METRICS = {
     "perplexity": Metric("Perplexity", "number", "lower"),
     "exact_match": Metric("Exact match", "share", "higher"),
     "accuracy": Metric("Accuracy", "share", "higher"),
+    "accuracy_shuffled_images": Metric("Accuracy with images shuffled", "share", "unknown"),
     "valid_json": Metric("Valid JSON", "share", "higher"),
 }
 
