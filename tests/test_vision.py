@@ -108,6 +108,7 @@ def test_tokens_of_pictures_are_never_learned_and_answers_are(world: Path, tmp_p
     task = VisionTask(load_recipe(arguments(world, tmp_path)), Display(quiet=True), lambda: None)
     task.read()
     task.prepare()
+    assert task.train_summary.control_text == 0
     for example in task.train_set:
         assert example.input_ids.count(259) == 4 and 259 not in example.labels
         learned = [label for label in example.labels if label != -100]

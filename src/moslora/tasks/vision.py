@@ -105,6 +105,12 @@ class _Renderer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor.tokenizer, name)
 
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """Control tokens but the picture's, whose places in the text were counted when it was read."""
+        added: dict[int, Any] = self._processor.tokenizer.added_tokens_decoder
+        return {at: token for at, token in added.items() if str(token) != IMAGE}
+
     def get_chat_template(self) -> str:
         return str(self._processor.chat_template)
 
