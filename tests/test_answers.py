@@ -65,7 +65,7 @@ def test_text_ignores_only_white_space_around_it():
     assert text_equal(" yes\n", "yes")
     assert not text_equal("Yes", "yes")
     assert not text_equal("y es", "yes")
-    assert sorted(METRICS) == ["json", "text"]
+    assert sorted(METRICS) == ["choice", "json", "short", "text"]
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.floats(0.5, 0.999))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import sqrt
 from statistics import NormalDist
@@ -9,7 +10,7 @@ from typing import Any
 
 from moslora.records import parse_json
 
-__all__ = ["METRICS", "json_equal", "text_equal", "wilson_interval"]
+__all__ = ["METRICS", "choice_equal", "json_equal", "short_equal", "text_equal", "wilson_interval"]
 
 
 def json_equal(answer: str, reference: str) -> bool:
@@ -51,7 +52,39 @@ def text_equal(answer: str, reference: str) -> bool:
     return answer.strip() == reference.strip()
 
 
-METRICS: dict[str, Callable[[str, str], bool]] = {"json": json_equal, "text": text_equal}
+def short_equal(answer: str, reference: str) -> bool:
+    """Return whether both are the same short answer: case, articles, white space and outer punctuation aside."""
+    return _short(answer) == _short(reference)
+
+
+def _short(text: str) -> str:
+    words = re.sub(r"[^\w\s'-]", " ", text.casefold()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def choice_equal(answer: str, reference: str) -> bool:
+    """Return whether both name the same option of a multiple choice, as ``B``, ``(B)``, ``B.`` or ``B. cat``.
+
+    Raises:
+        ValueError: If the reference opens with no letter of an option: then no answer could be right.
+    """
+    expected = _option(reference)
+    if expected is None:
+        raise ValueError(f"the reference {reference[:60]!r} names no option. Begin it with a letter, as B.")
+    return _option(answer) == expected
+
+
+def _option(text: str) -> str | None:
+    found = re.match(r"\s*\(?([A-Z])(?:[).:]|\s*$)", text)
+    return found[1] if found else None
+
+
+METRICS: dict[str, Callable[[str, str], bool]] = {
+    "json": json_equal,
+    "text": text_equal,
+    "short": short_equal,
+    "choice": choice_equal,
+}
 
 
 def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:

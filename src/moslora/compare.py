@@ -210,7 +210,7 @@ def _plan(
 def _prepare(plan: Comparison, display: Display, check: Callable[[], None]) -> TextTask:
     """Read and encode the data; refuse what cannot be compared."""
     task: Any = find_task(plan.recipe.task.kind)(plan.recipe, display, check)
-    if not hasattr(task, "set_aside"):
+    if plan.recipe.task.kind != "text":
         raise ValueError(f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text can.")
     task.read()
     task.set_aside(plan.validation, plan.examples)

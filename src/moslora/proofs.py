@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +48,17 @@ class ReloadProof:
         return self.max_logit_difference <= self.tolerance
 
 
-def live_logits(model: nn.Module, inputs: Sequence[Tensor], device: str) -> dict[str, Tensor]:
+def _named(inputs: Any) -> Mapping[str, Tensor]:
+    """Return a model's arguments by name; bare token ids are ``input_ids``."""
+    return inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
+
+
+def live_logits(model: nn.Module, inputs: Sequence[Any], device: str) -> dict[str, Tensor]:
     """Run the trained model.
 
     Args:
         model: The adapted model.
-        inputs: Token ids, ``(1, length)`` each.
+        inputs: Token ids ``(1, length)``, or all arguments by name, each.
         device: Where the model is.
 
     Returns:
@@ -64,18 +69,22 @@ def live_logits(model: nn.Module, inputs: Sequence[Tensor], device: str) -> dict
     model.eval()
     with torch.inference_mode():
         return {
-            f"input{index}": model(ids.to(device)).logits.float().cpu() for index, ids in enumerate(inputs)
+            f"input{index}": model(**{name: tensor.to(device) for name, tensor in _named(given).items()})
+            .logits.float()
+            .cpu()
+            for index, given in enumerate(inputs)
         }
 
 
 def prove_reload(
     live: dict[str, Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     base: str,
     dtype: str,
     device: str,
     adapter: Path,
     say: Callable[[str], None],
+    auto_class: str = "AutoModelForCausalLM",
 ) -> ReloadProof:
     """Load ``adapter`` in a fresh process in which only stock PEFT is imported, and compare logits.
 
@@ -87,6 +96,7 @@ def prove_reload(
         device: Where the live model ran.
         adapter: Directory of the plain LoRA.
         say: Told when the adapter has no effect.
+        auto_class: Class of transformers that loads the base.
 
     Returns:
         What was found.
@@ -99,10 +109,17 @@ def prove_reload(
 
     with tempfile.TemporaryDirectory(prefix="moslora-proof-") as folder:
         asked, answered = Path(folder) / "inputs.safetensors", Path(folder) / "logits.safetensors"
-        save_file({f"input{index}": ids for index, ids in enumerate(inputs)}, asked)
+        save_file(
+            {
+                f"input{index}.{name}": tensor.contiguous()
+                for index, given in enumerate(inputs)
+                for name, tensor in _named(given).items()
+            },
+            asked,
+        )
         script = Path(__file__).with_name("reload_in_stock_peft.py")
         # -P keeps this folder, whose modules share names with the standard library's, off the path.
-        arguments = [base, dtype, device, str(adapter), str(asked), str(answered)]
+        arguments = [base, dtype, device, str(adapter), str(asked), str(answered), auto_class]
         command = [sys.executable, "-P", str(script), *arguments]
         environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -106,6 +106,36 @@ class DataSection(_Section):
     limit: int | None = Field(default=None, ge=1)
 
 
+class VisionTaskSection(TaskSection):
+    """What is learned from pictures, and how it is judged."""
+
+    kind: Literal["vision"] = "vision"  # type: ignore[assignment]
+    metric: Literal["none", "json", "text", "short", "choice"] = "none"  # type: ignore[assignment]
+    shuffle_images: bool = True
+
+
+class VisionDataSection(DataSection):
+    """Examples with pictures: LLaVA's JSON, or messages beside a list of images."""
+
+    images: Name | None = None
+    bad_images: Literal["refuse", "skip"] = "refuse"
+    max_pixels: int = Field(default=50_000_000, ge=1)
+
+
+class ScopesSection(_Section):
+    """Which parts of a vision-language model are adapted, trained in full, or left alone."""
+
+    language: Literal["adapter", "frozen"] = "adapter"
+    vision: Literal["adapter", "frozen"] = "frozen"
+    projector: Literal["adapter", "full", "frozen"] = "adapter"
+    language_r: int | None = Field(default=None, ge=1)
+    language_alpha: float | None = Field(default=None, gt=0)
+    vision_r: int | None = Field(default=None, ge=1)
+    vision_alpha: float | None = Field(default=None, gt=0)
+    projector_r: int | None = Field(default=None, ge=1)
+    projector_alpha: float | None = Field(default=None, gt=0)
+
+
 class OutputSection(_Section):
     """Where the run directory goes."""
 
@@ -150,6 +180,17 @@ class Recipe(_Section):
         values = self.model_dump()
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
+
+class VisionRecipe(Recipe):
+    """A recipe of ``task: vision``."""
+
+    task: VisionTaskSection = VisionTaskSection()
+    data: VisionDataSection
+    scopes: ScopesSection = ScopesSection()
+
+
+# What a recipe may say, by the kind of its task.
+RECIPES: dict[str, type[Recipe]] = {"text": Recipe, "vision": VisionRecipe}
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
     "r": 16,
@@ -390,7 +431,7 @@ def _expand(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(section: str, value: Any) -> Any:
-    if value is None and section in Recipe.model_fields and section not in ("seed", "mix"):
+    if value is None and section in {*Recipe.model_fields, "scopes"} and section not in ("seed", "mix"):
         return {}
     if section not in SHORTHANDS or not isinstance(value, str):
         return value
@@ -480,9 +521,25 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSection,
     "mix": MixSection,
     "output": OutputSection,
+    "scopes": ScopesSection,
+}
+# Sections that a kind has otherwise; the text task's stand above.
+VISION_SECTIONS: dict[str, type[BaseModel]] = {
+    **SECTIONS,
+    "task": VisionTaskSection,
+    "data": VisionDataSection,
 }
 
-PATHS: dict[str, tuple[str, ...]] = {"model": ("name",), "data": ("train", "heldout"), "mix": ("adapters",)}
+PATHS: dict[str, tuple[str, ...]] = {
+    "model": ("name",),
+    "data": ("train", "heldout", "images"),
+    "mix": ("adapters",),
+}
+
+UNFIT_FOR_VISION = {
+    "packing": "rows with pictures are not packed",
+    "padding_free": "rows with pictures are padded",
+}
 
 MISSING: dict[str, str] = {
     "model": "name the base model, as in model=smollm2-135m-instruct",
@@ -494,11 +551,27 @@ MISSING: dict[str, str] = {
 def _check(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe:
     """Check a recipe as a whole; ``problems`` are those found before."""
     raw = {**raw, "adapter": _with_defaults(raw.get("adapter")), "trainer": raw.get("trainer", {})}
+    task = raw.get("task")
+    kind = task.get("kind", "text") if isinstance(task, dict) else "text"
+    if not isinstance(kind, str) or kind not in RECIPES:
+        near = _did_you_mean(str(kind), RECIPES)
+        problems.append(f"task.kind is {_shown(kind)}, but must be 'text' or 'vision'{near or '.'}")
+        raw["task"] = {**raw["task"], "kind": "text"}
+        kind = "text"
     recipe = None
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = RECIPES[kind].model_validate(raw)
     except ValidationError as error:
-        problems.extend(_explain(found) for found in error.errors())
+        problems.extend(_explain(found, RECIPES[kind]) for found in error.errors())
+    if kind == "vision":
+        given = raw["trainer"] if isinstance(raw["trainer"], dict) else {}
+        problems.extend(
+            f"trainer.{key} cannot be set: {why}." for key, why in UNFIT_FOR_VISION.items() if given.get(key)
+        )
+        if isinstance(raw["adapter"], dict) and raw["adapter"].get("target_modules") != "all-linear":
+            problems.append(
+                "adapter.target_modules cannot be set: set scopes.language, .vision and .projector."
+            )
     checked: dict[str, dict[str, Any]] = {}
     for section, fields in (("adapter", _adapter_fields), ("trainer", _trainer_fields)):
         if isinstance(raw[section], dict) and raw[section]:
@@ -662,11 +735,13 @@ def _unknown(place: str, names: Iterable[str]) -> str:
     return f"{place} is unknown; choose one of {', '.join(sorted(names))}."
 
 
-def _explain(found: Any) -> str:
+def _explain(found: Any, recipe: type[Recipe]) -> str:
     """Put one of pydantic's errors in words."""
     *outer, name = [str(part) for part in found["loc"]]
     place = ".".join([*outer, name])
-    model: type[BaseModel] = SECTIONS[outer[0]] if outer else Recipe
+    model: type[BaseModel] = (
+        (VISION_SECTIONS if recipe is VisionRecipe else SECTIONS)[outer[0]] if outer else recipe
+    )
     value = found["input"]
     match found["type"]:
         case "extra_forbidden":

@@ -39,6 +39,7 @@ METRICS = {
     "perplexity": Metric("Perplexity", "number", "lower"),
     "exact_match": Metric("Exact match", "share", "higher"),
     "accuracy": Metric("Accuracy", "share", "higher"),
+    "accuracy_shuffled_images": Metric("Accuracy with images shuffled", "share", "unknown"),
     "valid_json": Metric("Valid JSON", "share", "higher"),
 }
 
@@ -484,14 +485,17 @@ def _snippet(run: RunDirectory, record: Mapping[str, Any]) -> str:
     if not path and config.is_file():
         path = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     gguf = f", gguf_file={base['gguf_file']!r}" if base.get("gguf_file") else ""
+    auto_class = base.get("auto_class", "AutoModelForCausalLM")
+    reads_text = auto_class == "AutoModelForCausalLM"
+    reader, name = ("AutoTokenizer", "tokenizer") if reads_text else ("AutoProcessor", "processor")
     return "\n".join(
         [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {auto_class}, {reader}",
             "",
             f"base = {str(path or 'BASE MODEL')!r}",
-            f"tokenizer = AutoTokenizer.from_pretrained(base{gguf})",
-            f"model = AutoModelForCausalLM.from_pretrained(base{gguf})",
+            f"{name} = {reader}.from_pretrained(base{gguf})",
+            f"model = {auto_class}.from_pretrained(base{gguf})",
             f"model = PeftModel.from_pretrained(model, {str(run.lora)!r})",
         ]
     )

@@ -277,7 +277,11 @@ def _stages(run: _Run, task: Task) -> None:
         versions=collect_versions(),
         hardware=collect_hardware(),
         hashes=_hashes(task, run.mix),
-        base={"name": run.recipe.model.name, "path": str(task.base.path)},
+        base={
+            "name": run.recipe.model.name,
+            "path": str(task.base.path),
+            "auto_class": task.auto_class,
+        },
     )
     with run.stage("load", "loading the base model"):
         model = task.load()
@@ -350,10 +354,8 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
     """Train, from the newest complete checkpoint if there is one."""
     from transformers import PrinterCallback
 
-    from moslora import MoSLoRAConfig
-
-    directory, recipe = run.directory, run.recipe
-    config = MoSLoRAConfig(task_type="CAUSAL_LM", **recipe.adapter)
+    directory = run.directory
+    config: Any = task.adapter_config(model)
     checkpoint = directory.latest_checkpoint(run.display.warn)
     with MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0) as log:
         with run.stage("train", "preparing to train"):
@@ -464,7 +466,14 @@ def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
     live = live_logits(adapted, inputs, device)
     try:
         proof = prove_reload(
-            live, inputs, task.base.path, dtype_name(adapted), device, directory.lora, run.display.warn
+            live,
+            inputs,
+            task.base.path,
+            dtype_name(adapted),
+            device,
+            directory.lora,
+            run.display.warn,
+            task.auto_class,
         )
     except ProofError:
         shutil.rmtree(directory.lora, ignore_errors=True)

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 __all__ = ["TASKS", "find_task"]
 
 # Where each task is; imported when it is used, because each brings its own heavy packages.
-TASKS: dict[str, str] = {"text": "moslora.tasks.text:TextTask"}
+TASKS: dict[str, str] = {
+    "text": "moslora.tasks.text:TextTask",
+    "vision": "moslora.tasks.vision:VisionTask",
+}
 
 
 def find_task(kind: str) -> type[Task]:

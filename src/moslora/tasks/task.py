@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import Trainer, TrainerCallback
 
     from moslora.display import Display
@@ -132,5 +132,14 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def probe(self) -> list[Tensor]:
-        """Return held-out inputs for the proof, token ids of shape ``(1, length)`` each."""
+    def probe(self) -> list[Any]:
+        """Return held-out inputs for the proof: token ids ``(1, length)``, or all arguments by name, each."""
+
+    # With which class of transformers anyone would load the base.
+    auto_class = "AutoModelForCausalLM"
+
+    def adapter_config(self, model: nn.Module) -> PeftConfig:
+        """Return the adapter's configuration on this base model."""
+        from moslora import MoSLoRAConfig
+
+        return MoSLoRAConfig(task_type="CAUSAL_LM", **self.recipe.adapter)
