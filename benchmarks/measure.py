@@ -72,11 +72,16 @@ def over(spent: list[float], floor: list[float]) -> dict[str, Any]:
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
-    """Return the bytes that one forward keeps for backward, parameters and other leaves left out."""
+    """Return the bytes that one forward keeps for backward, parameters and the trained input left out.
+
+    Masks, positions and what a Function keeps of its own have no gradient, and are counted like all the rest.
+    """
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf:
+        owner = tensor if tensor._base is None else tensor._base
+        is_given = isinstance(owner, torch.nn.Parameter) or (owner.is_leaf and owner.requires_grad)
+        if not is_given:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor

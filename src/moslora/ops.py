@@ -13,7 +13,7 @@ and H, ``(tokens, r)``.
 
 Dropout zeroes entries of x before A' and divides the rest by 1 - p, which goes into s. Drawing a mask is what
 dropout costs on a CPU, so only the gaps between dropped entries are drawn, p of the numbers, and only the
-positions are kept, an eighth of a byte mask at p = 0.05. In the backward pass the entries of dx at these
+positions are kept, a fifth of a byte mask at p = 0.05. In the backward pass the entries of dx at these
 positions are put back to what the base's product was before the update was accumulated into it.
 
 Precision: A' is composed, and dA and dM are taken, in the dtype of the factors; products over tokens run
