@@ -446,6 +446,24 @@ def exports(trial: Trial) -> None:
     trial.close(trial.run(plain), expected, "stock PEFT gives another output")
 
 
+def rotated(r: int) -> Tensor:
+    """A mixer of a user's own: each row of A in another's place."""
+    return torch.eye(r).roll(1, 0)
+
+
+@torch.no_grad()
+def takes_a_mixer(trial: Trial) -> None:
+    """A user's mixer is where every M starts, of every expert, and it travels."""
+    model = get_peft_model(trial.build(), trial.config(mixer=rotated)).eval()
+    for layer in (m for m in model.modules() if isinstance(m, MoSLoRALayer)):
+        _, M, _, _ = layer.factors("default")
+        hold(bool((rotated(M.shape[-1]).to(M.dtype) == M).all()), "M starts elsewhere")
+    expected = trial.run(model)
+    model.save_pretrained(trial.folder, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(trial.build(), trial.folder).eval()
+    trial.close(trial.run(loaded), expected, "the mixer does not travel")
+
+
 @dataclass(frozen=True)
 class Feature:
     """One row of the matrix.
@@ -497,6 +515,10 @@ FEATURES: dict[str, Feature] = {
     "lora_dropout": Feature(drops),
     "train_mixer=False": Feature(freezes_its_mixers, is_our_own=True),
     "match_scale": Feature(matches_its_scale, is_our_own=True),
+    "mixer=a callable": Feature(takes_a_mixer, is_our_own=True),
+    "use_dora=True": Feature(takes(use_dora=True)),
+    'init_lora_weights="pissa"': Feature(takes(init_lora_weights="pissa")),
+    'init_lora_weights="orthogonal"': Feature(takes(init_lora_weights="orthogonal")),
 }
 
 
@@ -620,6 +642,45 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         ("torch.compile",),
         lora="a graph break should occur when calling",
         because="PEFT parametrizes the module at every call.",
+    ),
+    Exceptional(
+        ("Embedding", "tied embedding"),
+        ("use_dora",),
+        "has no place in a Embedding … Leave the module out of target_modules … or set use_dora=False",
+    ),
+    Exceptional(
+        ("Conv2d, groups",),
+        ("use_dora",),
+        "2 groups leave the update without a place in the weight … Leave the module out … or set use_dora=False",
+    ),
+    Exceptional(
+        ("Multihead-Attention",),
+        ("use_dora",),
+        "has no place in a MultiheadAttention … Leave the module out … or set use_dora=False",
+        "MultiheadAttention does not support DoRA",
+    ),
+    Exceptional(
+        MIXTURES,
+        ("use_dora",),
+        "has no place in a … Leave the module out … or set use_dora=False",
+        "lora.ParamWrapper does not work with use_dora=True",
+    ),
+    *(
+        Exceptional(
+            kinds,
+            (f'init_lora_weights="{start}"',),
+            f"init_lora_weights='{start}' is there for linear layers … Leave the module out … or start with True",
+            lora and lora.format(start=start),
+        )
+        for start in ("pissa", "orthogonal")
+        for kinds, lora in (
+            (("Embedding", "tied embedding"), None),
+            (
+                ("Conv1d", "Conv2d", "Conv3d", "Conv2d, groups", "SDXL U-Net"),
+                "Unknown initialization … {start}",
+            ),
+            (("Multihead-Attention", *MIXTURES), "has no attribute 'weight'"),
+        )
     ),
     Exceptional(
         ("tied embedding",),
