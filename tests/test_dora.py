@@ -298,7 +298,8 @@ def test_the_export_is_a_dora_adapter_that_stock_peft_runs_alike(
     kind, folder, expected = saved
     build, run, _ = KINDS[kind]
     proof = export_adapter(folder, tmp_path / "lora")
-    assert proof.reader.startswith("peft") and proof.max_relative_error <= FOLD_TOLERANCE
+    assert proof.has_magnitudes and proof.reader.startswith("peft")
+    assert proof.max_relative_error <= FOLD_TOLERANCE
     config = json.loads((tmp_path / "lora" / CONFIG).read_text())
     assert (config["peft_type"], config["use_dora"]) == ("LORA", True)
     theirs = PeftModel.from_pretrained(build(), tmp_path / "lora").eval()

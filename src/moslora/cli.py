@@ -653,6 +653,10 @@ def _convert(
     if FORMATS[proof.source].warning:
         print(FORMATS[proof.source].warning)
     print(f"Wrote {out}: {proof.target}, {FORMATS[to].purpose}.")
+    if proof.has_magnitudes:
+        print(
+            "It has DoRA's magnitude: PEFT reads it, most engines do not; moslora doctor --for says which, and why."
+        )
     if proof.rank_error is not None:
         worst = max(proof.rank_errors, key=lambda name: proof.rank_errors[name])
         print(

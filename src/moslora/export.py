@@ -54,6 +54,7 @@ class ExportProof:
         rank: What every module was brought to; None if its own was kept.
         rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that the change of rank cost, over all modules together.
         rank_errors: The same by module.
+        has_magnitudes: Whether it is a DoRA adapter, which fewer programs read than plain LoRA.
     """
 
     source: str
@@ -67,6 +68,7 @@ class ExportProof:
     rank: int | None = None
     rank_error: float | None = None
     rank_errors: Mapping[str, float] = field(default_factory=dict)
+    has_magnitudes: bool = False
 
     @property
     def passed(self) -> bool:
@@ -274,4 +276,5 @@ def _prove(adapter: Adapter, result: Written, source: str, target: str) -> Expor
         result.tolerance,
         result.reader,
         result.dtype,
+        has_magnitudes=adapter.has_magnitudes,
     )
