@@ -23,8 +23,9 @@ from moslora.formats import read_adapter
 from moslora.formats.directory import CONFIG, WEIGHTS
 from moslora.inspect import inspect_adapter
 from moslora.merge import merge
+from moslora.tuner import dora
 from moslora.tuner.layer import MoSLoRALayer
-from tolerances import MODEL, RELATIVE, relative_error
+from tolerances import MODEL, RELATIVE, SNR_DB, relative_error, snr_db
 
 DORA = {"use_dora": True, "lora_alpha": 6}
 
@@ -222,20 +223,28 @@ def test_checkpointing_compiling_and_groups_know_the_magnitude() -> None:
     assert groups["vectors"]["weight_decay"] == 0 and len(groups["vectors"]["params"]) == 1
 
 
-def test_a_quantised_base_has_the_magnitude_of_what_it_stands_for(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+def test_a_quantised_base_has_the_gain_of_what_it_stands_for_after_it_ran_too(tmp_path: Path) -> None:
+    """PEFT is no reference: after one pass on a CPU it takes norms of reordered weights, off by a third."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     tiny.llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    results = []
-    for cls, own in ((MoSLoRAConfig, {"mixer": "identity", "train_mixer": False}), (LoraConfig, {})):
-        base = type(tiny.llama()).from_pretrained(
-            tmp_path, quantization_config=config, device_map={"": "cpu"}
-        )
-        model = laws.adapt(lambda base=base: base, cls, target_modules=["q_proj"], **DORA, **own)
+    load = type(tiny.llama()).from_pretrained
+    base, dense = load(tmp_path, quantization_config=config, device_map={"": "cpu"}), load(tmp_path)
+    for name, module in base.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            stored = module.weight
+            unpacked = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
+            dense.get_submodule(name).weight.data = unpacked.float()
+    gains = []
+    for built in (base, dense):
+        model = laws.adapt(lambda built=built: built, target_modules=["q_proj"], **DORA)
         move_magnitudes(model)
         with torch.no_grad():
-            results.append(read(model))
-    assert relative_error(*results) < MODEL
+            read(model)
+        layers = [m for m in model.modules() if isinstance(m, MoSLoRALayer)]
+        gains.append(torch.cat([dora.gain(layer, "default").flatten() for layer in layers]))
+    # To run, bitsandbytes rounds a block's scale to bfloat16.
+    assert snr_db(gains[0], gains[1]) > SNR_DB[torch.bfloat16]
 
 
 class Words(nn.Module):
