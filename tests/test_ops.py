@@ -205,6 +205,11 @@ def test_entries_are_dropped_independently_with_the_stated_probability(p: float)
     assert float((thirds - n * p / 3).abs().max()) < 5 * (n * p / 3) ** 0.5
 
 
+@pytest.mark.parametrize("p", [1e-30, 1e-12])
+def test_a_probability_close_to_zero_drops_nothing(p: float) -> None:
+    assert all(len(ops.draw_dropped(1000, p)) == 0 for _ in range(50))
+
+
 def test_dropout_keeps_positions_and_no_mask() -> None:
     x, weight, bias, A, M, B = draw(0, (512,), 64, 4, 48, torch.float32)
     kept: dict[int, int] = {}

@@ -452,6 +452,6 @@ def test_leaving_the_fused_path_is_said_once(caplog: pytest.LogCaptureFixture) -
         model(tiny.tokens())
         model(tiny.tokens())
     assert [r.getMessage() for r in caplog.records] == [
-        "MoSLoRA runs base product and update apart: dropout 0.5 is above 0.25, where a mask is cheaper than "
+        "MoSLoRA runs base product and update apart: dropout 0.5 is above 0.25, where a mask is smaller than "
         "positions."
     ]

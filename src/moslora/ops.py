@@ -38,7 +38,7 @@ __all__ = ["adapted_linear", "draw_dropped", "fusing", "is_fusing", "low_rank_up
 
 _fusing = True
 
-# Above this share of dropped entries a list of their positions is no cheaper than a mask of all.
+# Above this share of dropped entries their positions, 4 bytes each, are more to keep than a byte mask of all.
 LARGEST_SPARSE_DROPOUT = 0.25
 
 
@@ -78,7 +78,7 @@ def why_no_fused_dropout(x: Tensor, p: float) -> str | None:
     if x.device.type != "cpu":
         return f"dropout by position is for CPUs, and the input is on {x.device.type}"
     if p > LARGEST_SPARSE_DROPOUT:
-        return f"dropout {p:g} is above {LARGEST_SPARSE_DROPOUT:g}, where a mask is cheaper than positions"
+        return f"dropout {p:g} is above {LARGEST_SPARSE_DROPOUT:g}, where a mask is smaller than positions"
     if torch.compiler.is_compiling():
         return "dropout changes the update's input, and how many entries it drops is not known when compiling"
     return None
@@ -103,7 +103,8 @@ def draw_dropped(numel: int, p: float) -> Tensor:
         left = numel - start
         # Six standard deviations more than expected: a second turn is needed once in a billion.
         count = int(left * p + 6 * math.sqrt(left * p) + 16)
-        gaps = torch.rand(count).neg_().log1p_().mul_(1 / math.log1p(-p))  # floor is the conversion below
+        gaps = torch.rand(count).neg_().log1p_().mul_(1 / math.log1p(-p))
+        gaps.clamp_(max=left)  # for a p so small that a gap would be no int64; the conversion is the floor
         positions = gaps.to(torch.int64).add_(1).cumsum(0).add_(start - 1)
         found.append(positions)
         start = int(positions[-1]) + 1
