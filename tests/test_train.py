@@ -328,6 +328,26 @@ def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp
     assert not scores_plainly(trainer)
 
 
+def test_mixed_precision_reaches_the_loss_on_labels_only(world: Path, tmp_path: Path) -> None:
+    from moslora import MoSLoRAConfig
+    from moslora.recipe import load_recipe
+    from moslora.tasks.text import TextTask
+
+    seen = set()
+    for precise in (True, False):
+        changes = {"trainer.bf16": str(not precise).lower(), "trainer.max_steps": 1}
+        task = TextTask(load_recipe(arguments(world, tmp_path, **changes)), quiet(), lambda: None)
+        task.read()
+        task.prepare()
+        model: Any = task.load()
+        config = MoSLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer: Any = task.build_trainer(model, config, tmp_path / str(precise), [])
+        head = trainer.model.get_output_embeddings()
+        head.register_forward_hook(lambda _, __, logits, precise=precise: seen.add((precise, logits.dtype)))
+        trainer.train()
+    assert seen == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 def test_a_recipe_may_ask_for_dora_and_a_start_from_principal_components(world: Path, tmp_path: Path) -> None:
     changes = {"adapter.use_dora": "true", "adapter.init_lora_weights": "pissa", "trainer.max_steps": 3}
     run = train(arguments(world, tmp_path, **changes), quiet())

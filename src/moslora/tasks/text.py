@@ -201,7 +201,9 @@ class TextTask(Task):
                 special = return_outputs or model is not self.model or not scores_plainly(self)
                 if special or inputs["labels"].device.type != "cpu":
                     return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                total, count = labelled_loss(unwrapped(model), inputs)
+                # Trainer's mixed precision wraps the model's forward, which this does not go through.
+                with self.accelerator.autocast():
+                    total, count = labelled_loss(unwrapped(model), inputs)
                 return total / (count if num_items_in_batch is None else num_items_in_batch)
 
         return LabelledLossTrainer(
