@@ -20,9 +20,11 @@ __all__ = [
     "PUBLISHED",
     "TASKS",
     "Question",
+    "answer_text_prompt",
     "eval_prompt",
     "extract",
     "read_questions",
+    "write_answer_texts",
     "write_training_file",
 ]
 
@@ -121,13 +123,14 @@ class Question:
     choices: Mapping[str, str]
 
 
-def read_questions(folder: Path, task: str, limit: int | None = None) -> list[Question]:
-    """Read a task's test questions.
+def read_questions(folder: Path, task: str, limit: int | None = None, split: str = "test") -> list[Question]:
+    """Read a task's questions.
 
     Args:
         folder: Holds one folder per task.
         task: A key of ``TASKS``.
         limit: How many at most, at even distances; None for all.
+        split: ``"test"`` or ``"train"``, the file's name.
 
     Returns:
         The questions.
@@ -137,7 +140,7 @@ def read_questions(folder: Path, task: str, limit: int | None = None) -> list[Qu
     """
     if task not in TASKS:
         raise ValueError(f"Task {task!r} is unknown; choose from {', '.join(TASKS)}.")
-    file = Path(folder) / task / "test.json"
+    file = Path(folder) / task / f"{split}.json"
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -202,6 +205,31 @@ def extract(task: str, text: str) -> str:
     """Find the answer in what a model wrote, as published: the first match, or nothing."""
     found = re.search(TASKS[task], text.split(SPLIT_AT)[0].strip())
     return found[0] if found else ""
+
+
+def answer_text_prompt(question: Question) -> str:
+    """Return the question alone, as the protocol ``answer-text`` asks it."""
+    return f"Question: {question.stem}\nAnswer:"
+
+
+def write_answer_texts(questions: Sequence[Question], out: Path) -> int:
+    """Write questions with the right choice's text as completion, for a recipe with ``data.template=plain``.
+
+    Args:
+        questions: Those whose choices have texts; others are left out.
+        out: The JSONL to write, of ``prompt`` and ``completion``.
+
+    Returns:
+        How many examples.
+    """
+    lines = []
+    for question in questions:
+        text = question.choices[question.answer]
+        if text != question.answer:
+            example = {"prompt": answer_text_prompt(question), "completion": f" {text}"}
+            lines.append(json.dumps(example, ensure_ascii=False) + "\n")
+    write_whole(Path(out), "".join(lines))
+    return len(lines)
 
 
 def write_training_file(source: Path, out: Path) -> int:

@@ -22,6 +22,7 @@ from moslora.commonsense import (
     PUBLISHED,
     TASKS,
     Question,
+    answer_text_prompt,
     eval_prompt,
     extract,
     read_questions,
@@ -423,7 +424,7 @@ PROTOCOLS: dict[str, Protocol] = {
     # The same prompt; which of "the correct answer is answer1", "… answer2" is likeliest. No answer goes unread.
     "label": _likeliest(eval_prompt, lambda label, text: f"the correct answer is {label}", False),
     # The question alone; which answer's text is likeliest, per byte. For models that know no labels.
-    "answer-text": _likeliest(lambda q: f"Question: {q.stem}\nAnswer:", lambda label, text: f" {text}", True),
+    "answer-text": _likeliest(answer_text_prompt, lambda label, text: f" {text}", True),
 }
 
 
