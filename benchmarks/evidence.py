@@ -36,21 +36,21 @@ SEEDS = 5
 TASKS: dict[str, tuple[list[str], int, int, int]] = {
     "home": (["compare-demo.yaml", "model.dtype=bfloat16"], 20, 32, 80),
     "facts": (["evidence-facts.yaml"], 32, 12, 40),
-    "commonsense": (["evidence-commonsense.yaml"], 16, 32, 90),
+    "commonsense": (["evidence-commonsense.yaml"], 12, 24, 60),
 }
 COMMONSENSE = ("ARC-Easy", "ARC-Challenge", "openbookqa")
 BEGIN, END = "<!-- evidence -->", "<!-- /evidence -->"
 
 
 def prepare_commonsense(source: Path, folder: Path) -> list[str]:
-    """Write the questions as a recipe reads them: all of training, and thirty of each task's test.
+    """Write the questions as a recipe reads them: all of training, and twenty of each task's test.
 
     Returns:
         What the recipe must be told.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train = [question for task in COMMONSENSE for question in read_questions(source, task, split="train")]
-    heldout = [question for task in COMMONSENSE for question in read_questions(source, task, limit=30)]
+    heldout = [question for task in COMMONSENSE for question in read_questions(source, task, limit=20)]
     write_answer_texts(train, folder / "train.jsonl")
     write_answer_texts(heldout, folder / "heldout.jsonl")
     return [f"data.train={folder / 'train.jsonl'}", f"data.heldout={folder / 'heldout.jsonl'}"]
