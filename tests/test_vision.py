@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -15,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    TrainerCallback,
 )
 
 import tiny
@@ -22,8 +27,10 @@ from moslora.answers import choice_equal, short_equal
 from moslora.display import Display
 from moslora.recipe import load_recipe
 from moslora.rundir import RunDirectory
+from moslora.tasks.text import scores_plainly
 from moslora.tasks.vision import VisionTask, open_image
-from moslora.train import check, train
+from moslora.train import Stopped, check, resume, train
+from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TEMPLATE = (
@@ -159,3 +166,67 @@ def test_the_report_says_how_a_vision_model_is_loaded(world: Path, tmp_path: Pat
     run = train(arguments(world, tmp_path, "trainer.max_steps=1"), Display(quiet=True))
     page = (run.path / "report.html").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in page and "AutoModelForCausalLM" not in page
+
+
+def test_the_loss_on_labels_only_is_the_models_own_in_value_and_gradients(
+    world: Path, tmp_path: Path
+) -> None:
+    task = VisionTask(load_recipe(arguments(world, tmp_path)), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model = task.load()
+    trainer: Any = task.build_trainer(model, task.adapter_config(model), tmp_path, [])
+    assert scores_plainly(trainer)
+    factors = [p for p in trainer.model.parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for factor in factors:  # B is zero at first, which leaves A and M without gradients
+            factor.add_(torch.randn_like(factor) * 0.05)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    ours = trainer.compute_loss(trainer.model, dict(inputs))
+    whole = trainer.model(**inputs).loss
+    assert relative_error(ours, whole) < MODEL
+    # The vision tower's last layer is not read, so that nothing of it has a gradient.
+    pairs = list(
+        zip(*(torch.autograd.grad(o, factors, allow_unused=True) for o in (ours, whole)), strict=True)
+    )
+    assert all((one is None) == (two is None) for one, two in pairs)
+    used = [(one, two) for one, two in pairs if one is not None and two is not None]
+    assert len(used) > len(pairs) / 2
+    assert all(relative_error(one, two) < MODEL for one, two in used)
+    batches = [task._batch("heldout", [row]) for row in task.heldout_set]
+    with torch.no_grad():
+        losses = [trainer.model(**batch).loss * (batch["labels"] != -100).sum() for batch in batches]
+    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert task._loss(trainer.model, "tuned") == pytest.approx(float(sum(losses)) / tokens, rel=MODEL)
+
+
+def test_interrupted_and_resumed_ends_bit_for_bit_as_uninterrupted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("trainer.max_steps=5", "task.generate_examples=0")
+    whole = train(arguments(world, tmp_path / "whole", *changes), Display(quiet=True))
+    with monkeypatch.context() as patch:
+        build = VisionTask.build_trainer
+
+        def stopping(self: VisionTask, *given: Any) -> Any:
+            trainer = build(self, *given)
+
+            class Stopper(TrainerCallback):  # type: ignore[misc]
+                def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                    if state.global_step == 2:
+                        os.kill(os.getpid(), signal.SIGTERM)
+
+            trainer.callback_handler.callbacks.insert(0, Stopper())
+            return trainer
+
+        patch.setattr(VisionTask, "build_trainer", stopping)
+        with pytest.raises(Stopped):
+            train(arguments(world, tmp_path / "parts", *changes), Display(quiet=True))
+    run = RunDirectory.open(tmp_path / "parts" / "run")
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 2
+    resumed = resume(run.path, Display(quiet=True))
+    one, two = (load_file(r.adapter / "adapter_model.safetensors") for r in (resumed, whole))
+    assert one.keys() == two.keys() and any("projector" in n and "moslora" not in n for n in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)

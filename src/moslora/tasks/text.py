@@ -175,7 +175,6 @@ class TextTask(Task):
     ) -> Trainer:
         """Make TRL's trainer on the encoded examples; their labels say what is trained."""
         from datasets import Dataset
-        from trl import SFTTrainer
 
         def dataset(encoded: Sequence[Encoded]) -> Dataset:
             return Dataset.from_dict(
@@ -188,23 +187,7 @@ class TextTask(Task):
         # Lengths were cut, dropped or refused while encoding; the trainer must not do it again.
         config.dataset_kwargs = None if config.packing else {"skip_prepare_dataset": True}
 
-        class LabelledLossTrainer(SFTTrainer):  # type: ignore[misc]
-            """Scores labelled positions only, where TRL would score all of them.
-
-            On Triton devices TRL does so itself. On a CPU its output head takes every position, which on a
-            vocabulary of 49152 costs as much as half of the layers.
-            """
-
-            def compute_loss(
-                self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-            ) -> Any:
-                special = return_outputs or model is not self.model or not scores_plainly(self)
-                if special or inputs["labels"].device.type != "cpu":
-                    return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                total, count = labelled_loss(unwrapped(model), inputs)
-                return total / (count if num_items_in_batch is None else num_items_in_batch)
-
-        return LabelledLossTrainer(
+        return labelled_loss_trainer()(
             model=model,
             args=config,
             train_dataset=dataset(self.train_set),
@@ -368,6 +351,31 @@ SCALED_LOGITS = (
     "logits_scaling",
     "output_router_logits",
 )
+
+
+def labelled_loss_trainer() -> Any:
+    """Return TRL's ``SFTTrainer``, which on a CPU scores labelled positions only.
+
+    On Triton devices TRL does so itself. On a CPU its output head takes every position, which on a vocabulary of
+    49152 costs as much as half of the layers.
+    """
+    from trl import SFTTrainer
+
+    class LabelledLossTrainer(SFTTrainer):  # type: ignore[misc]
+        """Scores labelled positions only, where TRL would score all of them."""
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            special = return_outputs or model is not self.model or not scores_plainly(self)
+            if special or inputs["labels"].device.type != "cpu":
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # Mixed precision wraps the model's own forward, which is passed by here.
+            with self.accelerator.autocast():
+                total, count = labelled_loss(unwrapped(model), inputs)
+            return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+    return LabelledLossTrainer
 
 
 def scores_plainly(trainer: Any) -> bool:

@@ -20,7 +20,15 @@ from moslora.models import _call, _check_loaded, materialise, resolve_model
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
 from moslora.records import DataError, Example, Records, prompt_of, read_records, to_examples
 from moslora.tasks.task import Answer, Evaluation
-from moslora.tasks.text import TextTask, _kind, question
+from moslora.tasks.text import (
+    TextTask,
+    _kind,
+    labelled_loss,
+    labelled_loss_trainer,
+    logits_are_plain,
+    question,
+    unwrapped,
+)
 from moslora.tokenization import Encoded, Encoder, encode_all
 
 if TYPE_CHECKING:
@@ -410,7 +418,6 @@ class VisionTask(TextTask):
     ) -> Trainer:
         """Make TRL's trainer on the encoded examples; a batch's pictures are opened as it is made."""
         from datasets import Dataset
-        from trl import SFTTrainer
 
         def dataset(name: str, encoded: Sequence[Encoded]) -> Dataset:
             columns = {"input_ids": [e.input_ids for e in encoded], "labels": [e.labels for e in encoded]}
@@ -426,7 +433,7 @@ class VisionTask(TextTask):
 
         config = build_trainer_config(self.recipe, self.device, output_dir, remove_unused_columns=False)
         config.dataset_kwargs = {"skip_prepare_dataset": True}
-        return SFTTrainer(
+        return labelled_loss_trainer()(
             model=model,
             args=config,
             data_collator=collate,
@@ -461,21 +468,24 @@ class VisionTask(TextTask):
 
     def _loss(self, model: nn.Module, label: str) -> float:
         import torch
-        from torch.nn import functional as F
 
         model.eval()
+        base = unwrapped(model)
+        if not logits_are_plain(base):
+            raise ValueError(
+                f"{self.source.name} changes its logits after the head, which task=vision does not."
+            )
         total, count = 0.0, 0
-        with self._progress(f"Held-out loss, {label}", len(self.heldout_set)) as progress:
-            for start in range(0, len(self.heldout_set), BATCH):
-                rows = self.heldout_set[start : start + BATCH]
+        # Pictures of like questions pad least.
+        order = sorted(self.heldout_set, key=lambda e: len(e.input_ids))
+        with self._progress(f"Held-out loss, {label}", len(order)) as progress:
+            for start in range(0, len(order), BATCH):
+                rows = order[start : start + BATCH]
                 batch = {k: v.to(self.device) for k, v in self._batch("heldout", rows).items()}
-                labels = batch.pop("labels")[:, 1:]
                 with torch.inference_mode():
-                    logits = model(**batch).logits[:, :-1]  # (rows, length - 1, vocabulary)
-                trained = labels != -100
-                total += F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum").item()
-                count += int(trained.sum())
-                progress.advance(len(rows), f"loss {total / count:.4f}")
+                    part, _ = labelled_loss(base, batch)
+                total, count = total + part.item(), count + int((batch["labels"][:, 1:] != -100).sum())
+                progress.advance(len(rows), f"loss {total / max(count, 1):.4f}")
                 self.checkpoint()
         return total / count
 
