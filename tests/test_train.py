@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -435,3 +436,20 @@ def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pyt
     assert not [shape for shape in kept if shape[-1:] == (64,) and shape[0] > 7], (
         "logits of all positions kept"
     )
+
+
+def test_a_dry_run_counts_what_the_run_trains_from_the_configuration_alone(
+    finished: RunDirectory, world: Path, tmp_path: Path
+) -> None:
+    from moslora.recipe import load_recipe
+    from moslora.tasks.text import TextTask
+
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(world / "base", tmp_path / "configured", ignore=ignore)
+    recipe = load_recipe(arguments(world, tmp_path, model=tmp_path / "configured"))
+    task = TextTask(recipe, quiet(), lambda: None)
+    task.needs_weights = False
+    (count,) = task.count()
+    record = finished.read()
+    assert count.trained == record["trainable_parameters"]
+    assert count.base + count.trained == record["total_parameters"]
