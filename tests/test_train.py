@@ -453,3 +453,16 @@ def test_a_dry_run_counts_what_the_run_trains_from_the_configuration_alone(
     record = finished.read()
     assert count.trained == record["trainable_parameters"]
     assert count.base + count.trained == record["total_parameters"]
+
+
+def test_a_four_bit_base_trains_in_float32_and_the_lora_is_proven_on_it(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    # Its kernels want multiples of 32.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "vocab_size": 259}
+    tiny.llama(max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **sizes).save_pretrained(
+        tmp_path / "base"
+    )
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    run = train(arguments(world, tmp_path, model=tmp_path / "base", **{"model.quantization": "nf4"}), quiet())
+    assert run.read()["proofs"]["reload"]["passed"]
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -511,3 +513,27 @@ def test_mixed_precision_reaches_the_loss_on_labels_only(world: Path, tmp_path: 
     layer.language_model.layers[0].mlp.register_forward_hook(lambda _m, _g, out: seen.append(out.dtype))
     loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     assert seen == [torch.bfloat16] and loss.dtype == torch.float32
+
+
+def test_guessing_in_the_small_world_is_right_for_one_in_four() -> None:
+    file = Path(__file__).parents[1] / "recipes" / "shapes" / "generate.py"
+    world: Any = SimpleNamespace(**runpy.run_path(str(file)))
+    made = world.examples("heldout", world.COUNT_OF["heldout"])
+    answers = {kind: Counter(answer for k, *_, answer in made if k == kind) for kind in world.KINDS}
+    assert all(set(a.values()) == {len(made) // 16} and len(a) == 4 for a in answers.values())
+    assert all(picture.size == (world.SIZE, world.SIZE) for _, picture, *_ in made)
+    # What is asked for is in the picture once, and the answer is what stands there.
+    for kind, picture, things, _, answer in made:
+        assert len({thing.place for thing in things}) == len(things)
+        if kind == "count":
+            assert world.COUNTS.index(answer) + 1 == len(things)
+        if kind == "colour":
+            place = next(t.place for t in things if t.colour == answer)
+            half = world.SIZE // 2
+            left, top = half * ("right" in place), half * ("bottom" in place)
+            quarter = picture.crop((left, top, left + half, top + half))
+            near = [
+                sum(abs(a - b) for a, b in zip(p, world.COLOURS[answer], strict=True)) < 60
+                for p in quarter.getdata()
+            ]
+            assert sum(near) > 40
