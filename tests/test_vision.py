@@ -515,6 +515,13 @@ def test_mixed_precision_reaches_the_loss_on_labels_only(world: Path, tmp_path: 
     assert seen == [torch.bfloat16] and loss.dtype == torch.float32
 
 
+def test_a_run_in_mixed_precision_is_measured_and_proven_in_the_bases_own(
+    world: Path, tmp_path: Path
+) -> None:
+    run = train(arguments(world, tmp_path, "trainer.bf16=true", "trainer.max_steps=2"), Display(quiet=True))
+    assert run.read()["proofs"]["reload"]["passed"]
+
+
 def test_guessing_in_the_small_world_is_right_for_one_in_four() -> None:
     file = Path(__file__).parents[1] / "recipes" / "shapes" / "generate.py"
     world: Any = SimpleNamespace(**runpy.run_path(str(file)))

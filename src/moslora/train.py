@@ -317,7 +317,8 @@ def _stages(run: _Run, task: Task) -> None:
         model = task.load()
     before = _measure(run, task, model, "before", "base model")
     trainer = _train(run, task, model)
-    adapted = trainer.model
+    # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
+    adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     with run.stage("save", "saving and folding the adapter"):
         _save(run, adapted)
     after = _measure(run, task, adapted, "after", "tuned model")
