@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -455,3 +456,33 @@ def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pyt
     assert not [shape for shape in kept if shape[-1:] == (64,) and shape[0] > 7], (
         "logits of all positions kept"
     )
+
+
+def test_a_dry_run_counts_what_the_run_trains_from_the_configuration_alone(
+    finished: RunDirectory, world: Path, tmp_path: Path
+) -> None:
+    from moslora.recipe import load_recipe
+    from moslora.tasks.text import TextTask
+
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(world / "base", tmp_path / "configured", ignore=ignore)
+    recipe = load_recipe(arguments(world, tmp_path, model=tmp_path / "configured"))
+    task = TextTask(recipe, quiet(), lambda: None)
+    task.needs_weights = False
+    (count,) = task.count()
+    record = finished.read()
+    assert count.trained == record["trainable_parameters"]
+    assert count.base + count.trained == record["total_parameters"]
+
+
+def test_a_four_bit_base_trains_in_float32_and_the_lora_is_proven_on_it(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    # Its kernels want multiples of 32.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "vocab_size": 259}
+    tiny.llama(max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **sizes).save_pretrained(
+        tmp_path / "base"
+    )
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    run = train(arguments(world, tmp_path, model=tmp_path / "base", **{"model.quantization": "nf4"}), quiet())
+    assert run.read()["proofs"]["reload"]["passed"]
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}

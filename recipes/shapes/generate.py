@@ -27,7 +27,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three", "four")
 KINDS = ("count", "colour", "shape", "position")
-COUNT_OF = {"train": 4800, "heldout": 400}
+COUNT_OF = {"train": 1600, "heldout": 80}
 SEEDS = {"train": 0, "heldout": 1_000_003}
 
 

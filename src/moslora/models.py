@@ -19,7 +19,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,12 +32,14 @@ __all__ = [
     "ModelError",
     "ModelSource",
     "PackagedModel",
+    "build_skeleton",
     "cache_folder",
     "default_device",
     "fingerprint",
     "load_model",
     "load_tokenizer",
     "materialise",
+    "quantization_options",
     "quiet_transformers",
     "resolve_model",
 ]
@@ -101,12 +103,13 @@ class ModelSource:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve_model(name: str, revision: str | None = None) -> ModelSource:
+def resolve_model(name: str, revision: str | None = None, weights: bool = True) -> ModelSource:
     """Find out what a model's name means. Looks at files only; nothing is loaded or downloaded.
 
     Args:
         name: A key of ``PACKAGED``, a folder, a ``.gguf`` file, or a hub id ``org/name``.
         revision: Branch, tag or commit of a hub id.
+        weights: Whether a folder must hold weights; its configuration alone is enough to count them.
 
     Returns:
         The model's place.
@@ -122,7 +125,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     if name in PACKAGED:
         source = _packaged(name)
     elif name and os.path.isdir(path):  # noqa: PTH112 - Path's raises for a name that is too long
-        _check_folder(path)
+        _check_folder(path, weights)
         source = ModelSource(name, "folder", str(path.absolute()))
     elif os.path.isfile(path):  # noqa: PTH113
         source = _gguf(name, path)
@@ -172,8 +175,8 @@ def _not_found(name: str, path: Path) -> str:
     return f"{name} does not exist: {inside}."
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is no model with safetensors weights."""
+def _check_folder(folder: Path, weights: bool = True) -> None:
+    """Refuse a folder that is no model, with safetensors weights unless none are wanted."""
     names = sorted(p.name for p in folder.iterdir())
     if "config.json" not in names:
         if "adapter_config.json" in names:
@@ -185,6 +188,8 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} is no model: it has no config.json. {hint}")
     if not isinstance(read_json(folder / "config.json").get("model_type"), str):
         raise ModelError(f"{folder}/config.json does not say a model_type, so it is no language model's.")
+    if not weights:
+        return
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if pickles:
@@ -477,8 +482,10 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     device: str = "cpu",
+    auto_class: str = "AutoModelForCausalLM",
+    quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, whole or not at all.
+    """Load a model, whole or not at all.
 
     Args:
         source: From ``resolve_model`` or ``materialise``.
@@ -486,6 +493,8 @@ def load_model(
         trust_remote_code: Whether code that comes with the model may run.
         attn_implementation: As transformers names it; None lets it choose.
         device: Where the weights go.
+        auto_class: Class of transformers that loads it.
+        quantization: From ``quantization_options``.
 
     Returns:
         The model, in evaluation mode.
@@ -495,7 +504,7 @@ def load_model(
             architecture has no use for are a warning.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     on_cpu = device.startswith("cpu")
     kind = "float32" if dtype == "auto" and on_cpu else dtype
@@ -512,9 +521,73 @@ def load_model(
         options |= _dequantised()
     if not on_cpu:
         options["device_map"] = {"": device}
-    model, info = _call(source, AutoModelForCausalLM.from_pretrained, options)
+    if quantization:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+        options["device_map"] = {"": device}
+    model, info = _call(source, getattr(transformers, auto_class).from_pretrained, options)
     _check_loaded(source, info)
     return model.eval()
+
+
+def quantization_options(
+    kind: str, dtype: str, device: str, whole: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Say how a base is quantised as it is loaded.
+
+    Args:
+        kind: ``"none"``, or ``"nf4"``: 4-bit normal floats, their scales quantised too (QLoRA, arXiv:2305.14314).
+        dtype: The recipe's, in which layers compute.
+        device: Where the model goes.
+        whole: Patterns of modules to leave as they are; by default the output head.
+
+    Returns:
+        Arguments of ``BitsAndBytesConfig``, fit for JSON; None for ``"none"``.
+
+    Raises:
+        ModelError: If bitsandbytes is not installed.
+    """
+    if kind == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization={kind} needs one more package. Run: pip install 'moslora[quant]'"
+        )
+    if dtype == "auto":
+        dtype = "float32" if device.startswith("cpu") else "bfloat16"
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+        "llm_int8_skip_modules": list(whole) or None,
+    }
+
+
+def build_skeleton(source: ModelSource, auto_class: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a model from its configuration alone, to count its parameters by.
+
+    Args:
+        source: From ``resolve_model`` or ``materialise``.
+        auto_class: Class of transformers that would load it.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Returns:
+        The model on the meta device, without memory for its weights.
+
+    Raises:
+        ModelError: If its configuration cannot be read.
+    """
+    import torch
+    import transformers
+
+    options = {"trust_remote_code": trust_remote_code}
+    config = _call(source, transformers.AutoConfig.from_pretrained, {**options, **_origin(source)})
+
+    def build(_: str, **options: Any) -> Any:
+        with torch.device("meta"):
+            return getattr(transformers, auto_class).from_config(config, **options)
+
+    return _call(source, build, options)
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -560,8 +633,32 @@ def _call(source: ModelSource, load: Callable[..., Any], options: dict[str, Any]
             f"{source.name} needs a package that is not installed: {_first_line(error)}"
         ) from error
     except Exception as error:  # damaged files surface as whatever their reader raises
-        hint = " Is it the right id, and is there a network?" if source.kind == "hub" else ""
+        hint = ""
+        if source.kind == "hub" and _is_unreachable(error):
+            offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
+            raise ModelError(
+                f"{source.name} is neither on this machine nor can the hub be reached.{offline} Connect, or name a "
+                "folder that holds its files: model.name=FOLDER (config.json, tokenizer and processor are enough for "
+                "--dry-run)."
+            ) from error
+        if source.kind == "hub":
+            hint = " Is it the right id?"
         raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}{hint}") from error
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether the hub could not be asked, as opposed to having said no."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
+            return True
+        if "connect to 'https://huggingface.co'" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def prove_reload(
     adapter: Path,
     say: Callable[[str], None],
     auto_class: str = "AutoModelForCausalLM",
+    quantization: Mapping[str, Any] | None = None,
 ) -> ReloadProof:
     """Load ``adapter`` in a fresh process in which only stock PEFT is imported, and compare logits.
 
@@ -97,6 +99,7 @@ def prove_reload(
         adapter: Directory of the plain LoRA.
         say: Told when the adapter has no effect.
         auto_class: Class of transformers that loads the base.
+        quantization: Arguments of ``BitsAndBytesConfig`` for the base, if it is quantised.
 
     Returns:
         What was found.
@@ -120,6 +123,8 @@ def prove_reload(
         script = Path(__file__).with_name("reload_in_stock_peft.py")
         # -P keeps this folder, whose modules share names with the standard library's, off the path.
         arguments = [base, dtype, device, str(adapter), str(asked), str(answered), auto_class]
+        if quantization:
+            arguments.append(json.dumps(dict(quantization)))
         command = [sys.executable, "-P", str(script), *arguments]
         environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

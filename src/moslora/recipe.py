@@ -89,6 +89,7 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     attn_implementation: Name | None = None
+    quantization: Literal["none", "nf4"] = "none"
 
 
 class DataSection(_Section):

@@ -3,9 +3,10 @@
 Run as a program of its own by ``proofs.py``: what it shows must not depend on anything of ours, so it
 imports nothing of ours and fails if something else did.
 
-    python -P reload_in_stock_peft.py BASE DTYPE DEVICE ADAPTER INPUTS OUTPUTS CLASS
+    python -P reload_in_stock_peft.py BASE DTYPE DEVICE ADAPTER INPUTS OUTPUTS CLASS [QUANTIZATION]
 """
 
+import json
 import sys
 
 import peft
@@ -14,7 +15,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 
-def main(base: str, dtype: str, device: str, adapter: str, inputs: str, outputs: str, kind: str) -> None:
+def main(
+    base: str,
+    dtype: str,
+    device: str,
+    adapter: str,
+    inputs: str,
+    outputs: str,
+    kind: str,
+    quantised: str = "",
+) -> None:
     """Write the logits of the adapted model.
 
     Args:
@@ -26,14 +36,17 @@ def main(base: str, dtype: str, device: str, adapter: str, inputs: str, outputs:
         outputs: Safetensors file to write: float32 logits under the same names, and under ``base.NAME``
             those of the base alone.
         kind: Class of transformers that loads the base.
+        quantised: Arguments of ``BitsAndBytesConfig`` as JSON; empty for a base that is not quantised.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = (
-        getattr(transformers, kind)
-        .from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
-        .to(device)
-    )
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    if quantised:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**json.loads(quantised))
+        options["device_map"] = {"": device}
+    model = getattr(transformers, kind).from_pretrained(base, **options)
+    if not quantised:
+        model = model.to(device)
     asked: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(inputs).items():
         asked.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = tensor.to(device)

@@ -25,12 +25,12 @@ from moslora.export import ProofError, export_adapter
 from moslora.formats.directory import staged
 from moslora.formats.native import keep_start, read_start
 from moslora.mix import Mix, open_mix
-from moslora.models import default_device
+from moslora.models import ModelError, default_device
 from moslora.recipe import Recipe, load_recipe, resolve_trainer_arguments
 from moslora.report import write_report
 from moslora.rundir import MetricsLog, RunDirectory, collect_hardware, collect_versions, write_whole
 from moslora.tasks import find_task
-from moslora.tasks.task import Answer, Evaluation, Task
+from moslora.tasks.task import Answer, Count, Evaluation, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,7 +128,9 @@ class _Run:
 
 
 def check(arguments: Sequence[str], display: Display) -> None:
-    """Check a recipe and its data and show what would be trained on; load no weights, write no run.
+    """Check a recipe, count its parameters, check its data and show what would be trained on.
+
+    No weights are loaded, and no run is written; of a model, its configuration and tokenizer are enough.
 
     Args:
         arguments: As for ``train``.
@@ -139,10 +141,38 @@ def check(arguments: Sequence[str], display: Display) -> None:
     """
     recipe, mix = _with_mix(load_recipe(list(arguments)))
     task = find_task(recipe.task.kind)(recipe, display, lambda: None)
-    task.read()
-    task.prepare()
+    task.needs_weights = False
+    problems: list[ValueError] = []
+    try:
+        if mix is None:  # of a mix the mixers alone are trained, which its own lines say
+            _show_counts(task.count(), display)
+    except ModelError as error:  # the data is worth a look all the same
+        problems.append(error)
+    try:
+        task.read()
+        if not problems:
+            task.prepare()
+    except ValueError as error:
+        if str(error) not in map(str, problems):
+            problems.append(error)
+    if len(problems) > 1:
+        raise ValueError("\n".join(map(str, problems)))
+    if problems:
+        raise problems[0]
     _check_mix(mix, task, display)
     display.say("Recipe and data are fine. Nothing was trained.")
+
+
+def _show_counts(counts: Sequence[Count], display: Display) -> None:
+    """Show parameters of the base and of what is trained, part by part."""
+    if not counts:
+        return
+    rows = [[c.part, f"{c.base:,}", f"{c.trained:,}"] for c in counts]
+    base, trained = sum(c.base for c in counts), sum(c.trained for c in counts)
+    if len(counts) > 1:
+        rows.append(["all", f"{base:,}", f"{trained:,}"])
+    display.table("Parameters, counted from the configuration", ["", "base", "trained"], rows)
+    display.say(f"Training {trained:,} parameters beside a base of {base:,} ({trained / base:.2%}).")
 
 
 def train(arguments: Sequence[str], display: Display, command: str = "") -> RunDirectory:
@@ -287,7 +317,8 @@ def _stages(run: _Run, task: Task) -> None:
         model = task.load()
     before = _measure(run, task, model, "before", "base model")
     trainer = _train(run, task, model)
-    adapted = trainer.model
+    # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
+    adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     with run.stage("save", "saving and folding the adapter"):
         _save(run, adapted)
     after = _measure(run, task, adapted, "after", "tuned model")
@@ -474,6 +505,7 @@ def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
             directory.lora,
             run.display.warn,
             task.auto_class,
+            task.quantization,
         )
     except ProofError:
         shutil.rmtree(directory.lora, ignore_errors=True)

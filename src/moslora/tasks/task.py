@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moslora.models import ModelSource
     from moslora.recipe import Recipe
 
-__all__ = ["Answer", "Evaluation", "Task"]
+__all__ = ["Answer", "Count", "Evaluation", "Task"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,21 @@ class Evaluation:
     examples: int
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     answers: Sequence[Answer] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many parameters a part of a model has.
+
+    Attributes:
+        part: What the part is called, as ``vision``.
+        base: Parameters of the base model.
+        trained: Parameters that training changes: factors, and what is trained in full.
+    """
+
+    part: str
+    base: int
+    trained: int
 
 
 class Task(ABC):
@@ -134,6 +149,22 @@ class Task(ABC):
     @abstractmethod
     def probe(self) -> list[Any]:
         """Return held-out inputs for the proof: token ids ``(1, length)``, or all arguments by name, each."""
+
+    # Whether the base's weights must be there. Without, the task can be counted and its data checked only.
+    needs_weights = True
+
+    def count(self) -> list[Count]:
+        """Count parameters by part of the model, from its configuration alone; nothing where a task cannot.
+
+        Raises:
+            ValueError: If the configuration cannot be read, or leaves nothing to train.
+        """
+        return []
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the base is quantised, as arguments of ``BitsAndBytesConfig``; None where it is not."""
+        return None
 
     # With which class of transformers anyone would load the base.
     auto_class = "AutoModelForCausalLM"

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.answers import METRICS, wilson_interval
 from moslora.models import (
+    build_skeleton,
     default_device,
     fingerprint,
     load_model,
     load_tokenizer,
     materialise,
+    quantization_options,
     resolve_model,
 )
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
 from moslora.records import Example, overlap, prompt_of, read_records, split_heldout, to_examples
-from moslora.tasks.task import Answer, Evaluation, Task
+from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.tokenization import Encoded, Encoder, Summary, encode_all, preview
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class TextTask(Task):
     def read(self) -> None:
         """Read the data and find the base model."""
         data = self.recipe.data
-        self.source = resolve_model(self.recipe.model.name, self.recipe.model.revision)
+        self.source = resolve_model(self.recipe.model.name, self.recipe.model.revision, self.needs_weights)
         records = read_records(data.train, data.train_split, data.limit)
         self.data_hashes = {"train": records.sha256}
         self.train_examples: list[Example] = to_examples(records, data.format)
@@ -77,6 +79,32 @@ class TextTask(Task):
     def base(self) -> ModelSource:
         """The base model, as a folder that every tool can load."""
         return self.source
+
+    def count(self) -> list[Count]:
+        """Count parameters by part of the model, from its configuration alone."""
+        from peft import get_peft_model
+
+        wanted = self.recipe.model
+        source = resolve_model(wanted.name, wanted.revision, self.needs_weights)
+        source = materialise(source, self._file_dtype(), say=self.display.say)
+        # Named in messages of adapter_config.
+        self.source = source
+        model = build_skeleton(source, self.auto_class, wanted.trust_remote_code)
+        sizes = {self.part_of(name): 0 for name, _ in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            sizes[self.part_of(name)] += parameter.numel()
+        config: Any = self.adapter_config(model)
+        config.init_lora_weights = True  # where factors start changes no count, and may want weights
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        trained = dict.fromkeys(sizes, 0)
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                trained[self.part_of(name)] += parameter.numel()
+        return [Count(part, size, trained[part]) for part, size in sizes.items()]
+
+    def part_of(self, module: str) -> str:
+        """Return what the part of the model is called that a module or parameter belongs to."""
+        return "language"
 
     @property
     def device(self) -> str:
@@ -142,12 +170,17 @@ class TextTask(Task):
         marked.append("⟦what is trained on⟧", "bold green")
         marked.append(":\n")
         for piece, trained in preview(self.train_set[0], self.tokenizer):
-            marked.append(f"⟦{piece}⟧" if trained else piece, "bold green" if trained else "dim")
+            shown = self._shorten(piece)
+            marked.append(f"⟦{shown}⟧" if trained else shown, "bold green" if trained else "dim")
         display.show(marked)
         display.say()
         for name, summary in (("Training data", train), ("Held-out data", heldout)):
             for warning in summary.warnings():
                 display.warn(f"{name}: {warning}")
+
+    def _shorten(self, piece: str) -> str:
+        """Return a piece of an example as it is shown."""
+        return piece
 
     def hashes(self) -> dict[str, Any]:
         """Return hashes of the data files, the chat template and the base model."""
@@ -162,9 +195,24 @@ class TextTask(Task):
         """Load the base model in the recipe's dtype."""
         wanted = self.recipe.model
         model: nn.Module = load_model(
-            self.source, wanted.dtype, wanted.trust_remote_code, wanted.attn_implementation, self.device
+            self.source,
+            wanted.dtype,
+            wanted.trust_remote_code,
+            wanted.attn_implementation,
+            self.device,
+            self.auto_class,
+            self.quantization,
         )
         return model
+
+    # Patterns of modules that are not quantised; transformers' own by default.
+    whole: Sequence[str] = ()
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the base is quantised."""
+        wanted = self.recipe.model
+        return quantization_options(wanted.quantization, wanted.dtype, self.device, self.whole)
 
     def build_trainer(
         self,
@@ -175,7 +223,6 @@ class TextTask(Task):
     ) -> Trainer:
         """Make TRL's trainer on the encoded examples; their labels say what is trained."""
         from datasets import Dataset
-        from trl import SFTTrainer
 
         def dataset(encoded: Sequence[Encoded]) -> Dataset:
             return Dataset.from_dict(
@@ -188,25 +235,7 @@ class TextTask(Task):
         # Lengths were cut, dropped or refused while encoding; the trainer must not do it again.
         config.dataset_kwargs = None if config.packing else {"skip_prepare_dataset": True}
 
-        class LabelledLossTrainer(SFTTrainer):  # type: ignore[misc]
-            """Scores labelled positions only, where TRL would score all of them.
-
-            On Triton devices TRL does so itself. On a CPU its output head takes every position, which on a
-            vocabulary of 49152 costs as much as half of the layers.
-            """
-
-            def compute_loss(
-                self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-            ) -> Any:
-                special = return_outputs or model is not self.model or not scores_plainly(self)
-                if special or inputs["labels"].device.type != "cpu":
-                    return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                # Trainer's mixed precision wraps the model's forward, which this does not go through.
-                with self.accelerator.autocast():
-                    total, count = labelled_loss(unwrapped(model), inputs)
-                return total / (count if num_items_in_batch is None else num_items_in_batch)
-
-        return LabelledLossTrainer(
+        trainer = labelled_loss_trainer()(
             model=model,
             args=config,
             train_dataset=dataset(self.train_set),
@@ -215,6 +244,9 @@ class TextTask(Task):
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+        if self.quantization:
+            train_in_float32(trainer.model)
+        return trainer
 
     def _lay_rows(self, model: nn.Module, config: Any) -> None:
         """Lay the rows of a batch end to end where that is exact and less work, and say what was chosen."""
@@ -370,6 +402,63 @@ SCALED_LOGITS = (
     "logits_scaling",
     "output_router_logits",
 )
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Keep in float32 what is trained, whatever the base's dtype.
+
+    A step of 2e-5 is lost on the 8 bits of a bfloat16, without a word. Factors convert what comes in by themselves;
+    modules that are trained whole are taught to.
+
+    Args:
+        model: An adapted model; changed in place.
+    """
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    half = (torch.bfloat16, torch.float16)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in half:
+            parameter.data = parameter.data.float()
+
+    def widen(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(g.float() if torch.is_tensor(g) and g.dtype in half else g for g in given)
+
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            original = next((p.dtype for p in wrapper.original_module.parameters()), torch.float32)
+            for module in wrapper.modules_to_save.values():
+                if original in half:
+                    module.float()
+                    module.register_forward_pre_hook(widen)
+                    module.register_forward_hook(
+                        lambda _m, _g, out, dtype=original: out.to(dtype) if torch.is_tensor(out) else out
+                    )
+
+
+def labelled_loss_trainer() -> Any:
+    """Return TRL's ``SFTTrainer``, which on a CPU scores labelled positions only.
+
+    On Triton devices TRL does so itself. On a CPU its output head takes every position, which on a vocabulary of
+    49152 costs as much as half of the layers.
+    """
+    from trl import SFTTrainer
+
+    class LabelledLossTrainer(SFTTrainer):  # type: ignore[misc]
+        """Scores labelled positions only, where TRL would score all of them."""
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            special = return_outputs or model is not self.model or not scores_plainly(self)
+            if special or inputs["labels"].device.type != "cpu":
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # Mixed precision wraps the model's own forward, which is passed by here.
+            with self.accelerator.autocast():
+                total, count = labelled_loss(unwrapped(model), inputs)
+            return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+    return LabelledLossTrainer
 
 
 def scores_plainly(trainer: Any) -> bool:

@@ -16,11 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.answers import METRICS, wilson_interval
-from moslora.models import _call, _check_loaded, materialise, resolve_model
+from moslora.models import _call, materialise, resolve_model
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
 from moslora.records import DataError, Example, Records, prompt_of, read_records, to_examples
 from moslora.tasks.task import Answer, Evaluation
-from moslora.tasks.text import TextTask, _kind, question
+from moslora.tasks.text import (
+    TextTask,
+    _kind,
+    labelled_loss,
+    labelled_loss_trainer,
+    logits_are_plain,
+    question,
+    train_in_float32,
+    unwrapped,
+)
 from moslora.tokenization import Encoded, Encoder, encode_all
 
 if TYPE_CHECKING:
@@ -33,9 +42,9 @@ __all__ = ["VisionTask", "open_image", "scope_of"]
 IMAGE = "<image>"  # where a picture stands in a text, whatever the model's own token is
 BATCH = 16  # examples measured or answered at once
 PROBES = 4  # held-out examples whose logits the proof compares
-# Families whose pictures and labels were tried. Others bring arguments of their own (Qwen-VL its grids, PaliGemma its
-# token types), and would train on something else without a word.
-TRIED = ("llava",)
+# Families whose batches were compared with what their own processor gives. Others bring arguments of their own (Qwen-VL
+# its token types, PaliGemma its prefix), and would train on something else without a word.
+TRIED = ("llava", "llava_next", "idefics3")
 SHOWN = 5  # bad pictures spelt out; the rest are counted
 
 
@@ -154,7 +163,7 @@ class VisionTask(TextTask):
         data = recipe.data
         if data.heldout is None:
             raise ValueError("data.heldout is missing; task: vision needs held-out examples of their own.")
-        self.source = resolve_model(recipe.model.name, recipe.model.revision)
+        self.source = resolve_model(recipe.model.name, recipe.model.revision, self.needs_weights)
         self.paths: dict[str, list[Path]] = {}
         self.picture_hashes: dict[str, str] = {}
         self.data_hashes = {}
@@ -166,6 +175,13 @@ class VisionTask(TextTask):
             self.display.warn(
                 f"{both} of {len(self.heldout_examples)} held-out questions are asked of the same picture in "
                 "training, so the held-out numbers flatter the model. Take them out of one of the two files."
+            )
+        known = {h for e in self.train_examples for h in self._identity("train", e)[1:]}
+        shared = sum(not known.isdisjoint(self._identity("heldout", e)[1:]) for e in self.heldout_examples)
+        if shared > both:
+            self.display.warn(
+                f"{shared} of {len(self.heldout_examples)} held-out examples show a picture that training shows too, "
+                "so the held-out numbers say little of pictures never seen. Split the data by picture."
             )
 
     def _identity(self, name: str, example: Example) -> tuple[Any, ...]:
@@ -250,6 +266,13 @@ class VisionTask(TextTask):
         self._check_references()
         self._show(self.train_summary, self.heldout_summary)
 
+    def _shorten(self, piece: str) -> str:
+        """Count a picture's tokens instead of showing all of them."""
+        token = str(getattr(self.processor, "image_token", IMAGE))
+        return re.sub(
+            f"(?:{re.escape(token)}){{4,}}", lambda found: f"{token}×{len(found[0]) // len(token)}", piece
+        )
+
     def _renderer(self, images: Sequence[Any]) -> Any:
         return _Renderer(self.processor, images)
 
@@ -300,32 +323,18 @@ class VisionTask(TextTask):
         dropped = len(self.by_index[name]) - len(kept)
         return kept, replace(summaries[0], **totals, longest=longest, dropped=dropped)
 
+    def part_of(self, module: str) -> str:
+        """Return the scope of a module or parameter."""
+        return scope_of(module)
+
     @property
     def image_id(self) -> int | None:
         """The token that stands for a part of a picture."""
         found = getattr(self.processor, "image_token_id", None)
         return None if found is None else int(found)
 
-    def load(self) -> nn.Module:
-        """Load the base model in the recipe's dtype, whole or not at all."""
-        import torch
-        from transformers import AutoModelForImageTextToText
-
-        wanted, device = self.recipe.model, self.device
-        kind = "float32" if wanted.dtype == "auto" and device == "cpu" else wanted.dtype
-        options: dict[str, Any] = {
-            "dtype": "auto" if kind == "auto" else getattr(torch, kind),
-            "trust_remote_code": wanted.trust_remote_code,
-            "attn_implementation": wanted.attn_implementation,
-            "output_loading_info": True,
-            "use_safetensors": True,
-        }
-        if self.source.revision:
-            options["revision"] = self.source.revision
-        model, info = _call(self.source, AutoModelForImageTextToText.from_pretrained, options)
-        _check_loaded(self.source, info)
-        found: nn.Module = model.to(device).eval()
-        return found
+    # Vision tower and projector keep their precision, as in the recipes that the paper builds on.
+    whole = (r".*(?:vision|visual|image_tower|projector|connector|merger|aligner)[^.]*", "lm_head")
 
     def adapter_config(self, model: nn.Module) -> PeftConfig:
         """Turn scopes into target modules, with ranks and alphas of their own."""
@@ -369,19 +378,11 @@ class VisionTask(TextTask):
         self, name: str, places: Sequence[str], others: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
         """Return what the model takes beside ids, of the rows' pictures (or of ``others``')."""
-        turns = []
         examples = self.by_place if name == "heldout" else self.train_by_place
-        for place, other in zip(places, others or places, strict=True):
-            images = iter(self._open(name, examples[other]))
-            messages = [
-                {"role": "user", "content": _parts(IMAGE * len(self.paths[f"{name} {place}"]), images)}
-            ]
-            turns.append(messages)
-        output = self.processor.apply_chat_template(
-            turns, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
-        )
-        own = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-        return {key: value for key, value in output.items() if key not in own}
+        images = [i for place in others or places for i in self._open(name, examples[place])]
+        if not images:
+            return {}
+        return dict(self.processor.image_processor(images, return_tensors="pt"))
 
     def _batch(
         self, name: str, rows: Sequence[Encoded], prompts: bool = False, others: Sequence[str] | None = None
@@ -410,7 +411,6 @@ class VisionTask(TextTask):
     ) -> Trainer:
         """Make TRL's trainer on the encoded examples; a batch's pictures are opened as it is made."""
         from datasets import Dataset
-        from trl import SFTTrainer
 
         def dataset(name: str, encoded: Sequence[Encoded]) -> Dataset:
             columns = {"input_ids": [e.input_ids for e in encoded], "labels": [e.labels for e in encoded]}
@@ -426,7 +426,7 @@ class VisionTask(TextTask):
 
         config = build_trainer_config(self.recipe, self.device, output_dir, remove_unused_columns=False)
         config.dataset_kwargs = {"skip_prepare_dataset": True}
-        return SFTTrainer(
+        trainer = labelled_loss_trainer()(
             model=model,
             args=config,
             data_collator=collate,
@@ -436,6 +436,8 @@ class VisionTask(TextTask):
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+        train_in_float32(trainer.model)
+        return trainer
 
     def evaluate(self, model: nn.Module, label: str) -> Evaluation:
         """Measure held-out loss and answers; the answers with each other's pictures too."""
@@ -444,15 +446,44 @@ class VisionTask(TextTask):
         answers = self._answers(model, self.asked, label) if self.asked else []
         if answers and task.metric != "none":
             measured = {"accuracy": answers}
-            if task.shuffle_images and len(self.asked) > 1:
-                measured["accuracy_shuffled_images"] = self._answers(
-                    model, self.asked, f"{label}, shuffled", True
-                )
+            if task.shuffle_images:
+                pairs = self._strangers()
+                if pairs:
+                    measured["accuracy_shuffled_images"] = self._answers(
+                        model, [own for own, _ in pairs], f"{label}, shuffled", [other for _, other in pairs]
+                    )
+                if len(pairs) < len(self.asked):
+                    self.display.warn(
+                        f"{len(self.asked) - len(pairs)} of {len(self.asked)} examples have no picture, or no other "
+                        "example with as many and as large ones; shuffled pictures are not measured on them."
+                    )
             for name, given in measured.items():
                 right = sum(bool(a.correct) for a in given)
                 metrics[name] = right / len(given)
                 intervals[name] = wilson_interval(right, len(given))
         return Evaluation(metrics, len(self.heldout_set), intervals, answers)
+
+    def _strangers(self) -> list[tuple[Encoded, str]]:
+        """Pair answered examples with the place of another that fills as many tokens with other pictures."""
+        groups: dict[tuple[int, int], list[Encoded]] = {}
+        for encoded in self.asked:
+            paths = self.paths[f"heldout {encoded.place}"]
+            if paths:
+                key = len(paths), encoded.prompt_ids.count(self.image_id or -1)
+                groups.setdefault(key, []).append(encoded)
+
+        def pictures(encoded: Encoded) -> list[str]:
+            return [self.picture_hashes[str(path)] for path in self.paths[f"heldout {encoded.place}"]]
+
+        found: dict[str, str] = {}
+        for group in groups.values():
+            half = len(group) // 2
+            for at, own in enumerate(group):
+                others = (group[(at + half + step) % len(group)] for step in range(len(group)))
+                other = next((o for o in others if pictures(o) != pictures(own)), None)
+                if other is not None:
+                    found[own.place] = other.place
+        return [(encoded, found[encoded.place]) for encoded in self.asked if encoded.place in found]
 
     @contextmanager
     def _progress(self, title: str, total: int) -> Iterator[Any]:
@@ -464,31 +495,38 @@ class VisionTask(TextTask):
         from torch.nn import functional as F
 
         model.eval()
+        base = unwrapped(model)
+        plain = logits_are_plain(base)
         total, count = 0.0, 0
-        with self._progress(f"Held-out loss, {label}", len(self.heldout_set)) as progress:
-            for start in range(0, len(self.heldout_set), BATCH):
-                rows = self.heldout_set[start : start + BATCH]
+        # Rows of like length pad least.
+        order = sorted(self.heldout_set, key=lambda e: len(e.input_ids))
+        with self._progress(f"Held-out loss, {label}", len(order)) as progress:
+            for start in range(0, len(order), BATCH):
+                rows = order[start : start + BATCH]
                 batch = {k: v.to(self.device) for k, v in self._batch("heldout", rows).items()}
-                labels = batch.pop("labels")[:, 1:]
+                targets = batch["labels"][:, 1:]
+                trained = targets != -100
                 with torch.inference_mode():
-                    logits = model(**batch).logits[:, :-1]  # (rows, length - 1, vocabulary)
-                trained = labels != -100
-                total += F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum").item()
-                count += int(trained.sum())
-                progress.advance(len(rows), f"loss {total / count:.4f}")
+                    if plain:
+                        part, _ = labelled_loss(base, batch)
+                    else:
+                        given = {name: value for name, value in batch.items() if name != "labels"}
+                        logits = model(**given).logits[:, :-1][trained]  # (tokens, vocabulary)
+                        part = F.cross_entropy(logits.float(), targets[trained], reduction="sum")
+                total, count = total + part.item(), count + int(trained.sum())
+                progress.advance(len(rows), f"loss {total / max(count, 1):.4f}")
                 self.checkpoint()
         return total / count
 
     def _answers(
-        self, model: nn.Module, chosen: Sequence[Encoded], label: str, shuffled: bool = False
+        self, model: nn.Module, chosen: Sequence[Encoded], label: str, others: Sequence[str] | None = None
     ) -> list[Answer]:
         import torch
         from transformers import GenerationConfig
 
         model.eval()
         metric = METRICS.get(self.recipe.task.metric)
-        places = [e.place for e in chosen]
-        others = places[len(places) // 2 :] + places[: len(places) // 2] if shuffled else places
+        others = others or [e.place for e in chosen]
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=self.recipe.task.max_new_tokens,
