@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +52,41 @@ def test_a_job_has_the_losses_of_trl_with_peft_lora_when_the_adapter_is_the_same
     assert result["largest_loss_difference"] < 5e-5
     assert result["contenders"].keys() == {"MoSLoRA", "TRL + PEFT LoRA"}
     assert all(found["peak_bytes"] > 0 for found in result["contenders"].values())
+
+
+def table_script() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_table", BENCHMARKS / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+table = table_script()
+
+
+@pytest.mark.parametrize("page", table.TABLES)
+def test_a_page_says_what_the_results_say(page: str) -> None:
+    text = (table.ROOT / page).read_text(encoding="utf-8")
+    assert table.fill(text, table.TABLES[page], table.RESULTS) == text, "run: python benchmarks/table.py"
+
+
+def test_every_result_has_a_row_or_a_reason_why_not() -> None:
+    assert table.without_row(table.RESULTS) == [], "add it to ROWS or WITHOUT_ROW of benchmarks/table.py"
+
+
+def test_a_result_that_changes_changes_its_row_and_one_that_is_gone_has_none(tmp_path: Path) -> None:
+    found = json.loads((table.RESULTS / "step-cpu.json").read_text())
+    for name in ("MoSLoRA", "PEFT LoRA"):
+        found["contenders"][name] |= {"over_floor": 7.25, "saved_bytes": 3_000_000}
+    (tmp_path / "step-cpu.json").write_text(json.dumps(found))
+    made = table.measured(tmp_path)
+    assert "7.25 × the frozen base's, keeping 3 MB; PEFT's LoRA 7.25 ×, 3 MB" in made
+    assert "merge" not in made and "7.25" not in table.measured(table.RESULTS)
+    (tmp_path / "new.json").write_text("{}")
+    assert table.without_row(tmp_path) == ["new.json"]
+
+
+def test_a_page_without_its_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="found 0 pairs of <!-- table step"):
+        table.fill("nothing", {"step": table.steps}, table.RESULTS)
