@@ -139,11 +139,34 @@ def mix_rows(found: dict[str, Any]) -> Rows:
     return [("`moslora mix` of two adapters, requests that need both: held-out loss", figure, how)]
 
 
+def scale_rows(found: dict[str, Any]) -> Rows:
+    """A step from the smallest rank to the largest, and what the mixer alone takes of it."""
+    points = found["axes"]["rank"]
+    first, last = points[0], points[-1]
+
+    def over(name: str) -> str:
+        return " → ".join(f"{point['contenders'][name]['over_floor']:.2f}" for point in (first, last))
+
+    everywhere = [p["mixer_share"] for axis in found["axes"].values() for p in axis if p["rank"] <= 64]
+    figure = (
+        f"{over('MoSLoRA')} × the frozen base's, PEFT's LoRA {over('PEFT LoRA')}; for the mixer alone "
+        f"{100 * first['mixer_share']:.1f} → {100 * last['mixer_share']:.1f} % of ours, at most "
+        f"{100 * max(everywhere):.1f} % up to rank 64"
+    )
+    centre = found["centre"]
+    how = (
+        f"`benchmarks/scale.py`: a random Llama of {centre['depth']} × {centre['width']}, {centre['tokens']} tokens, "
+        f"medians of {found['rounds']} rounds, {machine(found)}"
+    )
+    return [(f"a training step from rank {first['rank']} to {last['rank']}", figure, how)]
+
+
 # One script, its results (on each kind of device) and its rows, in the order of the table.
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "step-*.json": step_rows,
     "job-*.json": job_rows,
     "layer-*.json": layer_rows,
+    "scale-*.json": scale_rows,
     "merge.json": merge_rows,
     "mix.json": mix_rows,
 }
@@ -212,10 +235,28 @@ def layers(results: Path) -> str:
     return lay_out(rows, columns)
 
 
+def scales(results: Path) -> str:
+    """Every point of ``scale.py``: what changes, and the step over the frozen base's."""
+    rows = [
+        (
+            axis,
+            str(point[axis]),
+            *(f"{point['contenders'][name]['over_floor']:.2f}" for name in ("PEFT LoRA", "MoSLoRA")),
+            f"{1e3 * point['contenders']['mixer alone']['median_seconds']:.2f}",
+            f"{100 * point['mixer_share']:.1f} %",
+        )
+        for found in read("scale-*.json", results)
+        for axis, points in found["axes"].items()
+        for point in points
+    ]
+    columns = ("what changes", "to", "PEFT LoRA", "MoSLoRA", "mixer alone, ms", "of MoSLoRA's step")
+    return lay_out(rows, columns)
+
+
 # Where a table stands, and what makes it. A page has the markers, or the table is not wanted there.
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"measured": measured},
-    "docs/performance.md": {"step": steps},
+    "docs/performance.md": {"step": steps, "job": jobs, "layer": layers},
 }
 
 

@@ -20,6 +20,17 @@ TINY = {
 }
 
 
+def table_script() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_table", BENCHMARKS / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+table = table_script()
+
+
 @pytest.mark.parametrize("script", TINY)
 def test_a_benchmark_writes_a_result_that_says_where_it_was_measured(script: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
@@ -41,6 +52,22 @@ def test_a_benchmark_writes_a_result_that_says_where_it_was_measured(script: str
         assert all(found["over_floor"] > 0 for found in case["contenders"].values())
 
 
+def test_the_scale_is_measured_along_every_axis_and_drawn(tmp_path: Path) -> None:
+    out, figure = tmp_path / "result.json", tmp_path / "scale.svg"
+    command = [sys.executable, str(BENCHMARKS / "scale.py"), "--device", "cpu", "--out", str(out)]
+    for more in (["--quick"], ["--plot", "--figure", str(figure)]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert result["axes"].keys() == {"tokens", "rank", "width", "depth", "loaded", "active"}
+    for axis, points in result["axes"].items():
+        assert points[0][axis] < points[1][axis]
+        assert all(0 < point["mixer_share"] < 1 for point in points)
+    assert figure.read_text().startswith("<?xml")
+    (tmp_path / "scale-cpu.json").write_text(out.read_text())
+    assert "a training step from rank 4 to 8" in table.measured(tmp_path)
+
+
 def test_a_job_has_the_losses_of_trl_with_peft_lora_when_the_adapter_is_the_same(tmp_path: Path) -> None:
     base, data = tiny.save_chat_model(tmp_path / "base"), tiny.save_chat_data(tmp_path / "data.jsonl")
     out = tmp_path / "result.json"
@@ -52,17 +79,6 @@ def test_a_job_has_the_losses_of_trl_with_peft_lora_when_the_adapter_is_the_same
     assert result["largest_loss_difference"] < 5e-5
     assert result["contenders"].keys() == {"MoSLoRA", "TRL + PEFT LoRA"}
     assert all(found["peak_bytes"] > 0 for found in result["contenders"].values())
-
-
-def table_script() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_table", BENCHMARKS / "table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-table = table_script()
 
 
 @pytest.mark.parametrize("page", table.TABLES)
