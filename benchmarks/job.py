@@ -114,6 +114,16 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def summarise(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return medians over rounds, every round's CPU seconds, and the losses of the first."""
+    keys = ("examples_per_second", "cpu_seconds_per_example", "peak_bytes")
+    return {
+        **{key: statistics.median(found[key] for found in measured) for key in keys},
+        "all_cpu_seconds_per_example": [found["cpu_seconds_per_example"] for found in measured],
+        "losses": measured[0]["losses"],
+    }
+
+
 def main() -> None:
     """Run all contenders and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -124,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--check-steps", type=int, default=3, help="whose losses are compared before")
     parser.add_argument("--device", default=None, help="where to train; a GPU where there is one")
     parser.add_argument("--quick", action="store_true", help="two steps of two examples, once")
     parser.add_argument("--out", type=Path, default=None)
@@ -142,7 +153,9 @@ def main() -> None:
     def run(contender: str, **changes: object) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             given = {**vars(options), **changes, "contender": contender, "out": Path(folder) / "result.json"}
-            flags = [w for k, v in given.items() if k != "quick" for w in (f"--{k}", str(v))]
+            flags = [
+                w for k, v in given.items() if k != "quick" for w in (f"--{k.replace('_', '-')}", str(v))
+            ]
             subprocess.run(
                 [sys.executable, "-W", "ignore", __file__, *flags], check=True, stdout=subprocess.DEVNULL
             )
@@ -150,7 +163,10 @@ def main() -> None:
             return found
 
     # Dropout draws other masks in another layout, so the comparison is without.
-    one, two = (run(c, dropout=0.0)["losses"] for c in ("MoSLoRA, identity", "TRL + PEFT LoRA"))
+    one, two = (
+        run(c, dropout=0.0, steps=options.check_steps)["losses"]
+        for c in ("MoSLoRA, identity", "TRL + PEFT LoRA")
+    )
     apart = max(abs(a - b) for a, b in zip(one, two, strict=True))
     print(f"same adapter: losses differ by at most {apart:.1e} in {len(one)} steps", flush=True)
     if not apart < SAME_LOSS:
@@ -160,22 +176,23 @@ def main() -> None:
         contenders.append("liger + PEFT LoRA")
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     order = random.Random(SEED)
-    for _ in range(options.rounds):
+    settings = {
+        k: str(v) for k, v in vars(options).items() if k not in ("out", "contender", "device", "rounds")
+    }
+    root = DATA.parents[2]
+    settings["data"] = str(
+        options.data.relative_to(root) if root in options.data.parents else options.data.name
+    )
+    for done in range(1, options.rounds + 1):
         for name in order.sample(contenders, len(contenders)):
             rounds[name].append(run(name))
             print(f"{name}: {rounds[name][-1]['examples_per_second']:.2f} examples/s", flush=True)
-    settings = {k: str(v) for k, v in vars(options).items() if k not in ("out", "contender", "device")}
-    result = header("a fine-tuning job: examples per second, peak memory", options.device, settings=settings)
-    result["largest_loss_difference"] = apart
-    result["contenders"] = {
-        name: {
-            key: statistics.median(found[key] for found in measured)
-            for key in ("examples_per_second", "cpu_seconds_per_example", "peak_bytes")
-        }
-        | {"losses": measured[0]["losses"]}
-        for name, measured in rounds.items()
-    }
-    write(result, options.out or RESULTS / f"job-{options.device}.json")
+        # After every round, so that a run that is cut off leaves what it has.
+        told = {**settings, "rounds": done}
+        result = header("a fine-tuning job: examples per second, peak memory", options.device, settings=told)
+        result["largest_loss_difference"] = apart
+        result["contenders"] = {name: summarise(measured) for name, measured in rounds.items()}
+        write(result, options.out or RESULTS / f"job-{options.device}.json")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One adapted linear layer: time and bytes kept for backward, over the frozen layer's own.
 
 The floor is the frozen layer's forward and the gradient of its input. Contenders run interleaved, in random order.
+On a GPU the kernels run beside torch's operations; if a warning says that a size was refused, its row is torch's.
 
     python benchmarks/layer.py [--quick] [--sizes N …] [--tokens N …] [--ranks N …] [--dropouts P …] [--out FILE]
 """
@@ -17,10 +18,12 @@ import torch
 from measure import RESULTS, SEED, header, interleave, over, saved_bytes, write
 from peft import LoraConfig, get_peft_model
 
-from moslora import MoSLoRAConfig, ops
+from moslora import MoSLoRAConfig, kernels, ops
 from moslora.models import default_device
 
 FLOOR = "frozen linear"
+# Small layers are timed more often: up to ten times, until a round is so many floating-point operations.
+ENOUGH = 2e10
 
 
 def measure_case(
@@ -28,11 +31,14 @@ def measure_case(
 ) -> dict[str, object]:
     """Time one shape."""
     torch.manual_seed(SEED)
+    rounds *= max(1, min(10, round(ENOUGH / (4 * size * size * tokens))))
     settings = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout, "target_modules": ["0"]}
     x = torch.randn(tokens, size, device=device, dtype=dtype, requires_grad=True)
     cotangent = torch.randn(tokens, size, device=device, dtype=dtype)
 
-    def make(config: LoraConfig | MoSLoRAConfig | None, fused: bool = True) -> Callable[[], torch.Tensor]:
+    def make(
+        config: LoraConfig | MoSLoRAConfig | None, fused: bool = True, kernels: bool = False
+    ) -> Callable[[], torch.Tensor]:
         torch.manual_seed(SEED)
         model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False))
         model = model.to(device, dtype).requires_grad_(False)
@@ -40,7 +46,7 @@ def measure_case(
             model = get_peft_model(model, config).train()
 
         def forward() -> torch.Tensor:
-            with contextlib.nullcontext() if fused else ops.fusing(False):
+            with contextlib.nullcontext() if fused else ops.fusing(False), ops.using_kernels(kernels):
                 out: torch.Tensor = model(x)
             return out
 
@@ -53,6 +59,8 @@ def measure_case(
         "mixer as a chain": make(MoSLoRAConfig(**settings), fused=False),
         "MoSLoRA": make(MoSLoRAConfig(**settings)),
     }
+    if kernels.is_available(x, rank) and not kernels.INTERPRETED:
+        forwards["MoSLoRA, kernels"] = make(MoSLoRAConfig(**settings), kernels=True)
     steps = {name: lambda f=forward: f().backward(cotangent) for name, forward in forwards.items()}
     times = interleave(steps, rounds, device)
     return {
@@ -60,6 +68,7 @@ def measure_case(
         "tokens": tokens,
         "rank": rank,
         "dropout": dropout,
+        "rounds": rounds,
         "contenders": {
             name: {**over(spent, times[FLOOR]), "saved_bytes": saved_bytes(forwards[name])}
             for name, spent in times.items()
@@ -83,6 +92,8 @@ def main() -> None:
     if options.quick:
         options.sizes, options.tokens, options.ranks, options.rounds = [576], [64, 512], [16], 3
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    question = "one adapted linear: time over the frozen layer's, bytes kept for backward"
+    result = header(question, options.device, dtype=dtype, rounds=options.rounds)
     cases = []
     for shape in itertools.product(options.sizes, options.tokens, options.ranks, options.dropouts):
         cases.append(measure_case(*shape, options.rounds, options.device, getattr(torch, dtype)))
@@ -90,9 +101,9 @@ def main() -> None:
         print(
             f"{shape}: ours {ours['over_floor']:.3f} × floor, PEFT LoRA {peft['over_floor']:.3f}", flush=True
         )
-    question = "one adapted linear: time over the frozen layer's, bytes kept for backward"
-    result = header(question, options.device, dtype=dtype, rounds=options.rounds)
-    write({**result, "cases": cases}, options.out or RESULTS / f"layer-{options.device}.json")
+        # After every case, so that a run that is cut off leaves what it has.
+        write({**result, "cases": cases}, options.out or RESULTS / f"layer-{options.device}.json", say=False)
+    print(f"Wrote {options.out or RESULTS}")
 
 
 if __name__ == "__main__":

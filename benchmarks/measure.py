@@ -104,8 +104,9 @@ def header(question: str, device: str, **settings: Any) -> dict[str, Any]:
     }
 
 
-def write(result: dict[str, Any], out: Path) -> None:
+def write(result: dict[str, Any], out: Path, say: bool = True) -> None:
     """Write a result, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps(result, indent=2) + "\n")
-    print(f"Wrote {out}")
+    if say:
+        print(f"Wrote {out}")

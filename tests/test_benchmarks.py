@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,17 @@ TINY = {
     "layer.py": "--sizes 32 --tokens 8 --ranks 4 --rounds 2",
     "step.py": "--layers 1 --hidden 32 --inner 48 --heads 4 --kv-heads 2 --rounds 2 --rows 1 --length 8 --rank 4",
 }
+
+
+def table_script() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_table", BENCHMARKS / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+table = table_script()
 
 
 @pytest.mark.parametrize("script", TINY)
@@ -39,6 +52,22 @@ def test_a_benchmark_writes_a_result_that_says_where_it_was_measured(script: str
         assert all(found["over_floor"] > 0 for found in case["contenders"].values())
 
 
+def test_the_scale_is_measured_along_every_axis_and_drawn(tmp_path: Path) -> None:
+    out, figure = tmp_path / "result.json", tmp_path / "scale.svg"
+    command = [sys.executable, str(BENCHMARKS / "scale.py"), "--device", "cpu", "--out", str(out)]
+    for more in (["--quick"], ["--plot", "--figure", str(figure)]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert result["axes"].keys() == {"tokens", "rank", "width", "depth", "loaded", "active"}
+    for axis, points in result["axes"].items():
+        assert points[0][axis] < points[1][axis]
+        assert all(0 < point["mixer_share"] < 1 for point in points)
+    assert figure.read_text().startswith("<?xml")
+    (tmp_path / "scale-cpu.json").write_text(out.read_text())
+    assert "a training step from rank 4 to 8" in table.measured(tmp_path)
+
+
 def test_a_job_has_the_losses_of_trl_with_peft_lora_when_the_adapter_is_the_same(tmp_path: Path) -> None:
     base, data = tiny.save_chat_model(tmp_path / "base"), tiny.save_chat_data(tmp_path / "data.jsonl")
     out = tmp_path / "result.json"
@@ -50,3 +79,30 @@ def test_a_job_has_the_losses_of_trl_with_peft_lora_when_the_adapter_is_the_same
     assert result["largest_loss_difference"] < 5e-5
     assert result["contenders"].keys() == {"MoSLoRA", "TRL + PEFT LoRA"}
     assert all(found["peak_bytes"] > 0 for found in result["contenders"].values())
+
+
+@pytest.mark.parametrize("page", table.TABLES)
+def test_a_page_says_what_the_results_say(page: str) -> None:
+    text = (table.ROOT / page).read_text(encoding="utf-8")
+    assert table.fill(text, table.TABLES[page], table.RESULTS) == text, "run: python benchmarks/table.py"
+
+
+def test_every_result_has_a_row_or_a_reason_why_not() -> None:
+    assert table.without_row(table.RESULTS) == [], "add it to ROWS or WITHOUT_ROW of benchmarks/table.py"
+
+
+def test_a_result_that_changes_changes_its_row_and_one_that_is_gone_has_none(tmp_path: Path) -> None:
+    found = json.loads((table.RESULTS / "step-cpu.json").read_text())
+    for name in ("MoSLoRA", "PEFT LoRA"):
+        found["contenders"][name] |= {"over_floor": 7.25, "saved_bytes": 3_000_000}
+    (tmp_path / "step-cpu.json").write_text(json.dumps(found))
+    made = table.measured(tmp_path)
+    assert "7.25 × the frozen base's, keeping 3 MB; PEFT's LoRA 7.25 ×, 3 MB" in made
+    assert "merge" not in made and "7.25" not in table.measured(table.RESULTS)
+    (tmp_path / "new.json").write_text("{}")
+    assert table.without_row(tmp_path) == ["new.json"]
+
+
+def test_a_page_without_its_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="found 0 pairs of <!-- table step"):
+        table.fill("nothing", {"step": table.steps}, table.RESULTS)

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moslora import kernels
-from tolerances import RELATIVE, SNR_DB, relative_error, snr_db
+from moslora import MoSLoRAConfig, functional, kernels, ops
+from tolerances import INTERPRETED_SNR_DB, RELATIVE, SNR_DB, relative_error, snr_db
 
 pytestmark = [
     pytest.mark.skipif(
@@ -293,6 +293,175 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="seed must be one int64"):
         kernels.forward(x, weight, bias, composed, B, 1.0, 0.5, torch.tensor([1.5]))
     assert kernels.is_available(x, 256) and not kernels.is_available(x.double())
+
+
+# --- Called by the layers -----------------------------------------------------------------------------------
+
+
+def factors(seed: int, T: int, n_in: int, n_out: int, r: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return x, weight, bias, A, M and B, of which the last three are float32, all to be differentiated."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, T, n_in), (n_out, n_in), (n_out,), (r, n_in), (r, r), (n_out, r))
+    made = [torch.randn(*s, generator=generator) for s in shapes]
+    return [t.to(dtype if i < 3 else torch.float32).requires_grad_() for i, t in enumerate(made)]
+
+
+@pytest.fixture
+def fresh_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_verdicts", {})
+
+
+def update(inputs, p=0.0, seed=0, on=True, base=True):  # type: ignore[no-untyped-def]
+    """Return output and every gradient of a layer and its update."""
+    x, weight, bias, A, M, B = inputs
+    torch.manual_seed(seed)
+    with ops.using_kernels(on):
+        out = ops.adapted_linear(x, *((weight, bias) if base else (None, None)), A, M, B, 0.7, p)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    wanted = inputs if base else [x, A, M, B]
+    return [out, *torch.autograd.grad(out, wanted, cotangent)]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", [True, False])
+def test_asked_for_they_give_what_torch_gives_with_every_gradient(dtype, base, fresh_verdicts) -> None:  # type: ignore[no-untyped-def]
+    inputs = factors(1, 9, 24, 18, 5, dtype)
+    found = update(inputs, base=base)
+    assert list(ops._verdicts.values()) == [None]  # tried, and taken
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    for one, two in zip(found, update(exact, on=False, base=base), strict=True):
+        assert one.shape == two.shape
+        if dtype == torch.float32:
+            assert relative_error(one.double(), two) < RELATIVE[dtype]
+        else:
+            assert snr_db(one, two) > INTERPRETED_SNR_DB[dtype]
+
+
+@interpreted
+def test_their_dropout_is_that_of_the_seed_in_output_and_gradients(fresh_verdicts) -> None:  # type: ignore[no-untyped-def]
+    inputs, p = factors(2, 6, 32, 18, 4, torch.float32), 0.25
+    found = update(inputs, p, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(found, update(inputs, p, seed=5), strict=True))
+    assert not torch.equal(found[0], update(inputs, p, seed=6)[0])
+    torch.manual_seed(5)
+    mask = kept(12, 32, p, torch.randint(2**62, (1,))).view(2, 6, 32)
+    x, weight, bias, A, M, B = (t.detach().double().requires_grad_() for t in inputs)
+    dropped = x * mask / (1 - kernels.dropout_probability(p))
+    out = F.linear(x, weight, bias) + functional.low_rank_update(dropped, A, M, B, 0.7)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    expected = [out, *torch.autograd.grad(out, (x, weight, bias, A, M, B), cotangent.double())]
+    for one, two in zip(found, expected, strict=True):
+        assert relative_error(one.double(), two) < RELATIVE[torch.float32]
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["a factor left out", "a mask not applied", "it cannot be compiled", "NaN"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_kernels_that_disagree_or_fail_are_not_used_and_that_is_said(
+    fault: str, p: float, monkeypatch: pytest.MonkeyPatch, fresh_verdicts: None
+) -> None:
+    real = kernels.forward
+
+    def wrong(x, weight, bias, composed, B, scale, dropout_p=0.0, seed=None):  # type: ignore[no-untyped-def]
+        if fault == "it cannot be compiled":
+            raise RuntimeError("ptxas said no\nand more")
+        if fault == "a mask not applied":
+            return (
+                real(x, weight, bias, composed, B, scale) if p else real(x, weight, bias, composed, -B, scale)
+            )
+        factor = 0.0 if fault == "a factor left out" else float("nan")
+        return real(x, weight, bias, composed, B * factor, scale, dropout_p, seed)
+
+    monkeypatch.setattr(kernels, "forward", wrong)
+    inputs = factors(3, 16, 24, 18, 4, torch.float32)
+    words = "ptxas said no" if fault == "it cannot be compiled" else "agrees with torch's to"
+    with pytest.warns(RuntimeWarning, match=words):
+        found = update(inputs, p, seed=1)
+    # Here torch drops by position, as without kernels.
+    assert all(torch.equal(a, b) for a, b in zip(found, update(inputs, p, seed=1, on=False), strict=True))
+    update(inputs, p)  # said once
+
+
+@interpreted
+def test_a_dropout_that_only_they_could_do_falls_back_to_torchs(
+    monkeypatch: pytest.MonkeyPatch, fresh_verdicts: None
+) -> None:
+    monkeypatch.setattr(ops, "_try_kernels", lambda *_: "they are wrong")
+    inputs = factors(3, 16, 24, 18, 4, torch.float32)
+    with pytest.warns(RuntimeWarning, match="they are wrong"):
+        found = update(inputs, 0.5, seed=1)[0]
+    x, weight, bias, A, M, B = inputs
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    expected = F.linear(x, weight, bias) + functional.low_rank_update(dropped, A, M, B, 0.7)
+    assert relative_error(found, expected) < RELATIVE[torch.float32]
+
+
+@interpreted
+def test_a_second_derivative_is_torchs_without_dropout_and_refused_with(fresh_verdicts) -> None:  # type: ignore[no-untyped-def]
+    def second(on: bool, p: float = 0.0) -> torch.Tensor:
+        inputs = factors(4, 3, 6, 5, 2, torch.float32)
+        torch.manual_seed(0)
+        with ops.using_kernels(on):
+            out = ops.adapted_linear(*inputs, 0.7, p)
+        (dx,) = torch.autograd.grad((out**2).sum(), inputs[0], create_graph=True)
+        return torch.autograd.grad((dx**2).sum(), inputs[3])[0]
+
+    assert relative_error(second(True), second(False)) < 10 * RELATIVE[torch.float32]
+    with pytest.raises(RuntimeError, match="MOSLORA_KERNELS=0"):
+        second(True, 0.25)
+
+
+@interpreted
+def test_a_model_trains_alike_with_them_and_checkpointing_changes_no_mask(fresh_verdicts) -> None:  # type: ignore[no-untyped-def]
+    from peft import get_peft_model
+
+    import tiny
+
+    def gradients(on: bool, p: float, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        config = MoSLoRAConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=p)
+        model = get_peft_model(tiny.llama(num_hidden_layers=1), config).train()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "moslora_B" in name:
+                    parameter.normal_()
+        if checkpointing:
+            inner = model.get_base_model()
+            inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(1)
+        ids = tiny.tokens(1, 6)
+        with ops.using_kernels(on):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    for name, one in gradients(True, 0.0).items():
+        assert relative_error(one, gradients(False, 0.0)[name]) < 20 * RELATIVE[torch.float32], name
+    assert len(ops._verdicts) == 2 and set(ops._verdicts.values()) == {None}
+    plain, again = gradients(True, 0.3), gradients(True, 0.3, checkpointing=True)
+    assert plain.keys() == again.keys() and len(plain) == 6
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("value", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_the_switch_is_off_unless_asked_for(value: str | None, on: bool) -> None:
+    assert ops._read_switch(value) is on
+
+
+def test_a_switch_that_says_neither_is_refused() -> None:
+    with pytest.raises(ValueError, match="set it to 1 or 0"):
+        ops._read_switch("yes")
+
+
+@compiled
+def test_asked_for_where_they_cannot_run_torch_is_used_as_ever() -> None:
+    inputs = factors(5, 6, 8, 7, 2, torch.float32)
+    for p in (0.0, 0.25):
+        found, expected = update(inputs, p, on=True), update(inputs, p, on=False)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r"above 0\.25"), ops.using_kernels(False):
+        ops.adapted_linear(*inputs, 0.7, 0.5)
 
 
 @compiled

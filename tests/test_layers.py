@@ -51,6 +51,7 @@ FLOORS = {
         "verdict",
         "merge",
         "mix",
+        "plan",
         "doctor",
         "inspect",
         "chat",

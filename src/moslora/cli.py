@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from moslora.doctor import Diagnosis
     from moslora.inspect import Inspection
+    from moslora.plan import Plan
 
 __all__ = ["app", "main"]
 
@@ -181,6 +182,66 @@ def train(
             run = train_run(arguments, display, shlex.join(["moslora", "train", *arguments]))
         if as_json:
             print(json.dumps({"run": str(run.path), **run.read()}, indent=2))
+
+    _run(action, debug)
+
+
+@app.command()
+def plan(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|KEY=VALUE...", help="As for training; data may be left out."),
+    ],
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of every row; the recipe's trainer.max_length.", min=1)
+    ] = None,
+    scored: Annotated[
+        int | None, typer.Option(help="Tokens of every row that are trained on; all of them.", min=1)
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Count the base in 4 bits: [bold]nf4[/], as bitsandbytes stores it.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a fine-tune takes of each GPU's memory, and which card does. Needs no weights and no GPU.
+
+    [bold]moslora plan recipes/commonsense-llama3-8b.yaml model=recipes/architectures/llama-3-8b[/]
+    [bold]moslora plan model=recipes/architectures/llama-3-70b trainer.per_device_train_batch_size=1 --quantize nf4[/]
+    [bold]moslora plan my.yaml --length 512[/]
+
+    The model is a folder with a config.json, a packaged one, or a hub id whose configuration can be had. One training
+    step is run on tensors without values, with and without activation checkpointing, and all that lives at once is
+    counted: for one GPU, for DDP and for FSDP. A card is named where a tenth of the total and 1 GB stay free on it.
+    """
+
+    def action() -> None:
+        from moslora.plan import plan as count
+
+        found = count(
+            arguments,
+            length=length,
+            scored=scored,
+            quantize=quantize,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+        if as_json:
+            print(json.dumps(dataclasses.asdict(found), indent=2))
+            return
+        from moslora.display import Display
+
+        kind = f"{found.base}, adapter {found.trained / 1e6:.1f} M trained numbers"
+        print(f"{found.model}: {found.architecture}, {found.parameters / 1e9:.2f} G parameters in {kind}.")
+        steps = f", {found.accumulation} batches to a step" if found.accumulation > 1 else ""
+        print(
+            f"On each GPU {found.rows} × {found.length} tokens, {found.scored} of each row trained on{steps}; "
+            f"{found.optimiser}; logits {found.logits / 1e9:.2f} GB at a time."
+        )
+        Display().show(_memory_table(found))
+        print(
+            "GB of 10⁹ bytes at the fullest moment of a step; state is the optimiser's. "
+            f"The recipe has checkpointing {'on' if found.checkpointing else 'off'}."
+        )
 
     _run(action, debug)
 
@@ -584,6 +645,26 @@ def doctor(
             raise typer.Exit(1)
 
     _run(action, debug)
+
+
+def _memory_table(found: Plan) -> Table:
+    """Lay out what each way of training takes of a GPU, in GB."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("GPUs", no_wrap=True)
+    table.add_column("ckpt", no_wrap=True)
+    parts = ("weights", "gathered", "gradients", "optimiser", "activations", "total")
+    for name in (*parts, "card"):
+        table.add_column("state" if name == "optimiser" else name, justify="right", no_wrap=True)
+    for one in found.placements:
+        if one.strategy == "DDP" and one.gpus > 2:
+            continue  # each holds the same, however many there are
+        where = {"one": "1", "DDP": "DDP, 2+", "FSDP": f"FSDP, {one.gpus}"}[one.strategy]
+        cells = [f"{getattr(one, name) / 1e9:.2f}" for name in parts]
+        card = f"{one.card} GB" if one.card else "none"
+        table.add_row(where, "on" if one.checkpointing else "off", *cells, card)
+    return table
 
 
 def _findings_table(found: Diagnosis) -> Table:

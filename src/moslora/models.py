@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "PACKAGED",
@@ -36,11 +36,13 @@ __all__ = [
     "cache_folder",
     "default_device",
     "fingerprint",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "materialise",
     "quantization_options",
     "quiet_transformers",
+    "resolve_config",
     "resolve_model",
 ]
 
@@ -138,6 +140,27 @@ def resolve_model(name: str, revision: str | None = None, weights: bool = True) 
             f"model.revision={revision!r} says nothing about {name}: only hub ids have revisions."
         )
     return source
+
+
+def resolve_config(name: str, revision: str | None = None) -> ModelSource:
+    """Find a model of which only the configuration is wanted: as ``resolve_model``, but a folder needs no weights.
+
+    Args:
+        name: As for ``resolve_model``.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        The model's place, for ``load_config``.
+
+    Raises:
+        ModelError: If there is no such thing, or it is no model.
+    """
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - as in resolve_model
+    if name and name not in PACKAGED and os.path.isfile(path / "config.json"):  # noqa: PTH113
+        if not isinstance(read_json(path / "config.json").get("model_type"), str):
+            raise ModelError(f"{path}/config.json does not say a model_type, so it is no language model's.")
+        return ModelSource(name, "folder", str(path.absolute()))
+    return resolve_model(name, revision)
 
 
 def _packaged(name: str) -> ModelSource:
@@ -607,6 +630,25 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
 
     options = {"trust_remote_code": trust_remote_code, **_origin(source)}
     return _call(source, AutoTokenizer.from_pretrained, options)
+
+
+def load_config(source: ModelSource, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load a model's configuration, and no weights.
+
+    Args:
+        source: From ``resolve_config`` or ``resolve_model``.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    options = {"trust_remote_code": trust_remote_code, **_origin(source)}
+    return _call(source, AutoConfig.from_pretrained, options)
 
 
 def _origin(source: ModelSource) -> dict[str, Any]:

@@ -19,12 +19,19 @@ positions are put back to what the base's product was before the update was accu
 Precision: A' is composed, and dA and dM are taken, in the dtype of the factors; products over tokens run
 in the dtype of ``x``, or in autocast's. Float32 factors on a bfloat16 base therefore see what they would
 see under autocast.
+
+On a GPU the same can be done by the Triton kernels of ``kernels.py``, where ``MOSLORA_KERNELS=1`` asks for them. No GPU
+has measured them yet, so they are off otherwise. Asked for, they are tried at the first call of each size against the
+formulas above; where they cannot be compiled, or disagree, that size stays on torch and a warning says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,11 +39,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moslora import kernels
 from moslora.functional import check_factors
 
-__all__ = ["adapted_linear", "draw_dropped", "fusing", "is_fusing", "low_rank_update", "why_no_fused_dropout"]
+__all__ = [
+    "adapted_linear",
+    "draw_dropped",
+    "fusing",
+    "is_fusing",
+    "is_using_kernels",
+    "low_rank_update",
+    "using_kernels",
+    "why_no_dropout_by_position",
+    "why_no_fused_dropout",
+]
+
+logger = logging.getLogger(__name__)
 
 _fusing = True
+
+
+def _read_switch(value: str | None) -> bool:
+    """Return whether ``MOSLORA_KERNELS`` asks for the kernels."""
+    if value not in (None, "", "0", "1"):
+        raise ValueError(f"MOSLORA_KERNELS={value!r} says neither yes nor no; set it to 1 or 0.")
+    return value == "1"
+
+
+_using_kernels = _read_switch(os.environ.get("MOSLORA_KERNELS"))
 
 # Above this share of dropped entries their positions, 4 bytes each, are more to keep than a byte mask of all.
 LARGEST_SPARSE_DROPOUT = 0.25
@@ -65,8 +95,46 @@ def fusing(enabled: bool) -> Iterator[None]:
         _fusing = previous
 
 
+def is_using_kernels() -> bool:
+    """Tell whether Triton kernels may be used: ``MOSLORA_KERNELS=1``, or ``using_kernels``."""
+    return _using_kernels
+
+
+@contextlib.contextmanager
+def using_kernels(enabled: bool) -> Iterator[None]:
+    """Switch the Triton kernels on or off, whatever ``MOSLORA_KERNELS`` says.
+
+    Args:
+        enabled: Whether the update may run in kernels inside the block, where they take its input.
+
+    Yields:
+        Nothing.
+    """
+    global _using_kernels
+    previous, _using_kernels = _using_kernels, enabled
+    try:
+        yield
+    finally:
+        _using_kernels = previous
+
+
 def why_no_fused_dropout(x: Tensor, p: float) -> str | None:
     """Tell why the update cannot drop entries of ``x`` itself; None if it can.
+
+    Args:
+        x: The layer's input.
+        p: Probability with which an entry is dropped, in ``[0, 1)``.
+
+    Returns:
+        The reason, in words.
+    """
+    if p < 1 and _may_use_kernels(x, _compute_dtype(x), 1):
+        return None
+    return why_no_dropout_by_position(x, p)
+
+
+def why_no_dropout_by_position(x: Tensor, p: float) -> str | None:
+    """Tell why entries of ``x`` cannot be dropped by drawing their positions; None if they can.
 
     Args:
         x: The layer's input.
@@ -198,6 +266,184 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+# --- In kernels ---------------------------------------------------------------------------------------------
+
+
+class _KernelUpdate(torch.autograd.Function):
+    """``_MixedUpdate`` by the kernels: dropout is drawn from ``seed`` in both passes, and nothing of it is kept."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        M: Tensor,
+        B: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return kernels.forward(x, weight, bias, M @ A, B, scale, p, seed)  # (tokens, out), (tokens, r)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, A, M, B, scale, p, seed = inputs
+        _, H = output
+        ctx.mark_non_differentiable(H)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, A, M, B, H, seed)
+        ctx.scale, ctx.p = scale, p
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if G is None:
+            return (None,) * 9
+        x, weight, bias, A, M, B, H, seed = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_M, need_B, *_ = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return (*_twice_differentiable(ctx, G), None, None, None)
+            dA = dM = dweight = dbias = None
+            dx, dcomposed, dB = kernels.backward(
+                G, x, weight, M @ A, B, H, ctx.scale, ctx.p, seed, need_x, need_A or need_M, need_B
+            )
+            if dcomposed is not None:
+                dA = M.T @ dcomposed if need_A else None  # (r, in)
+                dM = dcomposed @ A.T if need_M else None  # (r, r)
+            if need_weight:
+                dweight = G.T @ x  # (out, in)
+            if need_bias:
+                dbias = G.sum(0).to(bias.dtype)  # (out,)
+        return dx, dweight, dbias, dA, dM, dB, None, None, None
+
+
+def _twice_differentiable(ctx: Any, G: Tensor) -> list[Tensor | None]:
+    """Take the gradients by torch's own operations, which can be differentiated again."""
+    if ctx.p:
+        raise RuntimeError(
+            "A kernel's dropout cannot be differentiated twice. Set MOSLORA_KERNELS=0 for this, or dropout to 0."
+        )
+    x, weight, bias, A, M, B, _, _ = ctx.saved_tensors
+    given = (x, weight, bias, A, M, B)
+    out = F.linear(F.linear(x, (M @ A).to(x.dtype)), B.to(x.dtype)) * ctx.scale
+    out = out if weight is None else F.linear(x, weight, bias) + out
+    wanted = [t for t, need in zip(given, ctx.needs_input_grad, strict=False) if need]
+    found = iter(torch.autograd.grad(out, wanted, G, create_graph=True))
+    return [next(found) if need else None for _, need in zip(given, ctx.needs_input_grad, strict=False)]
+
+
+# Signal to noise, in dB, that two ways of rounding the same sums keep from each other: about 46, 64 and 100 (66 with
+# TF32). A wrong factor or mask leaves less than 10.
+AGREEMENT_DB = {torch.bfloat16: 34.0, torch.float16: 50.0, torch.float32: 56.0}
+_verdicts: dict[tuple[Any, ...], str | None] = {}
+_told: set[str] = set()
+
+
+def _tell_once(reason: str) -> None:
+    """Say why kernels that were asked for are not used; once per reason, for there are hundreds of layers."""
+    if not torch.compiler.is_compiling() and reason not in _told:
+        _told.add(reason)
+        logger.info("MoSLoRA runs on torch's operations: %s.", reason)
+
+
+def _may_use_kernels(x: Tensor, dtype: torch.dtype, r: int) -> bool:
+    """Tell whether the kernels were asked for and take such an input."""
+    if not _using_kernels or torch.compiler.is_compiling() or not x.numel():
+        return False
+    return kernels.is_available(x.detach().new_empty(0, dtype=dtype), r)
+
+
+def _why_no_kernels(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, p: float
+) -> str | None:
+    """Tell why the update of this ``x`` ``(tokens, in)`` does not run in kernels; None if it does.
+
+    The first call of a size tries them; its verdict holds for the process.
+    """
+    r = A.shape[0]
+    if A.dtype not in kernels.DTYPES:
+        return f"factors of {A.dtype} are not for kernels"
+    if not _may_use_kernels(x, x.dtype, r):
+        return f"kernels do not take {x.dtype} on {x.device}, rank {r}"
+    # Token counts up to a power of two share their configurations.
+    size = (x.shape[0] - 1).bit_length()
+    shape = (size, x.shape[1], B.shape[0], r, x.dtype, A.dtype, x.device)
+    key = (*shape, weight is not None and weight.is_contiguous(), weight is None, bias is None, p > 0)
+    if key not in _verdicts:
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                _verdicts[key] = _try_kernels(x.detach(), weight, bias, A, B, p)
+        except Exception as error:  # what a compiler or a driver may raise is not known here
+            first = (str(error).splitlines() or [""])[0]
+            _verdicts[key] = f"they failed ({type(error).__name__}: {first})"
+        reason = _verdicts[key]
+        if reason is not None:
+            warnings.warn(
+                f"MoSLoRA's kernels are not used for {x.shape[1]} → {B.shape[0]} features, rank {r}, {x.dtype}, about "
+                f"{x.shape[0]} tokens: {reason}. torch's own operations are used there.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    return _verdicts[key]
+
+
+@torch.no_grad()
+def _try_kernels(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, p: float
+) -> str | None:
+    """Run the kernels on an input and a weight like these and compare with torch; return what was wrong, or None.
+
+    All but the weight is drawn for it, from a generator of its own: a new adapter has B = 0, which hides faults.
+    """
+    (T, n_in), (n_out, r) = x.shape, B.shape
+    generator = torch.Generator(x.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=x.device)
+
+    composed, factor = (draw(r, n_in) / n_in**0.5).to(A.dtype), (draw(n_out, r) / r**0.5).to(B.dtype)
+    weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+    x, G = torch.empty_like(x).copy_(draw(T, n_in)), draw(T, n_out).to(x.dtype)
+    seed = torch.ones(1, dtype=torch.int64, device=x.device) if p else None
+    kept, rescale = torch.ones((), dtype=torch.bool, device=x.device), 1.0
+    if p:
+        ones = torch.ones_like(composed), torch.ones_like(factor)
+        mask, _, _ = kernels.backward(
+            torch.ones_like(G), x, None, *ones, x.new_empty(T, r), 1.0, p, seed, need_A=False, need_B=False
+        )
+        assert mask is not None
+        kept = mask != 0
+        rate = kernels.dropout_probability(p)
+        rescale = 1 / (1 - rate)
+        found = 1 - float(kept.double().mean())
+        if abs(found - rate) > 6 * (rate * (1 - rate) / kept.numel()) ** 0.5:
+            return f"they dropped {found:.4f} of the entries instead of {rate:.4f}"
+    low, up, dropped, scale = composed.to(x.dtype), factor.to(x.dtype), x * kept, 1.0
+    out_here = dropped @ low.T @ up.T * rescale
+    if weight is not None:
+        # As large as the base's own product, so that it cannot hide behind it.
+        base = F.linear(x, weight, bias)
+        ratio = float(base.float().norm() / out_here.float().norm())
+        scale = ratio if 0 < ratio < math.inf else 1.0
+        out_here = base + out_here * scale
+    H_here = dropped @ low.T * (rescale * scale)  # (tokens, r)
+    D_here = G @ up * (rescale * scale)  # (tokens, r)
+    dx_here = (D_here @ low) * kept
+    dx_here = dx_here if weight is None else G @ weight + dx_here
+    here = (out_here, dx_here, D_here.T @ dropped, G.T @ H_here)
+    out, H = kernels.forward(x, weight, bias, composed, factor, scale, p, seed)
+    grads = kernels.backward(G, x, weight, composed, factor, H, scale, p, seed)
+    for name, one, two in zip(("output", "dx", "dA", "dB"), (out, *grads), here, strict=True):
+        assert one is not None
+        noise, size = (one.float() - two.float()).norm(), two.float().norm()
+        agreement = float("inf") if noise == 0 else float(20 * torch.log10(size / noise))
+        if not agreement >= AGREEMENT_DB[x.dtype]:  # NaN too
+            return f"{name} agrees with torch's to {agreement:.0f} dB only, where {AGREEMENT_DB[x.dtype]:.0f} are due"
+    return None
+
+
 def low_rank_update(x: Tensor, A: Tensor, M: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """Apply the update to ``x``, composing M·A first.
 
@@ -251,9 +497,21 @@ def adapted_linear(
     flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, in)
     weight = weight if weight is None else weight.to(dtype)
     bias = bias if bias is None else bias.to(dtype)
+    if _using_kernels and not torch.compiler.is_compiling():
+        unfit = _why_no_kernels(flat, weight, bias, A, B, dropout)
+        if unfit is None:
+            # From the generator of the device, so that seeds and gradient checkpointing decide the mask.
+            seed = torch.randint(2**62, (1,), device=x.device) if dropout else None
+            whole, _ = _KernelUpdate.apply(flat, weight, bias, A, M, B, float(scale), dropout, seed)  # type: ignore[no-untyped-call]
+            return whole.view(*x.shape[:-1], B.shape[0])  # type: ignore[no-any-return]
+        _tell_once(unfit)
     dropped = None
     if dropout:
-        reason = why_no_fused_dropout(x, dropout)
+        if _using_kernels and why_no_dropout_by_position(x, dropout) is not None:
+            # The layer was promised dropout inside before the kernels were tried.
+            update = low_rank_update(F.dropout(x, dropout), A, M, B, scale)
+            return update if weight is None else F.linear(x.to(dtype), weight, bias) + update
+        reason = why_no_dropout_by_position(x, dropout)
         if reason is not None:
             raise ValueError(f"{reason}; drop entries of x with torch's own dropout, and pass dropout=0.")
         positions = draw_dropped(flat.numel(), dropout)

@@ -509,28 +509,38 @@ def labelled_loss(model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
     Returns:
         The sum in nats, and over how many tokens (at least 1).
     """
-    import torch
-    from torch.nn import functional as F
-    from torch.utils.checkpoint import checkpoint
-
     arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
     hidden = model.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]  # (rows, length - 1, d)
     targets = inputs["labels"][:, 1:]
     trained = targets != -100
     hidden, targets = hidden[trained], targets[trained]  # (tokens, d), (tokens,)
-    head = model.get_output_embeddings()
+    return score_rows(model.get_output_embeddings(), hidden, targets), trained.sum().clamp(min=1)
+
+
+def score_rows(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum the negative log-likelihood of tokens, holding the logits of ``LOGIT_ROWS`` at a time.
+
+    Args:
+        head: What turns hidden states into logits.
+        hidden: Shape ``(tokens, d)``.
+        targets: Token ids, shape ``(tokens,)``.
+
+    Returns:
+        The sum, in nats.
+    """
+    import torch
+    from torch.nn import functional as F
+    from torch.utils.checkpoint import checkpoint
 
     def score(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden).float()  # (tokens, vocabulary)
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    parts = list(zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True))
+    parts = list(zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True))
     if len(parts) > 1 and torch.is_grad_enabled():
         # Logits of one part at a time exist, in forward and again in backward.
-        total = torch.stack([checkpoint(score, *part, use_reentrant=False) for part in parts]).sum()
-    else:
-        total = torch.stack([score(*part) for part in parts]).sum()
-    return total, trained.sum().clamp(min=1)
+        return torch.stack([checkpoint(score, *part, use_reentrant=False) for part in parts]).sum()
+    return torch.stack([score(*part) for part in parts]).sum()
 
 
 def padding_cost(model: nn.Module, lengths: Sequence[int], rows: int, seed: int) -> float:

@@ -1,0 +1,324 @@
+"""Write the tables of README and docs/performance.md from the JSON under ``results/``.
+
+What stands between a pair of markers, ``<!-- table NAME: … -->`` and ``<!-- end of table NAME -->``, is made here and
+nowhere else. A script whose result is not there has no row.
+
+    python benchmarks/table.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+Rows = list[tuple[str, ...]]
+
+# Results that have no row, and why.
+WITHOUT_ROW = {"roofline.json": "counted, not measured; docs/performance.md has what it says"}
+
+
+def machine(found: dict[str, Any]) -> str:
+    """Say where it was measured."""
+    name = found.get("device_name", "CPU")
+    hardware = found["hardware"]
+    return f"{hardware['cores']} cores of an {hardware['cpu']}" if name == "CPU" else name
+
+
+def megabytes(count: float) -> str:
+    """Write bytes as megabytes or gigabytes."""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2g} GB"
+
+
+def step_rows(found: dict[str, Any]) -> Rows:
+    """One training step: ours and PEFT's LoRA over the frozen base, with dropout and without."""
+    shape, contenders, model = found["shape"], found["contenders"], found["model"]
+    name = model if isinstance(model, str) else f"a Llama of {model['layers']} × {model['hidden']}"
+    how = (
+        f"`benchmarks/step.py`: {name}, {shape['rows']} × {shape['length']} tokens, r {shape['rank']} on "
+        f"{len(shape['targets'])} kinds of layer, {found['dtype'].removeprefix('torch.')}, medians of "
+        f"{found['rounds']} interleaved rounds, {machine(found)}"
+    )
+    rows: Rows = []
+    for case, note in (("", how), (", dropout 0.05", "the same")):
+        ours, peft = contenders[f"MoSLoRA{case}"], contenders[f"PEFT LoRA{case}"]
+        figure = (
+            f"{ours['over_floor']:.2f} × the frozen base's, keeping {megabytes(ours['saved_bytes'])}; PEFT's LoRA "
+            f"{peft['over_floor']:.2f} ×, {megabytes(peft['saved_bytes'])}"
+        )
+        rows.append((f"a training step{case}", figure, note))
+    return rows
+
+
+def job_rows(found: dict[str, Any]) -> Rows:
+    """A whole fine-tuning job beside TRL with PEFT's LoRA."""
+    settings, contenders = found["settings"], found["contenders"]
+    ours, peft = contenders["MoSLoRA"], contenders["TRL + PEFT LoRA"]
+    on_cpu = found["device"] == "cpu"
+    key = "cpu_seconds_per_example" if on_cpu else "examples_per_second"
+    ratio = ours[key] / peft[key]
+    unit = "CPU-s an example" if on_cpu else "examples/s"
+    what = "a fine-tuning job, completion-only data"
+    figure = (
+        f"{ours[key]:.2f} {unit}, peak {megabytes(ours['peak_bytes'])}; TRL with PEFT's LoRA {peft[key]:.2f}, "
+        f"{megabytes(peft['peak_bytes'])}: {ratio:.2f} of it"
+    )
+    how = (
+        f"`benchmarks/job.py`: {settings['model']}, {settings['steps']} steps of {settings['rows']} examples, r "
+        f"{settings['rank']}, the same losses to {found['largest_loss_difference']:.0e} with the same adapter; medians "
+        f"of {settings['rounds']} processes each, {machine(found)}"
+    )
+    return [(what, figure, how)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the range of some ratios."""
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def layer_rows(found: dict[str, Any]) -> Rows:
+    """One adapted linear, over all shapes tried."""
+    rows: Rows = []
+    for dropout in sorted({case["dropout"] for case in found["cases"]}):
+        cases = [case for case in found["cases"] if case["dropout"] == dropout]
+        names = ("MoSLoRA", "PEFT LoRA", "PEFT DoRA", "mixer as a chain")
+        over = {name: [case["contenders"][name]["over_floor"] for case in cases] for name in names}
+        wins = sum(a < b for a, b in zip(over["MoSLoRA"], over["PEFT LoRA"], strict=True))
+        figure = (
+            f"{spread(over['MoSLoRA'])} × the frozen layer's; PEFT's LoRA {spread(over['PEFT LoRA'])}, its DoRA "
+            f"{spread(over['PEFT DoRA'])}; below PEFT's LoRA at {wins} of {len(cases)} shapes"
+        )
+        sizes, tokens, ranks = (
+            ", ".join(str(n) for n in sorted({case[key] for case in cases}))
+            for key in ("size", "tokens", "rank")
+        )
+        how = (
+            f"`benchmarks/layer.py`: widths {sizes}, tokens {tokens}, ranks {ranks}, medians of "
+            f"{found['rounds']} rounds, {machine(found)}"
+        )
+        name = f"one adapted linear, dropout {dropout:g}" if dropout else "one adapted linear"
+        rows.append((name, figure, how if not rows else "the same"))
+    return rows
+
+
+def merge_rows(found: dict[str, Any]) -> Rows:
+    """Merging on disk, beside PEFT and ``cp``."""
+    ours, peft, cp, imports = (
+        found["results"][name]
+        for name in ("moslora merge", "PEFT merge_and_unload", "cp", "imports of moslora merge")
+    )
+    figure = (
+        f"{ours['seconds']:.1f} s and {megabytes(ours['peak_megabytes'] * 1e6)} of memory; PEFT's `merge_and_unload` "
+        f"with saving {peft['seconds']:.1f} s and {megabytes(peft['peak_megabytes'] * 1e6)}; `cp` {cp['seconds']:.1f} s"
+    )
+    how = (
+        f"`benchmarks/merge.py`, medians of {found['rounds']} rounds, {machine(found)}; {imports['seconds']:.1f} s of "
+        "it are imports"
+    )
+    what = f"`moslora merge` of {megabytes(found['bytes'])}, rank {found['rank']} on all linear layers"
+    return [(what, figure, how)]
+
+
+def mix_rows(found: dict[str, Any]) -> Rows:
+    """A learned mixer over two trained adapters."""
+    results = found["results"]
+    mixed, fresh = results["mix from sum"], results["fresh adapter, the same few"]
+    figure = (
+        f"{mixed['loss']:.3f}; each alone {results['when alone']['loss']:.3f} and {results['many alone']['loss']:.3f}, "
+        f"sum {results['sum']['loss']:.3f}, mean {results['mean']['loss']:.3f}; a fresh adapter on the same "
+        f"{found['few_examples']} requests {fresh['loss']:.3f}; exact match "
+        f"{100 * mixed['exact_match']:.0f} %, fresh {100 * fresh['exact_match']:.0f} %"
+    )
+    seeds = len(found["seeds"])
+    how = f"`benchmarks/mix.py`, {seeds} seed{'s' * (seeds > 1)}, {found['heldout_per_seed']} held-out requests each"
+    return [("`moslora mix` of two adapters, requests that need both: held-out loss", figure, how)]
+
+
+def scale_rows(found: dict[str, Any]) -> Rows:
+    """A step from the smallest rank to the largest, and what the mixer alone takes of it."""
+    points = found["axes"]["rank"]
+    first, last = points[0], points[-1]
+
+    def over(name: str) -> str:
+        return " → ".join(f"{point['contenders'][name]['over_floor']:.2f}" for point in (first, last))
+
+    everywhere = [p["mixer_share"] for axis in found["axes"].values() for p in axis if p["rank"] <= 64]
+    figure = (
+        f"{over('MoSLoRA')} × the frozen base's, PEFT's LoRA {over('PEFT LoRA')}; for the mixer alone "
+        f"{100 * first['mixer_share']:.1f} → {100 * last['mixer_share']:.1f} % of ours, at most "
+        f"{100 * max(everywhere):.1f} % up to rank 64"
+    )
+    centre = found["centre"]
+    how = (
+        f"`benchmarks/scale.py`: a random Llama of {centre['depth']} × {centre['width']}, {centre['tokens']} tokens, "
+        f"medians of {found['rounds']} rounds, {machine(found)}"
+    )
+    return [(f"a training step from rank {first['rank']} to {last['rank']}", figure, how)]
+
+
+# One script, its results (on each kind of device) and its rows, in the order of the table.
+ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "step-*.json": step_rows,
+    "job-*.json": job_rows,
+    "layer-*.json": layer_rows,
+    "scale-*.json": scale_rows,
+    "merge.json": merge_rows,
+    "mix.json": mix_rows,
+}
+
+
+def lay_out(rows: Rows, columns: Sequence[str]) -> str:
+    """Write a Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def read(pattern: str, results: Path) -> list[dict[str, Any]]:
+    """Read the results of one script."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(pattern))]
+
+
+def measured(results: Path) -> str:
+    """README's table: one row for each script that has a result."""
+    rows = [row for pattern, make in ROWS.items() for found in read(pattern, results) for row in make(found)]
+    return lay_out(rows, ("what", "figure", "how"))
+
+
+def steps(results: Path) -> str:
+    """Every contender of ``step.py``, over the frozen base."""
+    rows = [
+        (machine(found), name, f"{one['over_floor']:.3f}", megabytes(one["saved_bytes"]))
+        for found in read("step-*.json", results)
+        for name, one in found["contenders"].items()
+    ]
+    return lay_out(rows, ("where", "a training step", "over the floor", "kept for backward"))
+
+
+def jobs(results: Path) -> str:
+    """Every contender of ``job.py``."""
+    rows = [
+        (
+            machine(found),
+            name,
+            f"{one['cpu_seconds_per_example']:.2f}",
+            f"{one['examples_per_second']:.2f}",
+            megabytes(one["peak_bytes"]),
+        )
+        for found in read("job-*.json", results)
+        for name, one in found["contenders"].items()
+    ]
+    return lay_out(rows, ("where", "a job", "CPU-s an example", "examples/s", "peak memory"))
+
+
+def layers(results: Path) -> str:
+    """Every shape of ``layer.py``: times over the frozen layer's, and what is kept."""
+    names = ("MoSLoRA", "PEFT LoRA", "PEFT DoRA", "mixer as a chain")
+    rows = [
+        (
+            str(case["size"]),
+            str(case["tokens"]),
+            str(case["rank"]),
+            f"{case['dropout']:g}",
+            *(f"{case['contenders'][name]['over_floor']:.2f}" for name in names),
+            f"{case['contenders']['MoSLoRA']['saved_bytes'] / 1e6:.1f}",
+            f"{case['contenders']['PEFT LoRA']['saved_bytes'] / 1e6:.1f}",
+        )
+        for found in read("layer-*.json", results)
+        for case in found["cases"]
+    ]
+    columns = ("width", "tokens", "r", "dropout", *names, "MB kept", "PEFT's LoRA")
+    return lay_out(rows, columns)
+
+
+def scales(results: Path) -> str:
+    """Every point of ``scale.py``: what changes, and the step over the frozen base's."""
+    rows = [
+        (
+            axis,
+            str(point[axis]),
+            *(f"{point['contenders'][name]['over_floor']:.2f}" for name in ("PEFT LoRA", "MoSLoRA")),
+            f"{1e3 * point['contenders']['mixer alone']['median_seconds']:.2f}",
+            f"{100 * point['mixer_share']:.1f} %",
+        )
+        for found in read("scale-*.json", results)
+        for axis, points in found["axes"].items()
+        for point in points
+    ]
+    columns = ("what changes", "to", "PEFT LoRA", "MoSLoRA", "mixer alone, ms", "of MoSLoRA's step")
+    return lay_out(rows, columns)
+
+
+# Where a table stands, and what makes it. A page has the markers, or the table is not wanted there.
+TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"measured": measured},
+    "docs/performance.md": {"step": steps, "job": jobs, "layer": layers},
+}
+
+
+def fill(text: str, tables: dict[str, Callable[[Path], str]], results: Path) -> str:
+    """Put the tables between their markers.
+
+    Args:
+        text: The page.
+        tables: What makes each table, by the name in its markers.
+        results: Folder of JSON.
+
+    Returns:
+        The page, with every table as the results say now.
+
+    Raises:
+        ValueError: If a pair of markers is not there once.
+    """
+    for name, make in tables.items():
+        pattern = re.compile(
+            rf"(<!-- table {name}:[^\n]*-->\n)(.*?)(\n<!-- end of table {name} -->)", re.DOTALL
+        )
+        # A blank line on both sides, or Markdown takes the comment for a part of the table.
+        found = list(pattern.finditer(text))
+        if len(found) == 1:
+            text = f"{text[: found[0].end(1)]}\n{make(results)}\n{text[found[0].start(3) :]}"
+        else:
+            raise ValueError(
+                f"found {len(found)} pairs of <!-- table {name}: … --> and <!-- end of table {name} -->, not one."
+            )
+    return text
+
+
+def without_row(results: Path) -> list[str]:
+    """Name the results that no row is made of."""
+    placed = {path.name for pattern in ROWS for path in results.glob(pattern)}
+    return sorted({path.name for path in results.glob("*.json")} - placed - WITHOUT_ROW.keys())
+
+
+def main() -> None:
+    """Write the tables, or tell which page is behind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a page would change"
+    )
+    check = parser.parse_args().check
+    behind = []
+    for name, tables in TABLES.items():
+        page = ROOT / name
+        old = page.read_text(encoding="utf-8")
+        new = fill(old, tables, RESULTS)
+        if new != old:
+            behind.append(name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    verb = "behind its results" if check else "written"
+    print("\n".join(f"{name}: {verb}" for name in behind) or "Every table says what the results say.")
+    homeless = without_row(RESULTS)
+    if homeless:
+        print(f"In no table: {', '.join(homeless)}; add it to ROWS or WITHOUT_ROW of benchmarks/table.py.")
+    if check and (behind or homeless):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
