@@ -208,7 +208,13 @@ def compare(
     validation: Annotated[int, typer.Option(help="Training examples set aside to choose rates by.")] = 64,
     examples: Annotated[int | None, typer.Option(help="Held-out examples to judge by; all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to keep it in; one that is there goes on.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes side by side, each with its own base.")] = 1,
+    together: Annotated[
+        int, typer.Option(help="Cells trained at once over one base; each gives what it gives alone.")
+    ] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes side by side, each with its own base; 1, or Ray's GPUs.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the cluster that Ray finds.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -245,7 +251,9 @@ def compare(
             validation=validation,
             examples=examples,
             out=out,
+            engine=engine,
             workers=workers,
+            together=together,
             command=shlex.join(["moslora", *sys.argv[1:]]),
             plan_only=dry_run,
         )

@@ -418,22 +418,35 @@ def labelled_loss(model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
     Returns:
         The sum in nats, and over how many tokens (at least 1).
     """
+    arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
+    hidden = model.base_model(**arguments, use_cache=False).last_hidden_state  # (rows, length, d)
+    return score_labels(model.get_output_embeddings(), hidden, inputs["labels"])
+
+
+def score_labels(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the negative log-likelihood over the labelled positions, from what the last layer made.
+
+    Args:
+        head: The output embeddings.
+        hidden: Shape ``(rows, length, d)``.
+        labels: Token ids, -100 where nothing is trained, ``(rows, length)``.
+
+    Returns:
+        The sum in nats, and over how many tokens (at least 1).
+    """
     import torch
     from torch.nn import functional as F
     from torch.utils.checkpoint import checkpoint
 
-    arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
-    hidden = model.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]  # (rows, length - 1, d)
-    targets = inputs["labels"][:, 1:]
+    targets = labels[:, 1:]
     trained = targets != -100
-    hidden, targets = hidden[trained], targets[trained]  # (tokens, d), (tokens,)
-    head = model.get_output_embeddings()
+    hidden, targets = hidden[:, :-1][trained], targets[trained]  # (tokens, d), (tokens,)
 
     def score(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden).float()  # (tokens, vocabulary)
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    parts = list(zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True))
+    parts = list(zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True))
     if len(parts) > 1 and torch.is_grad_enabled():
         # Logits of one part at a time exist, in forward and again in backward.
         total = torch.stack([checkpoint(score, *part, use_reentrant=False) for part in parts]).sum()
