@@ -506,14 +506,15 @@ def forget(plan: Comparison, cell: Planned) -> None:
     plan.mark(cell).unlink(missing_ok=True)
 
 
-def bury_dead(plan: Comparison, display: Display) -> None:
+def bury_dead(plan: Comparison, display: Display, cells: Sequence[Planned] | None = None) -> None:
     """Count a cell as crashed in which the process died again and again, as for want of memory.
 
     Args:
         plan: What is compared.
         display: Where to tell of it.
+        cells: Which to look at, none of them under way; all of the plan if None.
     """
-    for cell in plan.cells:
+    for cell in plan.cells if cells is None else cells:
         method, rate, seed = cell
         if plan.cell_file(*cell).exists() or _begun(plan, cell) < DEATHS:
             continue

@@ -282,8 +282,13 @@ def evaluate(
         typer.Option(help="Commonsense tasks separated by commas, or [bold]commonsense[/] for all eight."),
     ] = "",
     protocol: Annotated[
-        str, typer.Option(help="For tasks: [bold]answer-text[/], [bold]label[/] or [bold]published[/].")
+        str,
+        typer.Option(help="For tasks: [bold]answer-text[/], [bold]label[/], [bold]published[/], or several."),
     ] = "answer-text",
+    lm_eval: Annotated[
+        str,
+        typer.Option(help="Tasks of EleutherAI's lm-eval separated by commas, or paths of its YAML files."),
+    ] = "",
     limit: Annotated[int | None, typer.Option(help="Items at most, of each task.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL to write every item to.")] = None,
     as_json: Json = False,
@@ -294,6 +299,7 @@ def evaluate(
     [bold]moslora evaluate smollm2-135m-instruct --adapter runs/demo/adapter --recipe recipes/demo.yaml[/]
     [bold]moslora evaluate my-model --adapter my-lora --data heldout.jsonl --predictions items.jsonl[/]
     [bold]moslora evaluate my-model --adapter my-lora --task ARC-Easy,boolq --data commonsense --protocol published[/]
+    [bold]moslora evaluate my-model --adapter my-lora --lm-eval arc_easy,gsm8k --limit 200[/]
 
     First it is proven that the adapter takes part: logits with and without it must differ. One that learned nothing is
     said to; one that is not felt ends with exit code 1.
@@ -314,6 +320,7 @@ def evaluate(
             settings=settings or (),
             tasks=[name.strip() for name in task.split(",") if name.strip()],
             protocol=protocol,
+            harness=[name.strip() for name in lm_eval.split(",") if name.strip()],
             limit=limit,
             predictions=predictions,
         )

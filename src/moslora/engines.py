@@ -249,6 +249,10 @@ def _run_in_worker(cells: Sequence[tuple[str, float, int]]) -> list[Cell]:
 # --- On a Ray cluster ---------------------------------------------------------------------------------------
 
 
+# Seconds after which it is said that a worker is awaited.
+PATIENCE = 60.0
+
+
 def _import_ray() -> Any:
     try:
         import ray
@@ -302,20 +306,24 @@ def _run_on_ray(bench: Bench, groups: Sequence[Sequence[Planned]], engine: Engin
         there = ray.cluster_resources()
         gpus, cores = int(there.get("GPU", 0)), int(there.get("CPU", 1))
         count = min(engine.workers or gpus or 1, len(groups))
-        threads = max(1, cores // count)
+        # No node can give more than it has, however many there are.
+        largest = max(
+            (int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1
+        )
+        threads = max(1, min(cores // count, largest))
         # A worker on the CPU takes what is its share; one with a GPU needs little else.
         needs = {"num_gpus": min(1.0, gpus / count), "num_cpus": 1} if gpus else {"num_cpus": threads}
         make = ray.remote(**needs)(_RayWorker).remote
 
-        def enlist() -> Any:
-            worker = make(plan, threads)
-            workers.append(worker)
-            _check_worker(ray, worker, expected)
-            return worker
+        def enlist(many: int = 1) -> list[Any]:
+            new = [make(plan, threads) for _ in range(many)]  # side by side
+            workers.extend(new)
+            for worker in new:
+                _check_worker(ray, worker, expected, display, stop)
+            return new
 
         display.say(f"Ray: {count} workers with {', '.join(f'{k} {v:g}' for k, v in needs.items())} each.")
-        idle = [enlist() for _ in range(count)]
-        _feed(ray, plan, [list(group) for group in groups], idle, enlist, display, stop, count)
+        _feed(ray, plan, [list(group) for group in groups], enlist(count), enlist, display, stop, count)
     finally:
         for worker in workers:
             ray.kill(worker)
@@ -328,7 +336,7 @@ def _feed(
     plan: Comparison,
     waiting: list[list[Planned]],
     idle: list[Any],
-    enlist: Callable[[], Any],
+    enlist: Callable[[], list[Any]],
     display: Display,
     stop: StopRequest,
     count: int,
@@ -361,7 +369,7 @@ def _feed(
                     waiting[:0] = again
                     rest -= found
                     if waiting:
-                        idle.append(enlist())
+                        idle += enlist()
                     continue
                 except ray.exceptions.RayTaskError as error:
                     raise TrainingError(
@@ -383,19 +391,35 @@ def _after_death(
 ) -> tuple[int, list[list[Planned]]]:
     """Bury the cells in which a worker died too often, and return the others of its group, to be run one by one."""
     display.warn(f"A worker died in {len(group)} cells, perhaps for want of memory; another takes its place.")
-    bury_dead(plan, display)
+    bury_dead(plan, display, group)
     again = [[cell] for cell in group if not plan.cell_file(*cell).exists()]
     return len(group) - len(again), again
 
 
-def _check_worker(ray: Any, worker: Any, expected: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def _check_worker(
+    ray: Any,
+    worker: Any,
+    expected: tuple[dict[str, Any], dict[str, Any]],
+    display: Display,
+    stop: StopRequest,
+) -> None:
     """Refuse a worker that found another base, other data or other versions than were found here.
 
     Raises:
         TrainingError: With what differs, or with what went wrong as it began.
+        Stopped: If asked to stop while it is not there yet.
     """
+    answer = worker.describe.remote()
+    waited = 0.0
+    while not ray.wait([answer], timeout=0.5)[0]:
+        stop.check()
+        waited += 0.5
+        if waited == PATIENCE:
+            display.say(
+                "Still waiting for a worker: it loads the base, or the cluster has no room for it yet."
+            )
     try:
-        hashes, versions = ray.get(worker.describe.remote())
+        hashes, versions = ray.get(answer)
     except ray.exceptions.RayError as error:
         raise TrainingError(f"A worker could not begin: {_first_line(error)}") from error
     differing = [

@@ -6,8 +6,10 @@ loads the base alone looks like an adapter without effect.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 __all__ = ["Harness", "TaskScores"]
@@ -34,18 +36,32 @@ class TaskScores:
         samples: Sequence[Mapping[str, Any]],
     ) -> None:
         self.name, self.metrics, self.errors = name, dict(metrics), dict(errors)
-        self.samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+        filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
+        self.samples = sorted(samples, key=lambda s: (filters.index(str(s["filter"])), int(s["doc_id"])))
+
+    def items(self, metric: str) -> list[Mapping[str, Any]]:
+        """Return the items that a metric was taken over; a task with several filters logs each item for each of them.
+
+        Args:
+            metric: A key of ``metrics``, ``NAME,FILTER``.
+        """
+        return [sample for sample in self.samples if sample["filter"] == metric.partition(",")[2]]
 
     def per_item(self, metric: str) -> list[float] | None:
-        """Return the metric of every item; None where it is no number of single items, as a perplexity is not.
+        """Return the metric of every item; None where it is not the mean of single items' numbers, as a perplexity.
 
         Args:
             metric: A key of ``metrics``.
         """
-        values = [sample.get(metric.partition(",")[0]) for sample in self.samples]
-        if not values or not all(isinstance(value, int | float) for value in values):
+        found = []
+        for sample in self.items(metric):
+            value: Any = sample.get(metric.partition(",")[0])
+            if not hasattr(value, "__float__"):
+                return None
+            found.append(float(value))
+        if not found or not math.isclose(fmean(found), self.metrics[metric], rel_tol=1e-6, abs_tol=1e-9):
             return None
-        return [float(value) for value in values]  # type: ignore[arg-type]
+        return found
 
     def outputs(self) -> list[Any]:
         """Return what the model gave for each item: likelihoods, or text."""
@@ -86,8 +102,11 @@ class Harness:
             if not file.is_file():
                 raise ValueError(f"{name} is not there; name a YAML file of lm-eval, or a task.")
         folders = sorted({str(file.absolute().parent) for file in files.values()})
-        self.manager = TaskManager(include_path=folders or None)
-        self.names = [_task_of(files[name]) if name in files else name for name in tasks]
+        own = {name: _task_of(file) for name, file in files.items()}
+        # Thousands of the harness's own files need not be read where none is asked for; a group may name some.
+        needs_own = any(name not in own or own[name][1] == "group" for name in tasks)
+        self.manager = TaskManager(include_path=folders or None, include_defaults=needs_own)
+        self.names = [own[name][0] if name in own else name for name in tasks]
         known = set(self.manager.all_tasks)
         for name in self.names:
             if name not in known:
@@ -139,14 +158,16 @@ def _scores(name: str, values: Mapping[str, Any], samples: Sequence[Mapping[str,
     return TaskScores(name, metrics, errors, samples)
 
 
-def _task_of(file: Path) -> str:
+def _task_of(file: Path) -> tuple[str, str]:
+    """Return what a file defines, and whether it is a task or a group."""
     import yaml
 
     try:
         # The harness's own tags (!function) name code; here only the name is read.
-        for event in yaml.safe_load(_without_tags(file.read_text(encoding="utf-8"))).items():
-            if event[0] in ("task", "group") and isinstance(event[1], str):
-                return event[1]
+        found = yaml.safe_load(_without_tags(file.read_text(encoding="utf-8")))
+        for kind in ("group", "task"):
+            if isinstance(found.get(kind), str):
+                return found[kind], kind
     except (OSError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     raise ValueError(f"{file} is no task of lm-eval: it names none (task: NAME).")
