@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 import moslora.compare
 import moslora.methods
 import tiny
-from moslora.compare import Bench, compare
+from moslora.cells import Bench, in_groups, prepare_task
+from moslora.compare import compare
 from moslora.display import Display
 from moslora.methods import METHODS, find_method
 from moslora.train import Stopped
@@ -138,7 +140,10 @@ def test_a_stopped_comparison_goes_on_and_runs_no_cell_twice(world, tmp_path, mo
     assert len(cells(folder)) == 4
 
 
-def test_crashed_and_diverged_cells_are_shown_and_the_base_is_whole_after_them(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("together", [1, 2])
+def test_crashed_and_diverged_cells_are_shown_and_the_base_is_whole_after_them(
+    world, tmp_path, monkeypatch, together
+):
     original = moslora.methods.Method.configure
 
     def configure(self: Any, adapter: Any) -> Any:
@@ -157,7 +162,9 @@ def test_crashed_and_diverged_cells_are_shown_and_the_base_is_whole_after_them(w
 
     poisoned = dataclasses.replace(METHODS["frozen-mixer"], adjust=poison)
     monkeypatch.setitem(METHODS, "frozen-mixer", poisoned)
-    folder, verdict = run(world, tmp_path / "c", methods=["lora", "frozen-mixer", "dora"], rates=[1e-3])
+    folder, verdict = run(
+        world, tmp_path / "c", methods=["lora", "frozen-mixer", "dora"], rates=[1e-3], together=together
+    )
     states = {name: c["status"] for name, c in cells(folder).items()}
     assert states == {
         f"{m}_0.001_{s}": state
@@ -248,6 +255,8 @@ def test_a_users_own_configuration_is_a_method(tmp_path):
         ({"rates": [1e-3, -1.0]}, "positive"),
         ({"rates": [1e-3, 1e-3]}, "different"),
         ({"workers": 0}, "at least 1"),
+        ({"together": 0}, "at least 1"),
+        ({"engine": "rey"}, "choose one of local, ray"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(world, tmp_path, options, said):
@@ -260,7 +269,7 @@ def test_no_example_serves_two_purposes(world, tmp_path):
     plan = moslora.compare._plan(
         arguments(world), ["lora", "moslora"], 2, [1e-3], None, None, 8, 4, tmp_path / "c"
     )
-    task = moslora.compare._prepare(plan, Display(quiet=True), lambda: None)
+    task = prepare_task(plan, Display(quiet=True), lambda: None)
     train, validation = ({e.place for e in part} for part in (task.train_set, task.validation_set))
     assert validation and not train & validation and len(task.heldout_set) == 4
 
@@ -287,6 +296,53 @@ def test_workers_give_the_numbers_of_a_single_process(finished, world, tmp_path)
     for name, cell in beside.items():
         # Each worker has a share of the threads, so sums may be taken in another order.
         assert cell["test"] == pytest.approx(alone[name]["test"], rel=MODEL), name
+
+
+def test_cells_trained_together_give_the_numbers_of_cells_alone(finished, world, tmp_path):
+    folder, _ = finished
+    methods = ["lora", "pissa", "moslora", "full"]
+    shared, verdict = run(world, tmp_path / "c", methods=methods, together=3)
+    alone, beside = cells(folder), cells(shared)
+    assert beside.keys() == alone.keys()
+    for name, cell in beside.items():
+        assert cell["test"] == pytest.approx(alone[name]["test"], rel=MODEL), name
+        assert cell["train_loss"] == pytest.approx(alone[name]["train_loss"], rel=MODEL), name
+        # Two by two, for four at most three at once; these two change the base.
+        assert cell["together"] == (1 if name.startswith(("pissa", "full")) else 2)
+    assert any("trained 1 to 2 at a time" in caution for caution in verdict.cautions)
+
+
+def test_cells_that_cannot_share_a_base_run_alone_and_it_is_said(finished, world, tmp_path, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr("moslora.together.KNOWN_INPUTS", {"input_ids"})
+    monkeypatch.setattr("moslora.together.BOUNDARIES", set())
+    stream = io.StringIO()
+    compare(
+        arguments(world), Display(stream), seeds=2, rates=[1e-2], validation=4, out=tmp_path / "c", together=2
+    )
+    alone, beside = cells(folder), cells(tmp_path / "c")
+    assert stream.getvalue().count("one after the other") == 2
+    for name, cell in beside.items():
+        assert cell["test"] == alone[name]["test"] and cell["together"] == 1
+
+
+def test_groups_are_of_one_method_alike_in_size_and_without_cells_in_which_a_process_died(world, tmp_path):
+    plan = moslora.compare._plan(
+        arguments(world), ["lora", "full", "moslora"], 5, [1e-3], None, None, 8, 4, tmp_path / "c"
+    )
+    (tmp_path / "c" / "cells").mkdir(parents=True)
+    plan.mark(plan.cells[1]).write_text("1")
+    groups = in_groups(plan, plan.cells, 3)
+    found = [(group[0][0].name, [seed for _, _, seed in group]) for group in groups]
+    assert all(len({method.name for method, _, _ in group}) == 1 for group in groups)
+    assert found == [
+        ("lora", [0, 2]),
+        ("lora", [3, 4]),
+        ("lora", [1]),
+        *(("full", [seed]) for seed in range(5)),
+        ("moslora", [0, 1, 2]),
+        ("moslora", [3, 4]),
+    ]
 
 
 def test_the_command_prints_the_verdict_as_json_and_says_1_where_a_method_has_no_result(

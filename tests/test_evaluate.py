@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,37 @@ def test_commonsense_tasks_are_judged_by_every_protocol(world, adapter, protocol
         assert measure.tuned == sum(p["tuned_ok"] for p in own) / len(own)
         assert measure.fixed - measure.broken == pytest.approx((measure.tuned - measure.base) * len(own))
     show(report, quiet())
+
+
+def test_protocols_stand_side_by_side_on_the_same_items(world, adapter):
+    out = io.StringIO()
+    both = "label,published"
+    settings: dict[str, Any] = {
+        "adapter": adapter,
+        "data": str(world / "tasks"),
+        "tasks": ["ARC-Easy", "boolq"],
+    }
+    report = evaluate(str(world / "base"), quiet(), protocol=both, **settings)
+    for protocol in both.split(","):
+        own = [m for m in report.measures if m.protocol == protocol]
+        assert own == evaluate(str(world / "base"), quiet(), protocol=protocol, **settings).measures
+    show(report, Display(out))
+    text = out.getvalue()
+    labels = {(p["protocol"], p["place"]): p["tuned_label"] for p in report.predictions}
+    places = [place for protocol, place in labels if protocol == "label"]
+    same = sum(labels["label", p] == labels["published", p] for p in places) / len(places)
+    assert f"label and published choose the same answer on {same:.0%}" in text
+    # A random model says no label that the pattern finds.
+    assert [m.unread for m in report.measures if m.protocol == "published"] == [3, 2]
+    # Others' figures stand beside, and are said to be of other models.
+    assert "85.13 %" in text and "of other models" in text and "90.5 %" in text
+
+
+def test_commonsense_takes_the_tasks_that_are_there_and_says_which_are_not(world):
+    out = io.StringIO()
+    report = evaluate(str(world / "base"), Display(out), data=str(world / "tasks"), tasks=["commonsense"])
+    assert {m.name for m in report.measures} == {"ARC-Easy", "boolq"}
+    assert "without piqa" in out.getvalue()
 
 
 def test_sharing_the_prompt_changes_no_score():

@@ -13,6 +13,7 @@ ORDERS = {
     "peft first": "import peft, moslora",
     "a public name only": "from moslora import MoSLoRAConfig",
     "a part of peft": "import moslora; from peft.config import PeftConfig",
+    "PEFT looked for before": "import moslora, importlib.util as u; u.find_spec('peft'); import peft",
     "transformers in between": "import moslora, transformers.integrations.peft, peft",
 }
 

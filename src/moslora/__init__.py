@@ -43,21 +43,31 @@ def _register() -> None:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Registers the method at the end of PEFT's own import."""
+    """Registers the method at the end of PEFT's own import.
+
+    It stays until that has happened: whoever only asks whether PEFT is there, as transformers does, finds it too.
+    """
+
+    looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        self.looking = True  # the others are asked next, and this one among them
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _register()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

@@ -269,7 +269,13 @@ def compare(
     validation: Annotated[int, typer.Option(help="Training examples set aside to choose rates by.")] = 64,
     examples: Annotated[int | None, typer.Option(help="Held-out examples to judge by; all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to keep it in; one that is there goes on.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes side by side, each with its own base.")] = 1,
+    together: Annotated[
+        int, typer.Option(help="Cells trained at once over one base; each gives what it gives alone.")
+    ] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes side by side, each with its own base; 1, or Ray's GPUs.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the cluster that Ray finds.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -306,7 +312,9 @@ def compare(
             validation=validation,
             examples=examples,
             out=out,
+            engine=engine,
             workers=workers,
+            together=together,
             command=shlex.join(["moslora", *sys.argv[1:]]),
             plan_only=dry_run,
         )
@@ -335,8 +343,13 @@ def evaluate(
         typer.Option(help="Commonsense tasks separated by commas, or [bold]commonsense[/] for all eight."),
     ] = "",
     protocol: Annotated[
-        str, typer.Option(help="For tasks: [bold]answer-text[/], [bold]label[/] or [bold]published[/].")
+        str,
+        typer.Option(help="For tasks: [bold]answer-text[/], [bold]label[/], [bold]published[/], or several."),
     ] = "answer-text",
+    lm_eval: Annotated[
+        str,
+        typer.Option(help="Tasks of EleutherAI's lm-eval separated by commas, or paths of its YAML files."),
+    ] = "",
     limit: Annotated[int | None, typer.Option(help="Items at most, of each task.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL to write every item to.")] = None,
     as_json: Json = False,
@@ -347,6 +360,7 @@ def evaluate(
     [bold]moslora evaluate smollm2-135m-instruct --adapter runs/demo/adapter --recipe recipes/demo.yaml[/]
     [bold]moslora evaluate my-model --adapter my-lora --data heldout.jsonl --predictions items.jsonl[/]
     [bold]moslora evaluate my-model --adapter my-lora --task ARC-Easy,boolq --data commonsense --protocol published[/]
+    [bold]moslora evaluate my-model --adapter my-lora --lm-eval arc_easy,gsm8k --limit 200[/]
 
     First it is proven that the adapter takes part: logits with and without it must differ. One that learned nothing is
     said to; one that is not felt ends with exit code 1.
@@ -367,6 +381,7 @@ def evaluate(
             settings=settings or (),
             tasks=[name.strip() for name in task.split(",") if name.strip()],
             protocol=protocol,
+            harness=[name.strip() for name in lm_eval.split(",") if name.strip()],
             limit=limit,
             predictions=predictions,
         )

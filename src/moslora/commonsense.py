@@ -18,8 +18,10 @@ from moslora.rundir import write_whole
 
 __all__ = [
     "PUBLISHED",
+    "REPORTED",
     "TASKS",
     "Question",
+    "Reported",
     "answer_text_prompt",
     "eval_prompt",
     "extract",
@@ -101,6 +103,34 @@ PUBLISHED: dict[str, float] = {
     "openbookqa": 86.8,
     "hellaswag": 94.9,
 }
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Mean accuracy over the eight tasks, as others report it.
+
+    Attributes:
+        source: Who.
+        model: Which base.
+        setting: Rank, and how the learning rate was found.
+        lora, moslora: In percent.
+    """
+
+    source: str
+    model: str
+    setting: str
+    lora: float
+    moslora: float
+
+
+# By the authors, and by others who ran both methods.
+REPORTED: tuple[Reported, ...] = (
+    Reported("arXiv:2406.11909 (the authors)", "LLaMA-3-8B-Instruct", "r 16, one rate", 82.8, 85.6),
+    Reported("StelLA, arXiv:2510.01938", "LLaMA-3-8B", "r 32, rate tuned, 3 runs", 85.27, 85.13),
+    Reported("StelLA, arXiv:2510.01938", "LLaMA-2-7B", "r 32, rate tuned, 3 runs", 80.76, 80.44),
+    Reported("D2MoRA, AAAI 2026", "LLaMA-7B", "r 64", 74.32, 76.01),
+    Reported("D2MoRA, AAAI 2026", "LLaMA-2-7B", "r 64", 76.02, 78.11),
+)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moslora.commonsense import (
     BEAMS,
     NEW_TOKENS,
     PUBLISHED,
+    REPORTED,
     TASKS,
     Question,
     answer_text_prompt,
@@ -35,6 +36,7 @@ from moslora.recipe import load_recipe
 from moslora.rundir import write_whole
 
 if TYPE_CHECKING:
+    from moslora.harness import TaskScores
     from moslora.models import ModelSource
 
 __all__ = ["PROTOCOLS", "Activity", "Measure", "Report", "evaluate", "show"]
@@ -73,6 +75,8 @@ class Measure:
         difference, low, high, p: Tuned less base, paired over items; None without an adapter.
         fixed, broken: Items that became right, and that became wrong; None for losses.
         published: MoSLoRA's published figure for LLaMA-3-8B, where there is one.
+        protocol: By which it was judged, of commonsense tasks.
+        unread: How many answers of the last model asked showed no choice, and count as wrong; None where none can.
     """
 
     name: str
@@ -88,6 +92,8 @@ class Measure:
     fixed: int | None = None
     broken: int | None = None
     published: float | None = None
+    protocol: str = ""
+    unread: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Report:
     Attributes:
         model: The base.
         adapter: Its adapter, or None.
-        protocol: ``"data"``, or a key of ``PROTOCOLS``.
+        protocol: ``"data"``, ``"lm-eval"``, or keys of ``PROTOCOLS`` separated by commas.
         activity: Whether the adapter took part; None without one.
         measures: In order.
         predictions: Every item with what both models did.
@@ -121,6 +127,7 @@ def evaluate(
     settings: Sequence[str] = (),
     tasks: Sequence[str] = (),
     protocol: str = "answer-text",
+    harness: Sequence[str] = (),
     limit: int | None = None,
     predictions: Path | None = None,
 ) -> Report:
@@ -134,7 +141,8 @@ def evaluate(
         data: A file of examples to judge by; with ``tasks`` the folder of their data.
         settings: ``section.key=value`` over the recipe.
         tasks: Commonsense tasks, keys of ``TASKS``.
-        protocol: For tasks, a key of ``PROTOCOLS``.
+        protocol: For tasks, keys of ``PROTOCOLS`` separated by commas; several are shown side by side.
+        harness: Tasks of EleutherAI's lm-eval, by name or as paths of its YAML files.
         limit: Items at most, of each task.
         predictions: A JSONL to write every item to; must not exist yet.
 
@@ -147,14 +155,21 @@ def evaluate(
     """
     if predictions is not None and predictions.exists():
         raise FileExistsError(f"{predictions} exists already; name another file for the predictions.")
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol={protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}.")
-    if not tasks and recipe is None and data is None:
+    protocols = list(dict.fromkeys(name.strip() for name in protocol.split(",") if name.strip()))
+    for name in protocols or [protocol]:
+        if name not in PROTOCOLS:
+            raise ValueError(f"protocol={name!r} is unknown; choose from {', '.join(PROTOCOLS)}.")
+    if not tasks and not harness and recipe is None and data is None:
         raise ValueError(
-            "Nothing to evaluate on: give --data FILE, --recipe FILE, or --task NAME with --data FOLDER."
+            "Nothing to evaluate on: give --data FILE, --recipe FILE, --task NAME with --data FOLDER, or --lm-eval "
+            "TASKS."
         )
-    if tasks:
-        report = _by_tasks(model, display, adapter, data, tasks, protocol, limit)
+    if harness and (tasks or recipe is not None or data is not None):
+        raise ValueError("--lm-eval brings its own data; run it without --task, --recipe and --data.")
+    if harness:
+        report = _by_harness(model, display, adapter, harness, limit)
+    elif tasks:
+        report = _by_tasks(model, display, adapter, data, tasks, protocols, limit)
     else:
         report = _by_data(model, display, adapter, recipe, data, settings, limit)
     if predictions is not None:
@@ -434,53 +449,178 @@ def _by_tasks(
     adapter: Path | None,
     data: str | None,
     tasks: Sequence[str],
-    protocol: str,
+    protocols: Sequence[str],
     limit: int | None,
 ) -> Report:
     if data is None:
         raise ValueError(
             "Commonsense tasks need --data FOLDER, which holds one folder per task with its test.json."
         )
-    names = list(TASKS) if list(tasks) == ["commonsense"] else list(tasks)
+    names = _task_names(tasks, Path(data), display)
     questions = {name: read_questions(Path(data), name, limit) for name in names}
-    source: ModelSource = resolve_model(model)
-    source = materialise(source, "float32", say=display.say)
-    device = default_device()
-    judge = _Judge(load_tokenizer(source), device, display)
-    base: Any = load_model(source, device=device)
-    run = PROTOCOLS[protocol]
-    before = {name: run(base, judge, name, questions[name]) for name in names}
-    after: dict[str, list[tuple[str, str]]] | None = None
+    judge, base = _loaded(model, display)
+
+    def judged(of: Any) -> dict[tuple[str, str], list[tuple[str, str]]]:
+        """By protocol and task, each item's label and text."""
+        return {(p, n): PROTOCOLS[p](of, judge, n, questions[n]) for p in protocols for n in names}
+
+    before, after = judged(base), None
     activity = None
     if adapter is not None:
         adapted = _with_adapter(base, adapter)
         probes = [
             judge.tokenizer(eval_prompt(q))["input_ids"] for q in next(iter(questions.values()))[:PROBES]
         ]
-        activity = _prove_active(adapted, adapter, probes, device)
-        after = {name: run(adapted, judge, name, questions[name]) for name in names}
+        activity = _prove_active(adapted, adapter, probes, judge.device)
+        after = judged(adapted)
     measures, lines = [], []
-    for name in names:
-        right = [found[0] == q.answer for found, q in zip(before[name], questions[name], strict=True)]
+    for protocol, name in before:
+        asked, found = questions[name], before[protocol, name]
+        right = [label == q.answer for (label, _), q in zip(found, asked, strict=True)]
+        found_then = None if after is None else after[protocol, name]
         then = None
-        if after is not None:
-            then = [found[0] == q.answer for found, q in zip(after[name], questions[name], strict=True)]
-        measures.append(_share(name, right, then, published=PUBLISHED.get(name)))
-        for index, q in enumerate(questions[name]):
+        if found_then is not None:
+            then = [label == q.answer for (label, _), q in zip(found_then, asked, strict=True)]
+        last = found if found_then is None else found_then
+        unread = sum(label == "" for label, _ in last) if protocol == "published" else None
+        measures.append(
+            _share(name, right, then, published=PUBLISHED.get(name), protocol=protocol, unread=unread)
+        )
+        for index, q in enumerate(asked):
             lines.append(
                 {
                     "place": q.place,
+                    "protocol": protocol,
                     "prompt": q.instruction,
                     "reference": q.answer,
-                    "base": before[name][index][1],
-                    "base_label": before[name][index][0],
+                    "base": found[index][1],
+                    "base_label": found[index][0],
                     "base_ok": right[index],
-                    "tuned": None if after is None else after[name][index][1],
-                    "tuned_label": None if after is None else after[name][index][0],
+                    "tuned": None if found_then is None else found_then[index][1],
+                    "tuned_label": None if found_then is None else found_then[index][0],
                     "tuned_ok": None if then is None else then[index],
                 }
             )
-    return Report(model, None if adapter is None else str(adapter), protocol, activity, measures, lines)
+    said = ", ".join(protocols)
+    return Report(model, None if adapter is None else str(adapter), said, activity, measures, lines)
+
+
+def _task_names(tasks: Sequence[str], data: Path, display: Display) -> list[str]:
+    """Return the tasks asked for; ``commonsense`` alone means all whose data are there."""
+    if list(tasks) != ["commonsense"]:
+        return list(tasks)
+    there = [name for name in TASKS if (data / name / "test.json").is_file()]
+    missing = [name for name in TASKS if name not in there]
+    if missing and there:
+        display.warn(
+            f"{data} has {len(there)} of the eight tasks; without {', '.join(missing)} their mean is not the published "
+            "one."
+        )
+    return there or list(TASKS)
+
+
+def _loaded(model: str, display: Display) -> tuple[_Judge, Any]:
+    source: ModelSource = materialise(resolve_model(model), "float32", say=display.say)
+    device = default_device()
+    return _Judge(load_tokenizer(source), device, display), load_model(source, device=device)
+
+
+# --- Tasks of lm-eval ---------------------------------------------------------------------------------------
+
+
+def _by_harness(
+    model: str, display: Display, adapter: Path | None, tasks: Sequence[str], limit: int | None
+) -> Report:
+    from moslora.harness import Harness
+
+    harness = Harness(tasks, limit)
+    judge, base = _loaded(model, display)
+    before = harness.run(base, judge.tokenizer)
+    after, activity = None, None
+    if adapter is not None:
+        adapted = _with_adapter(base, adapter)
+        prompts = [text for task in before for text in task.prompts() if text][:PROBES]
+        probes = [judge.tokenizer(text, verbose=False)["input_ids"] for text in prompts or ["The"]]
+        activity = _prove_active(adapted, adapter, [ids for ids in probes if ids], judge.device)
+        after = harness.run(adapted, judge.tokenizer)
+        _check_felt(before, after, adapter, activity)
+    measures, lines = [], []
+    for index, task in enumerate(before):
+        tuned = None if after is None else after[index]
+        for metric in task.metrics:
+            measures.append(_of_harness(task, tuned, metric))
+        lines += _items(task, tuned)
+    return Report(model, None if adapter is None else str(adapter), "lm-eval", activity, measures, lines)
+
+
+def _check_felt(
+    before: Sequence[TaskScores], after: Sequence[TaskScores], adapter: Path, activity: Activity
+) -> None:
+    """Fail if the harness got the very same likelihoods with the adapter as without, though it moves logits.
+
+    Raises:
+        ProofError: Then.
+    """
+    one, other = [task.outputs() for task in before], [task.outputs() for task in after]
+    if activity.effect > 0 and one == other and _has_number(one):
+        raise ProofError(
+            f"lm-eval's likelihoods are the same with {adapter} as without, though it moves logits by "
+            f"{activity.effect:.3g}: the adapter was not applied in the evaluation."
+        )
+
+
+def _has_number(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_number, value))
+    return isinstance(value, float)
+
+
+def _of_harness(task: TaskScores, tuned: TaskScores | None, metric: str) -> Measure:
+    """Compare one metric, paired over items where it has a value for each."""
+    name = f"{task.name} {metric.removesuffix(',none')}"
+    one, other = task.per_item(metric), None if tuned is None else tuned.per_item(metric)
+    shares = all(
+        values is not None and set(values) <= {0.0, 1.0} for values in (one, other if tuned else one)
+    )
+    if one is not None and shares:
+        return _share(name, [v == 1 for v in one], None if other is None else [v == 1 for v in other])
+    measure = Measure(name, len(task.items(metric)), task.metrics[metric])
+    if tuned is None:
+        return measure
+    differences = [] if one is None or other is None else [b - a for a, b in zip(one, other, strict=True)]
+    found = paired_examples(differences) if len(differences) > 1 else None
+    return dataclasses.replace(
+        measure,
+        tuned=tuned.metrics[metric],
+        difference=tuned.metrics[metric] - task.metrics[metric],
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        p=None if found is None else found.p,
+    )
+
+
+def _items(task: TaskScores, tuned: TaskScores | None) -> list[dict[str, Any]]:
+    def right(scores: TaskScores | None, index: int) -> bool | None:
+        value = (
+            None
+            if scores is None
+            else scores.samples[index].get("acc", scores.samples[index].get("exact_match"))
+        )
+        return bool(value) if value in (0, 1) else None
+
+    return [
+        {
+            "place": f"{task.name}:{sample['doc_id']}",
+            "filter": sample["filter"],
+            "prompt": prompt,
+            "reference": str(sample.get("target")),
+            "base": str(sample["filtered_resps"]),
+            "base_ok": right(task, index),
+            "tuned": None if tuned is None else str(tuned.samples[index]["filtered_resps"]),
+            "tuned_ok": right(tuned, index),
+        }
+        for index, (sample, prompt) in enumerate(zip(task.samples, task.prompts(), strict=True))
+    ]
 
 
 # --- In words -----------------------------------------------------------------------------------------------
@@ -502,36 +642,13 @@ def show(report: Report, display: Display, samples: int = 3) -> None:
             display.say(
                 f"Proven: the adapter takes part in {active.modules} modules; logits move by up to {active.effect:.3g}."
             )
-    rows = []
-    for m in report.measures:
-        form = "{:.4f}" if m.name == "loss" else "{:.1%}"
-        cells = [m.name.replace("_", " "), str(m.items), form.format(m.base) + _ends(m.base_interval)]
-        if m.tuned is not None and m.difference is not None:
-            signed = form.replace(":", ":+")
-            reach = (
-                ""
-                if m.low is None or m.high is None
-                else f" ({signed.format(m.low)} to {signed.format(m.high)})"
-            )
-            cells += [form.format(m.tuned) + _ends(m.tuned_interval), signed.format(m.difference) + reach]
-            cells += [
-                "" if m.p is None else f"{m.p:.2g}",
-                "" if m.fixed is None else f"{m.fixed} / {m.broken}",
-            ]
-        if any(other.published is not None for other in report.measures):
-            cells.append("" if m.published is None else f"{m.published:.1f}")
-        rows.append(cells)
-    columns = ["", "items", "base"]
-    if report.adapter is not None:
-        columns += ["tuned", "difference (95 %)", "p", "fixed / broken"]
+    kinds = list(dict.fromkeys(m.protocol for m in report.measures))
+    for protocol in kinds:
+        _show_measures(report, protocol, display)
+    if len(kinds) > 1:
+        _show_protocols(report, kinds, display)
     if any(m.published is not None for m in report.measures):
-        columns.append("published, LLaMA-3-8B")
-        shares = [(m.base, m.tuned) for m in report.measures]
-        mean = ["mean of tasks", "", f"{fmean(b for b, _ in shares):.1%}"]
-        if report.adapter is not None:
-            mean += [f"{fmean(t or 0.0 for _, t in shares):.1%}", "", "", ""]
-        rows.append([*mean, f"{fmean(m.published for m in report.measures if m.published is not None):.1f}"])
-    display.table(f"{report.model}, protocol {report.protocol}", columns, rows)
+        _show_reported(report, display)
     for change, before in (("fixed", False), ("broken", True)):
         changed = [p for p in report.predictions if p["base_ok"] is before and p["tuned_ok"] is (not before)]
         for line in changed[:samples]:
@@ -539,6 +656,94 @@ def show(report: Report, display: Display, samples: int = 3) -> None:
             display.say(
                 f"  base {_short(line['base'])!r}  tuned {_short(line['tuned'])!r}  right {line['reference']!r}"
             )
+
+
+def _show_measures(report: Report, protocol: str, display: Display) -> None:
+    measures = [m for m in report.measures if m.protocol == protocol]
+    published = any(m.published is not None for m in measures)
+    unread = any(m.unread is not None for m in measures)
+    rows = []
+    for m in measures:
+        form = "{:.4f}" if m.base_interval is None else "{:.1%}"
+        cells = [m.name.replace("_", " "), str(m.items), form.format(m.base) + _ends(m.base_interval)]
+        if report.adapter is not None:
+            cells += _of_tuned(m, form)
+        cells += [] if not unread else ["" if m.unread is None else str(m.unread)]
+        cells += [] if not published else ["" if m.published is None else f"{m.published:.1f} %"]
+        rows.append(cells)
+    columns = ["", "items", "base"]
+    if report.adapter is not None:
+        columns += ["tuned", "difference (95 %)", "p", "fixed / broken"]
+    columns += ["no choice found"] if unread else []
+    if published:
+        columns.append("published, of LLaMA-3-8B")
+        base, tuned = _means(measures)
+        mean = [f"mean of {len(measures)} tasks", "", f"{base:.1%}"]
+        if report.adapter is not None:
+            mean += [f"{tuned:.1%}", f"{tuned - base:+.1%}", "", ""]
+        mean += [""] if unread else []
+        own = [m.published for m in measures if m.published is not None]
+        rows.append([*mean, f"{fmean(own):.1f} %" + ("" if len(own) == len(TASKS) else " (these)")])
+    display.table(f"{report.model}, protocol {protocol or report.protocol}", columns, rows)
+
+
+def _of_tuned(m: Measure, form: str) -> list[str]:
+    if m.tuned is None or m.difference is None:
+        return [""] * 4
+    signed = form.replace(":", ":+")
+    reach = "" if m.low is None or m.high is None else f" ({signed.format(m.low)} to {signed.format(m.high)})"
+    return [
+        form.format(m.tuned) + _ends(m.tuned_interval),
+        signed.format(m.difference) + reach,
+        "" if m.p is None else f"{m.p:.2g}",
+        "" if m.fixed is None else f"{m.fixed} / {m.broken}",
+    ]
+
+
+def _means(measures: Sequence[Measure]) -> tuple[float, float]:
+    return fmean(m.base for m in measures), fmean(m.tuned or 0.0 for m in measures)
+
+
+def _show_protocols(report: Report, protocols: Sequence[str], display: Display) -> None:
+    """Show how protocols differ on the same models and items."""
+    tuned = report.adapter is not None
+    by = {(m.protocol, m.name): m for m in report.measures}
+    names = list(dict.fromkeys(m.name for m in report.measures))
+    rows = []
+    for name in names:
+        found = [by[protocol, name] for protocol in protocols]
+        cells = [f"{m.base:.1%}" + (f" → {m.tuned:.1%}" if m.tuned is not None else "") for m in found]
+        rows.append([name, *cells])
+    means = [_means([m for m in report.measures if m.protocol == protocol]) for protocol in protocols]
+    rows.append(["mean", *(f"{base:.1%}" + (f" → {then:.1%}" if tuned else "") for base, then in means)])
+    display.table(
+        "The same model and items by each protocol" + (", base → tuned" if tuned else ""),
+        ["", *protocols],
+        rows,
+    )
+    key = "tuned_label" if tuned else "base_label"
+    labels = {(p["protocol"], p["place"]): p[key] for p in report.predictions}
+    first = protocols[0]
+    for other in protocols[1:]:
+        places = [place for protocol, place in labels if protocol == first]
+        same = fmean(labels[first, place] == labels[other, place] for place in places)
+        display.say(f"{first} and {other} choose the same answer on {same:.0%} of the items.")
+
+
+def _show_reported(report: Report, display: Display) -> None:
+    rows = [
+        [r.source, r.model, r.setting, f"{r.lora:.2f} %", f"{r.moslora:.2f} %", f"{r.moslora - r.lora:+.2f}"]
+        for r in REPORTED
+    ]
+    display.table(
+        "What others report, mean of eight tasks",
+        ["source", "model", "setting", "LoRA", "MoSLoRA", "difference"],
+        rows,
+    )
+    display.say(
+        f"These are of other models, trained on 170 thousand examples: nothing that {report.model} scores here can be "
+        "held against them. They show that the gain is contested."
+    )
 
 
 def _ends(interval: tuple[float, float] | None) -> str:

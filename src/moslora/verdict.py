@@ -42,6 +42,8 @@ class Cell:
         cell_seconds: Wall-clock time with evaluation, from which the rest is estimated.
         peak_bytes: Peak of memory while training: of the GPU, or of the whole process on a CPU; None if not known.
         trainable_parameters: How many.
+        together: How many cells were trained at once over one base; times are the whole's divided by it, and the peak
+            of memory is the whole's.
     """
 
     method: str
@@ -58,6 +60,7 @@ class Cell:
     cell_seconds: float = 0.0
     peak_bytes: int | None = None
     trainable_parameters: int | None = None
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def judge(
         methods=results,
         contrasts=contrasts,
         sentences=sentences,
-        cautions=_cautions(results, contrasts, fmean(base_test)),
+        cautions=[*_cautions(results, contrasts, fmean(base_test)), *_of_costs(cells)],
         complete=all(result.best_rate is not None for result in results),
     )
 
@@ -403,6 +406,19 @@ def _missing(result: MethodResult, baseline: str) -> str:
         f"{result.name} has no result: at no learning rate did every seed finish "
         f"({' and '.join(counts)} of {len(result.points)} cells; the first: {reason}).{rest}"
     )
+
+
+def _of_costs(cells: Sequence[Cell]) -> list[str]:
+    """Say what times and memory stand for where cells were trained at once."""
+    sizes = {cell.together for cell in cells if cell.status == "done"}
+    if sizes <= {1}:
+        return []
+    many = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"{max(sizes)}"
+    text = f"Cells were trained {many} at a time: times are divided among them, peaks of memory are of all together."
+    by_method = {name: {c.together for c in cells if c.method == name} for name in {c.method for c in cells}}
+    if len({tuple(sorted(found)) for found in by_method.values()}) > 1:
+        text += " Methods differ in it, so their times and peaks cannot be compared."
+    return [text]
 
 
 def _cautions(results: Sequence[MethodResult], contrasts: Sequence[Contrast], base_loss: float) -> list[str]:

@@ -510,11 +510,25 @@ def labelled_loss(model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         The sum in nats, and over how many tokens (at least 1).
     """
     arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
-    hidden = model.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]  # (rows, length - 1, d)
-    targets = inputs["labels"][:, 1:]
+    hidden = model.base_model(**arguments, use_cache=False).last_hidden_state  # (rows, length, d)
+    return score_labels(model.get_output_embeddings(), hidden, inputs["labels"])
+
+
+def score_labels(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the negative log-likelihood over the labelled positions, from what the last layer made.
+
+    Args:
+        head: The output embeddings.
+        hidden: Shape ``(rows, length, d)``.
+        labels: Token ids, -100 where nothing is trained, ``(rows, length)``.
+
+    Returns:
+        The sum in nats, and over how many tokens (at least 1).
+    """
+    targets = labels[:, 1:]
     trained = targets != -100
-    hidden, targets = hidden[trained], targets[trained]  # (tokens, d), (tokens,)
-    return score_rows(model.get_output_embeddings(), hidden, targets), trained.sum().clamp(min=1)
+    total = score_rows(head, hidden[:, :-1][trained], targets[trained])
+    return total, trained.sum().clamp(min=1)
 
 
 def score_rows(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
