@@ -115,7 +115,7 @@ def sd(seed: int = 0, prediction: str = "v_prediction") -> Any:
             text_encoder=clip(tokenizer, False),
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=DDIMScheduler(prediction_type=prediction),
+            scheduler=DDIMScheduler(prediction_type=prediction, steps_offset=1, clip_sample=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
