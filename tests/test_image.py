@@ -333,6 +333,13 @@ def test_prompts_take_token_and_class_in_any_of_the_usual_forms() -> None:
             fill(wrong, "x", None)
 
 
+def test_lines_of_the_published_list_of_prompts_are_taken_as_they_are(world: Path, tmp_path: Path) -> None:
+    lines = ["'a {0} {1} on the beach'.format(unique_token, class_token),", "a red {} {}"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    task = prepared(world, tmp_path, **{"task.prompts_file": tmp_path / "prompts.txt"})
+    assert task.prompts == ["a x cat on the beach", "a red x cat"]
+
+
 def test_squares_are_cut_where_the_size_conditions_say(world: Path, tmp_path: Path) -> None:
     task, model = loaded(world, tmp_path, **{"data.flip": "true"})
     shots: list[Shot] = model.examples[1][0]  # 28 × 20 pixels, resized to 22 × 16

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ __all__ = ["ImageTask", "find_pipeline"]
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of no use to training
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+PUBLISHED = re.compile(r"^(['\"])(.*)\1\.format\(unique_token, class_token\),?$")
 GENERATED = "generated.json"  # beside the class's pictures: which of them the base made, and from what
 BATCH = 4  # draws whose loss is measured at once
 PROBES = 2  # pictures whose noised latents the proof compares
@@ -137,7 +139,8 @@ class ImageTask(Task):
         if not path.is_file():
             raise ValueError(f"task.prompts_file: {path} does not exist.")
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        found = [line for line in lines if line]
+        # A line of DreamBooth's published list is Python: 'a {0} {1} …'.format(unique_token, class_token),
+        found = [PUBLISHED.sub(r"\2", line) for line in lines if line]
         if not found:
             raise ValueError(f"task.prompts_file: {path} is empty; write one prompt a line.")
         return found
