@@ -28,6 +28,7 @@ from moslora.models import (
     _not_found,
     _sha256,
     default_device,
+    quiet_transformers,
     read_json,
 )
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
@@ -448,7 +449,10 @@ class ImageTask(Task):
                 self.checkpoint()
         if self.auto_class == "StableDiffusionPipeline":
             parts["requires_safety_checker"] = False
-        pipeline = getattr(diffusers, self.auto_class)(**parts)
+        with (
+            quiet_transformers()
+        ):  # which says of image processors, not used here, that they want torchvision
+            pipeline = getattr(diffusers, self.auto_class)(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
