@@ -210,7 +210,10 @@ def prove_reload(
             f"(largest {what} {proof.max_logit:.1f})."
         )
     if proof.adapter_effect <= proof.tolerance:
-        say("The adapter changes the base's logits by no more than rounding: it has learned next to nothing.")
+        what = READERS[reader].what
+        say(
+            f"The adapter changes the base's {what}s by no more than rounding: it has learned next to nothing."
+        )
     return proof
 
 
