@@ -23,6 +23,8 @@ FLOORS = {
         "optimizer",
         "__init__",
         "reload_in_stock_peft",
+        "reload_in_diffusers",
+        "denoising",
     ),  # nothing below imports the root
     3: (
         "recipe",

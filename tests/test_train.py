@@ -222,8 +222,8 @@ def test_a_tampered_lora_is_caught_by_the_fresh_process(
 ) -> None:
     honest = moslora.train.export_adapter
 
-    def tampering(source: Path, out: Path) -> Any:
-        proof = honest(source, out)
+    def tampering(source: Path, out: Path, to: str) -> Any:
+        proof = honest(source, out, to)
         path = out / "adapter_model.safetensors"
         tensors = load_file(path)
         tensors[next(k for k in tensors if "lora_B" in k)] *= 3

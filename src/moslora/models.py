@@ -621,10 +621,10 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
     return {**about, "method": "sha256" if whole else "sha256-of-headers", "files": hashes}
 
 
-def _commit(source: ModelSource) -> str | None:
+def _commit(source: ModelSource, file: str = "config.json") -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+    config = try_to_load_from_cache(source.path, file, revision=source.revision)
     found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", config) if isinstance(config, str) else None
     return found.group(1) if found else None
 

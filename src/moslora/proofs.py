@@ -1,4 +1,8 @@
-"""Proof that the shipped adapter is what was trained: fresh process, stock PEFT, the same logits."""
+"""Proof that the shipped adapter is what was trained: fresh process, another's loader, the same outputs.
+
+Language models are loaded by stock PEFT and compared by their logits, pipelines by diffusers and what their denoiser
+and adapted text encoders give.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,15 @@ from moslora.export import ProofError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["RELOAD_TOLERANCE", "ReloadProof", "live_logits", "prove_reload"]
+__all__ = [
+    "READERS",
+    "RELOAD_TOLERANCE",
+    "Reader",
+    "ReloadProof",
+    "live_logits",
+    "live_outputs",
+    "prove_reload",
+]
 
 # Largest difference of a logit, relative to the largest logit. Folding reorders the sums of every adapted
 # layer, so the rounding of the dtype accumulates over the depth; a dropped adapter costs orders more.
@@ -24,16 +36,38 @@ RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True)
+class Reader:
+    """Who loads what was shipped.
+
+    Attributes:
+        name: As messages have it.
+        script: The program that is run.
+        what: What is compared.
+    """
+
+    name: str
+    script: str
+    what: str
+
+
+READERS = {
+    "peft": Reader("stock PEFT", "reload_in_stock_peft.py", "logit"),
+    "diffusers": Reader("diffusers", "reload_in_diffusers.py", "output"),
+}
+
+
+@dataclass(frozen=True)
 class ReloadProof:
-    """What a fresh process found.
+    """What a fresh process found. "Logit" stands for the denoiser's output where the base is a pipeline.
 
     Attributes:
         max_logit_difference: Largest difference between the logits of the live model and of the adapter
-            that stock PEFT loaded.
-        max_logit: Largest logit, to judge it by.
+            that the reader loaded, on the input where it is largest for the size of the logits.
+        max_logit: Largest logit of that input, to judge it by.
         adapter_effect: Largest difference that the adapter makes to the base's logits.
         tolerance: Largest difference allowed: the dtype's share of the largest logit.
         inputs: How many held-out inputs were compared.
+        reader: Who loaded it, a key of ``READERS``.
     """
 
     max_logit_difference: float
@@ -41,6 +75,7 @@ class ReloadProof:
     adapter_effect: float
     tolerance: float
     inputs: int
+    reader: str = "peft"
 
     @property
     def passed(self) -> bool:
@@ -76,6 +111,25 @@ def live_logits(model: nn.Module, inputs: Sequence[Any], device: str) -> dict[st
         }
 
 
+def live_outputs(pipeline: Any, inputs: Sequence[Mapping[str, Tensor]], device: str) -> dict[str, Tensor]:
+    """Run models of a pipeline that has been trained.
+
+    Args:
+        pipeline: With the native adapters in it.
+        inputs: Arguments by name, as ``unet.sample``, each.
+        device: Where the pipeline is.
+
+    Returns:
+        Float32 outputs on the CPU by name.
+    """
+    from moslora.reload_in_diffusers import outputs
+
+    return {
+        f"input{index}": outputs(pipeline, {name: tensor.to(device) for name, tensor in given.items()})
+        for index, given in enumerate(inputs)
+    }
+
+
 def prove_reload(
     live: dict[str, Tensor],
     inputs: Sequence[Any],
@@ -85,18 +139,20 @@ def prove_reload(
     adapter: Path,
     say: Callable[[str], None],
     auto_class: str = "AutoModelForCausalLM",
+    reader: str = "peft",
 ) -> ReloadProof:
-    """Load ``adapter`` in a fresh process in which only stock PEFT is imported, and compare logits.
+    """Load ``adapter`` in a fresh process in which nothing of this package is imported, and compare logits.
 
     Args:
-        live: What ``live_logits`` gave.
+        live: What ``live_logits`` gave, or ``live_outputs``.
         inputs: The same inputs.
         base: Folder or hub id of the base model.
         dtype: Its dtype, as ``float32``.
         device: Where the live model ran.
-        adapter: Directory of the plain LoRA.
+        adapter: Directory or file of the plain LoRA.
         say: Told when the adapter has no effect.
-        auto_class: Class of transformers that loads the base.
+        auto_class: Class of transformers or diffusers that loads the base.
+        reader: A key of ``READERS``.
 
     Returns:
         What was found.
@@ -117,7 +173,7 @@ def prove_reload(
             },
             asked,
         )
-        script = Path(__file__).with_name("reload_in_stock_peft.py")
+        script = Path(__file__).with_name(READERS[reader].script)
         # -P keeps this folder, whose modules share names with the standard library's, off the path.
         arguments = [base, dtype, device, str(adapter), str(asked), str(answered), auto_class]
         command = [sys.executable, "-P", str(script), *arguments]
@@ -125,25 +181,33 @@ def prove_reload(
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if result.returncode != 0 or not answered.exists():
             last = "\n  ".join(result.stderr.strip().splitlines()[-4:])
-            raise ProofError(f"Stock PEFT could not run the exported adapter {adapter}:\n  {last}")
+            name = READERS[reader].name
+            raise ProofError(
+                f"{name[0].upper()}{name[1:]} could not run the exported adapter {adapter}:\n  {last}"
+            )
         found = load_file(answered)
 
-    def largest(one: dict[str, Tensor], two: Callable[[str], Tensor]) -> float:
+    def largest(two: Callable[[str], Tensor]) -> Tensor:
         # max() of a tensor keeps NaN, so a broken logit cannot pass.
-        return float(torch.stack([(one[name] - two(name)).abs().max() for name in one]).max())
+        return torch.stack([(live[name] - two(name)).abs().max() for name in live])
 
-    max_logit = largest(live, lambda name: torch.zeros_like(live[name]))
+    differences, sizes = largest(lambda name: found[name]), largest(lambda name: torch.zeros_like(live[name]))
+    # Inputs may be of models whose outputs are of other sizes; argmax takes NaN for the largest.
+    worst = int((differences / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).argmax())
     proof = ReloadProof(
-        max_logit_difference=largest(live, lambda name: found[name]),
-        max_logit=max_logit,
-        adapter_effect=largest(live, lambda name: found[f"base.{name}"]),
-        tolerance=RELOAD_TOLERANCE[dtype] * max_logit,
+        max_logit_difference=float(differences[worst]),
+        max_logit=float(sizes[worst]),
+        adapter_effect=float(largest(lambda name: found[f"base.{name}"]).max()),
+        tolerance=RELOAD_TOLERANCE[dtype] * float(sizes[worst]),
         inputs=len(inputs),
+        reader=reader,
     )
     if not proof.passed:
+        name, what = READERS[reader].name, READERS[reader].what
         raise ProofError(
-            f"The proof failed: stock PEFT's logits differ by {proof.max_logit_difference:.2e}, more than "
-            f"the {proof.tolerance:.1e} that rounding explains (largest logit {proof.max_logit:.1f})."
+            f"The proof failed: {name}'s {what}s differ by "
+            f"{proof.max_logit_difference:.2e}, more than the {proof.tolerance:.1e} that rounding explains "
+            f"(largest {what} {proof.max_logit:.1f})."
         )
     if proof.adapter_effect <= proof.tolerance:
         say("The adapter changes the base's logits by no more than rounding: it has learned next to nothing.")

@@ -23,15 +23,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import to_jsonable_python
-
-if TYPE_CHECKING:
-    from trl import SFTConfig
 
 __all__ = [
     "ADAPTER_DEFAULTS",
@@ -136,6 +133,51 @@ class ScopesSection(_Section):
     projector_alpha: float | None = Field(default=None, gt=0)
 
 
+class ImageTaskSection(_Section):
+    """How a denoiser is trained on pictures, and what is shown of it."""
+
+    kind: Literal["image"] = "image"
+    prompts: list[Name] = []
+    prompts_file: Name | None = None
+    pictures_per_prompt: int = Field(default=1, ge=1)
+    inference_steps: int = Field(default=25, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0)
+    negative_prompt: str | None = None
+    loss_draws: int = Field(default=8, ge=1)
+    snr_gamma: float | None = Field(default=None, gt=0)
+    noise_offset: float = Field(default=0.0, ge=0)
+    timesteps: Literal["auto", "uniform", "logit-normal"] = "auto"
+    prior_weight: float = Field(default=1.0, gt=0)
+
+
+class ImageDataSection(_Section):
+    """Folders of pictures, and how they become what a denoiser sees."""
+
+    train: Name
+    heldout: Name | None = None
+    prompt: Name | None = None
+    token: Name | None = None
+    class_name: Name | None = None
+    resolution: int | None = Field(default=None, ge=8)
+    crop: Literal["center", "random"] = "center"
+    crops: int = Field(default=4, ge=1)
+    flip: bool = False
+    class_images: Name | None = None
+    class_prompt: Name | None = None
+    class_count: int = Field(default=100, ge=1)
+    bad_images: Literal["refuse", "skip"] = "refuse"
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+
+
+class ImageScopesSection(_Section):
+    """Which parts of a pipeline are adapted beside its denoiser."""
+
+    text_encoders: Literal["adapter", "frozen"] = "frozen"
+    text_encoders_r: int | None = Field(default=None, ge=1)
+    text_encoders_alpha: float | None = Field(default=None, gt=0)
+
+
 class OutputSection(_Section):
     """Where the run directory goes."""
 
@@ -189,8 +231,16 @@ class VisionRecipe(Recipe):
     scopes: ScopesSection = ScopesSection()
 
 
+class ImageRecipe(Recipe):
+    """A recipe of ``task: image``."""
+
+    task: ImageTaskSection = ImageTaskSection()  # type: ignore[assignment]
+    data: ImageDataSection  # type: ignore[assignment]
+    scopes: ImageScopesSection = ImageScopesSection()
+
+
 # What a recipe may say, by the kind of its task.
-RECIPES: dict[str, type[Recipe]] = {"text": Recipe, "vision": VisionRecipe}
+RECIPES: dict[str, type[Recipe]] = {"text": Recipe, "vision": VisionRecipe, "image": ImageRecipe}
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
     "r": 16,
@@ -198,6 +248,16 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "target_modules": "all-linear",
     "mixer": "kaiming",
+}
+
+# Those that a kind has otherwise. A denoiser's are the method's paper's, on SDXL.
+ADAPTER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "image": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
+        "mixer": "orthogonal",
+    }
 }
 
 # What a section means when it is one plain value.
@@ -208,7 +268,10 @@ SHORTHANDS: dict[str, str] = {"task": "kind", "model": "name", "data": "train", 
 BELONGING: dict[str, tuple[str, ...]] = {
     "task": (),
     "model": ("revision",),
-    "data": ("heldout", "train_split", "heldout_split", "format"),
+    "data": (
+        *("heldout", "train_split", "heldout_split", "format"),
+        *("prompt", "token", "class_name", "class_images", "class_prompt"),
+    ),
     "output": (),
 }
 
@@ -508,9 +571,14 @@ def _override(raw: dict[str, Any], arguments: Sequence[str], here: Path, problem
 def _is_text(place: str) -> bool:
     """Whether a place of the recipe's own sections takes a text."""
     section, _, key = place.partition(".")
-    model = SECTIONS.get(section)
-    field = model.model_fields.get(key or SHORTHANDS.get(section, "")) if model else None
-    return field is not None and field.annotation in (str, Name, Name | None, str | None)
+    key = key or SHORTHANDS.get(section, "")
+    fields = [
+        sections[section].model_fields[key]
+        for sections in SECTIONS_OF.values()
+        if section in sections and key in sections[section].model_fields
+    ]
+    texts = (str, Name, Name | None, str | None)
+    return bool(fields) and all(field.annotation in texts for field in fields)
 
 
 # --- Checking -----------------------------------------------------------------------------------------------
@@ -523,22 +591,37 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "output": OutputSection,
     "scopes": ScopesSection,
 }
-# Sections that a kind has otherwise; the text task's stand above.
-VISION_SECTIONS: dict[str, type[BaseModel]] = {
-    **SECTIONS,
-    "task": VisionTaskSection,
-    "data": VisionDataSection,
+# Those of each kind.
+SECTIONS_OF: dict[str, dict[str, type[BaseModel]]] = {
+    "text": SECTIONS,
+    "vision": {**SECTIONS, "task": VisionTaskSection, "data": VisionDataSection},
+    "image": {
+        **SECTIONS,
+        "task": ImageTaskSection,
+        "data": ImageDataSection,
+        "scopes": ImageScopesSection,
+    },
 }
 
 PATHS: dict[str, tuple[str, ...]] = {
     "model": ("name",),
-    "data": ("train", "heldout", "images"),
+    "data": ("train", "heldout", "images", "class_images"),
+    "task": ("prompts_file",),
     "mix": ("adapters",),
 }
 
 UNFIT_FOR_VISION = {
     "packing": "rows with pictures are not packed",
     "padding_free": "rows with pictures are padded",
+}
+
+# What has no place in the files that image programs read; better said before training than after.
+UNFIT_FOR_IMAGES = {
+    "use_dora": "diffusers' files of DoRA are not written",
+    "bias": "diffusers' files hold factors alone",
+    "modules_to_save": "diffusers' files hold factors alone",
+    "target_parameters": "diffusers' files hold factors alone",
+    "trainable_token_indices": "diffusers' files hold factors alone",
 }
 
 MISSING: dict[str, str] = {
@@ -550,19 +633,21 @@ MISSING: dict[str, str] = {
 
 def _check(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe:
     """Check a recipe as a whole; ``problems`` are those found before."""
-    raw = {**raw, "adapter": _with_defaults(raw.get("adapter")), "trainer": raw.get("trainer", {})}
     task = raw.get("task")
     kind = task.get("kind", "text") if isinstance(task, dict) else "text"
+    defaults = ADAPTER_DEFAULTS | ADAPTER_DEFAULTS_OF.get(kind if isinstance(kind, str) else "", {})
+    raw = {**raw, "adapter": _with_defaults(raw.get("adapter"), defaults), "trainer": raw.get("trainer", {})}
     if not isinstance(kind, str) or kind not in RECIPES:
         near = _did_you_mean(str(kind), RECIPES)
-        problems.append(f"task.kind is {_shown(kind)}, but must be 'text' or 'vision'{near or '.'}")
+        kinds = " or ".join(map(repr, RECIPES))
+        problems.append(f"task.kind is {_shown(kind)}, but must be {kinds}{near or '.'}")
         raw["task"] = {**raw["task"], "kind": "text"}
         kind = "text"
     recipe = None
     try:
         recipe = RECIPES[kind].model_validate(raw)
     except ValidationError as error:
-        problems.extend(_explain(found, RECIPES[kind]) for found in error.errors())
+        problems.extend(_explain(found, kind) for found in error.errors())
     if kind == "vision":
         given = raw["trainer"] if isinstance(raw["trainer"], dict) else {}
         problems.extend(
@@ -572,21 +657,35 @@ def _check(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe:
             problems.append(
                 "adapter.target_modules cannot be set: set scopes.language, .vision and .projector."
             )
+    if kind == "image":
+        given = raw["adapter"] if isinstance(raw["adapter"], dict) else {}
+        problems.extend(
+            f"adapter.{key} cannot be set for task=image: {why}."
+            for key, why in UNFIT_FOR_IMAGES.items()
+            if given.get(key) not in (None, False, "none", [])
+        )
+        if raw.get("mix") is not None:
+            problems.append("mix cannot be set for task=image: adapters of pipelines are not mixed.")
     checked: dict[str, dict[str, Any]] = {}
-    for section, fields in (("adapter", _adapter_fields), ("trainer", _trainer_fields)):
+    for section, fields in (("adapter", _adapter_fields()), ("trainer", _trainer_fields(kind))):
         if isinstance(raw[section], dict) and raw[section]:
-            checked[section] = _check_fields(section, raw[section], fields(), problems)
+            checked[section] = _check_fields(section, raw[section], fields, problems)
     if not any(problem.startswith("adapter.") for problem in problems) and "adapter" in checked:
         problems.extend(_adapter_complaint(checked["adapter"]))
     if problems or recipe is None:
         raise RecipeError(problems)
     folder = str((here / _path(recipe.output.dir)).absolute())
     output = recipe.output.model_copy(update={"dir": folder})
-    return recipe.model_copy(update={**checked, "output": output})
+    changed: dict[str, Any] = {**checked, "output": output}
+    if isinstance(recipe, ImageRecipe) and recipe.data.class_images is not None:
+        # It may be made by the run, and is then found from anywhere.
+        place = str((here / _path(recipe.data.class_images)).absolute())
+        changed["data"] = recipe.data.model_copy(update={"class_images": place})
+    return recipe.model_copy(update=changed)
 
 
-def _with_defaults(adapter: Any) -> Any:
-    return {**ADAPTER_DEFAULTS, **(adapter or {})} if isinstance(adapter, dict | None) else adapter
+def _with_defaults(adapter: Any, defaults: Mapping[str, Any]) -> Any:
+    return {**defaults, **(adapter or {})} if isinstance(adapter, dict | None) else adapter
 
 
 def _adapter_fields() -> dict[str, Any]:
@@ -606,10 +705,19 @@ def _adapter_complaint(arguments: dict[str, Any]) -> list[str]:
     return []
 
 
-def _trainer_fields() -> dict[str, Any]:
+def _trainer_config(kind: str) -> Any:
+    """Return the class that holds a trainer's arguments."""
+    if kind == "image":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
     from trl import SFTConfig
 
-    return _fields(SFTConfig)
+    return SFTConfig
+
+
+def _trainer_fields(kind: str = "text") -> dict[str, Any]:
+    return _fields(_trainer_config(kind))
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -731,17 +839,16 @@ def _unknown(place: str, names: Iterable[str]) -> str:
     if hint:
         return f"{place} is unknown{hint}"
     if place.startswith("trainer."):
-        return f"{place} is unknown; the names are those of TRL's SFTConfig."
+        of = "TRL's SFTConfig" if "packing" in names else "transformers' TrainingArguments"
+        return f"{place} is unknown; the names are those of {of}."
     return f"{place} is unknown; choose one of {', '.join(sorted(names))}."
 
 
-def _explain(found: Any, recipe: type[Recipe]) -> str:
+def _explain(found: Any, kind: str) -> str:
     """Put one of pydantic's errors in words."""
     *outer, name = [str(part) for part in found["loc"]]
     place = ".".join([*outer, name])
-    model: type[BaseModel] = (
-        (VISION_SECTIONS if recipe is VisionRecipe else SECTIONS)[outer[0]] if outer else recipe
-    )
+    model: type[BaseModel] = SECTIONS_OF[kind][outer[0]] if outer else RECIPES[kind]
     value = found["input"]
     match found["type"]:
         case "extra_forbidden":
@@ -806,6 +913,17 @@ TRAINER_DEFAULTS: dict[str, TrainerDefault] = {
     "disable_tqdm": _default(True, "the run prints its own progress"),
 }
 
+# Those that a kind has otherwise: few pictures are seen often, and the paper's runs did not decay the rate.
+TRAINER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "image": {
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 1,
+        "max_steps": 500,
+    }
+}
+
 FEW_STEPS = 200  # below, every step is logged
 
 # transformers 5.23 renamed these; whichever is given, the one that this version has is set.
@@ -824,21 +942,25 @@ def resolve_trainer_arguments(recipe: Recipe, device: str, steps: int | None = N
         steps: How many optimiser steps the run will take, if known.
 
     Returns:
-        Arguments of ``SFTConfig``, all but ``output_dir``.
+        Arguments of the trainer's configuration, all but ``output_dir``.
     """
     given = dict(recipe.trainer)
     on_cpu = device.startswith("cpu") or bool(given.get("use_cpu"))
     arguments = {name: d.cpu if on_cpu else d.gpu for name, d in TRAINER_DEFAULTS.items()}
+    own = TRAINER_DEFAULTS_OF.get(recipe.task.kind, {})
+    # Who counts epochs wants no other number of steps.
+    arguments |= {n: v for n, v in own.items() if n != "max_steps" or "num_train_epochs" not in given}
     arguments |= {"seed": recipe.seed, "data_seed": recipe.seed}
     arguments["bf16"] = arguments["bf16"] and not given.get("fp16") and _has_bf16(device)
-    planned = steps if steps is not None else given.get("max_steps", -1)
+    planned = steps if steps is not None else given.get("max_steps", arguments.get("max_steps", -1))
     if 0 < planned <= FEW_STEPS:
         arguments["logging_steps"] = 1
     # Both to the new name, so that the user's replaces ours; then to the one that this version has.
     arguments |= {CHECKPOINTING.get(name, name): value for name, value in given.items()}
-    known = _trainer_fields()
+    known = _trainer_fields(recipe.task.kind)
     older = {new: old for old, new in CHECKPOINTING.items() if new not in known}
-    return {older.get(name, name): value for name, value in arguments.items()}
+    named = {older.get(name, name): value for name, value in arguments.items()}
+    return {name: value for name, value in named.items() if name in known}
 
 
 def _has_bf16(device: str) -> bool:
@@ -851,8 +973,8 @@ def _has_bf16(device: str) -> bool:
 
 def build_trainer_config(
     recipe: Recipe, device: str, output_dir: str | Path, steps: int | None = None, **changes: Any
-) -> SFTConfig:
-    """Make the trainer's configuration.
+) -> Any:
+    """Make the trainer's configuration: TRL's, or transformers' own for pictures.
 
     Args:
         recipe: A checked recipe.
@@ -865,12 +987,10 @@ def build_trainer_config(
         The configuration.
 
     Raises:
-        RecipeError: With SFTConfig's own complaint, for values that do not go together or not on this device.
+        RecipeError: With the configuration's own complaint, for values that do not go together or not on this device.
     """
-    from trl import SFTConfig
-
     arguments = resolve_trainer_arguments(recipe, device, steps) | changes
     try:
-        return SFTConfig(output_dir=str(output_dir), **arguments)
+        return _trainer_config(recipe.task.kind)(output_dir=str(output_dir), **arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"trainer: {' '.join(str(error).split())}") from error

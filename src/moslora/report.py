@@ -7,6 +7,7 @@ model's mistakes stand beside its successes.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -50,11 +51,21 @@ PROOFS = {
         "max_logit_difference",
         "A fresh process with stock PEFT gives the same logits: largest difference on held-out prompts",
     ),
+    "reload in diffusers": (
+        "max_logit_difference",
+        "A fresh process with diffusers gives the same outputs: largest difference on noised pictures",
+    ),
+    "kohya": (
+        "max_relative_error",
+        "The file for ComfyUI and A1111 keeps ΔW: largest relative error over all modules, in float64",
+    ),
 }
 
 FILES = {
     "lora": "plain LoRA, loads anywhere",
+    "kohya.safetensors": "the same for ComfyUI, A1111 and sd-scripts",
     "adapter": "native MoSLoRA, to continue training",
+    "pictures": "what base and tuned model made of the recipe's prompts",
     "checkpoints": "to resume from",
     "recipe.yaml": "the recipe with every default written out",
     "run.json": "this report's figures, for programs",
@@ -83,6 +94,9 @@ INKS = {
 INK, MUTED, LINE, TRAIN, HELD_OUT = INKS
 PLOT_POINTS = 600  # more than a screen shows; beyond that neighbours are averaged
 CLIP = 1500  # characters of one prompt or answer
+THUMBNAIL = 320  # pixels; the pictures themselves lie beside the report
+# What was measured, unless a run says otherwise.
+UNIT = "held-out examples"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -123,7 +137,9 @@ def write_report(run_dir: Path) -> Path:
         error=record.get("error"),
         run_path=str(run_dir),
         last_step=max((line.get("step", 0) for line in log), default=0),
-        verdict=_verdict(rows, count, len(predictions)),
+        verdict=_verdict(rows, count, len(predictions), metrics.get("unit") or UNIT),
+        unit=metrics.get("unit") or UNIT,
+        pictures=_pictures(run, _section(record, "pictures")),
         chance=_chance(predictions),
         count=count,
         answered=len(predictions),
@@ -205,13 +221,14 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
     if after is not None:
         held_out.append((last, after))
 
+    is_held_out = str(metrics.get("unit") or UNIT).startswith("held-out")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change a report
         matplotlib.rcParams.update(style)
         figure = Figure(figsize=(width, 4.2), layout="constrained")
         ratios = {"height_ratios": [4, 1]} if rates else {}
         axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
-        _draw_losses(axes[0], train, held_out)
+        _draw_losses(axes[0], train, held_out, "held-out" if is_held_out else "measured")
         if rates:
             axes[1].plot(*zip(*_thinned(rates), strict=True), color=MUTED, linewidth=1.2)
             axes[1].set_ylabel("learning\nrate")
@@ -226,7 +243,9 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
     return as_element(buffer.getvalue(), "Loss by training step")
 
 
-def _draw_losses(axes: Axes, train: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> None:
+def _draw_losses(
+    axes: Axes, train: list[tuple[int, float]], held_out: list[tuple[int, float]], label_of_dots: str
+) -> None:
     values = [value for _, value in train + held_out]
     # A loss that falls 30-fold is a flat line on a linear axis for most of its way.
     logarithmic = min(values) > 0 and max(values) / min(values) > 30
@@ -246,7 +265,7 @@ def _draw_losses(axes: Axes, train: list[tuple[int, float]], held_out: list[tupl
         # Two points far apart joined by a line would claim a course that nobody measured.
         joined = ":" if len(held_out) > 2 else "none"
         dots: dict[str, Any] = {"color": HELD_OUT, "linestyle": joined, "marker": "o", "markersize": 6}
-        axes.plot(steps, losses, label="held-out", clip_on=False, zorder=5, **dots)
+        axes.plot(steps, losses, label=label_of_dots, clip_on=False, zorder=5, **dots)
         for step, loss in {held_out[0], held_out[-1]}:
             right = step > steps[0]
             axes.annotate(
@@ -318,7 +337,11 @@ def _metric_rows(
     for key in {**before, **after}:
         metric = METRICS.get(key, Metric(key.replace("_", " ").capitalize()))
         values = {"before": _number(before.get(key)), "after": _number(after.get(key))}
-        row: dict[str, Any] = {"key": key, "label": metric.label, "form": metric.form, "change": None}
+        label = metric.label
+        unit = str(metrics.get("unit") or UNIT)
+        if key == "loss" and not unit.startswith("held-out"):
+            label = f"Loss on {unit}"
+        row: dict[str, Any] = {"key": key, "label": label, "form": metric.form, "change": None}
         for phase, value in values.items():
             given = _section(intervals, phase).get(key)
             interval = given if given else _counted_interval(value, phase, metric, predictions)
@@ -350,7 +373,43 @@ def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
     return [mark for line in predictions if isinstance(mark := line.get(key), bool)]
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], count: int, answered: int) -> str | None:
+def _pictures(run: RunDirectory, pictures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return pictures of base and tuned model side by side, small, as data URIs; None where one is missing."""
+    before, after = (pictures.get(stage) or [] for stage in ("before", "after"))
+    rows = []
+    for number, shown in enumerate(before):
+        tuned = after[number] if number < len(after) else {}
+        rows.append(
+            {
+                "prompt": shown.get("prompt"),
+                "seed": shown.get("seed"),
+                "base": _thumbnail(run, shown.get("file")),
+                "tuned": _thumbnail(run, tuned.get("file")),
+            }
+        )
+    return rows
+
+
+def _thumbnail(run: RunDirectory, file: str | None) -> str | None:
+    path = run.path / file if file else None
+    if path is None or not path.is_file():
+        return None
+    data, kind = path.read_bytes(), "png"
+    try:
+        from PIL import Image
+    except ImportError:
+        pass  # the whole picture then
+    else:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            buffer = io.BytesIO()
+            small.save(buffer, "WEBP", quality=85)
+        data, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], count: int, answered: int, unit: str = UNIT) -> str | None:
     """Say in one sentence what tuning did: the loss first, then the first share."""
     said = [row for row in rows if row["key"] == "loss"] + [row for row in rows if row["form"] == "share"][:1]
     parts: list[str] = []
@@ -365,7 +424,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]], count: int, answered: int) -> st
     if not parts:
         return None
     some = f", {answered} of which were answered" if 0 < answered < count else ""
-    where = f" on {count} held-out examples{some}" if count else ""
+    where = f" on {count} {unit}{some}" if count and unit.startswith("held-out") else ""
     worse = [row["label"].lower() for row in said if row.get("direction") == "worse"]
     also = f" Tuning made the {' and the '.join(worse)} worse." if worse else ""
     if all(row["after"] == "—" for row in rows):
@@ -421,7 +480,9 @@ def _changes(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _proof(name: str, proof: Any) -> dict[str, Any]:
-    field, label = PROOFS.get(name, (None, name.replace("_", " ").capitalize()))
+    by_diffusers = isinstance(proof, Mapping) and proof.get("reader") == "diffusers"
+    known = "reload in diffusers" if name == "reload" and by_diffusers else name
+    field, label = PROOFS.get(known, (None, name.replace("_", " ").capitalize()))
     entries = proof if isinstance(proof, Mapping) else {"value": proof}
     if field is None:
         field = next(
@@ -471,9 +532,9 @@ def _files(run: RunDirectory) -> list[dict[str, str]]:
         if path.exists():
             parts = [path] if path.is_file() else [part for part in path.rglob("*") if part.is_file()]
             shown = f"{name}/" if path.is_dir() else name
-            found.append(
-                {"name": shown, "purpose": purpose, "size": _size(sum(p.stat().st_size for p in parts))}
-            )
+            size = sum(p.stat().st_size for p in parts)
+            if size:
+                found.append({"name": shown, "purpose": purpose, "size": _size(size)})
     return found
 
 
@@ -481,6 +542,19 @@ def _snippet(run: RunDirectory, record: Mapping[str, Any]) -> str:
     """Return the lines that load the fold with stock PEFT."""
     base = _section(record, "base")
     path = base.get("path")
+    if base.get("reader") == "diffusers":
+        file = next(
+            (p.name for p in sorted(run.lora.glob("*.safetensors"))), "pytorch_lora_weights.safetensors"
+        )
+        kind = base.get("auto_class", "DiffusionPipeline")
+        return "\n".join(
+            [
+                f"from diffusers import {kind}",
+                "",
+                f"pipe = {kind}.from_pretrained({str(path or 'BASE MODEL')!r})",
+                f"pipe.load_lora_weights({str(run.lora)!r}, weight_name={file!r})",
+            ]
+        )
     config = run.lora / "adapter_config.json"
     if not path and config.is_file():
         path = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 from moslora.export import ProofError, export_adapter
 from moslora.formats.directory import staged
 from moslora.formats.native import keep_start, read_start
+from moslora.formats.pipeline import folders
 from moslora.mix import Mix, open_mix
 from moslora.models import default_device
 from moslora.recipe import Recipe, load_recipe, resolve_trainer_arguments
 from moslora.report import write_report
 from moslora.rundir import MetricsLog, RunDirectory, collect_hardware, collect_versions, write_whole
 from moslora.tasks import find_task
-from moslora.tasks.task import Answer, Evaluation, Task
+from moslora.tasks.task import Answer, Evaluation, Shown, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -281,6 +282,7 @@ def _stages(run: _Run, task: Task) -> None:
             "name": run.recipe.model.name,
             "path": str(task.base.path),
             "auto_class": task.auto_class,
+            "reader": task.reader,
         },
     )
     with run.stage("load", "loading the base model"):
@@ -289,12 +291,12 @@ def _stages(run: _Run, task: Task) -> None:
     trainer = _train(run, task, model)
     adapted = trainer.model
     with run.stage("save", "saving and folding the adapter"):
-        _save(run, adapted)
+        _save(run, task, adapted)
     after = _measure(run, task, adapted, "after", "tuned model")
     _write_answers(directory.predictions, before.answers, after.answers)
     with run.stage("prove", "proving the exported LoRA"):
         _prove_reload(run, task, adapted)
-    _show_result(run, before, after, display)
+    _show_result(run, task, before, after, display)
 
 
 def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
@@ -320,8 +322,9 @@ def _measured(run: _Run, stage: str) -> Evaluation | None:
     if not kept.exists():
         return None
     found = json.loads(kept.read_text(encoding="utf-8"))
-    answers = [Answer(**answer) for answer in found["answers"]]
-    return Evaluation(found["metrics"], found["examples"], found["intervals"], answers)
+    answers = [Answer(**answer) for answer in found.pop("answers")]
+    pictures = [Shown(**shown) for shown in found.pop("pictures", [])]
+    return Evaluation(**found, answers=answers, pictures=pictures)
 
 
 def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) -> Evaluation:
@@ -338,16 +341,35 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
             f"The held-out loss of the {label} is {loss}. "
             + ("Training diverged; lower trainer.learning_rate." if stage == "after" else "Check the base.")
         )
-    write_whole(kept, json.dumps(dataclasses.asdict(evaluation), ensure_ascii=False))
+    evaluation = dataclasses.replace(evaluation, pictures=_keep_pictures(run, stage, evaluation.pictures))
+    values = dataclasses.asdict(evaluation)
+    for shown in values["pictures"]:
+        del shown["data"]
+    write_whole(kept, json.dumps(values, ensure_ascii=False))
     run.directory.update(
+        **({"pictures": {stage: values["pictures"]}} if values["pictures"] else {}),
         metrics={
             stage: dict(evaluation.metrics),
             "intervals": {stage: {name: list(ends) for name, ends in evaluation.intervals.items()}},
             "examples": evaluation.examples,
+            "unit": evaluation.unit,
             "answers": len(evaluation.answers),
-        }
+        },
     )
     return evaluation
+
+
+def _keep_pictures(run: _Run, stage: str, pictures: Sequence[Shown]) -> list[Shown]:
+    """Write pictures into the run directory, each whole or not at all."""
+    kept = []
+    for number, shown in enumerate(pictures):
+        path = run.directory.path / "pictures" / f"{number:03d}-{stage}.png"
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(shown.data)
+        part.replace(path)
+        kept.append(Shown(shown.prompt, shown.seed, f"pictures/{path.name}"))
+    return kept
 
 
 def _train(run: _Run, task: Task, model: nn.Module) -> Any:
@@ -430,7 +452,7 @@ def _recorder(run: _Run, log: MetricsLog) -> TrainerCallback:
     return Recorder()
 
 
-def _save(run: _Run, adapted: Any) -> None:
+def _save(run: _Run, task: Task, adapted: Any) -> None:
     """Save the native adapter, then its fold with the proof on the written files."""
     import torch
 
@@ -442,41 +464,70 @@ def _save(run: _Run, adapted: Any) -> None:
             "trainer.learning_rate, or set trainer.max_grad_norm."
         )
     # A run that was stopped after this stage has trained nothing since; what it saved is written anew.
-    for folder in (directory.adapter, directory.lora):
-        shutil.rmtree(folder, ignore_errors=True)
+    for place in (directory.adapter, *_shipped(run, task)):
+        _remove(place)
     with staged(directory.adapter) as folder:
         adapted.save_pretrained(folder)
         if run.start.exists():
-            keep_start(folder, read_start(run.start))
+            _keep_start_beside(folder, read_start(run.start))
     if run.mix is not None:
         frozen = run.mix.prove(directory.adapter)
         directory.update(proofs={"frozen": {**dataclasses.asdict(frozen), "passed": True}})
-    proof = export_adapter(directory.adapter, directory.lora)
-    directory.update(proofs={"fold": {**dataclasses.asdict(proof), "passed": proof.passed}})
+    for (name, (_, format_)), place in zip(task.exports.items(), _shipped(run, task), strict=True):
+        place.parent.mkdir(exist_ok=True)
+        proof = export_adapter(directory.adapter, place, format_)
+        directory.update(proofs={name: {**dataclasses.asdict(proof), "passed": proof.passed}})
+
+
+def _keep_start_beside(folder: Path, mixers: dict[str, Any]) -> None:
+    """Keep what the mixers started as beside the adapter, or beside each part of a pipeline's."""
+    parts = folders(folder)
+    if not parts:
+        keep_start(folder, mixers)
+    for name, part in parts.items():
+        own = {path.removeprefix(f"{name}."): M for path, M in mixers.items() if path.startswith(f"{name}.")}
+        keep_start(part, own)
+
+
+def _shipped(run: _Run, task: Task) -> list[Path]:
+    """Return where the run's exports lie, the one that the proof loads first."""
+    return [run.directory.path / place for place, _ in task.exports.values()]
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
-    """Compare with stock PEFT in a fresh process; a fold that fails is not left lying about."""
-    from moslora.proofs import dtype_name, live_logits, prove_reload
+    """Compare with another's loader in a fresh process; a fold that fails is not left lying about."""
+    from moslora import proofs
 
     directory = run.directory
     inputs = task.probe()
     device = str(adapted.device)
-    run.display.say("Proving: loading the exported LoRA in a fresh process with stock PEFT only.")
-    live = live_logits(adapted, inputs, device)
+    reader = proofs.READERS[task.reader]
+    run.display.say(f"Proving: loading the exported LoRA in a fresh process with {reader.name} only.")
+    outputs = proofs.live_logits if task.reader == "peft" else proofs.live_outputs
+    live = outputs(task.live(adapted), inputs, device)
+    shipped = _shipped(run, task)
     try:
-        proof = prove_reload(
+        proof = proofs.prove_reload(
             live,
             inputs,
             task.base.path,
-            dtype_name(adapted),
+            proofs.dtype_name(adapted),
             device,
-            directory.lora,
+            shipped[0],
             run.display.warn,
             task.auto_class,
+            task.reader,
         )
     except ProofError:
-        shutil.rmtree(directory.lora, ignore_errors=True)
+        for place in shipped:
+            _remove(place)
         raise
     directory.update(proofs={"reload": {**dataclasses.asdict(proof), "passed": proof.passed}})
 
@@ -499,7 +550,9 @@ def _write_answers(path: Path, before: Sequence[Answer], after: Sequence[Answer]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _show_result(run: _Run, before: Evaluation, after: Evaluation, display: Display) -> None:
+def _show_result(run: _Run, task: Task, before: Evaluation, after: Evaluation, display: Display) -> None:
+    from moslora.proofs import READERS
+
     record = run.directory.read()
     columns = {"base": before, "tuned": after}
     if run.mix is not None:
@@ -514,14 +567,16 @@ def _show_result(run: _Run, before: Evaluation, after: Evaluation, display: Disp
             cells = ["{:.1%} to {:.1%}".format(*e.intervals[key]) for e in columns.values()]
             rows.append(["  95 % interval", *cells])
     display.say()
-    some = f", {len(after.answers)} of them answered" if len(after.answers) != after.examples else ""
-    display.table(f"{after.examples} held-out examples{some}", ["", *columns], rows)
-    _show_samples(_choose(before.answers, after.answers, run.recipe.task.samples), display)
+    some = f", {len(after.answers)} of them answered" if 0 < len(after.answers) < after.examples else ""
+    display.table(f"{after.examples} {after.unit}{some}", ["", *columns], rows)
+    if after.answers:
+        _show_samples(_choose(before.answers, after.answers, run.recipe.task.samples), display)
     fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
+    reader = READERS[reload["reader"]]
     display.say(
         f"Proven: fold, largest relative error of ΔW {fold['max_relative_error']:.1e} over {fold['modules']} "
-        f"modules; reload in stock PEFT, largest logit difference {reload['max_logit_difference']:.1e} "
-        f"(the adapter moves logits by up to {reload['adapter_effect']:.1f}).",
+        f"modules; reload in {reader.name}, largest {reader.what} difference {reload['max_logit_difference']:.1e} "
+        f"(the adapter moves {reader.what}s by up to {reload['adapter_effect']:.2g}).",
         style="green",
     )
     if "frozen" in record["proofs"]:
@@ -532,7 +587,9 @@ def _show_result(run: _Run, before: Evaluation, after: Evaluation, display: Disp
             style="green",
         )
     path = run.directory.path
-    display.say(f"Plain LoRA, loads anywhere:   {path / 'lora'}")
+    for place, format_ in task.exports.values():
+        what = {"kohya": "For ComfyUI and A1111:       "}.get(format_, "Plain LoRA, loads anywhere:  ")
+        display.say(f"{what} {path / place}")
     display.say(f"Native, to train further:     {path / 'adapter'}")
     display.say(f"Report, opens in a browser:   {path / 'report.html'}")
 

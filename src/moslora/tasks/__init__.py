@@ -14,6 +14,7 @@ __all__ = ["TASKS", "find_task"]
 TASKS: dict[str, str] = {
     "text": "moslora.tasks.text:TextTask",
     "vision": "moslora.tasks.vision:VisionTask",
+    "image": "moslora.tasks.image:ImageTask",
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moslora.models import ModelSource
     from moslora.recipe import Recipe
 
-__all__ = ["Answer", "Evaluation", "Task"]
+__all__ = ["Answer", "Evaluation", "Shown", "Task"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,31 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A picture that a model made, to be looked at.
+
+    Attributes:
+        prompt: What it was asked for.
+        seed: Of its noise.
+        file: Where it lies in the run directory; empty before it does.
+        data: The file's content; empty once it is there.
+    """
+
+    prompt: str
+    seed: int
+    file: str = ""
+    data: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What was measured on held-out data.
 
     Attributes:
         metrics: Numbers by name, ``loss`` among them; the same names before and after training.
         examples: How many examples the loss was measured on.
+        unit: What those are.
+        pictures: What the model made of the recipe's prompts, in their order.
         intervals: 95 % intervals of those that are shares, by the same names.
         answers: One per held-out example that was answered, in the order of the data.
     """
@@ -60,6 +79,8 @@ class Evaluation:
     examples: int
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     answers: Sequence[Answer] = field(default_factory=tuple)
+    unit: str = "held-out examples"
+    pictures: Sequence[Shown] = field(default_factory=tuple)
 
 
 class Task(ABC):
@@ -133,10 +154,21 @@ class Task(ABC):
 
     @abstractmethod
     def probe(self) -> list[Any]:
-        """Return held-out inputs for the proof: token ids ``(1, length)``, or all arguments by name, each."""
+        """Return inputs for the proof: token ids ``(1, length)``, or all arguments by name, each."""
 
-    # With which class of transformers anyone would load the base.
+    # With which class of transformers anyone would load the base; or of diffusers, as the reader has it.
     auto_class = "AutoModelForCausalLM"
+    # Who loads what is shipped, in the proof: a key of ``proofs.READERS``.
+    reader = "peft"
+
+    @property
+    def exports(self) -> Mapping[str, tuple[str, str]]:
+        """What is shipped: place in the run directory and format, by the proof's name; the reader loads the first."""
+        return {"fold": ("lora", "lora")}
+
+    def live(self, model: nn.Module) -> Any:
+        """Return what the proof runs: the trained model, or the pipeline around it."""
+        return model
 
     def adapter_config(self, model: nn.Module) -> PeftConfig:
         """Return the adapter's configuration on this base model."""
