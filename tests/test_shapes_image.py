@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tolerances import PIXELS_THROUGH_IDENTITY
+
 SHAPES_FOLDER = Path(__file__).parent.parent / "recipes" / "shapes"
 if str(SHAPES_FOLDER) not in sys.path:
     sys.path.insert(0, str(SHAPES_FOLDER))
@@ -98,6 +100,16 @@ def test_every_word_of_the_world_is_one_token_and_no_caption_is_cut() -> None:
     assert len(words(longest).input_ids) <= build_pipeline.TOKENS
 
 
+@torch.no_grad()
+def test_the_autoencoder_is_the_identity_on_pictures_and_on_the_extremes() -> None:
+    vae = build_pipeline.autoencoder()
+    pictures = captions.pixels([picture for picture, _ in captions.captioned(9, 8)])
+    for shown in (pictures, torch.ones_like(pictures), -torch.ones_like(pictures), pictures.sign()):
+        latents = vae.encode(shown).latent_dist
+        assert (latents.sample() - shown).abs().max() < PIXELS_THROUGH_IDENTITY
+        assert (vae.decode(latents.mode()).sample - shown).abs().max() < PIXELS_THROUGH_IDENTITY
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 def test_a_quick_build_leaves_a_whole_pipeline_that_diffusers_loads_and_is_not_overwritten(
     tmp_path: Path,
@@ -115,6 +127,27 @@ def test_a_quick_build_leaves_a_whole_pipeline_that_diffusers_loads_and_is_not_o
     assert drawn[0].size == (captions.EDGE, captions.EDGE)
     with pytest.raises(FileExistsError, match="remove it"):
         build_pipeline.build(folder, build_pipeline.QUICK, say=lambda _: None)
+
+
+def test_an_interrupted_build_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    amount = build_pipeline.Amount(steps=3, batch=2, pictures=8)
+    said: list[str] = []
+
+    def interrupt(line: str) -> None:
+        said.append(line)
+        if line.startswith("step 2 of 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_pipeline.build(tmp_path / "cut", amount, say=interrupt)
+    assert not (tmp_path / "cut").exists()
+    build_pipeline.build(tmp_path / "cut", amount, say=interrupt)
+    assert "going on after step 2" in said
+    build_pipeline.build(tmp_path / "straight", amount, say=lambda _: None)
+    files = sorted(p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
 
 
 def test_the_judges_labels_are_what_was_drawn_and_a_saved_judge_reads_the_same(tmp_path: Path) -> None:
