@@ -234,7 +234,7 @@ def rate_at(step: int, steps: int, highest: float) -> float:
 def optimise(
     modules: list[nn.Module], loss: Callable[[int], Tensor], steps: int, highest: float, keep: Keep, say: Any
 ) -> None:
-    """Take steps of Adam down a loss; every tenth of the way, and from there on when called again, ``keep`` is used.
+    """Take steps of Adam down a loss; goes on from what ``keep`` holds, which is renewed fifty times on the way.
 
     Args:
         modules: Whose parameters are trained.
@@ -261,8 +261,9 @@ def optimise(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         recent.append(found.item())
-        if step % max(1, steps // 10) == 0:
+        if step % max(1, steps // 50) == 0:
             keep.save(parameters, optimizer, step)
+        if step % max(1, steps // 10) == 0:
             say(f"step {step} of {steps}: loss {sum(recent) / len(recent):.4f}")
             recent.clear()
     for module in modules:
