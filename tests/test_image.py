@@ -137,6 +137,27 @@ def test_flux_is_trained_by_flow_matching_and_loads_into_a_fresh_pipeline(
     assert run.read()["proofs"]["reload"]["adapter_effect"] > 1e-4
 
 
+@pytest.mark.parametrize("base", ["sd", "sd3"])
+def test_the_other_families_learn_and_ship_what_they_learned(
+    base: str, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The fresh process costs seconds; here a fresh pipeline stands for it.
+    monkeypatch.setattr(moslora.train, "_prove_reload", lambda *_: None)
+    monkeypatch.setattr(moslora.train, "_show_result", lambda *_: None)
+    getattr(tiny_pipelines, base)().save_pretrained(tmp_path / base)
+    scopes = {"scopes.text_encoders": "adapter", "task.prompts": "[a cat]"}
+    run = train(arguments(tmp_path, tmp_path, base, data=world / "pictures", **scopes), quiet())
+    tuned, fresh, plain = (getattr(tiny_pipelines, base)() for _ in range(3))
+    parts = [path.name for path in run.adapter.iterdir()]
+    assert len(parts) == {"sd": 2, "sd3": 3}[base]
+    for name in parts:
+        PeftModel.from_pretrained(getattr(tuned, name), run.adapter / name)
+    fresh.load_lora_weights(run.lora, weight_name="pytorch_lora_weights.safetensors")
+    found, expected, before = (tiny_pipelines.latents(p) for p in (fresh, tuned, plain))
+    assert relative_error(found, expected) < MODEL
+    assert relative_error(before, expected) > 10 * MODEL
+
+
 def stopping_at(step: int, honest: Any) -> Any:
     def recorder(run: Any, log: Any) -> Any:
         found = honest(run, log)

@@ -59,6 +59,7 @@ VERSIONED_PACKAGES = (
     "trl",
     "accelerate",
     "datasets",
+    "diffusers",
     "tokenizers",
     "safetensors",
     "numpy",

@@ -517,7 +517,7 @@ def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
         proof = proofs.prove_reload(
             live,
             inputs,
-            task.base.path,
+            task.place,
             proofs.dtype_name(adapted),
             device,
             shipped[0],

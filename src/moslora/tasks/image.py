@@ -7,6 +7,7 @@ words where their encoders are frozen, are encoded once; what a step sees of the
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -97,6 +98,9 @@ class ImageTask(Task):
 
     def read(self) -> None:
         """Find the base, and read all pictures and their words."""
+        for package in ("diffusers", "PIL"):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"task=image needs {package}. Run: pip install 'moslora[image]'")
         recipe: Any = self.recipe
         data, task = recipe.data, recipe.task
         self.source = find_pipeline(recipe.model.name, recipe.model.revision)
@@ -343,6 +347,11 @@ class ImageTask(Task):
         return self.source
 
     @property
+    def place(self) -> str:
+        """The pipeline's folder, of a hub id too: its revision is this one."""
+        return str(self.folder)
+
+    @property
     def device(self) -> str:
         """Where the run takes place."""
         return default_device()
@@ -570,6 +579,9 @@ class ImageTask(Task):
             config.base_model_name_or_path = self.source.path
             config.revision = self.source.revision
         config = build_trainer_config(self.recipe, self.device, output_dir, remove_unused_columns=False)
+        if config.n_gpu > 1:
+            config._n_gpu = 1
+            self.display.say("Training on one GPU; accelerate launch starts a process for each.")
         pictures = len(self.train_folder.pictures)
         at_once = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
         if config.max_steps <= 0:

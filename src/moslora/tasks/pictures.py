@@ -26,6 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("text", "caption", "prompt")
 SHOWN = 5  # faults spelt out; the rest are counted
+NARROWEST = 16  # sides' ratio; a square of more would be a blur, and the resized strip would fill the memory
 PLACE = re.compile(r"\{(0|1|token|class_name)?\}")
 
 
@@ -150,6 +151,10 @@ def read_folder(
     for path in files[:limit]:
         try:
             image = open_image(path, max_pixels)
+            if max(image.size) > NARROWEST * min(image.size):
+                raise ValueError(
+                    f"{path} has {image.width} × {image.height} pixels, too narrow to cut a square from"
+                )
         except ValueError as problem:
             bad.append(str(problem))
             continue
@@ -179,7 +184,11 @@ def _captions(folder: Path, files: Sequence[Path]) -> tuple[dict[str, str], list
     for path in files:
         beside = path.with_suffix(".txt")
         if beside.is_file():
-            text = beside.read_text(encoding="utf-8", errors="replace").strip()
+            try:
+                text = beside.read_text(encoding="utf-8-sig").strip()
+            except UnicodeDecodeError:
+                faults.append(f"{beside.name} is no UTF-8 text")
+                continue
             if text:
                 captions[path.name] = " ".join(text.split())
             else:
@@ -188,7 +197,11 @@ def _captions(folder: Path, files: Sequence[Path]) -> tuple[dict[str, str], list
     if not listed.is_file():
         return captions, faults
     names = {path.name for path in files}
-    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = listed.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        return captions, [*faults, f"{METADATA} is no UTF-8 text"]
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -162,6 +162,11 @@ class Task(ABC):
     reader = "peft"
 
     @property
+    def place(self) -> str:
+        """Where a fresh process finds the base."""
+        return self.base.path
+
+    @property
     def exports(self) -> Mapping[str, tuple[str, str]]:
         """What is shipped: place in the run directory and format, by the proof's name; the reader loads the first."""
         return {"fold": ("lora", "lora")}
