@@ -42,7 +42,8 @@ METHODS = {
 TUNING_SEED = 100
 STEPS, BATCH, RANK = 200, 4, 4
 INFERENCE_STEPS, GUIDANCE = 15, 4.0
-NOISE = {"reported": 5000, "tuning": 7000}
+NOISE = {"reported": 5000, "tuning": 7000, "captions": 9000}
+HELDOUT_SEED, HELDOUT = 2_000_003, 64  # captions that show how well the base draws at all
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,28 @@ def score(wanted: Asked, seen: judging.Reading) -> dict[str, float]:
     }
 
 
+def drawn(pipeline: Any, prompts: list[str], noise: int) -> list[Any]:
+    """Draw prompts, the n-th from the noise of seed ``noise + n``."""
+    import torch
+
+    pictures: list[Any] = pipeline(
+        prompts,
+        num_inference_steps=INFERENCE_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=[torch.Generator().manual_seed(noise + n) for n in range(len(prompts))],
+    ).images
+    return pictures
+
+
+def heldout() -> list[tuple[Any, captions.Scene]]:
+    """Return scenes with captions, from a seed that the pipeline was not trained on."""
+    return captions.captioned(HELDOUT_SEED, HELDOUT)
+
+
 def measure(
     pipeline: Any, judge: Any, adapter: Path | None, noise: str, keep: Path
 ) -> dict[str, list[float]]:
     """Draw every prompt once, from noise that is every method's, and read the pictures; keeps both in ``keep``."""
-    import torch
     from PIL import Image
 
     kept = keep / f"measured-{noise}.json"
@@ -119,23 +137,18 @@ def measure(
     if adapter is not None:
         pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
     try:
-        drawn: list[Image.Image] = pipeline(
-            [one.prompt for one in wanted],
-            num_inference_steps=INFERENCE_STEPS,
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(NOISE[noise] + n) for n in range(len(wanted))],
-        ).images
+        pictures = drawn(pipeline, [one.prompt for one in wanted], NOISE[noise])
     finally:
         if adapter is not None:
             pipeline.unload_lora_weights()
     scores: dict[str, list[float]] = {}
-    for one, seen in zip(wanted, judging.read(judge, drawn), strict=True):
+    for one, seen in zip(wanted, judging.read(judge, pictures), strict=True):
         for name, value in score(one, seen).items():
             scores.setdefault(name, []).append(value)
     keep.mkdir(parents=True, exist_ok=True)
     edge = captions.EDGE + 2
-    sheet = Image.new("RGB", (8 * edge, -(-len(drawn) // 8) * edge), (90, 90, 90))
-    for n, picture in enumerate(drawn):
+    sheet = Image.new("RGB", (8 * edge, -(-len(pictures) // 8) * edge), (90, 90, 90))
+    for n, picture in enumerate(pictures):
         sheet.paste(picture, (n % 8 * edge, n // 8 * edge))
     sheet.resize((sheet.width * 4, sheet.height * 4), Image.Resampling.NEAREST).save(
         keep / f"pictures-{noise}.png"
@@ -226,9 +239,16 @@ def compared(
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     world = build_world(folder, quick)
+    # What was kept is of use to the same pipeline, judge and number of steps alone.
+    folder = folder / f"{sha256(world['pipeline'])[:8]}-{sha256(world['judge'])[:8]}-{steps}"
     judge = judging.load(world["judge"])
     pipeline = DiffusionPipeline.from_pretrained(world["pipeline"])
     pipeline.set_progress_bar_config(disable=True)
+
+    pictures = drawn(pipeline, [shown.caption for _, shown in heldout()], NOISE["captions"])
+    readings = judging.read(judge, pictures)
+    followed = [judging.follows(s, r) for (_, s), r in zip(heldout(), readings, strict=True)]
+    print(f"the base draws {sum(followed)} of {len(followed)} held-out captions as they say", flush=True)
 
     def cell(method: str, rate: str, seed: int, noise: str) -> dict[str, list[float]]:
         name = f"{method}-{rate}-{seed}"
@@ -288,7 +308,8 @@ def compared(
         },
         "judge": json.loads((world["judge"] / "judge.json").read_text())["accuracy"],
         "judge_sha256": sha256(world["judge"]),
-        "base": means(base),
+        "base": {**means(base), "heldout_captions_followed": statistics.fmean(followed), "heldout": HELDOUT},
+        "diffusers": diffusers.__version__,
         "tuning": tuning,
         "results": table,
         "differences": differences,

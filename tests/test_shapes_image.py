@@ -187,3 +187,21 @@ def test_a_reading_says_where_the_subject_is() -> None:
     reading = judge.Reading({"top left": ("star", "other")}, {"top left": 0.9}, "pink")
     assert reading.shows_subject() and reading.shows_subject("top left")
     assert not reading.shows_subject("top right")
+
+
+def test_a_caption_is_followed_where_all_that_it_says_is_seen_and_nothing_more() -> None:
+    for _, shown in captions.captioned(6, 60):
+        things = {t.place: (t.shape, t.colour) for t in shown.things}
+        seen_ = judge.Reading(things, dict.fromkeys(things, 0.0), shown.ground)
+        assert judge.follows(shown, seen_)
+        bare = next(p for p in captions.PLACES if p not in things)
+        more = {**things, bare: ("circle", "other")}
+        assert not judge.follows(shown, judge.Reading(more, {}, shown.ground))
+        assert not judge.follows(shown, judge.Reading({}, {}, shown.ground))
+        other = next(g for g in captions.GROUNDS if g != shown.ground)
+        assert judge.follows(shown, judge.Reading(things, {}, other)) == ("background" not in shown.caption)
+        first, *rest = things.items()
+        moved = {bare: first[1], **dict(rest)}
+        assert judge.follows(shown, judge.Reading(moved, {}, shown.ground)) == (
+            " at the " not in shown.caption
+        )

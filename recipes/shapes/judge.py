@@ -34,6 +34,7 @@ from captions import (
     RADII,
     SHAPES,
     SUBJECT_PAINT,
+    Scene,
     draw,
     pixels,
     random_paint,
@@ -205,6 +206,16 @@ def read(judge: Judge, pictures: Sequence[Image.Image]) -> list[Reading]:
                 )
             )
     return readings
+
+
+def follows(shown: Scene, seen: Reading) -> bool:
+    """Tell whether a picture shows what a scene's caption says: all of it, and no further things."""
+    wanted = sorted((thing.shape, thing.colour) for thing in shown.things)
+    if sorted(seen.things.values()) != wanted:
+        return False
+    placed = all(seen.things.get(t.place) == (t.shape, t.colour) for t in shown.things)
+    said_place, said_ground = " at the " in shown.caption, shown.caption.endswith("background")
+    return (placed or not said_place) and (seen.ground == shown.ground or not said_ground)
 
 
 @torch.no_grad()
