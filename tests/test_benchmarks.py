@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,34 @@ def test_a_result_that_changes_changes_its_row_and_one_that_is_gone_has_none(tmp
 def test_a_page_without_its_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="found 0 pairs of <!-- table step"):
         table.fill("nothing", {"step": table.steps}, table.RESULTS)
+
+
+def test_pictures_of_a_subject_are_scored_by_what_their_prompts_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    subject: Any = importlib.import_module("subject")
+    prompts = subject.asked()
+    assert len({one.prompt for one in prompts}) == len(prompts) == 32
+    for one in prompts:
+        things, ground = {}, one.ground or "white"
+        if one.other:
+            things[one.other[0]] = one.other[1:]
+            assert " ".join((one.other[2], one.other[1], "at the", one.other[0])) in one.prompt
+        if one.place is None:
+            assert "ikat" not in one.prompt
+            right = subject.judging.Reading(things, dict.fromkeys(things, 0.1), ground)
+            invaded = subject.judging.Reading(things, dict.fromkeys(things, 0.9), ground)
+            assert subject.score(one, right) == {"kept": 1}
+            assert subject.score(one, invaded) == subject.score(one, replace(right, things={})) == {"kept": 0}
+            continue
+        assert f"ikat star at the {one.place}" in one.prompt
+        chances = {**dict.fromkeys(things, 0.1), one.place: 0.9}
+        right = subject.judging.Reading({**things, one.place: ("star", "other")}, chances, ground)
+        assert subject.score(one, right) == {"subject": 1, "followed": 1, "both": 1}
+        plain = replace(right, subject=dict.fromkeys(chances, 0.1))
+        assert subject.score(one, plain) == {"subject": 0, "followed": 1, "both": 0}
+        other_ground = replace(right, ground=next(g for g in subject.GROUNDS if g != ground))
+        kept = float(one.ground is None)
+        assert subject.score(one, other_ground) == {"subject": 1, "followed": kept, "both": kept}
+        elsewhere = next(p for p in subject.PLACES if p not in right.things)
+        moved = replace(right, things={**things, elsewhere: ("star", "other")}, subject={elsewhere: 0.9})
+        assert subject.score(one, moved) == {"subject": 1, "followed": 0, "both": 0}

@@ -9,8 +9,10 @@ in a question's words tells its answer. The same seed gives the same bytes.
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,10 @@ COUNTS = ("one", "two", "three", "four")
 KINDS = ("count", "colour", "shape", "position")
 COUNT_OF = {"train": 1600, "heldout": 80}
 SEEDS = {"train": 0, "heldout": 1_000_003}
+
+
+# From where a thing begins, in pixels, to a picture of which the thing's own part is seen.
+Paint = Callable[[int, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -68,27 +74,60 @@ def scene(random_: random.Random, kind: str, answer: str) -> tuple[list[Thing], 
     return things, question
 
 
-def draw(random_: random.Random, things: list[Thing]) -> Image.Image:
-    """Draw things, each somewhere in its quarter and of its own size, on a light background."""
-    picture = Image.new("RGB", (SIZE, SIZE), tuple(random_.randint(215, 255) for _ in range(3)))
+def shaded(random_: random.Random, colour: tuple[int, int, int], by: int = 18) -> tuple[int, ...]:
+    """Return a colour near another."""
+    return tuple(min(255, max(0, c + random_.randint(-by, by))) for c in colour)
+
+
+def star(x: float, y: float, radius: float) -> Iterator[tuple[float, float]]:
+    """Yield the ten corners of a star with five points, one of them up."""
+    for corner in range(10):
+        angle, far = math.pi * corner / 5, radius * (1.04 if corner % 2 == 0 else 0.46)
+        yield x + far * math.sin(angle), y + radius * 0.1 - far * math.cos(angle)
+
+
+def draw(
+    random_: random.Random,
+    things: Sequence[Thing],
+    ground: tuple[int, int, int] | None = None,
+    paints: Sequence[Paint] | None = None,
+    radii: tuple[int, int] = (7, 10),
+) -> Image.Image:
+    """Draw things, each somewhere in its quarter and of its own size.
+
+    Args:
+        random_: Decides places, sizes and shades.
+        things: What to draw.
+        ground: The background's colour; a light one without it.
+        paints: Each thing's filling; without it a shade of the thing's colour.
+        radii: The smallest and the largest radius, in pixels.
+    """
+    light = ground or tuple(random_.randint(215, 255) for _ in range(3))
+    picture = Image.new("RGB", (SIZE, SIZE), light)
     pen = ImageDraw.Draw(picture)
-    for thing in things:
-        radius = random_.randint(7, 10)
+    for index, thing in enumerate(things):
+        radius = random_.randint(*radii)
         half = SIZE // 2
         x0 = half * ("right" in thing.place) + random_.randint(0, half - 2 * radius - 1)
         y0 = half * ("bottom" in thing.place) + random_.randint(0, half - 2 * radius - 1)
         x1, y1 = x0 + 2 * radius, y0 + 2 * radius
         x, y, arm = (x0 + x1) / 2, (y0 + y1) / 2, radius / 2.5
-        colour = tuple(min(255, max(0, c + random_.randint(-18, 18))) for c in COLOURS[thing.colour])
+        shade = None if paints else shaded(random_, COLOURS[thing.colour])
+        where = Image.new("1", picture.size) if paints else None  # a mask, which the paint shows through
+        on, fill = (ImageDraw.Draw(where), 1) if where else (pen, shade)
         if thing.shape == "circle":
-            pen.ellipse((x0, y0, x1, y1), fill=colour)
+            on.ellipse((x0, y0, x1, y1), fill=fill)
         elif thing.shape == "square":
-            pen.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), fill=colour)
+            on.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), fill=fill)
         elif thing.shape == "triangle":
-            pen.polygon(((x, y0), (x1, y1), (x0, y1)), fill=colour)
+            on.polygon(((x, y0), (x1, y1), (x0, y1)), fill=fill)
+        elif thing.shape == "star":
+            on.polygon(tuple(star(x, y, radius)), fill=fill)
         else:
-            pen.rectangle((x0, y - arm, x1, y + arm), fill=colour)
-            pen.rectangle((x - arm, y0, x + arm, y1), fill=colour)
+            on.rectangle((x0, y - arm, x1, y + arm), fill=fill)
+            on.rectangle((x - arm, y0, x + arm, y1), fill=fill)
+        if paints:
+            picture.paste(paints[index](x0, y0), mask=where)
     return picture
 
 
