@@ -70,6 +70,34 @@ def test_the_scale_is_measured_along_every_axis_and_drawn(tmp_path: Path) -> Non
     assert "a training step from rank 4 to 8" in table.measured(tmp_path)
 
 
+def test_trainings_over_one_base_are_timed_beside_one_alone(tmp_path: Path) -> None:
+    base, data = tiny.save_chat_model(tmp_path / "base"), tiny.save_chat_data(tmp_path / "data.jsonl")
+    out = tmp_path / "result.json"
+    flags = [
+        "--cells",
+        "1,2",
+        "--rounds",
+        "2",
+        "--rank",
+        "2",
+        "--rows",
+        "2",
+        "--model",
+        str(base),
+        "--data",
+        str(data),
+    ]
+    command = [sys.executable, str(BENCHMARKS / "together.py"), *flags, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert (
+        result["contenders"].keys() == {"alone", "1", "2"}
+        and result["contenders"]["alone"]["over_floor"] == 1
+    )
+    assert {"device_name", "versions", "hardware", "seed"} <= result.keys()
+
+
 def test_a_job_has_the_losses_of_trl_with_peft_lora_when_the_adapter_is_the_same(tmp_path: Path) -> None:
     base, data = tiny.save_chat_model(tmp_path / "base"), tiny.save_chat_data(tmp_path / "data.jsonl")
     out = tmp_path / "result.json"
