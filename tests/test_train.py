@@ -486,3 +486,21 @@ def test_a_four_bit_base_trains_in_float32_and_the_lora_is_proven_on_it(world: P
     run = train(arguments(world, tmp_path, model=tmp_path / "base", **{"model.quantization": "nf4"}), quiet())
     assert run.read()["proofs"]["reload"]["passed"]
     assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
+
+
+def test_a_run_stopped_after_its_last_step_is_resumed_without_another(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"trainer.max_steps": 4, "trainer.lr_scheduler_type": "constant", "task.generate_examples": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            moslora.train, "_prove_reload", lambda *_: (_ for _ in ()).throw(Stopped(signal.SIGINT))
+        )
+        with pytest.raises(Stopped):
+            train(arguments(world, tmp_path, **changes), quiet())
+    run = RunDirectory.open(tmp_path / "run")
+    before = weights(run)
+    resumed = resume(run.path, quiet())
+    assert resumed.read()["status"] == "completed"
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in before.items())
+    assert max(json.loads(line)["step"] for line in run.metrics.read_text().splitlines()) == 4

@@ -434,7 +434,11 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
                 f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {what}, r {config.r}, "
                 f"learning rate {trainer.args.learning_rate:g}."
             )
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            if checkpoint and 0 < trainer.args.max_steps <= checkpoint.step:
+                # The trainer would take one more step before it looks whether enough were taken.
+                trainer._load_from_checkpoint(str(checkpoint.path))
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         run.stop.check()
     return trainer
 
