@@ -144,9 +144,10 @@ def plot(result: dict[str, Any], out: Path) -> None:
             key = "median_seconds" if name in (FLOOR, MIXER) else "seconds_beyond_floor"
             ys = [1e3 * point["contenders"][name][key] for point in points]
             shown = [(x, y) for x, y in zip(xs, ys, strict=True) if y > 0]
-            panel.plot(
-                *zip(*shown, strict=True), style, color=colour, marker="o", markersize=3.5, label=label
-            )
+            if shown:  # a difference of two timings may be below nothing
+                panel.plot(
+                    *zip(*shown, strict=True), style, color=colour, marker="o", markersize=3.5, label=label
+                )
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis])
         panel.set_xticks(xs, [str(x) for x in xs])
         panel.minorticks_off()
