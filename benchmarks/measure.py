@@ -27,8 +27,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """Time one call: with events on a GPU, with the clock elsewhere."""
+def seconds(work: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time one call: with events on a GPU, with ``clock`` elsewhere."""
     if device.startswith("cuda"):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -37,9 +37,9 @@ def seconds(work: Callable[[], object], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
-    started = time.perf_counter()
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def interleave(
@@ -47,13 +47,14 @@ def interleave(
     rounds: int,
     device: str,
     say: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time all contenders round by round, each round in a random order; the first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = random.Random(SEED)
     for index in range(rounds + 1):
         for name in order.sample(sorted(contenders), len(contenders)):
-            spent = seconds(contenders[name], device)
+            spent = seconds(contenders[name], device, clock)
             if index:
                 times[name].append(spent)
         say(f"round {index}/{rounds}")

@@ -156,7 +156,8 @@ def scale_rows(found: dict[str, Any]) -> Rows:
     centre = found["centre"]
     how = (
         f"`benchmarks/scale.py`: a random Llama of {centre['depth']} × {centre['width']}, {centre['tokens']} tokens, "
-        f"medians of {found['rounds']} rounds, {machine(found)}"
+        f"medians of {found['rounds']} rounds, "
+        f"{'processor time of one thread, ' if found['device'] == 'cpu' else ''}{machine(found)}"
     )
     return [(f"a training step from rank {first['rank']} to {last['rank']}", figure, how)]
 
