@@ -358,4 +358,9 @@ if __name__ == "__main__":
     asked.add_argument("--seed", type=int, default=0)
     asked.add_argument("--quick", action="store_true", help="a few steps of each, for trying it out")
     given = asked.parse_args()
-    build(given.folder, QUICK if given.quick else Amount(), given.seed)
+    try:
+        build(given.folder, QUICK if given.quick else Amount(), given.seed)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the same command goes on from what was learned.")
+    except FileExistsError as error:
+        sys.exit(str(error))
