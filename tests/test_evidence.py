@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 from moslora.commonsense import read_questions, write_answer_texts
 
@@ -59,3 +63,13 @@ def test_the_right_answers_text_is_the_completion_and_a_label_never_is(tmp_path:
         "prompt": "Question: What is wet?\nAnswer:",
         "completion": " rain",
     }
+
+
+def test_readmes_evidence_is_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    evidence = load(ROOT / "benchmarks" / "evidence.py")
+    copy = tmp_path / "README.md"
+    shutil.copyfile(ROOT / "README.md", copy)
+    evidence.write_table(copy)
+    assert copy.read_bytes() == (ROOT / "README.md").read_bytes()
+    assert "frozen-mixer" in copy.read_text()
