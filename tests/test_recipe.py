@@ -365,7 +365,7 @@ def test_numbers_are_finite() -> None:
 
 def test_the_reference_names_every_key() -> None:
     reference = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
-    sections = [*recipes.SECTIONS.values(), *recipes.VISION_SECTIONS.values()]
+    sections = [section for kind in recipes.SECTIONS_OF.values() for section in kind.values()]
     keys = {key for section in sections for key in section.model_fields} - {"dir", "name"}
     missing = sorted(key for key in (keys | TRAINER_DEFAULTS.keys()) if f"`{key}`" not in reference)
     assert not missing
