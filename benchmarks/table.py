@@ -76,6 +76,19 @@ def job_rows(found: dict[str, Any]) -> Rows:
     return [(what, figure, how)]
 
 
+def together_rows(found: dict[str, Any]) -> Rows:
+    """Trainings over one frozen base, at once."""
+    several = {name: one["over_floor"] for name, one in found["contenders"].items() if name != "alone"}
+    counts = ", ".join(f"{name}: {ratio:.2f}" for name, ratio in several.items())
+    shape = found["shape"]
+    how = (
+        f"`benchmarks/together.py`: {found['model']}, {shape['rows']} rows of {shape['tokens']} tokens in all, r "
+        f"{shape['rank']}, {found['dtype'].removeprefix('torch.')}, medians of {found['rounds']} interleaved rounds, "
+        f"{machine(found)}"
+    )
+    return [("K trainings over one frozen base: time of each, over one alone", f"K = {counts}", how)]
+
+
 def spread(values: Sequence[float]) -> str:
     """Write the range of some ratios."""
     return f"{min(values):.2f} to {max(values):.2f}"
@@ -168,6 +181,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "job-*.json": job_rows,
     "layer-*.json": layer_rows,
     "scale-*.json": scale_rows,
+    "together-*.json": together_rows,
     "merge.json": merge_rows,
     "mix.json": mix_rows,
 }
