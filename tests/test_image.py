@@ -418,6 +418,12 @@ def test_the_published_recipe_says_what_was_published_and_can_be_tried_dry(
     assert "Nothing was trained" in shown and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("key", ["quantization=nf4", "attn_implementation=sdpa", "trust_remote_code=true"])
+def test_what_only_language_models_have_is_refused_and_not_ignored(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"model.{key.partition('=')[0]}"):
+        load_recipe(["task=image", "model=org/x", "data=pics", f"model.{key}"])
+
+
 def test_epochs_count_pictures_and_a_kind_has_its_own_defaults() -> None:
     recipe = load_recipe(["task=image", "model=org/x", "data=pics"])
     arguments = resolve_trainer_arguments(recipe, "cpu")

@@ -152,6 +152,13 @@ def test_sharing_takes_from_each_gpu_what_it_shares_and_no_activations(tmp_path:
     assert one.optimiser == 8 * found.trained and one.gradients == 4 * found.trained
 
 
+def test_a_recipe_that_quantises_its_base_is_counted_so(tmp_path: Path) -> None:
+    folder = save_shape(tmp_path / "base")
+    by_option = plan([f"model={folder}"], length=16, quantize="nf4")
+    by_recipe = plan([f"model={folder}", "model.quantization=nf4"], length=16)
+    assert by_recipe == by_option and by_recipe.base == "nf4"
+
+
 def test_a_base_of_4_bits_takes_what_bitsandbytes_stores(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     folder = save_shape(tmp_path / "base")

@@ -42,7 +42,6 @@ __all__ = [
     "materialise",
     "quantization_options",
     "quiet_transformers",
-    "resolve_config",
     "resolve_model",
 ]
 
@@ -140,27 +139,6 @@ def resolve_model(name: str, revision: str | None = None, weights: bool = True) 
             f"model.revision={revision!r} says nothing about {name}: only hub ids have revisions."
         )
     return source
-
-
-def resolve_config(name: str, revision: str | None = None) -> ModelSource:
-    """Find a model of which only the configuration is wanted: as ``resolve_model``, but a folder needs no weights.
-
-    Args:
-        name: As for ``resolve_model``.
-        revision: Branch, tag or commit of a hub id.
-
-    Returns:
-        The model's place, for ``load_config``.
-
-    Raises:
-        ModelError: If there is no such thing, or it is no model.
-    """
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - as in resolve_model
-    if name and name not in PACKAGED and os.path.isfile(path / "config.json"):  # noqa: PTH113
-        if not isinstance(read_json(path / "config.json").get("model_type"), str):
-            raise ModelError(f"{path}/config.json does not say a model_type, so it is no language model's.")
-        return ModelSource(name, "folder", str(path.absolute()))
-    return resolve_model(name, revision)
 
 
 def _packaged(name: str) -> ModelSource:
@@ -636,7 +614,7 @@ def load_config(source: ModelSource, trust_remote_code: bool = False) -> Pretrai
     """Load a model's configuration, and no weights.
 
     Args:
-        source: From ``resolve_config`` or ``resolve_model``.
+        source: From ``resolve_model``, of a folder without weights too.
         trust_remote_code: Whether code that comes with the model may run.
 
     Returns:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moslora.models import load_config, quiet_transformers, resolve_config
+from moslora.models import load_config, quiet_transformers, resolve_model
 from moslora.recipe import load_recipe, resolve_trainer_arguments
 
 if TYPE_CHECKING:
@@ -154,8 +154,8 @@ def plan(
         arguments: As ``load_recipe`` takes them; data may be left out.
         length: Tokens of each row; the recipe's ``trainer.max_length`` if None.
         scored: Positions of each row that are trained on; all if None.
-        quantize: ``"nf4"``, to count the base in bitsandbytes' 4 bits, scales in two levels; None takes the dtype of
-            the recipe, or what the model's own configuration says.
+        quantize: ``"nf4"``, to count the base in bitsandbytes' 4 bits, scales in two levels; None takes what
+            the recipe says, or what the model's own configuration says.
         say: Receives a line when something that takes long begins.
 
     Returns:
@@ -277,10 +277,12 @@ def build(recipe: Recipe, quantize: str | None = None) -> tuple[nn.Module, str]:
 
     from moslora import MoSLoRAConfig
 
-    source = resolve_config(recipe.model.name, recipe.model.revision)
+    source = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
     config = load_config(source, recipe.model.trust_remote_code)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if quantize is None and recipe.model.quantization != "none":
+        quantize = recipe.model.quantization
     if quantize not in (None, "nf4"):
         raise PlanError(f"--quantize {quantize} is not counted; nf4 is, which is bitsandbytes' 4 bits.")
     if stored and not stored.get("load_in_4bit") and source.gguf_file is None:

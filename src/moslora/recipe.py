@@ -134,6 +134,14 @@ class ScopesSection(_Section):
     projector_alpha: float | None = Field(default=None, gt=0)
 
 
+class ImageModelSection(_Section):
+    """The base pipeline: a diffusers folder or a hub id."""
+
+    name: Name
+    revision: Name | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
 class ImageTaskSection(_Section):
     """How a denoiser is trained on pictures, and what is shown of it."""
 
@@ -236,6 +244,7 @@ class ImageRecipe(Recipe):
     """A recipe of ``task: image``."""
 
     task: ImageTaskSection = ImageTaskSection()  # type: ignore[assignment]
+    model: ImageModelSection  # type: ignore[assignment]
     data: ImageDataSection  # type: ignore[assignment]
     scopes: ImageScopesSection = ImageScopesSection()
 
@@ -599,6 +608,7 @@ SECTIONS_OF: dict[str, dict[str, type[BaseModel]]] = {
     "image": {
         **SECTIONS,
         "task": ImageTaskSection,
+        "model": ImageModelSection,
         "data": ImageDataSection,
         "scopes": ImageScopesSection,
     },
