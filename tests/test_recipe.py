@@ -369,3 +369,13 @@ def test_the_reference_names_every_key() -> None:
     keys = {key for section in sections for key in section.model_fields} - {"dir", "name"}
     missing = sorted(key for key in (keys | TRAINER_DEFAULTS.keys()) if f"`{key}`" not in reference)
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("vision", "vision"), ("vision", "projector"), ("image", "text_encoders")]
+)
+def test_a_rank_of_a_part_that_is_not_adapted_is_refused_and_not_ignored(kind: str, part: str) -> None:
+    given = [f"task={kind}", *MINIMUM, f"scopes.{part}_r=8"]
+    (said,) = problems(*given, f"scopes.{part}=frozen")
+    assert f"one with {part}: adapter where {part}_r is given" in said
+    assert getattr(load_recipe([*given, f"scopes.{part}=adapter"]).scopes, f"{part}_r") == 8

@@ -69,6 +69,7 @@ def save_llava(folder: Path, width: int = 16) -> None:
         text_config=language,
         image_token_index=259,
     )
+    torch.manual_seed(0)  # whatever ran before
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     sides = {"height": 16, "width": 16}
     LlavaProcessor(
@@ -95,6 +96,7 @@ def save_llava_next(folder: Path) -> None:
         image_token_index=259,
         image_grid_pinpoints=grids,
     )
+    torch.manual_seed(0)  # whatever ran before
     LlavaNextForConditionalGeneration(config).save_pretrained(folder)
     sides = {"height": 16, "width": 16}
     LlavaNextProcessor(
@@ -124,6 +126,7 @@ def save_idefics3(folder: Path) -> None:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=0,
     )
+    torch.manual_seed(0)  # whatever ran before
     Idefics3ForConditionalGeneration(config).save_pretrained(folder)
     Idefics3Processor(
         image_processor=Idefics3ImageProcessorPil(

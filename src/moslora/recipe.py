@@ -23,10 +23,18 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import to_jsonable_python
 
@@ -120,7 +128,23 @@ class VisionDataSection(DataSection):
     max_pixels: int = Field(default=50_000_000, ge=1)
 
 
-class ScopesSection(_Section):
+class _Scopes(_Section):
+    """Parts of a model; what is said of one part's adapter wants that part adapted."""
+
+    @model_validator(mode="after")
+    def _all_used(self) -> Self:
+        for name in type(self).model_fields:
+            part, _, what = name.rpartition("_")
+            if (
+                what in ("r", "alpha")
+                and getattr(self, name) is not None
+                and getattr(self, part) != "adapter"
+            ):
+                raise ValueError(f"one with {part}: adapter where {name} is given")
+        return self
+
+
+class ScopesSection(_Scopes):
     """Which parts of a vision-language model are adapted, trained in full, or left alone."""
 
     language: Literal["adapter", "frozen"] = "adapter"
@@ -179,7 +203,7 @@ class ImageDataSection(_Section):
     limit: int | None = Field(default=None, ge=1)
 
 
-class ImageScopesSection(_Section):
+class ImageScopesSection(_Scopes):
     """Which parts of a pipeline are adapted beside its denoiser."""
 
     text_encoders: Literal["adapter", "frozen"] = "frozen"
