@@ -84,7 +84,11 @@ def test_a_task_of_the_harness_gives_what_its_definition_gives_with_the_adapter_
     assert accuracy.items == 7 and report.activity.effect > 0 and report.activity.learned
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert sum(item["tuned_ok"] for item in items) / 7 == accuracy.tuned
-    assert any(item["base"] != item["tuned"] for item in items)
+    for doc, item in zip(docs, items, strict=True):
+        assert item["reference"] == doc["choices"][doc["gold"]]  # in words, not as likelihoods
+        assert {item["base"], item["tuned"]} <= set(doc["choices"])
+        assert item["tuned_ok"] == (item["tuned"] == item["reference"])
+        assert item["base_ok"] == (item["base"] == item["reference"])
     show(report, Display(quiet=True))
 
 

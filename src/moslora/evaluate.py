@@ -608,15 +608,17 @@ def _items(task: TaskScores, tuned: TaskScores | None) -> list[dict[str, Any]]:
         )
         return bool(value) if value in (0, 1) else None
 
+    answers = task.answers()
+    others = None if tuned is None else tuned.answers()
     return [
         {
             "place": f"{task.name}:{sample['doc_id']}",
             "filter": sample["filter"],
             "prompt": prompt,
-            "reference": str(sample.get("target")),
-            "base": str(sample["filtered_resps"]),
+            "reference": answers[index][0],
+            "base": answers[index][1],
             "base_ok": right(task, index),
-            "tuned": None if tuned is None else str(tuned.samples[index]["filtered_resps"]),
+            "tuned": None if others is None else others[index][1],
             "tuned_ok": right(tuned, index),
         }
         for index, (sample, prompt) in enumerate(zip(task.samples, task.prompts(), strict=True))

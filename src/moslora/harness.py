@@ -67,17 +67,55 @@ class TaskScores:
         """Return what the model gave for each item: likelihoods, or text."""
         return [sample["resps"] for sample in self.samples]
 
+    def answers(self) -> list[tuple[str, str]]:
+        """Return for each item, in words, what is right and what the model chose or wrote.
+
+        Of several continuations the likeliest is what the model chose (as ``acc`` has it; ``acc_norm`` divides by
+        their lengths).
+        """
+        found = []
+        for sample in self.samples:
+            target, given = sample.get("target"), sample["filtered_resps"]
+            choices = _continuations(sample)
+            if len(choices) == len(given) > 1 and all(_is_likelihood(one) for one in given):
+                best = max(range(len(given)), key=lambda n: float(given[n][0]))
+                if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(choices):
+                    target = choices[target].strip()
+                given = choices[best].strip()
+            elif isinstance(given, list) and len(given) == 1 and isinstance(given[0], str):
+                given = given[0]
+            found.append((str(target), str(given)))
+        return found
+
     def prompts(self) -> list[str]:
         """Return what the model was asked for each item."""
         return [_context(sample) for sample in self.samples]
 
 
+def _requests(sample: Mapping[str, Any]) -> list[list[Any]]:
+    """Return what each request was made of; the harness logs lists, or dictionaries in its files."""
+
+    def values(of: Any) -> list[Any]:
+        return list(of) if isinstance(of, list | tuple) else list(of.values())
+
+    return [values(request) for request in values(sample["arguments"])]
+
+
 def _context(sample: Mapping[str, Any]) -> str:
-    """Return the first request's text; the harness logs requests as lists, or as dictionaries in its files."""
-    arguments = sample["arguments"]
-    first = arguments[0] if isinstance(arguments, list | tuple) else next(iter(arguments.values()))
-    text = first[0] if isinstance(first, list | tuple) else next(iter(first.values()))
-    return str(text)
+    """Return the first request's text."""
+    return str(_requests(sample)[0][0])
+
+
+def _continuations(sample: Mapping[str, Any]) -> list[str]:
+    """Return what followed each request's text, where all share one; else nothing."""
+    requests = _requests(sample)
+    if len({str(request[0]) for request in requests}) != 1 or any(len(request) < 2 for request in requests):
+        return []
+    return [str(request[1]) for request in requests]
+
+
+def _is_likelihood(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], float)
 
 
 class Harness:
@@ -131,10 +169,12 @@ class Harness:
         """
         import logging
 
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being handed a model
+        # It asks git for a hash, unused here, and git complains aloud outside a repository.
+        evaluator.get_git_commit_hash = lambda: None
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
         if lm.model is not model:
             raise ValueError(
