@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -26,6 +27,7 @@ from moslora.recipe import load_recipe
 from moslora.rundir import RunDirectory
 from moslora.tasks.text import scores_plainly
 from moslora.tasks.vision import VisionTask, open_image, scope_of
+from moslora.tokenization import Encoded, Encoder, encode_all
 from moslora.train import Stopped, check, resume, train
 from tiny_vision import save_llava
 from tolerances import MODEL, relative_error
@@ -401,3 +403,56 @@ def test_guessing_in_the_small_world_is_right_for_one_in_four() -> None:
                 for p in quarter.getdata()
             ]
             assert sum(near) > 40
+
+
+def test_batches_made_when_wanted_are_those_of_examples_encoded_before_and_none_is_kept(
+    world: Path, tmp_path: Path
+) -> None:
+    given = arguments(world, tmp_path, "trainer.train_sampling_strategy=group_by_length")
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    trainer: Any = task.build_trainer(task.load(), None, tmp_path, [])
+    gc.collect()
+    alive = [found for found in gc.get_objects() if type(found) in (Encoded, Image.Image)]
+    assert not [found for found in alive if getattr(found, "mode", "RGB") == "RGB"]  # others are matplotlib's
+    assert trainer.train_dataset.column_names == ["row", "length", "split"]
+    # Everything encoded and every picture prepared up front, and laid together here.
+    known: dict[tuple[int, ...], tuple[Encoded, torch.Tensor]] = {}
+    lengths = []
+    for example in task.train_examples:
+        images = task._open("train", example)
+        with task.renderer.showing(images):
+            (encoded,), _ = encode_all([example], Encoder(task.renderer, "chat"))
+        pixels = task.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        known[tuple(encoded.input_ids)] = encoded, pixels
+        lengths.append(len(encoded.input_ids))
+    assert list(trainer._get_train_sampler().lengths) == lengths and len(set(lengths)) > 1
+    seen = 0
+    for batch in trainer.get_train_dataloader():
+        rows = [
+            known[tuple(ids[mask.bool()].tolist())]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        seen += len(rows)
+        pad = torch.nn.utils.rnn.pad_sequence
+        for key, filler in (("input_ids", task.pad_id), ("labels", -100)):
+            eager = pad([torch.tensor(getattr(e, key)) for e, _ in rows], True, filler)
+            assert torch.equal(batch[key], eager)
+        assert torch.equal(batch["pixel_values"], torch.cat([pixels for _, pixels in rows]))
+    assert seen == len(task.train_examples)
+
+
+def test_a_picture_that_goes_after_the_checks_is_named_with_its_example(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("base", "configured"))
+    given = [
+        *arguments(world, tmp_path),
+        f"data={tmp_path / 'world' / 'train.json'}",
+        f"data.heldout={tmp_path / 'world' / 'heldout.json'}",
+    ]
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    (tmp_path / "world" / "green.png").unlink()
+    with pytest.raises(ValueError, match=r"row 3: .*green\.png does not exist"):
+        list(task.train_set)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 import tiny_vision
+from moslora import proofs
 from moslora.display import Display
 from moslora.models import ModelError, resolve_model
 from moslora.recipe import load_recipe
@@ -56,13 +60,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of each family's model."""
     folder = tmp_path_factory.mktemp("bases")
-    pytest.importorskip("num2words", reason="SmolVLM's processor wants it")
     for name, save in tiny_vision.FAMILIES.items():
         save(folder / name)
     return {name: folder / name for name in tiny_vision.FAMILIES}
 
 
 def arguments(family: str, bases: dict[str, Path], pictures: Path, out: Path, *changes: str) -> list[str]:
+    if family == "smolvlm":
+        pytest.importorskip("num2words", reason="its processor wants it")
     train_rows = "with-pictures" if FAMILIES[family].prefix else "train"
     # Gemma's projector is a bare parameter.
     projector = "full" if family in ("gemma3", "qwen3_vl", "llava_next") else "adapter"
@@ -165,7 +170,7 @@ def test_scopes_are_the_familys_own_modules(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             assert (scope_of(name) == "language") == (id(module) in language), name
-    projector = {name for name in config.modules_to_save}
+    projector = set(config.modules_to_save)
     assert projector and all(scope_of(name) == "projector" for name in projector)
     # What is between the two, in the order of the forward pass: the last thing before the language model.
     seen: list[str] = []
@@ -184,12 +189,116 @@ def test_scopes_are_the_familys_own_modules(
     assert projector <= set(seen[:begin])
 
 
+# A process that has imported what reads adapters, and nothing of this package; each proof runs in a child of it. So
+# transformers and PEFT are imported once for all families.
+READER = """
+import json, os, runpy, sys, traceback
+main = runpy.run_path(sys.argv[1])["main"]
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            main(*json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Any]:
+    """Stands for ``subprocess.run`` in proofs."""
+    script = str(Path(proofs.__file__).with_name("reload_in_stock_peft.py"))
+    command = [sys.executable, "-P", "-W", "ignore", "-c", READER, script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def run(asked: list[str], **_: Any) -> Any:
+            assert asked[2] == script
+            print(json.dumps(asked[3:]), file=process.stdin, flush=True)
+            return subprocess.CompletedProcess(asked, int(process.stdout.readline()), "", "see above")
+
+        yield run
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llava"])  # which tests/test_vision.py trains
 def test_a_family_trains_folds_and_ships_what_stock_peft_reads(
-    family: str, bases: dict[str, Path], pictures: Path, tmp_path: Path
+    family: str,
+    bases: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    reader: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("moslora.proofs.subprocess.run", reader)
     record = train(arguments(family, bases, pictures, tmp_path), Display(quiet=True)).read()
     assert record["status"] == "completed"
     assert record["proofs"]["fold"]["passed"] and record["proofs"]["reload"]["passed"]
     assert record["metrics"]["after"]["loss"] < record["metrics"]["before"]["loss"]
     assert {"accuracy", "accuracy_shuffled_images"} <= record["metrics"]["after"].keys()
+
+
+def test_a_processor_is_transformers_own_where_torchvision_is_installed(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(
+        "transformers.AutoProcessor.from_pretrained", lambda path, **_: called.append(path) or "stock"
+    )
+    base = resolve_model(str(bases["qwen2_vl"]))
+    assert load_processor(base, {}) == "stock" and called == [base.path]
+
+
+def test_without_torchvision_only_the_part_for_videos_is_missing(bases: dict[str, Path]) -> None:
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    pytest.importorskip("num2words", reason="SmolVLM's processor wants it")
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"):
+        found: Any = load_processor(resolve_model(str(bases[family])), {})
+        stock = type(found).__mro__[1]
+        assert stock.__module__.startswith("transformers.")
+        assert set(stock.get_attributes()) - set(found.get_attributes()) == {"video_processor"}
+        with pytest.raises(ValueError, match="Videos are not read here"):
+            found.video_processor([])
+    # What processor_config.json sets is set.
+    assert found.image_seq_len == 4
+    assert load_processor(resolve_model(str(bases["internvl"])), {}).image_seq_length == 4
+
+
+def test_a_processor_that_wants_another_package_is_refused_with_its_name(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(ModelError, match="pip install num2words"):
+        load_processor(resolve_model(str(bases["smolvlm"])), {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "setting", "said"),
+    [
+        (
+            [{"conversations": turns("None?", "no")}],
+            "seed=0",
+            "row 1: this family .* no question without a picture",
+        ),
+        (
+            [{"image": "red.png", "conversations": [*turns("<image>One?", "1"), *turns("And?", "2")]}],
+            "seed=0",
+            "row 1: this family .* one question and one answer, and here are user, assistant, user, assistant",
+        ),
+        (
+            [{"image": "red.png", "conversations": turns("<image>One?", "1")}],
+            "data.train_on=all",
+            "both directions.*data.train_on=completions",
+        ),
+    ],
+)
+def test_what_a_family_of_one_question_cannot_learn_is_refused_by_place(
+    rows: list[Any], setting: str, said: str, bases: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "odd.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        prepared("paligemma", bases, pictures, tmp_path, f"data={pictures / 'odd.json'}", setting)

@@ -244,7 +244,7 @@ def picture_ids(processor: Any) -> set[int]:
     Args:
         processor: The model's.
     """
-    found = {*processor.image_token_ids, getattr(processor, "image_token_id", None)}
+    found = {*getattr(processor, "image_token_ids", ()), getattr(processor, "image_token_id", None)}
     return {int(token) for token in found if token is not None}
 
 
