@@ -48,6 +48,10 @@ class TextTask(Task):
 
     # Filled by ``set_aside``; a plain run chooses nothing by them.
     validation_examples: Sequence[Example] = ()
+    # What the share of right answers is called.
+    share = "exact_match"
+    # Whether held-out data are all that is wanted; a task may then leave the rest unread.
+    measures_only = False
 
     def read(self) -> None:
         """Read the data and find the base model."""
@@ -368,6 +372,14 @@ class TextTask(Task):
             )
             for index, encoded in enumerate(chosen)
         ]
+
+    def ask_shuffled(self, model: nn.Module, label: str) -> list[Answer]:
+        """Generate answers about other examples' pictures; none where there are no pictures."""
+        return []
+
+    def pictures_of(self, example: Example) -> list[str]:
+        """Return the files of the pictures that a held-out example shows."""
+        return []
 
     @property
     def pad_id(self) -> int:

@@ -154,6 +154,7 @@ class VisionTask(TextTask):
     """Fine-tune an image-text-to-text model on conversations about pictures."""
 
     auto_class = "AutoModelForImageTextToText"
+    share = "accuracy"
     train_set: Any  # _Rows, as the others
     heldout_set: Any
     validation_set: Any
@@ -168,7 +169,9 @@ class VisionTask(TextTask):
         self.paths: dict[str, list[Path]] = {}
         self.picture_hashes: dict[str, str] = {}
         self.data_hashes = {}
-        self.train_examples = self._read("train", data.train, data.train_split, data.limit)
+        self.train_examples = []
+        if not self.measures_only:
+            self.train_examples = self._read("train", data.train, data.train_split, data.limit)
         self.heldout_examples = self._read("heldout", data.heldout, data.heldout_split or "train", None)
         seen = {self._identity("train", e) for e in self.train_examples}
         both = sum(self._identity("heldout", e) in seen for e in self.heldout_examples)
@@ -287,7 +290,8 @@ class VisionTask(TextTask):
         self.examples = {"train": self.train_examples, "heldout": self.heldout_examples}
         if self.validation_examples:
             self.examples["validation"] = list(self.validation_examples)
-        self.train_set, self.train_summary = self._encode("train")
+        if not self.measures_only:
+            self.train_set, self.train_summary = self._encode("train")
         self.heldout_set, self.heldout_summary = self._encode("heldout")
         if self.validation_examples:
             self.validation_set, _ = self._encode("validation")
@@ -295,7 +299,8 @@ class VisionTask(TextTask):
         self.stop_ids = sorted(self.encoder.stop_ids)
         self.asked = self.heldout_set[: recipe.task.generate_examples]
         self._check_references()
-        self._show(self.train_summary, self.heldout_summary)
+        if not self.measures_only:
+            self._show(self.train_summary, self.heldout_summary)
 
     def _shorten(self, piece: str) -> str:
         """Count a picture's tokens instead of showing all of them."""
@@ -484,16 +489,10 @@ class VisionTask(TextTask):
         metrics, intervals = {"loss": self._loss(model, label)}, {}
         answers = self.ask(model, self.asked, label) if len(self.asked) else []
         if answers and task.metric != "none":
-            measured = {"accuracy": answers}
-            if task.shuffle_images:
-                strange = self.ask_shuffled(model, label)
-                if strange:
-                    measured["accuracy_shuffled_images"] = strange
-                if len(strange) < len(self.asked):
-                    self.display.warn(
-                        f"{len(self.asked) - len(strange)} of {len(self.asked)} examples have no picture, or no other "
-                        "example has as many; shuffled pictures are not measured on them."
-                    )
+            measured = {self.share: answers}
+            strange = self.ask_shuffled(model, label)
+            if strange:
+                measured[f"{self.share}_shuffled_images"] = strange
             for name, given in measured.items():
                 right = sum(bool(a.correct) for a in given)
                 metrics[name] = right / len(given)
@@ -563,10 +562,23 @@ class VisionTask(TextTask):
         return self._ask(model, [(example, example) for example in own], label)
 
     def ask_shuffled(self, model: nn.Module, label: str) -> list[Answer]:
-        """The same of those whose pictures can be put in the place of another's, with the other's pictures."""
-        asked = [self.by_place[encoded.place] for encoded in self.asked]
-        pairs = [(asked[number], other) for number, other in self._strangers().items()]
-        return self._ask(model, sorted(pairs, key=lambda pair: asked.index(pair[0])), f"{label}, shuffled")
+        """The same with other examples' pictures, of those for which another shows as many; none unless wished for."""
+        if not self.recipe.task.shuffle_images:  # type: ignore[attr-defined]
+            return []
+        strangers = self._strangers()
+        left = len(self.asked) - len(strangers)
+        if left:
+            self.display.warn(
+                f"{left} of {len(self.asked)} examples have no picture, or no other example has as many; shuffled "
+                "pictures are not measured on them."
+            )
+        asked = [self.by_place[encoded.place] for encoded in self.asked] if strangers else []
+        pairs = [(asked[number], strangers[number]) for number in sorted(strangers)]
+        return self._ask(model, pairs, f"{label}, shuffled")
+
+    def pictures_of(self, example: Example) -> list[str]:
+        """Return the files of the pictures that a held-out example shows."""
+        return [str(path) for path in self._files("heldout", example)]
 
     def _ask(self, model: nn.Module, pairs: Sequence[tuple[Example, Example]], label: str) -> list[Answer]:
         """Ask examples, each with the pictures of another."""
@@ -606,7 +618,7 @@ class VisionTask(TextTask):
                             text=text,
                             correct=None if metric is None else metric(text, row.answer),
                             kind=_kind(example),
-                            pictures=tuple(str(path) for path in self._files("heldout", other)),
+                            pictures=self.pictures_of(other),
                         )
                     )
                 progress.advance(len(new))
