@@ -21,7 +21,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from moslora.answers import choice_equal, short_equal
+from moslora.cells import Bench
+from moslora.compare import compare
 from moslora.display import Display
+from moslora.evaluate import evaluate
 from moslora.models import build_skeleton, quantization_options, resolve_model
 from moslora.recipe import load_recipe
 from moslora.rundir import RunDirectory
@@ -456,3 +459,89 @@ def test_a_picture_that_goes_after_the_checks_is_named_with_its_example(world: P
     (tmp_path / "world" / "green.png").unlink()
     with pytest.raises(ValueError, match=r"row 3: .*green\.png does not exist"):
         list(task.train_set)
+
+
+def test_an_evaluation_gives_a_runs_numbers_and_says_what_each_item_and_other_pictures_gave(
+    world: Path, tmp_path: Path
+) -> None:
+    given = arguments(world, tmp_path, "trainer.learning_rate=3e-2")
+    run = train(given, Display(quiet=True))
+    measured = run.read()["metrics"]
+    (tmp_path / "moved.json").write_text(
+        (world / "train.json").read_text()
+    )  # what training reads is not read
+    settings = [s for s in given if not s.startswith(("model=", "output", "data="))]
+    # What was trained on is not read.
+    settings += [f"data={tmp_path / 'absent.json'}", f"data.heldout={world / 'heldout.json'}"]
+    found = evaluate(
+        str(world / "base"),
+        Display(quiet=True),
+        adapter=run.lora,
+        settings=[*settings, f"data.images={world}"],
+        recipe=str(run.recipe),
+        predictions=tmp_path / "items.jsonl",
+    )
+    assert [m.name for m in found.measures] == ["loss", "accuracy", "accuracy_shuffled_images"]
+    for measure in found.measures[1:]:
+        assert (measure.base, measure.tuned) == tuple(
+            measured[stage][measure.name] for stage in ("before", "after")
+        )
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert all(Path(p).is_file() for i in items for p in i["pictures"])
+    assert all(i["other_pictures"] != i["pictures"] and i["base_shuffled"] is not None for i in items)
+    # A run's loss is the mean over tokens; an evaluation's the mean over examples, each of its own tokens.
+    tokens = [len(i["reference"].encode()) + 1 for i in items]
+    for stage, key in (("before", "base_loss"), ("after", "tuned_loss")):
+        mean = sum(i[key] * n for i, n in zip(items, tokens, strict=True)) / sum(tokens)
+        assert mean == pytest.approx(measured[stage]["loss"], rel=MODEL)
+    assert found.activity is not None and found.activity.effect > 0
+
+
+def test_methods_are_compared_on_pictures_with_the_scopes_of_the_recipe_and_one_base(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reloads: list[None] = []
+    monkeypatch.setattr(Bench, "_reload", lambda _: reloads.append(None))
+    rows = json.loads((world / "train.json").read_text())
+    asked = [
+        {
+            "image": "red.png",
+            "conversations": [{"from": "human", "value": "<image>\nWhat?"}, rows[0]["conversations"][1]],
+        }
+    ]
+    (world / "compared.json").write_text(json.dumps(rows + asked))
+    given = arguments(
+        world, tmp_path, f"data={world / 'compared.json'}", f"data.heldout={world / 'heldout.json'}"
+    )
+    folder, verdict = compare(
+        given,
+        Display(quiet=True),
+        methods=["lora", "moslora"],
+        seeds=2,
+        rates=[1e-2],
+        validation=3,
+        out=tmp_path / "c",
+        together=2,
+    )
+    assert verdict is not None and not reloads
+    cells = {f.stem: json.loads(f.read_text()) for f in (folder / "cells").glob("*.json") if f.stem != "base"}
+    assert {cell["status"] for cell in cells.values()} == {"done"} and len(cells) == 4
+    assert all(len(cell["test"]) == len(cell["correct"]) == 4 for cell in cells.values())
+    # What is trained is what a run of that recipe trains; a mixer has r² entries a module.
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    trained = sum(count.trained for count in task.count())
+    adapted = task.adapter_arguments(task.load())
+    ranks = [3 if "vision" in name else 2 for name in adapted["target_modules"]]
+    assert cells["moslora_0.01_0"]["trainable_parameters"] == trained
+    assert cells["lora_0.01_0"]["trainable_parameters"] == trained - sum(r * r for r in ranks)
+
+
+def test_what_chooses_a_rate_shows_no_picture_that_is_trained_on(world: Path, tmp_path: Path) -> None:
+    task = VisionTask(load_recipe(arguments(world, tmp_path)), Display(quiet=True), lambda: None)
+    task.read()
+    task.set_aside(2, 3)
+    task.prepare()
+    shown = [{p for e in task.examples[n] for p in task._shown_in(n, e)} for n in ("train", "validation")]
+    assert all(shown) and shown[0].isdisjoint(shown[1])
+    assert len(task.heldout_set) == 3 and len(task.train_set) + len(task.validation_set) == 6
+    assert len(task.score(task.load(), task.validation_set, "base")) == len(task.validation_set)

@@ -296,6 +296,7 @@ class Bench:
     def _take_out(self, adapted: Any, method: Method) -> None:
         """Bring the base back, to the last bit."""
         if method.library != "none":
+            _drop_copies(adapted)
             self.model = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()
             if _fingerprint(self.model) == self.fingerprint:
                 return
@@ -321,6 +322,15 @@ class _Costs:
     seconds: float
     cpu_seconds: float
     peak_bytes: int | None
+
+
+def _drop_copies(adapted: Any) -> None:
+    """Put the base's own modules in the place of copies that were trained whole, which PEFT would leave in it."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in (m for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)):
+        for name in wrapper.modules_to_save:
+            wrapper.modules_to_save[name] = wrapper.original_module
 
 
 def _crashed(cell: Planned, error: Exception) -> Cell:
