@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -140,6 +142,17 @@ def test_the_report_says_how_a_vision_model_is_loaded(world: Path, tmp_path: Pat
     run = train(arguments(world, tmp_path, "trainer.max_steps=1"), Display(quiet=True))
     page = (run.path / "report.html").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in page and "AutoModelForCausalLM" not in page
+    # What a question is about stands beside it, and goes with the run.
+    lines = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    assert lines and all(len(line["thumbnails"]) == len(line["pictures"]) == 1 for line in lines)
+    shown = re.findall(r'<img src="data:image/webp;base64,([^"]+)"', page)
+    kept = {(run.path / name).read_bytes() for line in lines for name in line["thumbnails"]}
+    assert {base64.b64decode(data) for data in shown} == kept and len(kept) == 2
+    for line in lines:
+        with Image.open(line["pictures"][0]) as one, Image.open(run.path / line["thumbnails"][0]) as two:
+            colours = (one.convert("RGB").getpixel((9, 9)), two.convert("RGB").getpixel((9, 9)))
+        assert max(abs(a - b) for a, b in zip(*colours, strict=True)) < 8  # WEBP keeps colours nearly
+    assert not list(run.path.glob("pictures/*.part"))
 
 
 def test_the_loss_on_labels_only_is_the_models_own_in_value_and_gradients(
