@@ -248,7 +248,7 @@ class TextTask(Task):
             peft_config=adapter,
             callbacks=list(callbacks),
         )
-        if self.quantization:
+        if adapter is not None:
             train_in_float32(trainer.model)
         return trainer
 
@@ -425,11 +425,15 @@ SCALED_LOGITS = (
 )
 
 
+# What TRL's trainer asks of its loss.
+TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+
 def train_in_float32(model: nn.Module) -> None:
     """Keep in float32 what is trained, whatever the base's dtype.
 
     A step of 2e-5 is lost on the 8 bits of a bfloat16, without a word. Factors convert what comes in by themselves;
-    modules that are trained whole are taught to.
+    modules that are trained whole are taught to, and so is TRL's loss, which reads the head's weight past its call.
 
     Args:
         model: An adapted model; changed in place.
@@ -455,6 +459,12 @@ def train_in_float32(model: nn.Module) -> None:
                     module.register_forward_hook(
                         lambda _m, _g, out, dtype=original: out.to(dtype) if torch.is_tensor(out) else out
                     )
+    base = unwrapped(model)
+    head = base.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and head.weight.dtype != head.original_module.weight.dtype:
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(base, cast_lm_head_to_fp32=True, outputs=TRL_OUTPUTS)
 
 
 def labelled_loss_trainer() -> Any:

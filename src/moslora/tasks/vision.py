@@ -480,7 +480,8 @@ class VisionTask(TextTask):
             peft_config=adapter,
             callbacks=list(callbacks),
         )
-        train_in_float32(trainer.model)
+        if adapter is not None:
+            train_in_float32(trainer.model)
         return trainer
 
     def evaluate(self, model: nn.Module, label: str) -> Evaluation:
