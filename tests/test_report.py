@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.report import loss_curve, sign_test, write_report
+from moslora.report import ALL_SEEN_BYTES, SEEN, SEEN_BYTES, loss_curve, sign_test, write_report
 from moslora.rundir import MetricsLog, RunDirectory
 
 FETCHING = ("src", "srcset", "poster", "data", "action", "background", "xlink:href", "href")
@@ -92,6 +93,37 @@ def test_a_page_fetches_nothing(tmp_path):
     assert "http" not in page.source.replace("http-equiv", "")
     assert "@import" not in page.source
     assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?(.)", page.source))
+
+
+def test_small_pictures_of_the_run_stand_beside_their_questions_and_nothing_else_does(tmp_path):
+    small, large, outside = b"small", b"x" * (SEEN_BYTES + 1), tmp_path / "outside.webp"
+    outside.write_bytes(b"secret")
+    lines = [
+        example(0, False, True, thumbnails=["pictures/a.webp"] * (SEEN + 2)),
+        example(
+            1, True, False, thumbnails=["pictures/large.webp", "pictures/gone.webp", "recipe.yaml", None]
+        ),
+        example(2, True, True, thumbnails=["../../outside.webp", str(outside), "pictures/a.webp"]),
+        example(3, False, False, thumbnails="pictures/a.webp"),
+    ]
+    run = make_run(tmp_path / "runs", lines)
+    assert (run.path / "../../outside.webp").is_file()
+    folder = run.path / "pictures"
+    folder.mkdir()
+    (folder / "a.webp").write_bytes(small)
+    (folder / "large.webp").write_bytes(large)
+    page = Page(write_report(run.path))
+    uri = f"data:image/webp;base64,{base64.b64encode(small).decode()}"
+    assert [link for link in page.links if link.startswith("data:")] == [uri] * (SEEN + 1)
+    assert "2 more not shown" in page.text and "4 not shown" in page.text
+
+
+def test_however_many_pictures_there_are_a_page_stays_small(tmp_path):
+    lines = [example(n, n % 2 == 0, n % 3 == 0, thumbnails=["pictures/a.webp"] * SEEN) for n in range(40)]
+    run = make_run(tmp_path, lines)
+    (run.path / "pictures").mkdir()
+    (run.path / "pictures" / "a.webp").write_bytes(b"y" * SEEN_BYTES)
+    assert ALL_SEEN_BYTES / 2 < write_report(run.path).stat().st_size < ALL_SEEN_BYTES + 200_000
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "interrupted", "running"])

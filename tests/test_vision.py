@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gc
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -17,128 +20,24 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessorPil,
-    Idefics3Processor,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 
-import tiny
 from moslora.answers import choice_equal, short_equal
+from moslora.cells import Bench
+from moslora.compare import compare
 from moslora.display import Display
+from moslora.evaluate import evaluate
 from moslora.models import build_skeleton, quantization_options, resolve_model
 from moslora.recipe import load_recipe
 from moslora.rundir import RunDirectory
 from moslora.tasks.text import scores_plainly
-from moslora.tasks.vision import VisionTask, _parts, open_image, scope_of
+from moslora.tasks.vision import VisionTask, open_image, scope_of
+from moslora.tokenization import Encoded, Encoder, encode_all
 from moslora.train import Stopped, check, resume, train
+from tiny_vision import save_llava
 from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def save_llava(folder: Path, width: int = 16) -> None:
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    wide = {**SIZES, "hidden_size": width, "intermediate_size": 2 * width}
-    language = LlamaConfig(
-        vocab_size=260, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **wide
-    )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **SIZES),
-        text_config=language,
-        image_token_index=259,
-    )
-    torch.manual_seed(0)  # whatever ran before
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    sides = {"height": 16, "width": 16}
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=sides),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-
-
-def save_llava_next(folder: Path) -> None:
-    """LLaVA-NeXT: pictures in tiles, their number by the picture's shape."""
-    grids = [[16, 32], [32, 16], [32, 32]]
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    language = LlamaConfig(
-        vocab_size=260, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **SIZES
-    )
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **SIZES),
-        text_config=language,
-        image_token_index=259,
-        image_grid_pinpoints=grids,
-    )
-    torch.manual_seed(0)  # whatever ran before
-    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
-    sides = {"height": 16, "width": 16}
-    LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": 16}, crop_size=sides, image_grid_pinpoints=grids
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-
-
-def save_idefics3(folder: Path) -> None:
-    """Idefics3: pictures split into squares, each between tokens that say its row and column."""
-    tokenizer = tiny.tokenizer()
-    squares = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
-    names = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *squares]
-    tokenizer.add_tokens(names, special_tokens=True)
-    language = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=None, eos_token_id=2, **SIZES
-    )
-    config = Idefics3Config(
-        vision_config={**SIZES, "image_size": 16, "patch_size": 4},
-        text_config=language,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)  # whatever ran before
-    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
-    Idefics3Processor(
-        image_processor=Idefics3ImageProcessorPil(
-            size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
-        ),
-        tokenizer=tokenizer,
-        image_seq_len=4,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-
-
-FAMILIES = {"llava_next": save_llava_next, "idefics3": save_idefics3}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +133,7 @@ def test_short_answers_and_choices_are_judged_by_what_they_say() -> None:
 def test_a_family_whose_pictures_were_not_tried_is_refused_with_the_way_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moslora.tasks.vision.TRIED", ("another",))
+    monkeypatch.setattr("moslora.tasks.vision.FAMILIES", {"another": None})
     with pytest.raises(ValueError, match=r"family 'llava'; task=vision was tried on another only"):
         check(arguments(world, tmp_path), Display(quiet=True))
 
@@ -243,6 +142,17 @@ def test_the_report_says_how_a_vision_model_is_loaded(world: Path, tmp_path: Pat
     run = train(arguments(world, tmp_path, "trainer.max_steps=1"), Display(quiet=True))
     page = (run.path / "report.html").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in page and "AutoModelForCausalLM" not in page
+    # What a question is about stands beside it, and goes with the run.
+    lines = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    assert lines and all(len(line["thumbnails"]) == len(line["pictures"]) == 1 for line in lines)
+    shown = re.findall(r'<img src="data:image/webp;base64,([^"]+)"', page)
+    kept = {(run.path / name).read_bytes() for line in lines for name in line["thumbnails"]}
+    assert {base64.b64decode(data) for data in shown} == kept and len(kept) == 2
+    for line in lines:
+        with Image.open(line["pictures"][0]) as one, Image.open(run.path / line["thumbnails"][0]) as two:
+            colours = (one.convert("RGB").getpixel((9, 9)), two.convert("RGB").getpixel((9, 9)))
+        assert max(abs(a - b) for a, b in zip(*colours, strict=True)) < 8  # WEBP keeps colours nearly
+    assert not list(run.path.glob("pictures/*.part"))
 
 
 def test_the_loss_on_labels_only_is_the_models_own_in_value_and_gradients(
@@ -440,7 +350,8 @@ def test_shuffled_pictures_are_of_other_examples_and_never_the_same(world: Path,
     task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
     task.read()
     task.prepare()
-    pairs = {own.place: other for own, other in task._strangers()}
+    asked = [encoded.place for encoded in task.asked]
+    pairs = {asked[number]: other.place for number, other in task._strangers().items()}
     assert len(pairs) == len(task.asked) - 1 == 4
     shown = {place.removeprefix("heldout "): paths for place, paths in task.paths.items()}
     assert all(shown[own] != shown[other] for own, other in pairs.items())
@@ -463,48 +374,6 @@ def test_pictures_on_both_sides_of_the_split_are_warned_of(
     )
     task.read()
     assert said in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_other_families_read_pictures_as_their_own_processor_does_and_train_and_ship(
-    family: str, world: Path, tmp_path: Path
-) -> None:
-    FAMILIES[family](tmp_path / "base")
-    Image.new("RGB", (40, 18), "orange").save(world / "wide.png")
-    rows = json.loads((world / "train.json").read_text())
-    turns = [{"from": "human", "value": "<image><image>\nBoth?"}, {"from": "gpt", "value": "two"}]
-    rows[0] = {"image": ["wide.png", "red.png"], "conversations": turns}
-    rows[1] = {"conversations": [{"from": "human", "value": "None?"}, {"from": "gpt", "value": "none"}]}
-    (world / f"{family}.json").write_text(json.dumps(rows))
-    given = [*arguments(world, tmp_path, f"data={world / f'{family}.json'}"), f"model={tmp_path / 'base'}"]
-    # Held out: the pictures and answers that are trained on, asked in other words. Those a few steps must learn.
-    told = json.loads((world / "train.json").read_text().replace("Which?", "What is it?"))
-    (world / f"{family}-heldout.json").write_text(json.dumps(told))
-    given += [f"data.heldout={world / f'{family}-heldout.json'}", "trainer.max_steps=12"]
-    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
-    task.read()
-    task.prepare()
-    model: Any = task.load()
-    chosen = task.train_set[:4]
-    batch = task._batch("train", chosen)
-    assert not any(task.image_id in row.labels for row in chosen)
-    # Each row alone, with everything that the processor gives for its conversation, has the batch's logits.
-    for at, row in enumerate(chosen):
-        images = iter(task._open("train", task.train_by_place[row.place]))
-        messages = task.train_by_place[row.place].messages
-        assert messages is not None
-        conversation = [{"role": m.role, "content": _parts(m.content, images)} for m in messages]
-        own = task.processor.apply_chat_template(
-            conversation, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        length = len(row.input_ids)
-        with torch.no_grad():
-            alone = model(**own).logits[0, :length]
-            together = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[at, :length]
-        assert relative_error(together, alone) < MODEL
-    record = train(given, Display(quiet=True)).read()
-    assert record["proofs"]["reload"]["passed"]
-    assert record["metrics"]["after"]["loss"] < record["metrics"]["before"]["loss"]
 
 
 def test_mixed_precision_reaches_the_loss_on_labels_only(world: Path, tmp_path: Path) -> None:
@@ -550,3 +419,142 @@ def test_guessing_in_the_small_world_is_right_for_one_in_four() -> None:
                 for p in quarter.getdata()
             ]
             assert sum(near) > 40
+
+
+def test_batches_made_when_wanted_are_those_of_examples_encoded_before_and_none_is_kept(
+    world: Path, tmp_path: Path
+) -> None:
+    given = arguments(world, tmp_path, "trainer.train_sampling_strategy=group_by_length")
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    trainer: Any = task.build_trainer(task.load(), None, tmp_path, [])
+    gc.collect()
+    alive = [found for found in gc.get_objects() if type(found) in (Encoded, Image.Image)]
+    assert not [found for found in alive if getattr(found, "mode", "RGB") == "RGB"]  # others are matplotlib's
+    assert trainer.train_dataset.column_names == ["row", "length", "split"]
+    # Everything encoded and every picture prepared up front, and laid together here.
+    known: dict[tuple[int, ...], tuple[Encoded, torch.Tensor]] = {}
+    lengths = []
+    for example in task.train_examples:
+        images = task._open("train", example)
+        with task.renderer.showing(images):
+            (encoded,), _ = encode_all([example], Encoder(task.renderer, "chat"))
+        pixels = task.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        known[tuple(encoded.input_ids)] = encoded, pixels
+        lengths.append(len(encoded.input_ids))
+    assert list(trainer._get_train_sampler().lengths) == lengths and len(set(lengths)) > 1
+    seen = 0
+    for batch in trainer.get_train_dataloader():
+        rows = [
+            known[tuple(ids[mask.bool()].tolist())]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        seen += len(rows)
+        pad = torch.nn.utils.rnn.pad_sequence
+        for key, filler in (("input_ids", task.pad_id), ("labels", -100)):
+            eager = pad([torch.tensor(getattr(e, key)) for e, _ in rows], True, filler)
+            assert torch.equal(batch[key], eager)
+        assert torch.equal(batch["pixel_values"], torch.cat([pixels for _, pixels in rows]))
+    assert seen == len(task.train_examples)
+
+
+def test_a_picture_that_goes_after_the_checks_is_named_with_its_example(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("base", "configured"))
+    given = [
+        *arguments(world, tmp_path),
+        f"data={tmp_path / 'world' / 'train.json'}",
+        f"data.heldout={tmp_path / 'world' / 'heldout.json'}",
+    ]
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    (tmp_path / "world" / "green.png").unlink()
+    with pytest.raises(ValueError, match=r"row 3: .*green\.png does not exist"):
+        list(task.train_set)
+
+
+def test_an_evaluation_gives_a_runs_numbers_and_says_what_each_item_and_other_pictures_gave(
+    world: Path, tmp_path: Path
+) -> None:
+    given = arguments(world, tmp_path, "trainer.learning_rate=3e-2")
+    run = train(given, Display(quiet=True))
+    measured = run.read()["metrics"]
+    (tmp_path / "moved.json").write_text(
+        (world / "train.json").read_text()
+    )  # what training reads is not read
+    settings = [s for s in given if not s.startswith(("model=", "output", "data="))]
+    # What was trained on is not read.
+    settings += [f"data={tmp_path / 'absent.json'}", f"data.heldout={world / 'heldout.json'}"]
+    found = evaluate(
+        str(world / "base"),
+        Display(quiet=True),
+        adapter=run.lora,
+        settings=[*settings, f"data.images={world}"],
+        recipe=str(run.recipe),
+        predictions=tmp_path / "items.jsonl",
+    )
+    assert [m.name for m in found.measures] == ["loss", "accuracy", "accuracy_shuffled_images"]
+    for measure in found.measures[1:]:
+        assert (measure.base, measure.tuned) == tuple(
+            measured[stage][measure.name] for stage in ("before", "after")
+        )
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert all(Path(p).is_file() for i in items for p in i["pictures"])
+    assert all(i["other_pictures"] != i["pictures"] and i["base_shuffled"] is not None for i in items)
+    # A run's loss is the mean over tokens; an evaluation's the mean over examples, each of its own tokens.
+    tokens = [len(i["reference"].encode()) + 1 for i in items]
+    for stage, key in (("before", "base_loss"), ("after", "tuned_loss")):
+        mean = sum(i[key] * n for i, n in zip(items, tokens, strict=True)) / sum(tokens)
+        assert mean == pytest.approx(measured[stage]["loss"], rel=MODEL)
+    assert found.activity is not None and found.activity.effect > 0
+
+
+def test_methods_are_compared_on_pictures_with_the_scopes_of_the_recipe_and_one_base(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reloads: list[None] = []
+    monkeypatch.setattr(Bench, "_reload", lambda _: reloads.append(None))
+    rows = json.loads((world / "train.json").read_text())
+    asked = [
+        {
+            "image": "red.png",
+            "conversations": [{"from": "human", "value": "<image>\nWhat?"}, rows[0]["conversations"][1]],
+        }
+    ]
+    (world / "compared.json").write_text(json.dumps(rows + asked))
+    given = arguments(
+        world, tmp_path, f"data={world / 'compared.json'}", f"data.heldout={world / 'heldout.json'}"
+    )
+    folder, verdict = compare(
+        given,
+        Display(quiet=True),
+        methods=["lora", "moslora"],
+        seeds=2,
+        rates=[1e-2],
+        validation=3,
+        out=tmp_path / "c",
+        together=2,
+    )
+    assert verdict is not None and not reloads
+    cells = {f.stem: json.loads(f.read_text()) for f in (folder / "cells").glob("*.json") if f.stem != "base"}
+    assert {cell["status"] for cell in cells.values()} == {"done"} and len(cells) == 4
+    assert all(len(cell["test"]) == len(cell["correct"]) == 4 for cell in cells.values())
+    # What is trained is what a run of that recipe trains; a mixer has r² entries a module.
+    task = VisionTask(load_recipe(given), Display(quiet=True), lambda: None)
+    trained = sum(count.trained for count in task.count())
+    adapted = task.adapter_arguments(task.load())
+    ranks = [3 if "vision" in name else 2 for name in adapted["target_modules"]]
+    assert cells["moslora_0.01_0"]["trainable_parameters"] == trained
+    assert cells["lora_0.01_0"]["trainable_parameters"] == trained - sum(r * r for r in ranks)
+
+
+def test_what_chooses_a_rate_shows_no_picture_that_is_trained_on(world: Path, tmp_path: Path) -> None:
+    task = VisionTask(load_recipe(arguments(world, tmp_path)), Display(quiet=True), lambda: None)
+    task.read()
+    task.set_aside(2, 3)
+    task.prepare()
+    shown = [{p for e in task.examples[n] for p in task._shown_in(n, e)} for n in ("train", "validation")]
+    assert all(shown) and shown[0].isdisjoint(shown[1])
+    assert len(task.heldout_set) == 3 and len(task.train_set) + len(task.validation_set) == 6
+    assert len(task.score(task.load(), task.validation_set, "base")) == len(task.validation_set)

@@ -115,13 +115,17 @@ def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) 
     Raises:
         ValueError: If data or model cannot be used.
     """
+    from moslora.tasks.text import TextTask
+
     task: Any = find_task(plan.recipe.task.kind)(plan.recipe, display, check)
-    if plan.recipe.task.kind != "text":
-        raise ValueError(f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text can.")
+    if not isinstance(task, TextTask):
+        raise ValueError(
+            f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text and vision can."
+        )
     task.read()
     task.set_aside(plan.validation, plan.examples)
     task.prepare()
-    return task  # type: ignore[no-any-return]
+    return task
 
 
 class Bench:
@@ -192,6 +196,8 @@ class Bench:
         return [dataclasses.replace(cell, cell_seconds=each, together=len(cells)) for cell in found]
 
     def _train_together(self, cells: Sequence[Planned]) -> list[Cell]:
+        if self.plan.recipe.task.kind != "text":
+            raise CannotShare("batches with pictures are not laid one upon the other")
         found: dict[Planned, Cell] = {}
         made: dict[Planned, tuple[TextTask, Any]] = {}
         surroundings = []
@@ -251,7 +257,7 @@ class Bench:
         trainer_arguments = {**self.plan.recipe.trainer, **fixed, "load_best_model_at_end": False}
         task.recipe = self.plan.recipe.model_copy(update={"trainer": trainer_arguments, "seed": seed})
         task.display = self.display if shows else Display(quiet=True)
-        config = method.configure(self.plan.recipe.adapter)
+        config = method.configure(task.adapter_arguments(self.model))
         scratch = self.plan.directory / "cells"
         trainer: Any = task.build_trainer(model, config, scratch, [_watcher(self, task.display)])
         trainer.remove_callback(PrinterCallback)
@@ -290,6 +296,7 @@ class Bench:
     def _take_out(self, adapted: Any, method: Method) -> None:
         """Bring the base back, to the last bit."""
         if method.library != "none":
+            _drop_copies(adapted)
             self.model = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()
             if _fingerprint(self.model) == self.fingerprint:
                 return
@@ -315,6 +322,15 @@ class _Costs:
     seconds: float
     cpu_seconds: float
     peak_bytes: int | None
+
+
+def _drop_copies(adapted: Any) -> None:
+    """Put the base's own modules in the place of copies that were trained whole, which PEFT would leave in it."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in (m for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)):
+        for name in wrapper.modules_to_save:
+            wrapper.modules_to_save[name] = wrapper.original_module
 
 
 def _crashed(cell: Planned, error: Exception) -> Cell:

@@ -361,6 +361,7 @@ def evaluate(
     [bold]moslora evaluate my-model --adapter my-lora --data heldout.jsonl --predictions items.jsonl[/]
     [bold]moslora evaluate my-model --adapter my-lora --task ARC-Easy,boolq --data commonsense --protocol published[/]
     [bold]moslora evaluate my-model --adapter my-lora --lm-eval arc_easy,gsm8k --limit 200[/]
+    [bold]moslora evaluate my-llava --adapter my-lora --recipe recipes/shapes-vision.yaml[/]
 
     First it is proven that the adapter takes part: logits with and without it must differ. One that learned nothing is
     said to; one that is not felt ends with exit code 1.

@@ -7,9 +7,10 @@ the adapter took part is proven first: an evaluation that ignores it is a known 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -67,7 +68,8 @@ class Measure:
     """One number of base and tuned model on the same items.
 
     Attributes:
-        name: ``"loss"``, ``"exact_match"``, or a task's name (accuracy).
+        name: ``"loss"``, ``"exact_match"``, or a task's name (accuracy); where there are pictures ``"accuracy"`` and
+            ``"accuracy_shuffled_images"``.
         items: How many.
         base: Of the base; None if the adapted model alone was asked for.
         base_interval: 95 %; None for losses, whose spread between examples is no error of the difference.
@@ -190,14 +192,17 @@ def _by_data(
     settings: Sequence[str],
     limit: int | None,
 ) -> Report:
+    from moslora.tasks import find_task
     from moslora.tasks.text import TextTask, question
 
     # Nothing is trained on, so a file of examples serves as both halves of a recipe.
     given = [] if data is None else [f"data={data}", f"data.heldout={data}"]
     wanted = load_recipe([*([recipe] if recipe else []), f"model={model}", *given, *settings])
-    if wanted.task.kind != "text":
-        raise ValueError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text can.")
-    task = TextTask(wanted, Display(quiet=True), lambda: None)
+    kind = find_task(wanted.task.kind)
+    if not issubclass(kind, TextTask):
+        raise ValueError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
+    task = kind(wanted, Display(quiet=True), lambda: None)
+    task.measures_only = True
     task.read()
     if limit is not None:
         every = len(task.heldout_examples)
@@ -206,42 +211,60 @@ def _by_data(
     task.prepare()
     task.display = display
     base = task.load()
+    judges = wanted.task.metric != "none"
 
-    def measured(of: Any, label: str) -> tuple[list[float], list[Any]]:
+    def measured(of: Any, label: str) -> tuple[list[float], list[Any], list[Any]]:
         losses = task.score(of, task.heldout_set, label)
-        return losses, task.ask(of, task.asked, label) if task.asked else []
+        answers = task.ask(of, task.asked, label) if len(task.asked) else []
+        return losses, answers, task.ask_shuffled(of, label) if answers and judges else []
 
-    losses, answers = measured(base, "base")
+    losses, answers, shuffled = measured(base, "base")
     tuned_losses: list[float] | None = None
     tuned_answers: list[Any] = []
+    tuned_shuffled: list[Any] = []
     activity = None
     if adapter is not None:
         adapted = _with_adapter(base, adapter)
-        activity = _prove_active(adapted, adapter, [e.input_ids for e in task.heldout_set], task.device)
-        tuned_losses, tuned_answers = measured(adapted, "tuned")
+        activity = _prove_active(adapted, adapter, task.probe(), task.device)
+        tuned_losses, tuned_answers, tuned_shuffled = measured(adapted, "tuned")
     measures = [_loss(losses, tuned_losses)]
-    if answers and wanted.task.metric != "none":
-        right = [bool(a.correct) for a in answers]
-        after = [bool(a.correct) for a in tuned_answers] if adapter is not None else None
-        measures.append(_share("exact_match", right, after))
-    asked = {a.place: (a, None) for a in answers}
-    asked |= {b.place: (a, b) for a, b in zip(answers, tuned_answers, strict=False)}
+    shares = {task.share: (answers, tuned_answers)}
+    shares |= {f"{task.share}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
+    if answers and judges:
+        for name, (before, after) in shares.items():
+            right = [[bool(a.correct) for a in of] for of in (before, after)]
+            measures.append(_share(name, right[0], right[1] if adapter is not None else None))
+    asked, strange = (
+        {a.place: (a, b) for a, b in itertools.zip_longest(one, two)}
+        for one, two in ((answers, tuned_answers), (shuffled, tuned_shuffled))
+    )
     lines = []
     for index, encoded in enumerate(task.heldout_set):
-        before, then = asked.get(encoded.place, (None, None))
-        lines.append(
-            {
-                "place": encoded.place,
-                "prompt": question(task.by_place[encoded.place]),
-                "reference": encoded.answer,
-                "base_loss": losses[index],
-                "tuned_loss": None if tuned_losses is None else tuned_losses[index],
-                "base": None if before is None else before.text,
-                "tuned": None if then is None else then.text,
-                "base_ok": None if before is None else before.correct,
-                "tuned_ok": None if then is None else then.correct,
+        was, now = asked.get(encoded.place, (None, None))
+        line = {
+            "place": encoded.place,
+            "prompt": question(task.by_place[encoded.place]),
+            "reference": encoded.answer,
+            "base_loss": losses[index],
+            "tuned_loss": None if tuned_losses is None else tuned_losses[index],
+            "base": None if was is None else was.text,
+            "tuned": None if now is None else now.text,
+            "base_ok": None if was is None else was.correct,
+            "tuned_ok": None if now is None else now.correct,
+        }
+        pictures = task.pictures_of(task.by_place[encoded.place])
+        if pictures:
+            line["pictures"] = pictures
+        if encoded.place in strange:
+            was, now = strange[encoded.place]
+            line["other_pictures"] = list(was.pictures)
+            line |= {
+                "base_shuffled": was.text,
+                "tuned_shuffled": None if now is None else now.text,
+                "base_shuffled_ok": was.correct,
+                "tuned_shuffled_ok": None if now is None else now.correct,
             }
-        )
+        lines.append(line)
     return Report(model, None if adapter is None else str(adapter), "data", activity, measures, lines)
 
 
@@ -314,8 +337,10 @@ def _with_adapter(base: Any, adapter: Path) -> Any:
     return adapted
 
 
-def _prove_active(adapted: Any, adapter: Path, prompts: Sequence[Sequence[int]], device: str) -> Activity:
+def _prove_active(adapted: Any, adapter: Path, inputs: Sequence[Any], device: str) -> Activity:
     """Prove that logits with the adapter differ from those without; tell "learned nothing" from "not felt".
+
+    Inputs are token ids ``(1, length)``, or all arguments by name, each.
 
     Raises:
         ProofError: If its ΔW is not zero and the logits do not move.
@@ -324,13 +349,13 @@ def _prove_active(adapted: Any, adapter: Path, prompts: Sequence[Sequence[int]],
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     effect = 0.0
-    chosen = [list(p)[:PROBE_TOKENS] for p in prompts[:PROBES]]
+    chosen = [i if isinstance(i, Mapping) else {"input_ids": i} for i in inputs[:PROBES]]
     with torch.inference_mode():
-        for ids in chosen:
-            inputs = torch.tensor([ids], device=device)
-            active = adapted(input_ids=inputs).logits
+        for given in chosen:
+            arguments = {name: value.to(device) for name, value in given.items()}
+            active = adapted(**arguments).logits
             with adapted.disable_adapter():
-                plain = adapted(input_ids=inputs).logits
+                plain = adapted(**arguments).logits
             effect = max(effect, float((active.float() - plain.float()).abs().max()))
     learned = _learned(adapter)
     if effect == 0 and learned is not False:
@@ -341,6 +366,12 @@ def _prove_active(adapted: Any, adapter: Path, prompts: Sequence[Sequence[int]],
         )
     modules = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
     return Activity(effect, learned, modules)
+
+
+def _as_inputs(prompts: Sequence[Sequence[int]]) -> list[Any]:
+    import torch
+
+    return [torch.tensor([list(ids)[:PROBE_TOKENS]]) for ids in prompts if ids][:PROBES]
 
 
 def _learned(adapter: Path) -> bool | None:
@@ -471,7 +502,7 @@ def _by_tasks(
         probes = [
             judge.tokenizer(eval_prompt(q))["input_ids"] for q in next(iter(questions.values()))[:PROBES]
         ]
-        activity = _prove_active(adapted, adapter, probes, judge.device)
+        activity = _prove_active(adapted, adapter, _as_inputs(probes), judge.device)
         after = judged(adapted)
     measures, lines = [], []
     for protocol, name in before:
@@ -541,7 +572,7 @@ def _by_harness(
         adapted = _with_adapter(base, adapter)
         prompts = [text for task in before for text in task.prompts() if text][:PROBES]
         probes = [judge.tokenizer(text, verbose=False)["input_ids"] for text in prompts or ["The"]]
-        activity = _prove_active(adapted, adapter, [ids for ids in probes if ids], judge.device)
+        activity = _prove_active(adapted, adapter, _as_inputs(probes), judge.device)
         after = harness.run(adapted, judge.tokenizer)
         _check_felt(before, after, adapter, activity)
     measures, lines = [], []

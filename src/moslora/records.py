@@ -649,7 +649,10 @@ def prompt_of(example: Example) -> str:
 
 
 def split_heldout(
-    examples: Sequence[Example], fraction: float, seed: int
+    examples: Sequence[Example],
+    fraction: float,
+    seed: int,
+    identity: Callable[[Example], Sequence[str]] | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Split by a hash of each example's content, so that later additions do not move what is there.
 
@@ -660,6 +663,7 @@ def split_heldout(
         examples: At least two that differ.
         fraction: Share to hold out, between 0 and 1.
         seed: Another seed is another split.
+        identity: What makes examples equal, such as the pictures that they show; their content if None.
 
     Returns:
         Training and held-out examples, both in the order given, none empty.
@@ -669,7 +673,7 @@ def split_heldout(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction} must lie between 0 and 1, both excluded.")
-    draws = [_draw(example, seed) for example in examples]
+    draws = [_draw(_content(e) if identity is None else list(identity(e)), seed) for e in examples]
     if len(set(draws)) < 2:
         raise ValueError(
             f"{len(examples)} examples with {len(set(draws))} distinct cannot be split in two; add some."
@@ -680,11 +684,15 @@ def split_heldout(
     return train, [example for example, out in zip(examples, held, strict=True) if out]
 
 
-def _draw(example: Example, seed: int) -> float:
-    """Return a number in [0, 1) that depends on content and seed alone."""
+def _content(example: Example) -> list[Any]:
     turns = [astuple(message) for message in example.messages or ()]
-    content = json.dumps([seed, turns, example.prompt, example.completion, example.text])
-    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6], "big") / 2**48
+    return [turns, example.prompt, example.completion, example.text]
+
+
+def _draw(content: Sequence[Any], seed: int) -> float:
+    """Return a number in [0, 1) that depends on content and seed alone."""
+    written = json.dumps([seed, *content])
+    return int.from_bytes(hashlib.sha256(written.encode()).digest()[:6], "big") / 2**48
 
 
 def overlap(train: Iterable[Example], heldout: Iterable[Example]) -> int:

@@ -65,7 +65,7 @@ FILES = {
     "lora": "plain LoRA, loads anywhere",
     "kohya.safetensors": "the same for ComfyUI, A1111 and sd-scripts",
     "adapter": "native MoSLoRA, to continue training",
-    "pictures": "what base and tuned model made of the recipe's prompts",
+    "pictures": "what was made of the recipe's prompts, or what questions are about, small",
     "checkpoints": "to resume from",
     "recipe.yaml": "the recipe with every default written out",
     "run.json": "this report's figures, for programs",
@@ -81,7 +81,7 @@ CHANGES = {
     (True, True): ("Right before and after", 2),
 }
 
-PREDICTION = ("place", "prompt", "reference", "base", "tuned", "base_ok", "tuned_ok", "kind")
+PREDICTION = ("place", "prompt", "reference", "base", "tuned", "base_ok", "tuned_ok", "kind", "thumbnails")
 
 # Colours of the plot are placeholders for CSS variables, so that one drawing serves light and dark.
 INKS = {
@@ -95,6 +95,8 @@ INK, MUTED, LINE, TRAIN, HELD_OUT = INKS
 PLOT_POINTS = 600  # more than a screen shows; beyond that neighbours are averaged
 CLIP = 1500  # characters of one prompt or answer
 THUMBNAIL = 320  # pixels; the pictures themselves lie beside the report
+# Of pictures that questions are about: how many are shown of one example, and bytes of one and of all in a page.
+SEEN, SEEN_BYTES, ALL_SEEN_BYTES = 4, 100_000, 2_000_000
 # What was measured, unless a run says otherwise.
 UNIT = "held-out examples"
 
@@ -148,7 +150,7 @@ def write_report(run_dir: Path) -> Path:
         diverged=[line.get("step") for line in log if "loss" in line.get("not_finite", [])],
         rows=rows,
         kinds=_kind_rows(predictions),
-        changes=_changes(predictions),
+        changes=_with_pictures(run, _changes(predictions)),
         proofs=[_proof(name, proof) for name, proof in _section(record, "proofs").items()],
         files=_files(run),
         snippet=_snippet(run, record) if run.lora.is_dir() else None,
@@ -477,6 +479,31 @@ def _changes(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if rest:
         groups.append({"title": "Not judged", "count": len(rest), "lines": rest[:6]})
     return groups
+
+
+def _with_pictures(run: RunDirectory, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the small pictures that questions are about beside them, as data URIs, as many as a page can hold."""
+    left = ALL_SEEN_BYTES
+    for group in groups:
+        for line in group["lines"]:
+            files = line["thumbnails"] if isinstance(line["thumbnails"], list) else []
+            shown = []
+            for file in files[:SEEN]:
+                uri = _small_copy(run, file)
+                if uri is not None and len(uri) <= left:
+                    left -= len(uri)
+                    shown.append(uri)
+            line["seen"], line["unseen"] = shown, len(files) - len(shown)
+    return groups
+
+
+def _small_copy(run: RunDirectory, file: Any) -> str | None:
+    path = (run.path / file).resolve() if isinstance(file, str) else None
+    if path is None or path.suffix != ".webp" or not path.is_file():
+        return None
+    if not path.is_relative_to(run.path.resolve()) or path.stat().st_size > SEEN_BYTES:
+        return None
+    return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _proof(name: str, proof: Any) -> dict[str, Any]:

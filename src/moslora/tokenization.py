@@ -28,7 +28,7 @@ __all__ = ["IGNORED", "Encoded", "Encoder", "EncodingError", "Summary", "encode_
 IGNORED = -100  # torch's cross entropy and every Trainer skip this label
 
 CHOICES = {
-    "template": ("auto", "chat", "plain"),
+    "template": ("auto", "chat", "plain", "pair"),
     "train_on": ("completions", "all"),
     "too_long": ("cut", "drop", "refuse"),
 }
@@ -77,7 +77,8 @@ class Encoder:
     Args:
         tokenizer: The model's tokenizer.
         template: ``"chat"``: the tokenizer's chat template; ``"plain"``: prompt and completion joined, and
-            the end-of-sequence token; ``"auto"``: chat if there is a template. Text is always plain.
+            the end-of-sequence token; ``"auto"``: chat if there is a template. Text is always plain. ``"pair"``: one
+            question and its answer, which ``tokenizer.pair`` joins, for models that see questions in both directions.
         train_on: ``"completions"``: every assistant turn (every completion); ``"all"``: every token.
         max_length: Most tokens of an example; None for no limit.
         too_long: What becomes of a longer one: ``"cut"`` at the end, ``"drop"``, or ``"refuse"`` with an
@@ -126,6 +127,8 @@ class Encoder:
 
     def _whole(self, example: Example) -> Encoded:
         lay_out = self._chat if example.text is None and self.uses_chat else self._plain
+        if self.template == "pair":
+            lay_out = self._pair
         try:
             whole = lay_out(example)
             if not _learned(whole.labels):
@@ -325,6 +328,44 @@ class Encoder:
         skipped = len(offsets) - len(self._tokens(prompt + completion))  # a start token taken off
         across = next((at for at, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
         return across - skipped
+
+    # ---- question and answer -------------------------------------------------------------------------
+
+    def _pair(self, example: Example) -> Encoded:
+        messages = example.messages or (
+            Message("user", example.prompt or ""),
+            Message("assistant", example.completion or ""),
+        )
+        roles = [message.role for message in messages]
+        if roles != ["user", "assistant"]:
+            raise EncodingError(
+                f"this family of models takes one question and one answer, and here are {', '.join(roles)}. Split the "
+                "conversation, and put what a system turn says into the question."
+            )
+        if self.train_on == "all":
+            raise EncodingError(
+                "this family of models sees a question in both directions, so that nothing could be learned in it. "
+                "Set data.train_on=completions."
+            )
+        asked, answer = (message.content for message in messages)
+        tokenizer: Any = self.tokenizer
+        try:
+            prompt_ids, ids = tokenizer.pair(asked), tokenizer.pair(asked, answer)
+        except (TypeError, ValueError) as problem:
+            raise EncodingError(str(problem)) from problem
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise EncodingError("the processor writes the question differently once an answer follows")
+        return Encoded(
+            input_ids=ids,
+            labels=[IGNORED if at < len(prompt_ids) else token for at, token in enumerate(ids)],
+            prompt_ids=prompt_ids,
+            answer=answer,
+            was_cut=False,
+            place=example.place,
+            full_length=len(ids),
+            prompt_differs=False,
+            control_text=any(map(self._control.search, (asked, answer))),
+        )
 
     # ---- tokens that mean something ------------------------------------------------------------------
 

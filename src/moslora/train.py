@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import shutil
 import signal
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
     from moslora.display import Display
 
 __all__ = ["StopRequest", "Stopped", "TrainingError", "check", "resume", "train"]
+
+
+# Small copies of the pictures that questions are about: how many at most, and their longer side in pixels.
+SMALL_COPIES, SMALL = 200, 320
 
 
 class TrainingError(RuntimeError):
@@ -324,7 +330,7 @@ def _stages(run: _Run, task: Task) -> None:
     with run.stage("save", "saving and folding the adapter"):
         _save(run, task, adapted)
     after = _measure(run, task, adapted, "after", "tuned model")
-    _write_answers(directory.predictions, before.answers, after.answers)
+    _write_answers(run, before.answers, after.answers)
     with run.stage("prove", "proving the exported LoRA"):
         _prove_reload(run, task, adapted)
     _show_result(run, task, before, after, display)
@@ -394,13 +400,22 @@ def _keep_pictures(run: _Run, stage: str, pictures: Sequence[Shown]) -> list[Sho
     """Write pictures into the run directory, each whole or not at all."""
     kept = []
     for number, shown in enumerate(pictures):
-        path = run.directory.path / "pictures" / f"{number:03d}-{stage}.png"
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(shown.data)
-        part.replace(path)
-        kept.append(Shown(shown.prompt, shown.seed, f"pictures/{path.name}"))
+        file = _keep_picture(run, f"{number:03d}-{stage}.png", shown.data)
+        kept.append(Shown(shown.prompt, shown.seed, file))
     return kept
+
+
+def _keep_picture(run: _Run, name: str, data: bytes) -> str:
+    """Write a picture whole or not at all; return where, from the run directory on."""
+    path = run.directory.path / "pictures" / name
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return f"pictures/{name}"
 
 
 def _train(run: _Run, task: Task, model: nn.Module) -> Any:
@@ -568,9 +583,9 @@ def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
     directory.update(proofs={"reload": {**dataclasses.asdict(proof), "passed": proof.passed}})
 
 
-def _write_answers(path: Path, before: Sequence[Answer], after: Sequence[Answer]) -> None:
+def _write_answers(run: _Run, before: Sequence[Answer], after: Sequence[Answer]) -> None:
     """Write both models' answers side by side, one JSON object per held-out example."""
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "place": tuned.place,
             "prompt": tuned.prompt,
@@ -583,7 +598,31 @@ def _write_answers(path: Path, before: Sequence[Answer], after: Sequence[Answer]
         }
         for base, tuned in zip(before, after, strict=True)
     ]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    small = _keep_small(run, list(dict.fromkeys(file for answer in after for file in answer.pictures)))
+    for line, answer in zip(lines, after, strict=True):
+        if answer.pictures:
+            line["pictures"] = list(answer.pictures)
+            line["thumbnails"] = [small.get(file) for file in answer.pictures]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_whole(run.directory.predictions, text)
+
+
+def _keep_small(run: _Run, files: Sequence[str]) -> dict[str, str]:
+    """Keep small copies of pictures in the run directory, named by what they show, for the report."""
+    from moslora.tasks.vision import open_image
+
+    kept: dict[str, str] = {}
+    for file in files[:SMALL_COPIES]:
+        try:
+            picture = open_image(Path(file), run.recipe.data.max_pixels)  # type: ignore[attr-defined]
+        except ValueError:
+            continue  # gone since it was asked about; the report says so
+        picture.thumbnail((SMALL, SMALL))
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP", quality=85)
+        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+        kept[file] = _keep_picture(run, f"{digest[:16]}.webp", buffer.getvalue())
+    return kept
 
 
 def _show_result(run: _Run, task: Task, before: Evaluation, after: Evaluation, display: Display) -> None:

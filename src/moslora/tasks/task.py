@@ -35,6 +35,7 @@ class Answer:
         text: The model's answer.
         correct: Whether the task's metric accepts it; None without a metric.
         kind: The example's group, if the data names one.
+        pictures: Files that the question was asked about.
     """
 
     place: str
@@ -43,6 +44,7 @@ class Answer:
     text: str
     correct: bool | None
     kind: str | None = None
+    pictures: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,16 @@ class Task(ABC):
         """Return what the proof runs: the trained model, or the pipeline around it."""
         return model
 
+    def adapter_arguments(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the adapter is configured with on this base model: the recipe's section, and what follows.
+
+        Args:
+            model: The base model.
+        """
+        return dict(self.recipe.adapter)
+
     def adapter_config(self, model: nn.Module) -> PeftConfig:
         """Return the adapter's configuration on this base model."""
         from moslora import MoSLoRAConfig
 
-        return MoSLoRAConfig(task_type="CAUSAL_LM", **self.recipe.adapter)
+        return MoSLoRAConfig(task_type="CAUSAL_LM", **self.adapter_arguments(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,10 @@ class TextTask(Task):
 
     # Filled by ``set_aside``; a plain run chooses nothing by them.
     validation_examples: Sequence[Example] = ()
+    # What the share of right answers is called.
+    share = "exact_match"
+    # Whether held-out data are all that is wanted; a task may then leave the rest unread.
+    measures_only = False
 
     def read(self) -> None:
         """Read the data and find the base model."""
@@ -244,7 +248,7 @@ class TextTask(Task):
             peft_config=adapter,
             callbacks=list(callbacks),
         )
-        if self.quantization:
+        if adapter is not None:
             train_in_float32(trainer.model)
         return trainer
 
@@ -304,15 +308,24 @@ class TextTask(Task):
         """
         examples = self.train_examples
         fraction = min(0.25, count / len(examples))
-        rest, aside = split_heldout(examples, fraction, self.recipe.seed)
-        seen = {prompt_of(example) for example in aside}
+        rest, aside = split_heldout(examples, fraction, self.recipe.seed, self.identity_of)
+        seen = {mark for example in aside for mark in self.marks(example)}
         # What has the same prompt as an example set aside is not trained on, unless all have.
-        self.train_examples = [example for example in rest if prompt_of(example) not in seen] or rest
+        self.train_examples = [e for e in rest if seen.isdisjoint(self.marks(e))] or rest
         self.validation_examples = aside
         if heldout is not None and heldout < len(self.heldout_examples):
             every = len(self.heldout_examples)
             self.heldout_examples = [self.heldout_examples[i * every // heldout] for i in range(heldout)]
         return len(aside)
+
+    @property
+    def identity_of(self) -> Callable[[Example], Sequence[str]] | None:
+        """What makes examples equal to a split; None for their content."""
+        return None
+
+    def marks(self, example: Example) -> Sequence[str]:
+        """Return what an example must not share with another on the other side of a split."""
+        return [prompt_of(example)]
 
     def score(self, model: nn.Module, examples: Sequence[Encoded], label: str) -> list[float]:
         """Return each example's loss: the mean over its trained tokens, in nats, in the order given."""
@@ -360,6 +373,14 @@ class TextTask(Task):
             for index, encoded in enumerate(chosen)
         ]
 
+    def ask_shuffled(self, model: nn.Module, label: str) -> list[Answer]:
+        """Generate answers about other examples' pictures; none where there are no pictures."""
+        return []
+
+    def pictures_of(self, example: Example) -> list[str]:
+        """Return the files of the pictures that a held-out example shows."""
+        return []
+
     @property
     def pad_id(self) -> int:
         """A token to fill short rows with; it is masked, so any will do."""
@@ -404,11 +425,15 @@ SCALED_LOGITS = (
 )
 
 
+# What TRL's trainer asks of its loss.
+TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+
 def train_in_float32(model: nn.Module) -> None:
     """Keep in float32 what is trained, whatever the base's dtype.
 
     A step of 2e-5 is lost on the 8 bits of a bfloat16, without a word. Factors convert what comes in by themselves;
-    modules that are trained whole are taught to.
+    modules that are trained whole are taught to, and so is TRL's loss, which reads the head's weight past its call.
 
     Args:
         model: An adapted model; changed in place.
@@ -434,6 +459,12 @@ def train_in_float32(model: nn.Module) -> None:
                     module.register_forward_hook(
                         lambda _m, _g, out, dtype=original: out.to(dtype) if torch.is_tensor(out) else out
                     )
+    base = unwrapped(model)
+    head = base.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and head.weight.dtype != head.original_module.weight.dtype:
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(base, cast_lm_head_to_fp32=True, outputs=TRL_OUTPUTS)
 
 
 def labelled_loss_trainer() -> Any:
@@ -688,11 +719,8 @@ def example_losses(
         Per batch: where its examples stand in ``examples``, each one's sum in nats, and over how many tokens.
     """
     import torch
-    from torch.nn import functional as F
 
     model.eval()
-    base = unwrapped(model)
-    plain = logits_are_plain(base)
     for chosen in _batches(examples, LOSS_TOKENS):
         batch = [examples[index] for index in chosen]
         length = max(len(e.input_ids) for e in batch)
@@ -704,20 +732,41 @@ def example_losses(
             ids[row, :n] = torch.tensor(example.input_ids)
             labels[row, :n] = torch.tensor(example.labels)
             mask[row, :n] = 1
-        targets = labels[:, 1:].to(device)
-        trained = targets != -100  # (rows, length - 1)
-        arguments = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        with torch.inference_mode():
-            if plain:
-                hidden = base.base_model(**arguments).last_hidden_state[:, :-1]  # (rows, length - 1, d)
-                logits = base.get_output_embeddings()(hidden[trained])  # (tokens, vocabulary)
-            else:
-                logits = model(**arguments).logits[:, :-1][trained]
-            losses = F.cross_entropy(logits.float(), targets[trained], reduction="none")  # (tokens,)
-        rows = trained.nonzero()[:, 0]
-        sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
-        sums.index_add_(0, rows, losses.double())
-        yield chosen, sums.cpu(), trained.sum(dim=1).cpu()
+        arguments = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        sums, counts = row_losses(model, arguments, labels.to(device))
+        yield chosen, sums.cpu(), counts.cpu()
+
+
+def row_losses(model: nn.Module, arguments: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the negative log-likelihood of the labelled positions of each row, taking logits nowhere else if possible.
+
+    Args:
+        model: A causal language model, or PEFT's around it.
+        arguments: What it takes: ``input_ids``, ``attention_mask``, ``(rows, length)``, and whatever else.
+        labels: Token ids, -100 where nothing is trained, ``(rows, length)``.
+
+    Returns:
+        The sums in nats, float64, and over how many tokens, ``(rows,)`` each.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    base = unwrapped(model)
+    targets = labels[:, 1:]
+    trained = targets != -100  # (rows, length - 1)
+    with torch.inference_mode():
+        if logits_are_plain(base):
+            hidden = base.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]
+            head, rows = base.get_output_embeddings(), hidden[trained]  # (tokens, d)
+        else:
+            logits = model(**arguments, use_cache=False).logits[:, :-1]
+            head, rows = (lambda found: found), logits[trained]  # (tokens, vocabulary)
+        parts = zip(torch.split(rows, LOGIT_ROWS), torch.split(targets[trained], LOGIT_ROWS), strict=True)
+        losses = [F.cross_entropy(head(row).float(), target, reduction="none") for row, target in parts]
+    sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    for_rows = torch.cat(losses).double() if losses else sums[:0]  # (tokens,)
+    sums.index_add_(0, trained.nonzero()[:, 0], for_rows)
+    return sums, trained.sum(dim=1)
 
 
 def _batches(examples: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
