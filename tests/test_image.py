@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,73 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert not all(torch.equal(weights(other)[name], tensor) for name, tensor in weights(whole).items())
 
 
+def drawing(monkeypatch: pytest.MonkeyPatch, also: Any = lambda run: None) -> list[str]:
+    """Count pictures as they are made, and let each use up randomness of every kind."""
+    honest, made = ImageTask._make, []
+
+    def make(task: ImageTask, prompt: str, seed: int) -> bytes:
+        content = honest(task, prompt, seed)
+        torch.rand(3), numpy.random.rand(), random.random()
+        made.append(prompt)
+        also(task)
+        return content
+
+    monkeypatch.setattr(ImageTask, "_make", make)
+    return made
+
+
+def test_pictures_on_the_way_leave_training_as_it_is_and_none_is_made_twice(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moslora.train, "_prove_reload", lambda *_: None)
+    monkeypatch.setattr(moslora.train, "_show_result", lambda *_: None)
+    changes = {"trainer.max_steps": 5, "adapter.lora_dropout": 0.2, "trainer.learning_rate": 0.05}
+    shown = {**changes, "task.prompts": "['a {} {} on ice', 'a red {} {}']", "task.pictures_every": 2}
+    plain = train(arguments(world, tmp_path / "plain", **changes), quiet())
+    made = drawing(monkeypatch)
+    whole = train(arguments(world, tmp_path / "whole", **shown), quiet())
+    assert len(made) == 2 * 4  # base, steps 2 and 4, tuned
+    assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(plain).items())
+    record = whole.read()
+    during = record["pictures"]["during"]
+    assert list(during) == ["2", "4"] and [p["file"] for p in during["4"]] == [
+        "pictures/000-step-4.png",
+        "pictures/001-step-4.png",
+    ]
+    files = [
+        whole.path / "pictures" / f"000-{stage}.png" for stage in ("before", "step-2", "step-4", "after")
+    ]
+    assert len({file.read_bytes() for file in files}) == 4
+    assert record["timing"]["pictures_seconds"] > 0
+    page = whole.report.read_text()
+    assert page.count("data:image/webp;base64,") == 8
+    assert page.index("<span>base<") < page.index("<span>step 2<") < page.index("<span>step 4<")
+
+    def stop(task: ImageTask) -> None:
+        if len(made) == 3:  # the first of step 2
+            task.checkpoint.__self__.received = signal.SIGTERM  # type: ignore[attr-defined]
+
+    made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "_make", ImageTask._make)
+        drawing(patch, stop)
+        made_before = made
+        with pytest.raises(Stopped):
+            train(arguments(world, tmp_path / "parts", **shown), quiet())
+    parts = RunDirectory.open(tmp_path / "parts" / "run")
+    checkpoint = parts.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 2
+    assert len(parts.read()["pictures"]["during"]["2"]) == 1 and len(made_before) == 3
+    made.clear()
+    resumed = resume(parts.path, quiet())
+    assert made == ["a red x cat", "a x cat on ice", "a red x cat", "a x cat on ice", "a red x cat"]
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(plain).items())
+    for stage in ("step-2", "step-4", "after"):
+        for number in ("000", "001"):
+            one, two = (run.path / "pictures" / f"{number}-{stage}.png" for run in (whole, resumed))
+            assert one.read_bytes() == two.read_bytes()
+
+
 def test_a_batch_is_the_mean_of_its_rows_so_that_accumulation_is_a_larger_batch(
     world: Path, tmp_path: Path
 ) -> None:
@@ -338,6 +406,17 @@ def test_lines_of_the_published_list_of_prompts_are_taken_as_they_are(world: Pat
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     task = prepared(world, tmp_path, **{"task.prompts_file": tmp_path / "prompts.txt"})
     assert task.prompts == ["a x cat on the beach", "a red x cat"]
+    (tmp_path / "prompts.txt").write_text("Classes\n\nprompt_list = [\n" + lines[0] + "\n]")
+    with pytest.raises(ValueError, match=r"task\.published_prompts=object"):
+        prepared(world, tmp_path, **{"task.prompts_file": tmp_path / "prompts.txt"})
+
+
+@pytest.mark.parametrize("kind", ["object", "live"])
+def test_the_25_published_prompts_need_one_key(kind: str, world: Path, tmp_path: Path) -> None:
+    task = prepared(world, tmp_path, **{"task.published_prompts": kind, "task.prompts": "['a red {} {}']"})
+    assert len(task.prompts) == 25 and task.prompts[0] == "a red x cat"  # which is one of theirs
+    assert ("a x cat in a chef outfit" in task.prompts) == (kind == "live")
+    assert ("a x cat on top of a mirror" in task.prompts) == (kind == "object")
 
 
 def test_squares_are_cut_where_the_size_conditions_say(world: Path, tmp_path: Path) -> None:
@@ -365,6 +444,10 @@ def test_what_cannot_be_exported_or_trained_is_refused_before_anything_is_loaded
         ({"data.class_prompt": "a cat"}, "needs both data.class_images"),
         ({"model": world / "sdxl" / "unet"}, "no diffusers pipeline"),
         ({"data.token": "null"}, r"has a place for data\.token"),
+        (
+            {"task.prompts": "[a]", "task.pictures_every": 3},
+            "task.pictures_every=3, but training has 3 steps",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             prepared(world, tmp_path, **changes)

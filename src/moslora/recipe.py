@@ -172,7 +172,9 @@ class ImageTaskSection(_Section):
     kind: Literal["image"] = "image"
     prompts: list[Name] = []
     prompts_file: Name | None = None
+    published_prompts: Literal["none", "object", "live"] = "none"
     pictures_per_prompt: int = Field(default=1, ge=1)
+    pictures_every: int | None = Field(default=None, ge=1)
     inference_steps: int = Field(default=25, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0)
     negative_prompt: str | None = None

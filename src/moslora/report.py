@@ -65,7 +65,7 @@ FILES = {
     "lora": "plain LoRA, loads anywhere",
     "kohya.safetensors": "the same for ComfyUI, A1111 and sd-scripts",
     "adapter": "native MoSLoRA, to continue training",
-    "pictures": "what base and tuned model made of the recipe's prompts",
+    "pictures": "what the base, the tuned model and the model on the way made of the recipe's prompts",
     "checkpoints": "to resume from",
     "recipe.yaml": "the recipe with every default written out",
     "run.json": "this report's figures, for programs",
@@ -95,6 +95,8 @@ INK, MUTED, LINE, TRAIN, HELD_OUT = INKS
 PLOT_POINTS = 600  # more than a screen shows; beyond that neighbours are averaged
 CLIP = 1500  # characters of one prompt or answer
 THUMBNAIL = 320  # pixels; the pictures themselves lie beside the report
+SERIES = 8  # steps on the way that are shown; the others lie beside the report
+SERIES_THUMBNAIL = 224
 # What was measured, unless a run says otherwise.
 UNIT = "held-out examples"
 
@@ -140,6 +142,8 @@ def write_report(run_dir: Path) -> Path:
         verdict=_verdict(rows, count, len(predictions), metrics.get("unit") or UNIT),
         unit=metrics.get("unit") or UNIT,
         pictures=_pictures(run, _section(record, "pictures")),
+        drawn_steps=len(_section(_section(record, "pictures"), "during")),
+        shown_steps=SERIES,
         chance=_chance(predictions),
         count=count,
         answered=len(predictions),
@@ -374,23 +378,31 @@ def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
 
 
 def _pictures(run: RunDirectory, pictures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return pictures of base and tuned model side by side, small, as data URIs; None where one is missing."""
+    """Return what base and tuned model drew, and the model on the way, by prompt and seed.
+
+    Each is small, as a data URI; None where one is missing.
+    """
     before, after = (pictures.get(stage) or [] for stage in ("before", "after"))
+    during = _section(pictures, "during")
+    steps = _spread(sorted(int(step) for step in during), SERIES)
+    stages = [("base", before), *((f"step {step}", during[str(step)]) for step in steps), ("tuned", after)]
+    size = THUMBNAIL if not steps else SERIES_THUMBNAIL
     rows = []
     for number, shown in enumerate(before):
-        tuned = after[number] if number < len(after) else {}
-        rows.append(
-            {
-                "prompt": shown.get("prompt"),
-                "seed": shown.get("seed"),
-                "base": _thumbnail(run, shown.get("file")),
-                "tuned": _thumbnail(run, tuned.get("file")),
-            }
-        )
+        files = [(who, found[number].get("file") if number < len(found) else None) for who, found in stages]
+        cells = [(who, _thumbnail(run, file, size)) for who, file in files]
+        rows.append({"prompt": shown.get("prompt"), "seed": shown.get("seed"), "cells": cells})
     return rows
 
 
-def _thumbnail(run: RunDirectory, file: str | None) -> str | None:
+def _spread(steps: list[int], count: int) -> list[int]:
+    """Return at most so many, at even distances, the first and the last among them."""
+    if len(steps) <= count:
+        return steps
+    return [steps[round(k * (len(steps) - 1) / (count - 1))] for k in range(count)]
+
+
+def _thumbnail(run: RunDirectory, file: str | None, size: int) -> str | None:
     path = run.path / file if file else None
     if path is None or not path.is_file():
         return None
@@ -402,7 +414,7 @@ def _thumbnail(run: RunDirectory, file: str | None) -> str | None:
     else:
         with Image.open(path) as image:
             small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.thumbnail((size, size))
             buffer = io.BytesIO()
             small.save(buffer, "WEBP", quality=85)
         data, kind = buffer.getvalue(), "webp"

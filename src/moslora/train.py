@@ -107,6 +107,8 @@ class _Run:
     display: Display
     stop: StopRequest
     mix: Mix | None = None
+    within: float = 0.0  # seconds that stages have taken, each with all that was inside it
+    doing: str | None = None
 
     @property
     def start(self) -> Path:
@@ -115,16 +117,22 @@ class _Run:
 
     @contextlib.contextmanager
     def stage(self, name: str, doing: str) -> Iterator[None]:
-        """Note a stage, in words too, and how long it took; time of earlier tries is added to."""
+        """Note a stage, in words too, and how long it took; time of earlier tries is added to, of inner stages not."""
         self.stop.check()
+        outer, self.doing = self.doing, doing
         self.directory.update(stage=doing)
-        started = time.monotonic()
+        started, before_it = time.monotonic(), self.within
         try:
             yield
+            if outer is not None:
+                self.directory.update(stage=outer)
         finally:
+            self.doing = outer
+            whole = time.monotonic() - started
+            own = whole - (self.within - before_it)
+            self.within = before_it + whole
             key = f"{name}_seconds"
-            before = self.directory.read().get("timing", {}).get(key, 0.0)
-            spent = round(before + time.monotonic() - started, 3)
+            spent = round(self.directory.read().get("timing", {}).get(key, 0.0) + own, 3)
             self.directory.update(timing={key: spent})
 
 
@@ -392,15 +400,16 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
 
 def _keep_pictures(run: _Run, stage: str, pictures: Sequence[Shown]) -> list[Shown]:
     """Write pictures into the run directory, each whole or not at all."""
-    kept = []
-    for number, shown in enumerate(pictures):
-        path = run.directory.path / "pictures" / f"{number:03d}-{stage}.png"
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(shown.data)
-        part.replace(path)
-        kept.append(Shown(shown.prompt, shown.seed, f"pictures/{path.name}"))
-    return kept
+    return [_keep_picture(run, stage, number, shown) for number, shown in enumerate(pictures)]
+
+
+def _keep_picture(run: _Run, stage: str, number: int, shown: Shown) -> Shown:
+    path = run.directory.path / "pictures" / f"{number:03d}-{stage}.png"
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(shown.data)
+    part.replace(path)
+    return Shown(shown.prompt, shown.seed, f"pictures/{path.name}")
 
 
 def _train(run: _Run, task: Task, model: nn.Module) -> Any:
@@ -412,7 +421,8 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
     checkpoint = directory.latest_checkpoint(run.display.warn)
     with MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0) as log:
         with run.stage("train", "preparing to train"):
-            trainer = task.build_trainer(model, config, directory.checkpoints, [_recorder(run, log)])
+            callbacks = [_recorder(run, log), _painter(run, task)]
+            trainer = task.build_trainer(model, config, directory.checkpoints, callbacks)
             trainer.remove_callback(PrinterCallback)
             adapted: Any = trainer.model
             if run.mix is not None:
@@ -485,6 +495,45 @@ def _recorder(run: _Run, log: MetricsLog) -> TrainerCallback:
             self.stack.close()
 
     return Recorder()
+
+
+def _painter(run: _Run, task: Task) -> TrainerCallback:
+    """Make the callback that keeps what the model draws on the way, where the recipe wants it.
+
+    A request to stop is obeyed between two pictures. The missing ones are made when the run goes on from that very
+    step, before it takes another.
+    """
+    from transformers import TrainerCallback
+
+    class Painter(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.paint(state, model)
+            run.stop.check()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+            self.paint(state, model)
+            if run.stop.received is not None:
+                control.should_save = True
+                control.should_training_stop = True
+            return control
+
+        def paint(self, state: Any, model: Any) -> None:
+            step = state.global_step
+            due = task.shows_at(step) and 0 < step < state.max_steps  # after the last the run measures anyway
+            if not due or not state.is_world_process_zero or run.stop.received is not None:
+                return
+            during = run.directory.read().get("pictures", {}).get("during", {})
+            kept = list(during.get(str(step), []))
+            with contextlib.suppress(Stopped), run.stage("pictures", f"making pictures after step {step}"):
+                for shown in task.show(model, len(kept)):
+                    found = dataclasses.asdict(_keep_picture(run, f"step-{step}", len(kept), shown))
+                    del found["data"]
+                    kept.append(found)
+                    run.directory.update(pictures={"during": {str(step): kept}})
+                    if run.stop.received is not None:
+                        break
+
+    return Painter()
 
 
 def _save(run: _Run, task: Task, adapted: Any) -> None:

@@ -11,8 +11,10 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ from moslora.models import (
 )
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.pictures import Folder, Picture, cut, fill, plan_crops, read_folder
+from moslora.tasks.published_prompts import PUBLISHED
 from moslora.tasks.task import Evaluation, Shown, Task
 from moslora.tasks.vision import open_image
 
@@ -48,7 +51,7 @@ __all__ = ["ImageTask", "find_pipeline"]
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of no use to training
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-PUBLISHED = re.compile(r"^(['\"])(.*)\1\.format\(unique_token, class_token\),?$")
+LISTED = re.compile(r"^(['\"])(.*)\1\.format\(unique_token, class_token\),?$")
 GENERATED = "generated.json"  # beside the class's pictures: which of them the base made, and from what
 BATCH = 4  # draws whose loss is measured at once
 PROBES = 2  # pictures whose noised latents the proof compares
@@ -118,7 +121,8 @@ class ImageTask(Task):
         self.train_folder = self._read(data.train, data.prompt, limit=data.limit)
         self.heldout_folder = self._read(data.heldout, data.prompt) if data.heldout is not None else None
         self.class_folder, self.missing = self._read_class()
-        self.prompts = [self._fill(p) for p in [*task.prompts, *self._listed_prompts()]]
+        templates = [*task.prompts, *PUBLISHED.get(task.published_prompts, ()), *self._listed_prompts()]
+        self.prompts = list(dict.fromkeys(map(self._fill, templates)))
         if self.heldout_folder is not None:
             seen = {p.sha256 for p in self.train_folder.pictures}
             both = sum(p.sha256 in seen for p in self.heldout_folder.pictures)
@@ -140,8 +144,13 @@ class ImageTask(Task):
         if not path.is_file():
             raise ValueError(f"task.prompts_file: {path} does not exist.")
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        if any(line.startswith("prompt_list") for line in lines):
+            raise ValueError(
+                f"task.prompts_file: {path} is DreamBooth's whole published file, with classes and two lists. Set "
+                "task.published_prompts=object or =live instead, or keep one list's prompts only."
+            )
         # A line of DreamBooth's published list is Python: 'a {0} {1} …'.format(unique_token, class_token),
-        found = [PUBLISHED.sub(r"\2", line) for line in lines if line]
+        found = [LISTED.sub(r"\2", line) for line in lines if line]
         if not found:
             raise ValueError(f"task.prompts_file: {path} is empty; write one prompt a line.")
         return found
@@ -308,8 +317,34 @@ class ImageTask(Task):
                 f"Prior preservation: {data.class_count} pictures of “{self._fill(data.class_prompt)}” in "
                 f"{data.class_images}; {made}. Their loss counts {recipe.task.prior_weight:g} times."
             )
-        if not self.prompts:
+        if self.prompts:
+            display.say(self._say_of_pictures())
+        else:
             display.say("task.prompts names none, so no pictures will be shown side by side.")
+
+    def _say_of_pictures(self) -> str:
+        """Say how many pictures will be made, for each takes as long as many training steps."""
+        task: Any = self.recipe.task
+        count = len(self.prompts) * task.pictures_per_prompt
+        said = f"{count} pictures of {len(self.prompts)} prompts are made before training and after it"
+        if task.pictures_every is None:
+            return f"{said}."
+        steps = range(task.pictures_every, self._steps(), task.pictures_every)
+        if not steps:
+            raise ValueError(
+                f"task.pictures_every={task.pictures_every}, but training has {self._steps()} steps, after the last of "
+                "which pictures are made anyway; set a smaller number, or null."
+            )
+        return f"{said}, and {count} more after each {task.pictures_every} steps: {(2 + len(steps)) * count} in all."
+
+    def _steps(self) -> int:
+        """Return how many optimiser steps will be taken, on one device."""
+        arguments = resolve_trainer_arguments(self.recipe, self.device)
+        if arguments.get("max_steps", -1) > 0:
+            return int(arguments["max_steps"])
+        at_once = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
+        steps: float = len(self.train_folder.pictures) * arguments["num_train_epochs"] / at_once
+        return max(1, round(steps))
 
     def _size(self) -> tuple[int, int]:
         """Return how many parameters the denoiser has, and how many of its modules are adapted."""
@@ -687,9 +722,25 @@ class ImageTask(Task):
             {"loss": sum(losses) / len(losses)}, len(examples), unit=unit, pictures=self._pictures(label)
         )
 
-    def _pictures(self, label: str) -> list[Shown]:
+    def _wanted_pictures(self) -> list[tuple[str, int]]:
+        """Return prompt and seed of every picture to be shown, in their order."""
         count = self.recipe.task.pictures_per_prompt  # type: ignore[attr-defined]
-        wanted = [(prompt, self.recipe.seed + k) for prompt in self.prompts for k in range(count)]
+        return [(prompt, self.recipe.seed + k) for prompt in self.prompts for k in range(count)]
+
+    def shows_at(self, step: int) -> bool:
+        """Whether ``task.pictures_every`` wants pictures after so many steps."""
+        every = self.recipe.task.pictures_every  # type: ignore[attr-defined]
+        return bool(every and self.prompts and step > 0 and step % every == 0)
+
+    def show(self, model: nn.Module, skip: int = 0) -> Iterator[Shown]:
+        """Make pictures of the recipe's prompts, with the seeds that they have before training and after."""
+        for prompt, seed in self._wanted_pictures()[skip:]:
+            with _undisturbed(self.model):
+                content = self._make(prompt, seed)
+            yield Shown(prompt, seed, data=content)
+
+    def _pictures(self, label: str) -> list[Shown]:
+        wanted = self._wanted_pictures()
         found: list[Shown] = []
         if not wanted:
             return found
@@ -758,6 +809,26 @@ class ImageTask(Task):
             ).input_ids
             found.append({f"{name}.input_ids": ids})
         return found
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let a model work outside training: modes and every source of randomness are afterwards what they were."""
+    import numpy
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
 
 
 def _class(value: Sequence[str]) -> Any:

@@ -7,7 +7,7 @@ proofs and report.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,6 +170,19 @@ class Task(ABC):
     @abstractmethod
     def probe(self) -> list[Any]:
         """Return inputs for the proof: token ids ``(1, length)``, or all arguments by name, each."""
+
+    def shows_at(self, step: int) -> bool:
+        """Say whether pictures are made after so many optimiser steps."""
+        return False
+
+    def show(self, model: nn.Module, skip: int = 0) -> Iterator[Shown]:
+        """Make pictures while training goes on; training itself must not notice.
+
+        Args:
+            model: As it is at the moment.
+            skip: How many are there already; the same ones come in the same order.
+        """
+        return iter(())
 
     # Whether the base's weights must be there. Without, the task can be counted and its data checked only.
     needs_weights = True
