@@ -178,6 +178,8 @@ class ImageTaskSection(_Section):
     inference_steps: int = Field(default=25, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0)
     negative_prompt: str | None = None
+    clip_model: Name | None = None
+    dino_model: Name | None = None
     loss_draws: int = Field(default=8, ge=1)
     snr_gamma: float | None = Field(default=None, gt=0)
     noise_offset: float = Field(default=0.0, ge=0)
@@ -643,7 +645,7 @@ SECTIONS_OF: dict[str, dict[str, type[BaseModel]]] = {
 PATHS: dict[str, tuple[str, ...]] = {
     "model": ("name",),
     "data": ("train", "heldout", "images", "class_images"),
-    "task": ("prompts_file",),
+    "task": ("prompts_file", "clip_model", "dino_model"),
     "mix": ("adapters",),
 }
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moslora.answers import wilson_interval
 from moslora.rundir import RunDirectory, read_metrics, write_whole
+from moslora.tasks.fidelity import SCORES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,6 +143,7 @@ def write_report(run_dir: Path) -> Path:
         verdict=_verdict(rows, count, len(predictions), metrics.get("unit") or UNIT),
         unit=metrics.get("unit") or UNIT,
         pictures=_pictures(run, _section(record, "pictures")),
+        fidelity=_fidelity(_section(record, "fidelity")),
         drawn_steps=len(_section(_section(record, "pictures"), "during")),
         shown_steps=SERIES,
         chance=_chance(predictions),
@@ -393,6 +395,54 @@ def _pictures(run: RunDirectory, pictures: Mapping[str, Any]) -> list[dict[str, 
         cells = [(who, _thumbnail(run, file, size)) for who, file in files]
         rows.append({"prompt": shown.get("prompt"), "seed": shown.get("seed"), "cells": cells})
     return rows
+
+
+def _fidelity(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return scores of pictures, base and tuned side by side, with what they are means of; and what is absent."""
+    before, after, change = (_section(found, stage) for stage in ("before", "after", "change"))
+    rows, tables = [], []
+    for name, score in SCORES.items():
+        one, two, moved = (_section(stage, name) for stage in (before, after, change))
+        about = one or two
+        if not about:
+            continue
+        count = len(about.get("prompts", ()))
+        real = len(about.get("real", ()))
+        rows.append(
+            {
+                "name": name,
+                "base": _cosine(one.get("mean"), one.get("interval")),
+                "tuned": _cosine(two.get("mean"), two.get("interval")),
+                "change": _cosine(moved.get("mean"), moved.get("interval"), signed=True),
+                "of": f"{about.get('pictures')} pictures of {count} prompts"
+                + (f", each with {real} real ones" if real else ", each with its prompt"),
+                "model": f"{about.get('title')}, {about.get('model')}",
+                "published": None if about.get("title") == score.published else score.published,
+            }
+        )
+        for key, field, title in (("prompts", "prompt", "by prompt"), ("real", "picture", "by real picture")):
+            tuned = {line[field]: line["mean"] for line in two.get(key, ())}
+            lines = [
+                (line[field], _cosine(line["mean"])[0], _cosine(tuned.get(line[field]))[0])
+                for line in one.get(key, ())
+            ]
+            if lines:
+                tables.append({"title": f"{name} {title}", "lines": lines})
+    return {
+        "rows": rows,
+        "tables": tables,
+        "absent": _section(after, "absent") or _section(before, "absent"),
+    }
+
+
+def _cosine(value: Any, interval: Any = None, signed: bool = False) -> tuple[str, str | None]:
+    """Show a cosine, or a difference of two, with its interval."""
+    number = _number(value)
+    if number is None:
+        return "—", None
+    form = "{:+.3f}" if signed else "{:.3f}"
+    ends = " to ".join(form.format(end) for end in interval) if interval else None
+    return form.format(number).replace("-", "−"), ends.replace("-", "−") if ends else None
 
 
 def _spread(steps: list[int], count: int) -> list[int]:

@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -332,6 +332,7 @@ def _stages(run: _Run, task: Task) -> None:
     with run.stage("save", "saving and folding the adapter"):
         _save(run, task, adapted)
     after = _measure(run, task, adapted, "after", "tuned model")
+    _note_change(run, before, after)
     _write_answers(directory.predictions, before.answers, after.answers)
     with run.stage("prove", "proving the exported LoRA"):
         _prove_reload(run, task, adapted)
@@ -387,6 +388,7 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
     write_whole(kept, json.dumps(values, ensure_ascii=False))
     run.directory.update(
         **({"pictures": {stage: values["pictures"]}} if values["pictures"] else {}),
+        **({"fidelity": {stage: dict(evaluation.fidelity)}} if evaluation.fidelity else {}),
         metrics={
             stage: dict(evaluation.metrics),
             "intervals": {stage: {name: list(ends) for name, ends in evaluation.intervals.items()}},
@@ -396,6 +398,16 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
         },
     )
     return evaluation
+
+
+def _note_change(run: _Run, before: Evaluation, after: Evaluation) -> None:
+    """Note how scores of pictures changed, prompt by prompt."""
+    from moslora.tasks.fidelity import SCORES, paired_change
+
+    names = [name for name in SCORES if name in before.fidelity and name in after.fidelity]
+    if names:
+        changes = {name: paired_change(before.fidelity[name], after.fidelity[name]) for name in names}
+        run.directory.update(fidelity={"change": changes})
 
 
 def _keep_pictures(run: _Run, stage: str, pictures: Sequence[Shown]) -> list[Shown]:
@@ -654,6 +666,8 @@ def _show_result(run: _Run, task: Task, before: Evaluation, after: Evaluation, d
     display.say()
     some = f", {len(after.answers)} of them answered" if 0 < len(after.answers) < after.examples else ""
     display.table(f"{after.examples} {after.unit}{some}", ["", *columns], rows)
+    if after.fidelity:
+        _show_fidelity(run, before.fidelity, after.fidelity)
     if after.answers:
         _show_samples(_choose(before.answers, after.answers, run.recipe.task.samples), display)
     fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
@@ -677,6 +691,25 @@ def _show_result(run: _Run, task: Task, before: Evaluation, after: Evaluation, d
         display.say(f"{what} {path / place}")
     display.say(f"Native, to train further:     {path / 'adapter'}")
     display.say(f"Report, opens in a browser:   {path / 'report.html'}")
+
+
+def _show_fidelity(run: _Run, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Show scores of pictures, and which are absent and why."""
+    from moslora.tasks.fidelity import SCORES
+
+    changes = run.directory.read().get("fidelity", {}).get("change", {})
+    rows = []
+    for name in SCORES:
+        if name in after:
+            one, two, change = before[name]["mean"], after[name]["mean"], changes[name]
+            ends = " ({:+.3f} to {:+.3f})".format(*change["interval"]) if change["interval"] else ""
+            model = f"{after[name]['title']}, {after[name]['model']}"
+            rows.append([name, f"{one:.3f}", f"{two:.3f}", f"{change['mean']:+.3f}{ends}", model])
+    if rows:
+        columns = ["", "base", "tuned", "change, 95 % over prompts", "model"]
+        run.display.table("Fidelity: mean cosine", columns, rows)
+    for name, why in after.get("absent", {}).items():
+        run.display.say(f"{name} is not computed: {why}.")
 
 
 def _choose(before: Sequence[Answer], after: Sequence[Answer], count: int) -> list[tuple[Answer, Answer]]:

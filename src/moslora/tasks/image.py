@@ -34,6 +34,7 @@ from moslora.models import (
     read_json,
 )
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
+from moslora.tasks.fidelity import SCORES, Judge, about, find_judge, judge_pictures, open_made
 from moslora.tasks.pictures import Folder, Picture, cut, fill, plan_crops, read_folder
 from moslora.tasks.published_prompts import PUBLISHED
 from moslora.tasks.task import Evaluation, Shown, Task
@@ -109,6 +110,7 @@ class ImageTask(Task):
                 raise ValueError(f"task=image needs {package}. Run: pip install 'moslora[image]'")
         recipe: Any = self.recipe
         data, task = recipe.data, recipe.task
+        self.judges: list[Judge] = []
         self.source = find_pipeline(recipe.model.name, recipe.model.revision)
         if (data.class_images is None) != (data.class_prompt is None):
             raise ValueError(
@@ -123,6 +125,13 @@ class ImageTask(Task):
         self.class_folder, self.missing = self._read_class()
         templates = [*task.prompts, *PUBLISHED.get(task.published_prompts, ()), *self._listed_prompts()]
         self.prompts = list(dict.fromkeys(map(self._fill, templates)))
+        named = {key: getattr(task, key) for key in ("dino_model", "clip_model")}
+        self.judges = [find_judge(key, name) for key, name in named.items() if name is not None]
+        if self.judges and not self.prompts:
+            raise ValueError(
+                f"task.{self.judges[0].key} judges pictures of the recipe's prompts, and there are none: set "
+                "task.prompts, task.published_prompts or task.prompts_file."
+            )
         if self.heldout_folder is not None:
             seen = {p.sha256 for p in self.train_folder.pictures}
             both = sum(p.sha256 in seen for p in self.heldout_folder.pictures)
@@ -412,7 +421,8 @@ class ImageTask(Task):
             files = self._generated(Path(recipe.data.class_images))["files"]
             there = self.class_folder.pictures if self.class_folder else ()
             data["class"] = "".join(p.sha256 for p in there if p.path.name not in files) or "generated"
-        return {"data": data, "base": self._fingerprint()}
+        judges = {judge.key: judge.fingerprint() for judge in self.judges}
+        return {"data": data, "base": self._fingerprint(), **({"judges": judges} if judges else {})}
 
     def _fingerprint(self) -> dict[str, Any]:
         about: dict[str, Any] = {"kind": self.source.kind, "name": self.source.name}
@@ -718,9 +728,53 @@ class ImageTask(Task):
                 progress.advance(1, f"loss {sum(losses) / len(losses):.4f}")
                 self.checkpoint()
         unit = "held-out pictures" if self.heldout_folder else "training pictures"
+        pictures = self._pictures(label)
         return Evaluation(
-            {"loss": sum(losses) / len(losses)}, len(examples), unit=unit, pictures=self._pictures(label)
+            {"loss": sum(losses) / len(losses)},
+            len(examples),
+            unit=unit,
+            pictures=pictures,
+            fidelity=self._fidelity(pictures, label),
         )
+
+    def _fidelity(self, pictures: Sequence[Shown], label: str) -> dict[str, Any]:
+        """Judge pictures by the models that the recipe names; say of every score without one that it is absent."""
+        data: Any = self.recipe.data
+        there = {judge.key: judge for judge in self.judges}
+        absent = {
+            name: f"task.{score.key} names no model"
+            for name, score in SCORES.items()
+            if score.key not in there
+        }
+        found: dict[str, Any] = {"absent": absent}
+        if not self.judges:
+            return found
+        made = open_made(pictures)
+        real = [(p.path.name, open_image(p.path, data.max_pixels)) for p in self.train_folder.pictures]
+        with self.display.progress(f"Fidelity, {label}", len(self.judges) * len(made)) as progress:
+
+            def checkpoint() -> None:
+                progress.advance()
+                self.checkpoint()
+
+            for judge in self.judges:
+                scores = judge_pictures(
+                    judge,
+                    self.device,
+                    made,
+                    real,
+                    lambda prompt: about(prompt, data.token),
+                    self.display.warn,
+                    checkpoint,
+                )
+                for name, score in scores.items():
+                    if score:
+                        model = {"model": judge.source.name, "title": judge.title}
+                        count = score["pairs"] // max(1, len(score["real"]))
+                        found[name] = {**model, "pictures": count, **score}
+                    else:
+                        absent[name] = f"no prompt names the subject, data.token={data.token}"
+        return found
 
     def _wanted_pictures(self) -> list[tuple[str, int]]:
         """Return prompt and seed of every picture to be shown, in their order."""

@@ -72,6 +72,8 @@ class Evaluation:
         unit: What those are.
         pictures: What the model made of the recipe's prompts, in their order.
         intervals: 95 % intervals of those that are shares, by the same names.
+        fidelity: How alike pictures and prompts are, by the score's name, ready for JSON; under ``absent`` why a score
+            is not there.
         answers: One per held-out example that was answered, in the order of the data.
     """
 
@@ -81,6 +83,7 @@ class Evaluation:
     answers: Sequence[Answer] = field(default_factory=tuple)
     unit: str = "held-out examples"
     pictures: Sequence[Shown] = field(default_factory=tuple)
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
