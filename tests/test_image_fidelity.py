@@ -288,5 +288,5 @@ def test_a_run_records_its_scores_and_says_which_are_absent(clip: Path, tmp_path
     page = run.report.read_text()
     assert "DINO-I was not computed: task.dino_model names no model." in page
     assert f"{fidelity['after']['CLIP-I']['mean']:.3f}" in page and "CLIP-I by real picture" in page
-    with pytest.raises(ValueError, match="judges pictures of the recipe's prompts, and there are none"):
+    with pytest.raises(ValueError, match=r"task\.clip_model is about pictures of prompts"):
         train([*settings, "task.prompts=[]"], Display(quiet=True))

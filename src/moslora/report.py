@@ -609,11 +609,12 @@ def _snippet(run: RunDirectory, record: Mapping[str, Any]) -> str:
             (p.name for p in sorted(run.lora.glob("*.safetensors"))), "pytorch_lora_weights.safetensors"
         )
         kind = base.get("auto_class", "DiffusionPipeline")
+        variant = f", variant={base['variant']!r}" if base.get("variant") else ""
         return "\n".join(
             [
                 f"from diffusers import {kind}",
                 "",
-                f"pipe = {kind}.from_pretrained({str(path or 'BASE MODEL')!r})",
+                f"pipe = {kind}.from_pretrained({str(path or 'BASE MODEL')!r}{variant})",
                 f"pipe.load_lora_weights({str(run.lora)!r}, weight_name={file!r})",
             ]
         )

@@ -321,6 +321,7 @@ def _stages(run: _Run, task: Task) -> None:
             "path": str(task.base.path),
             "auto_class": task.auto_class,
             "reader": task.reader,
+            **({"variant": task.variant} if task.variant else {}),
         },
     )
     with run.stage("load", "loading the base model"):
@@ -621,6 +622,7 @@ def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
             task.auto_class,
             task.quantization,
             task.reader,
+            task.variant,
         )
     except ProofError:
         for place in shipped:

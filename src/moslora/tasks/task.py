@@ -203,6 +203,11 @@ class Task(ABC):
         """How the base is quantised, as arguments of ``BitsAndBytesConfig``; None where it is not."""
         return None
 
+    @property
+    def variant(self) -> str | None:
+        """Which files of the base are read, as ``fp16``; None for the plain ones."""
+        return None
+
     # With which class of transformers anyone would load the base; or of diffusers, as the reader has it.
     auto_class = "AutoModelForCausalLM"
     # Who loads what is shipped, in the proof: a key of ``proofs.READERS``.
