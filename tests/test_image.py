@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
+import moslora.proofs
 import moslora.train
 import tiny_pipelines
 from moslora.denoising import Flow, Noising, Shot, seed_of
@@ -213,6 +216,73 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert not all(torch.equal(weights(other)[name], tensor) for name, tensor in weights(whole).items())
 
 
+def drawing(monkeypatch: pytest.MonkeyPatch, also: Any = lambda run: None) -> list[str]:
+    """Count pictures as they are made, and let each use up randomness of every kind."""
+    honest, made = ImageTask._make, []
+
+    def make(task: ImageTask, prompt: str, seed: int) -> bytes:
+        content = honest(task, prompt, seed)
+        torch.rand(3), numpy.random.rand(), random.random()
+        made.append(prompt)
+        also(task)
+        return content
+
+    monkeypatch.setattr(ImageTask, "_make", make)
+    return made
+
+
+def test_pictures_on_the_way_leave_training_as_it_is_and_none_is_made_twice(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moslora.train, "_prove_reload", lambda *_: None)
+    monkeypatch.setattr(moslora.train, "_show_result", lambda *_: None)
+    changes = {"trainer.max_steps": 5, "adapter.lora_dropout": 0.2, "trainer.learning_rate": 0.05}
+    shown = {**changes, "task.prompts": "['a {} {} on ice', 'a red {} {}']", "task.pictures_every": 2}
+    plain = train(arguments(world, tmp_path / "plain", **changes), quiet())
+    made = drawing(monkeypatch)
+    whole = train(arguments(world, tmp_path / "whole", **shown), quiet())
+    assert len(made) == 2 * 4  # base, steps 2 and 4, tuned
+    assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(plain).items())
+    record = whole.read()
+    during = record["pictures"]["during"]
+    assert list(during) == ["2", "4"] and [p["file"] for p in during["4"]] == [
+        "pictures/000-step-4.png",
+        "pictures/001-step-4.png",
+    ]
+    files = [
+        whole.path / "pictures" / f"000-{stage}.png" for stage in ("before", "step-2", "step-4", "after")
+    ]
+    assert len({file.read_bytes() for file in files}) == 4
+    assert record["timing"]["pictures_seconds"] > 0
+    page = whole.report.read_text()
+    assert page.count("data:image/webp;base64,") == 8
+    assert page.index("<span>base<") < page.index("<span>step 2<") < page.index("<span>step 4<")
+
+    def stop(task: ImageTask) -> None:
+        if len(made) == 3:  # the first of step 2
+            task.checkpoint.__self__.received = signal.SIGTERM  # type: ignore[attr-defined]
+
+    made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "_make", ImageTask._make)
+        drawing(patch, stop)
+        made_before = made
+        with pytest.raises(Stopped):
+            train(arguments(world, tmp_path / "parts", **shown), quiet())
+    parts = RunDirectory.open(tmp_path / "parts" / "run")
+    checkpoint = parts.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 2
+    assert len(parts.read()["pictures"]["during"]["2"]) == 1 and len(made_before) == 3
+    made.clear()
+    resumed = resume(parts.path, quiet())
+    assert made == ["a red x cat", "a x cat on ice", "a red x cat", "a x cat on ice", "a red x cat"]
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(plain).items())
+    for stage in ("step-2", "step-4", "after"):
+        for number in ("000", "001"):
+            one, two = (run.path / "pictures" / f"{number}-{stage}.png" for run in (whole, resumed))
+            assert one.read_bytes() == two.read_bytes()
+
+
 def test_a_batch_is_the_mean_of_its_rows_so_that_accumulation_is_a_larger_batch(
     world: Path, tmp_path: Path
 ) -> None:
@@ -338,6 +408,17 @@ def test_lines_of_the_published_list_of_prompts_are_taken_as_they_are(world: Pat
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     task = prepared(world, tmp_path, **{"task.prompts_file": tmp_path / "prompts.txt"})
     assert task.prompts == ["a x cat on the beach", "a red x cat"]
+    (tmp_path / "prompts.txt").write_text("Classes\n\nprompt_list = [\n" + lines[0] + "\n]")
+    with pytest.raises(ValueError, match=r"task\.published_prompts=object"):
+        prepared(world, tmp_path, **{"task.prompts_file": tmp_path / "prompts.txt"})
+
+
+@pytest.mark.parametrize("kind", ["object", "live"])
+def test_the_25_published_prompts_need_one_key(kind: str, world: Path, tmp_path: Path) -> None:
+    task = prepared(world, tmp_path, **{"task.published_prompts": kind, "task.prompts": "['a red {} {}']"})
+    assert len(task.prompts) == 25 and task.prompts[0] == "a red x cat"  # which is one of theirs
+    assert ("a x cat in a chef outfit" in task.prompts) == (kind == "live")
+    assert ("a x cat on top of a mirror" in task.prompts) == (kind == "object")
 
 
 def test_squares_are_cut_where_the_size_conditions_say(world: Path, tmp_path: Path) -> None:
@@ -365,6 +446,10 @@ def test_what_cannot_be_exported_or_trained_is_refused_before_anything_is_loaded
         ({"data.class_prompt": "a cat"}, "needs both data.class_images"),
         ({"model": world / "sdxl" / "unet"}, "no diffusers pipeline"),
         ({"data.token": "null"}, r"has a place for data\.token"),
+        (
+            {"task.prompts": "[a]", "task.pictures_every": 3},
+            "task.pictures_every=3, but training has 3 steps",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             prepared(world, tmp_path, **changes)
@@ -416,6 +501,144 @@ def test_the_published_recipe_says_what_was_published_and_can_be_tried_dry(
     shown = " ".join(capsys.readouterr().out.split())
     assert "“a photo of ikat cat”" in shown and "48 of its modules are adapted" in shown
     assert "Nothing was trained" in shown and not list(tmp_path.iterdir())
+
+
+# For every key of the recipe's own sections: a setting in which it would do nothing, and what is said of it then.
+IDLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "task.pictures_per_prompt": ("sdxl", {"task.pictures_per_prompt": 2}, "pictures_per_prompt: no pictures"),
+    "task.pictures_every": ("sdxl", {"task.pictures_every": 2}, "about pictures of prompts"),
+    "task.inference_steps": (
+        "sdxl",
+        {"task.inference_steps": 2},
+        "task.inference_steps: no pictures will be made",
+    ),
+    "task.guidance_scale": (
+        "flux",
+        {"task.guidance_scale": 3.0, "task.prompts": "[a]"},
+        "distilled to do without",
+    ),
+    "task.negative_prompt": (
+        "sdxl",
+        {"task.negative_prompt": "bad", "task.guidance_scale": 1.0, "task.prompts": "[a]"},
+        "which is no guidance",
+    ),
+    "task.max_sequence_length": ("sdxl", {"task.max_sequence_length": 8}, "is T5's, and SDXL has none"),
+    "task.clip_model": ("sdxl", {"task.clip_model": "{clip}"}, "about pictures of prompts"),
+    "task.dino_model": ("sdxl", {"task.dino_model": "{dino}"}, "about pictures of prompts"),
+    "task.snr_gamma": ("flux", {"task.snr_gamma": 5}, "is for U-Nets"),
+    "task.noise_offset": ("flux", {"task.noise_offset": 0.1}, "is for U-Nets"),
+    "task.prior_weight": ("sdxl", {"task.prior_weight": 0.5}, "weighs the class's pictures"),
+    "model.revision": ("sdxl", {"model.revision": "main"}, "only hub ids have revisions"),
+    "model.variant": ("sdxl", {"model.variant": "fp16"}, r"no weights of model\.variant=fp16; it has null"),
+    "data.token": ("sdxl", {"data.prompt": "a cat"}, r"data\.token=x fills no place"),
+    "data.class_name": ("sdxl", {"data.prompt": "a {token}"}, r"data\.class_name=cat fills no place"),
+    "data.crop": ("sdxl", {"data.crop": "random", "data": "{squares}"}, "every picture is a square"),
+    "data.crops": ("sdxl", {"data.crops": 8}, r"data\.crops=8 counts random squares"),
+    "data.class_count": ("sdxl", {"data.class_count": 5}, "counts the class's pictures"),
+    "data.class_images": ("sdxl", {"data.class_images": "{squares}"}, "set both or none"),
+    "data.class_prompt": ("sdxl", {"data.class_prompt": "a cat"}, "set both or none"),
+    "scopes.text_encoders_r": ("sdxl", {"scopes.text_encoders_r": 2}, "text_encoders: adapter"),
+    "scopes.text_encoders_alpha": ("sdxl", {"scopes.text_encoders_alpha": 2}, "text_encoders: adapter"),
+    "adapter.target_modules": ("sdxl", {"adapter.target_modules": "[to_q, to_K]"}, "has 'to_K', which is no"),
+    "adapter.exclude_modules": ("sdxl", {"adapter.exclude_modules": "[nothing]"}, "has 'nothing'"),
+    "adapter.rank_pattern": (
+        "sdxl",
+        {"adapter.rank_pattern": "{q_proj: 2}"},
+        "has 'q_proj', which is no adapted",
+    ),
+    "adapter.alpha_pattern": (
+        "sdxl",
+        {"adapter.alpha_pattern": "{conv_in: 2}"},
+        "has 'conv_in', which is no",
+    ),
+    "trainer.label_smoothing_factor": ("sdxl", {"trainer.label_smoothing_factor": 0.1}, "has no labels"),
+    "trainer.num_train_epochs": (
+        "sdxl",
+        {"trainer.num_train_epochs": 3},
+        "num_train_epochs is not looked at",
+    ),
+}
+# Those that something comes of in every setting.
+HEARD = {
+    *("task.kind", "task.prompts", "task.prompts_file", "task.published_prompts", "task.loss_draws"),
+    *("task.timesteps", "model.name", "model.dtype", "data.train", "data.heldout", "data.prompt"),
+    *(
+        "data.resolution",
+        "data.flip",
+        "data.bad_images",
+        "data.max_pixels",
+        "data.limit",
+        "scopes.text_encoders",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", sorted(IDLE))
+def test_a_key_that_would_do_nothing_is_refused_or_said(
+    key: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, changes, said = IDLE[key]
+    for name, config in (("clip", {"model_type": "clip"}), ("dino", {"model_type": "vit"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "squares").mkdir()
+    picture(tmp_path / "squares" / "a.png", 32, 32)
+    places = {"{squares}": tmp_path / "squares", "{clip}": tmp_path / "clip", "{dino}": tmp_path / "dino"}
+    settings = {k: places.get(str(v), v) for k, v in changes.items()}
+    if "task.inference_steps" not in settings:
+        settings = {"task.inference_steps": 25, **settings}
+    try:
+        task = ImageTask(load_recipe(arguments(world, tmp_path, base, **settings)), Display(), lambda: None)
+        task.read()
+        task.prepare()
+        if key == "model.variant":
+            task._check_variant()
+    except ValueError as error:
+        found = str(error)
+    else:
+        found = capsys.readouterr().out
+    assert re.search(said, " ".join(found.split())), found
+
+
+def test_every_key_of_the_recipe_was_thought_of() -> None:
+    recipe: Any = load_recipe(["task=image", "model=org/x", "data=pics"])
+    sections = {name: getattr(recipe, name) for name in ("task", "model", "data", "scopes")}
+    keys = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields}
+    own = {key for key in IDLE if key.split(".")[0] in sections}
+    assert own | HEARD == keys and not own & HEARD
+
+
+def test_files_of_a_variant_are_read_and_the_proof_is_told_of_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tiny_pipelines.sdxl(seed=3).to(torch.float16)
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(ValueError, match=r"no weights of model\.variant=null; it has fp16"):
+        loaded(world, tmp_path, model=tmp_path / "half")
+    # A plain VAE and no other of it: it is read as it is. A plain U-Net beside: it is not read.
+    for file in (tmp_path / "half" / "vae").glob("*.fp16.safetensors"):
+        file.unlink()
+    plain = tiny_pipelines.sdxl(seed=4)
+    plain.vae.save_pretrained(tmp_path / "half" / "vae")
+    plain.unet.save_pretrained(tmp_path / "half" / "unet")
+    task, model = loaded(world, tmp_path, **{"model": tmp_path / "half", "model.variant": "fp16"})
+    for name, other in (("unet", half), ("text_encoder", half), ("vae", plain)):
+        found, expected = (getattr(p, name).state_dict() for p in (model.pipeline, other))
+        assert all(torch.equal(found[k], tensor.float()) for k, tensor in expected.items()), name
+    commands: list[list[str]] = []
+
+    def ran(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moslora.proofs.subprocess, "run", ran)
+    with pytest.raises(KeyboardInterrupt):
+        moslora.proofs.prove_reload(
+            *({}, [], task.place, "float32", "cpu", tmp_path, print, task.auto_class, None, "diffusers"),
+            variant=task.variant,
+        )
+    assert commands[0][-2:] == ["StableDiffusionXLPipeline", "fp16"]
 
 
 @pytest.mark.parametrize("key", ["quantization=nf4", "attn_implementation=sdpa", "trust_remote_code=true"])

@@ -39,6 +39,11 @@ SVD = 1e-13
 PIXELS_THROUGH_IDENTITY = 2.5e-4
 
 
+# Cosines of unit vectors taken in float64, of features of tiny models in float32: a dozen of layers of roundings of
+# 6e-8, each relative to a vector of length one.
+COSINE = 5e-6
+
+
 def relative_error(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
     """Largest absolute error, relative to the largest entry of ``size``, or of ``expected``.
 

@@ -148,9 +148,11 @@ class Family:
         denoiser: Name of the model that is trained.
         is_flow: Whether it is of flow matching.
         clips: Its text encoders of CLIP's kind, which can be adapted.
-        words: Encodes prompts, with the pipeline's own code: tensors of one row per prompt.
+        words: Encodes prompts, with the pipeline's own code: tensors of one row per prompt. Its last argument is how
+            long T5's are, in tokens; None is the pipeline's own length.
         arguments: The denoiser's, of noisy latents ``(rows, channels, height, width)``, timesteps ``(rows,)``, words
             and sizes ``(rows, 6)``.
+        t5: Name of T5's tokenizer and how many tokens the pipeline takes of it; None without one.
         unpack: Brings the prediction back to the form of latents ``(rows, channels, height, width)``.
     """
 
@@ -158,28 +160,35 @@ class Family:
     denoiser: str
     is_flow: bool
     clips: tuple[str, ...]
-    words: Callable[[Any, list[str]], dict[str, Tensor]]
+    words: Callable[[Any, list[str], int | None], dict[str, Tensor]]
     arguments: Callable[[Any, Tensor, Tensor, Mapping[str, Tensor], Tensor], dict[str, Any]]
     unpack: Callable[[Any, Tensor, int, int], Tensor] = lambda pipeline, out, height, width: out
+    t5: tuple[str, int] | None = None
 
 
-def _words_sd(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+def _length(tokens: int | None) -> dict[str, int]:
+    return {} if tokens is None else {"max_sequence_length": tokens}
+
+
+def _words_sd(pipeline: Any, prompts: list[str], tokens: int | None) -> dict[str, Tensor]:
     embeds, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, False)
     return {"prompt_embeds": embeds}
 
 
-def _words_sdxl(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+def _words_sdxl(pipeline: Any, prompts: list[str], tokens: int | None) -> dict[str, Tensor]:
     embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def _words_sd3(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+def _words_sd3(pipeline: Any, prompts: list[str], tokens: int | None) -> dict[str, Tensor]:
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, **_length(tokens)
+    )
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def _words_flux(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, pooled, _ = pipeline.encode_prompt(prompts, None)
+def _words_flux(pipeline: Any, prompts: list[str], tokens: int | None) -> dict[str, Tensor]:
+    embeds, pooled, _ = pipeline.encode_prompt(prompts, None, **_length(tokens))
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
@@ -242,10 +251,23 @@ FAMILIES: dict[str, Family] = {
         "SDXL", "unet", False, ("text_encoder", "text_encoder_2"), _words_sdxl, _arguments_sdxl
     ),
     "StableDiffusion3Pipeline": Family(
-        "SD3", "transformer", True, ("text_encoder", "text_encoder_2"), _words_sd3, _arguments_sd3
+        "SD3",
+        "transformer",
+        True,
+        ("text_encoder", "text_encoder_2"),
+        _words_sd3,
+        _arguments_sd3,
+        t5=("tokenizer_3", 256),
     ),
     "FluxPipeline": Family(
-        "FLUX", "transformer", True, ("text_encoder",), _words_flux, _arguments_flux, _unpack_flux
+        "FLUX",
+        "transformer",
+        True,
+        ("text_encoder",),
+        _words_flux,
+        _arguments_flux,
+        _unpack_flux,
+        ("tokenizer_2", 512),
     ),
 }
 
@@ -344,6 +366,7 @@ class Denoising(nn.Module):
         dtype: Of the frozen weights.
         noise_offset: How much noise is shared by all pixels of a channel.
         prior_weight: Weight of the class's pictures in the loss.
+        tokens: How long T5's words are; None is the pipeline's own length.
     """
 
     def __init__(
@@ -354,10 +377,12 @@ class Denoising(nn.Module):
         dtype: torch.dtype,
         noise_offset: float = 0.0,
         prior_weight: float = 1.0,
+        tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.pipeline, self.family, self.schedule = pipeline, family, schedule
         self.dtype, self.noise_offset, self.prior_weight = dtype, noise_offset, prior_weight
+        self.tokens = tokens
         self.parts = nn.ModuleDict({family.denoiser: getattr(pipeline, family.denoiser)})
         self.examples: list[tuple[list[Shot], str]] = []  # shots and words of each picture
         self.prior: list[tuple[list[Shot], str]] = []  # the same of the class's
@@ -398,13 +423,13 @@ class Denoising(nn.Module):
         """Encode prompts once; call it only where the text encoders are frozen."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self.known:
-                words = self.family.words(self.pipeline, [prompt])
+                words = self.family.words(self.pipeline, [prompt], self.tokens)
                 self.known[prompt] = {name: tensor.cpu() for name, tensor in words.items()}
 
     def words(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return encoded words, one row per prompt."""
         if not self.known:
-            return self.family.words(self.pipeline, prompts)
+            return self.family.words(self.pipeline, prompts, self.tokens)
         return {
             name: torch.cat([self.known[prompt][name] for prompt in prompts]).to(self.device)
             for name in self.known[prompts[0]]

@@ -142,6 +142,7 @@ def prove_reload(
     auto_class: str = "AutoModelForCausalLM",
     quantization: Mapping[str, Any] | None = None,
     reader: str = "peft",
+    variant: str | None = None,
 ) -> ReloadProof:
     """Load ``adapter`` in a fresh process in which nothing of this package is imported, and compare logits.
 
@@ -156,6 +157,7 @@ def prove_reload(
         auto_class: Class of transformers or diffusers that loads the base.
         quantization: Arguments of ``BitsAndBytesConfig`` for the base, if it is quantised.
         reader: A key of ``READERS``.
+        variant: Of the base's files, as ``fp16``; for pipelines.
 
     Returns:
         What was found.
@@ -181,6 +183,8 @@ def prove_reload(
         arguments = [base, dtype, device, str(adapter), str(asked), str(answered), auto_class]
         if quantization:
             arguments.append(json.dumps(dict(quantization)))
+        if variant:
+            arguments.append(variant)
         command = [sys.executable, "-P", str(script), *arguments]
         environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

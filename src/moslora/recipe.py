@@ -163,6 +163,7 @@ class ImageModelSection(_Section):
 
     name: Name
     revision: Name | None = None
+    variant: Name | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
@@ -172,10 +173,15 @@ class ImageTaskSection(_Section):
     kind: Literal["image"] = "image"
     prompts: list[Name] = []
     prompts_file: Name | None = None
+    published_prompts: Literal["none", "object", "live"] = "none"
     pictures_per_prompt: int = Field(default=1, ge=1)
+    pictures_every: int | None = Field(default=None, ge=1)
     inference_steps: int = Field(default=25, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0)
     negative_prompt: str | None = None
+    max_sequence_length: int | None = Field(default=None, ge=1, le=512)
+    clip_model: Name | None = None
+    dino_model: Name | None = None
     loss_draws: int = Field(default=8, ge=1)
     snr_gamma: float | None = Field(default=None, gt=0)
     noise_offset: float = Field(default=0.0, ge=0)
@@ -301,7 +307,7 @@ SHORTHANDS: dict[str, str] = {"task": "kind", "model": "name", "data": "train", 
 # another model's revision would be wrong without anybody noticing.
 BELONGING: dict[str, tuple[str, ...]] = {
     "task": (),
-    "model": ("revision",),
+    "model": ("revision", "variant"),
     "data": (
         *("heldout", "train_split", "heldout_split", "format"),
         *("prompt", "token", "class_name", "class_images", "class_prompt"),
@@ -641,7 +647,7 @@ SECTIONS_OF: dict[str, dict[str, type[BaseModel]]] = {
 PATHS: dict[str, tuple[str, ...]] = {
     "model": ("name",),
     "data": ("train", "heldout", "images", "class_images"),
-    "task": ("prompts_file",),
+    "task": ("prompts_file", "clip_model", "dino_model"),
     "mix": ("adapters",),
 }
 
@@ -657,6 +663,17 @@ UNFIT_FOR_IMAGES = {
     "modules_to_save": "diffusers' files hold factors alone",
     "target_parameters": "diffusers' files hold factors alone",
     "trainable_token_indices": "diffusers' files hold factors alone",
+}
+
+UNFIT_FOR_IMAGE_TRAINERS = {
+    "label_smoothing_factor": "a denoising loss has no labels",
+    "train_sampling_strategy": "each picture comes once, in an order of the seed's, before any comes again",
+    "neftune_noise_alpha": "a pipeline has no input embeddings; task.noise_offset changes the noise",
+    "use_liger_kernel": "its kernels are language models'",
+    "auto_find_batch_size": "which pictures a step sees is settled before training",
+    "remove_unused_columns": "the run decides it",
+    "activation_checkpointing_kwargs": "diffusers' own checkpointing takes none",
+    "gradient_checkpointing_kwargs": "diffusers' own checkpointing takes none",
 }
 
 MISSING: dict[str, str] = {
@@ -698,6 +715,12 @@ def _check(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe:
             f"adapter.{key} cannot be set for task=image: {why}."
             for key, why in UNFIT_FOR_IMAGES.items()
             if given.get(key) not in (None, False, "none", [])
+        )
+        given = raw["trainer"] if isinstance(raw["trainer"], dict) else {}
+        problems.extend(
+            f"trainer.{key} cannot be set for task=image: {why}."
+            for key, why in UNFIT_FOR_IMAGE_TRAINERS.items()
+            if given.get(key)
         )
         if raw.get("mix") is not None:
             problems.append("mix cannot be set for task=image: adapters of pipelines are not mixed.")

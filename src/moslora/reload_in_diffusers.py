@@ -3,7 +3,7 @@
 Run as a program of its own by ``proofs.py``: what it shows must not depend on anything of ours, so it
 imports nothing of ours and fails if something else did.
 
-    python -P reload_in_diffusers.py BASE DTYPE DEVICE ADAPTER INPUTS OUTPUTS CLASS
+    python -P reload_in_diffusers.py BASE DTYPE DEVICE ADAPTER INPUTS OUTPUTS CLASS [VARIANT]
 """
 
 import os
@@ -44,7 +44,16 @@ def outputs(pipeline: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return found.float().cpu()
 
 
-def main(base: str, dtype: str, device: str, adapter: str, inputs: str, results: str, kind: str) -> None:
+def main(
+    base: str,
+    dtype: str,
+    device: str,
+    adapter: str,
+    inputs: str,
+    results: str,
+    kind: str,
+    variant: str | None = None,
+) -> None:
     """Write what the adapted models give.
 
     Args:
@@ -56,6 +65,7 @@ def main(base: str, dtype: str, device: str, adapter: str, inputs: str, results:
         results: Safetensors file to write: outputs under the same names, and under ``base.NAME`` those of the
             base alone.
         kind: The pipeline's class.
+        variant: Which files of the base, as ``fp16``.
     """
     import diffusers
     import peft
@@ -63,7 +73,10 @@ def main(base: str, dtype: str, device: str, adapter: str, inputs: str, results:
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     pipeline = getattr(diffusers, kind).from_pretrained(
-        base, torch_dtype=getattr(torch, dtype), use_safetensors=True
+        base,
+        torch_dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        **({"variant": variant} if variant else {}),
     )
     pipeline.to(device)
     asked: dict[str, dict[str, torch.Tensor]] = {}

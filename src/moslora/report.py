@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moslora.answers import wilson_interval
 from moslora.rundir import RunDirectory, read_metrics, write_whole
+from moslora.tasks.fidelity import SCORES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ FILES = {
     "lora": "plain LoRA, loads anywhere",
     "kohya.safetensors": "the same for ComfyUI, A1111 and sd-scripts",
     "adapter": "native MoSLoRA, to continue training",
-    "pictures": "what was made of the recipe's prompts, or what questions are about, small",
+    "pictures": "what base, tuned model and the model on the way made of prompts, or what questions are about, small",
     "checkpoints": "to resume from",
     "recipe.yaml": "the recipe with every default written out",
     "run.json": "this report's figures, for programs",
@@ -97,6 +98,8 @@ CLIP = 1500  # characters of one prompt or answer
 THUMBNAIL = 320  # pixels; the pictures themselves lie beside the report
 # Of pictures that questions are about: how many are shown of one example, and bytes of one and of all in a page.
 SEEN, SEEN_BYTES, ALL_SEEN_BYTES = 4, 100_000, 2_000_000
+SERIES = 8  # steps on the way that are shown; the others lie beside the report
+SERIES_THUMBNAIL = 224
 # What was measured, unless a run says otherwise.
 UNIT = "held-out examples"
 
@@ -142,6 +145,9 @@ def write_report(run_dir: Path) -> Path:
         verdict=_verdict(rows, count, len(predictions), metrics.get("unit") or UNIT),
         unit=metrics.get("unit") or UNIT,
         pictures=_pictures(run, _section(record, "pictures")),
+        fidelity=_fidelity(_section(record, "fidelity")),
+        drawn_steps=len(_section(_section(record, "pictures"), "during")),
+        shown_steps=SERIES,
         chance=_chance(predictions),
         count=count,
         answered=len(predictions),
@@ -376,23 +382,79 @@ def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
 
 
 def _pictures(run: RunDirectory, pictures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return pictures of base and tuned model side by side, small, as data URIs; None where one is missing."""
+    """Return what base and tuned model drew, and the model on the way, by prompt and seed.
+
+    Each is small, as a data URI; None where one is missing.
+    """
     before, after = (pictures.get(stage) or [] for stage in ("before", "after"))
+    during = _section(pictures, "during")
+    steps = _spread(sorted(int(step) for step in during), SERIES)
+    stages = [("base", before), *((f"step {step}", during[str(step)]) for step in steps), ("tuned", after)]
+    size = THUMBNAIL if not steps else SERIES_THUMBNAIL
     rows = []
     for number, shown in enumerate(before):
-        tuned = after[number] if number < len(after) else {}
-        rows.append(
-            {
-                "prompt": shown.get("prompt"),
-                "seed": shown.get("seed"),
-                "base": _thumbnail(run, shown.get("file")),
-                "tuned": _thumbnail(run, tuned.get("file")),
-            }
-        )
+        files = [(who, found[number].get("file") if number < len(found) else None) for who, found in stages]
+        cells = [(who, _thumbnail(run, file, size)) for who, file in files]
+        rows.append({"prompt": shown.get("prompt"), "seed": shown.get("seed"), "cells": cells})
     return rows
 
 
-def _thumbnail(run: RunDirectory, file: str | None) -> str | None:
+def _fidelity(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return scores of pictures, base and tuned side by side, with what they are means of; and what is absent."""
+    before, after, change = (_section(found, stage) for stage in ("before", "after", "change"))
+    rows, tables = [], []
+    for name, score in SCORES.items():
+        one, two, moved = (_section(stage, name) for stage in (before, after, change))
+        about = one or two
+        if not about:
+            continue
+        count = len(about.get("prompts", ()))
+        real = len(about.get("real", ()))
+        rows.append(
+            {
+                "name": name,
+                "base": _cosine(one.get("mean"), one.get("interval")),
+                "tuned": _cosine(two.get("mean"), two.get("interval")),
+                "change": _cosine(moved.get("mean"), moved.get("interval"), signed=True),
+                "of": f"{about.get('pictures')} pictures of {count} prompts"
+                + (f", each with {real} real ones" if real else ", each with its prompt"),
+                "model": f"{about.get('title')}, {about.get('model')}",
+                "published": None if about.get("title") == score.published else score.published,
+            }
+        )
+        for key, field, title in (("prompts", "prompt", "by prompt"), ("real", "picture", "by real picture")):
+            tuned = {line[field]: line["mean"] for line in two.get(key, ())}
+            lines = [
+                (line[field], _cosine(line["mean"])[0], _cosine(tuned.get(line[field]))[0])
+                for line in one.get(key, ())
+            ]
+            if lines:
+                tables.append({"title": f"{name} {title}", "lines": lines})
+    return {
+        "rows": rows,
+        "tables": tables,
+        "absent": _section(after, "absent") or _section(before, "absent"),
+    }
+
+
+def _cosine(value: Any, interval: Any = None, signed: bool = False) -> tuple[str, str | None]:
+    """Show a cosine, or a difference of two, with its interval."""
+    number = _number(value)
+    if number is None:
+        return "—", None
+    form = "{:+.3f}" if signed else "{:.3f}"
+    ends = " to ".join(form.format(end) for end in interval) if interval else None
+    return form.format(number).replace("-", "−"), ends.replace("-", "−") if ends else None
+
+
+def _spread(steps: list[int], count: int) -> list[int]:
+    """Return at most so many, at even distances, the first and the last among them."""
+    if len(steps) <= count:
+        return steps
+    return [steps[round(k * (len(steps) - 1) / (count - 1))] for k in range(count)]
+
+
+def _thumbnail(run: RunDirectory, file: str | None, size: int) -> str | None:
     path = run.path / file if file else None
     if path is None or not path.is_file():
         return None
@@ -404,7 +466,7 @@ def _thumbnail(run: RunDirectory, file: str | None) -> str | None:
     else:
         with Image.open(path) as image:
             small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.thumbnail((size, size))
             buffer = io.BytesIO()
             small.save(buffer, "WEBP", quality=85)
         data, kind = buffer.getvalue(), "webp"
@@ -574,11 +636,12 @@ def _snippet(run: RunDirectory, record: Mapping[str, Any]) -> str:
             (p.name for p in sorted(run.lora.glob("*.safetensors"))), "pytorch_lora_weights.safetensors"
         )
         kind = base.get("auto_class", "DiffusionPipeline")
+        variant = f", variant={base['variant']!r}" if base.get("variant") else ""
         return "\n".join(
             [
                 f"from diffusers import {kind}",
                 "",
-                f"pipe = {kind}.from_pretrained({str(path or 'BASE MODEL')!r})",
+                f"pipe = {kind}.from_pretrained({str(path or 'BASE MODEL')!r}{variant})",
                 f"pipe.load_lora_weights({str(run.lora)!r}, weight_name={file!r})",
             ]
         )

@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -113,6 +113,8 @@ class _Run:
     display: Display
     stop: StopRequest
     mix: Mix | None = None
+    within: float = 0.0  # seconds that stages have taken, each with all that was inside it
+    doing: str | None = None
 
     @property
     def start(self) -> Path:
@@ -121,16 +123,22 @@ class _Run:
 
     @contextlib.contextmanager
     def stage(self, name: str, doing: str) -> Iterator[None]:
-        """Note a stage, in words too, and how long it took; time of earlier tries is added to."""
+        """Note a stage, in words too, and how long it took; time of earlier tries is added to, of inner stages not."""
         self.stop.check()
+        outer, self.doing = self.doing, doing
         self.directory.update(stage=doing)
-        started = time.monotonic()
+        started, before_it = time.monotonic(), self.within
         try:
             yield
+            if outer is not None:
+                self.directory.update(stage=outer)
         finally:
+            self.doing = outer
+            whole = time.monotonic() - started
+            own = whole - (self.within - before_it)
+            self.within = before_it + whole
             key = f"{name}_seconds"
-            before = self.directory.read().get("timing", {}).get(key, 0.0)
-            spent = round(before + time.monotonic() - started, 3)
+            spent = round(self.directory.read().get("timing", {}).get(key, 0.0) + own, 3)
             self.directory.update(timing={key: spent})
 
 
@@ -319,6 +327,7 @@ def _stages(run: _Run, task: Task) -> None:
             "path": str(task.base.path),
             "auto_class": task.auto_class,
             "reader": task.reader,
+            **({"variant": task.variant} if task.variant else {}),
         },
     )
     with run.stage("load", "loading the base model"):
@@ -330,6 +339,7 @@ def _stages(run: _Run, task: Task) -> None:
     with run.stage("save", "saving and folding the adapter"):
         _save(run, task, adapted)
     after = _measure(run, task, adapted, "after", "tuned model")
+    _note_change(run, before, after)
     _write_answers(run, before.answers, after.answers)
     with run.stage("prove", "proving the exported LoRA"):
         _prove_reload(run, task, adapted)
@@ -385,6 +395,7 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
     write_whole(kept, json.dumps(values, ensure_ascii=False))
     run.directory.update(
         **({"pictures": {stage: values["pictures"]}} if values["pictures"] else {}),
+        **({"fidelity": {stage: dict(evaluation.fidelity)}} if evaluation.fidelity else {}),
         metrics={
             stage: dict(evaluation.metrics),
             "intervals": {stage: {name: list(ends) for name, ends in evaluation.intervals.items()}},
@@ -396,13 +407,23 @@ def _measure(run: _Run, task: Task, model: nn.Module, stage: str, label: str) ->
     return evaluation
 
 
+def _note_change(run: _Run, before: Evaluation, after: Evaluation) -> None:
+    """Note how scores of pictures changed, prompt by prompt."""
+    from moslora.tasks.fidelity import SCORES, paired_change
+
+    names = [name for name in SCORES if name in before.fidelity and name in after.fidelity]
+    if names:
+        changes = {name: paired_change(before.fidelity[name], after.fidelity[name]) for name in names}
+        run.directory.update(fidelity={"change": changes})
+
+
 def _keep_pictures(run: _Run, stage: str, pictures: Sequence[Shown]) -> list[Shown]:
     """Write pictures into the run directory, each whole or not at all."""
-    kept = []
-    for number, shown in enumerate(pictures):
-        file = _keep_picture(run, f"{number:03d}-{stage}.png", shown.data)
-        kept.append(Shown(shown.prompt, shown.seed, file))
-    return kept
+    return [_keep_shown(run, f"{number:03d}-{stage}", shown) for number, shown in enumerate(pictures)]
+
+
+def _keep_shown(run: _Run, name: str, shown: Shown) -> Shown:
+    return Shown(shown.prompt, shown.seed, _keep_picture(run, f"{name}.png", shown.data))
 
 
 def _keep_picture(run: _Run, name: str, data: bytes) -> str:
@@ -427,7 +448,8 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
     checkpoint = directory.latest_checkpoint(run.display.warn)
     with MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0) as log:
         with run.stage("train", "preparing to train"):
-            trainer = task.build_trainer(model, config, directory.checkpoints, [_recorder(run, log)])
+            callbacks = [_recorder(run, log), _painter(run, task)]
+            trainer = task.build_trainer(model, config, directory.checkpoints, callbacks)
             trainer.remove_callback(PrinterCallback)
             adapted: Any = trainer.model
             if run.mix is not None:
@@ -500,6 +522,45 @@ def _recorder(run: _Run, log: MetricsLog) -> TrainerCallback:
             self.stack.close()
 
     return Recorder()
+
+
+def _painter(run: _Run, task: Task) -> TrainerCallback:
+    """Make the callback that keeps what the model draws on the way, where the recipe wants it.
+
+    A request to stop is obeyed between two pictures. The missing ones are made when the run goes on from that very
+    step, before it takes another.
+    """
+    from transformers import TrainerCallback
+
+    class Painter(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.paint(state, model)
+            run.stop.check()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+            self.paint(state, model)
+            if run.stop.received is not None:
+                control.should_save = True
+                control.should_training_stop = True
+            return control
+
+        def paint(self, state: Any, model: Any) -> None:
+            step = state.global_step
+            due = task.shows_at(step) and 0 < step < state.max_steps  # after the last the run measures anyway
+            if not due or not state.is_world_process_zero or run.stop.received is not None:
+                return
+            during = run.directory.read().get("pictures", {}).get("during", {})
+            kept = list(during.get(str(step), []))
+            with contextlib.suppress(Stopped), run.stage("pictures", f"making pictures after step {step}"):
+                for shown in task.show(model, len(kept)):
+                    found = dataclasses.asdict(_keep_shown(run, f"{len(kept):03d}-step-{step}", shown))
+                    del found["data"]
+                    kept.append(found)
+                    run.directory.update(pictures={"during": {str(step): kept}})
+                    if run.stop.received is not None:
+                        break
+
+    return Painter()
 
 
 def _save(run: _Run, task: Task, adapted: Any) -> None:
@@ -575,6 +636,7 @@ def _prove_reload(run: _Run, task: Task, adapted: Any) -> None:
             task.auto_class,
             task.quantization,
             task.reader,
+            task.variant,
         )
     except ProofError:
         for place in shipped:
@@ -644,6 +706,8 @@ def _show_result(run: _Run, task: Task, before: Evaluation, after: Evaluation, d
     display.say()
     some = f", {len(after.answers)} of them answered" if 0 < len(after.answers) < after.examples else ""
     display.table(f"{after.examples} {after.unit}{some}", ["", *columns], rows)
+    if after.fidelity:
+        _show_fidelity(run, before.fidelity, after.fidelity)
     if after.answers:
         _show_samples(_choose(before.answers, after.answers, run.recipe.task.samples), display)
     fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
@@ -667,6 +731,25 @@ def _show_result(run: _Run, task: Task, before: Evaluation, after: Evaluation, d
         display.say(f"{what} {path / place}")
     display.say(f"Native, to train further:     {path / 'adapter'}")
     display.say(f"Report, opens in a browser:   {path / 'report.html'}")
+
+
+def _show_fidelity(run: _Run, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Show scores of pictures, and which are absent and why."""
+    from moslora.tasks.fidelity import SCORES
+
+    changes = run.directory.read().get("fidelity", {}).get("change", {})
+    rows = []
+    for name in SCORES:
+        if name in after:
+            one, two, change = before[name]["mean"], after[name]["mean"], changes[name]
+            ends = " ({:+.3f} to {:+.3f})".format(*change["interval"]) if change["interval"] else ""
+            model = f"{after[name]['title']}, {after[name]['model']}"
+            rows.append([name, f"{one:.3f}", f"{two:.3f}", f"{change['mean']:+.3f}{ends}", model])
+    if rows:
+        columns = ["", "base", "tuned", "change, 95 % over prompts", "model"]
+        run.display.table("Fidelity: mean cosine", columns, rows)
+    for name, why in after.get("absent", {}).items():
+        run.display.say(f"{name} is not computed: {why}.")
 
 
 def _choose(before: Sequence[Answer], after: Sequence[Answer], count: int) -> list[tuple[Answer, Answer]]:

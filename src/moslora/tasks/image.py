@@ -11,8 +11,10 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,19 @@ from moslora.models import (
     read_json,
 )
 from moslora.recipe import build_trainer_config, resolve_trainer_arguments
-from moslora.tasks.pictures import Folder, Picture, cut, fill, plan_crops, read_folder
+from moslora.tasks.fidelity import SCORES, Judge, about, find_judge, judge_pictures, open_made
+from moslora.tasks.pictures import (
+    SUFFIXES,
+    Folder,
+    Picture,
+    cut,
+    fill,
+    is_square,
+    places,
+    plan_crops,
+    read_folder,
+)
+from moslora.tasks.published_prompts import PUBLISHED
 from moslora.tasks.task import Evaluation, Shown, Task
 from moslora.tasks.vision import open_image
 
@@ -48,7 +62,7 @@ __all__ = ["ImageTask", "find_pipeline"]
 INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of no use to training
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-PUBLISHED = re.compile(r"^(['\"])(.*)\1\.format\(unique_token, class_token\),?$")
+LISTED = re.compile(r"^(['\"])(.*)\1\.format\(unique_token, class_token\),?$")
 GENERATED = "generated.json"  # beside the class's pictures: which of them the base made, and from what
 BATCH = 4  # draws whose loss is measured at once
 PROBES = 2  # pictures whose noised latents the proof compares
@@ -106,19 +120,27 @@ class ImageTask(Task):
                 raise ValueError(f"task=image needs {package}. Run: pip install 'moslora[image]'")
         recipe: Any = self.recipe
         data, task = recipe.data, recipe.task
+        self.judges: list[Judge] = []
+        self.filled: set[str] = set()  # places that prompts and captions have
         self.source = find_pipeline(recipe.model.name, recipe.model.revision)
         if (data.class_images is None) != (data.class_prompt is None):
             raise ValueError(
                 "Prior preservation needs both data.class_images, a folder, and data.class_prompt; set both or none."
             )
-        if data.class_prompt is None and task.prior_weight != 1.0:
-            raise ValueError(
-                "task.prior_weight weighs the class's pictures; set data.class_prompt and .class_images."
-            )
         self.train_folder = self._read(data.train, data.prompt, limit=data.limit)
         self.heldout_folder = self._read(data.heldout, data.prompt) if data.heldout is not None else None
         self.class_folder, self.missing = self._read_class()
-        self.prompts = [self._fill(p) for p in [*task.prompts, *self._listed_prompts()]]
+        templates = [*task.prompts, *PUBLISHED.get(task.published_prompts, ()), *self._listed_prompts()]
+        self.prompts = list(dict.fromkeys(map(self._fill, templates)))
+        named = {key: getattr(task, key) for key in ("dino_model", "clip_model")}
+        self.judges = [find_judge(key, name) for key, name in named.items() if name is not None]
+        self._refuse_idle_keys()
+        for name in ("token", "class_name"):
+            value = getattr(data, name)
+            if value is not None and name not in self.filled and not (name == "token" and self.judges):
+                self.display.warn(
+                    f"data.{name}={value} fills no place: no prompt or caption has {{}} or {{{name}}} for it."
+                )
         if self.heldout_folder is not None:
             seen = {p.sha256 for p in self.train_folder.pictures}
             both = sum(p.sha256 in seen for p in self.heldout_folder.pictures)
@@ -128,8 +150,56 @@ class ImageTask(Task):
                     "held-out loss flatters the model. Take them out of one of the two folders."
                 )
 
+    def _refuse_idle_keys(self) -> None:
+        """Refuse settings that would do nothing beside the others; whoever made them expects something."""
+        recipe: Any = self.recipe
+        task, data, trainer = recipe.task, recipe.data, recipe.trainer
+        plain = {name: field.default for name, field in type(task).model_fields.items()}
+        faults = []
+        if data.class_images is None:
+            if task.prior_weight != 1.0:
+                faults.append(
+                    "task.prior_weight weighs the class's pictures; set data.class_prompt and .class_images."
+                )
+            if data.class_count != type(data).model_fields["class_count"].default:
+                faults.append(
+                    "data.class_count counts the class's pictures; set data.class_prompt and .class_images."
+                )
+        if data.crop == "center" and data.crops != type(data).model_fields["crops"].default:
+            faults.append(
+                f"data.crops={data.crops} counts random squares, and of data.crop=center there is one; set "
+                "data.crop=random."
+            )
+        if not self.prompts:
+            faults += [
+                f"task.{key} is about pictures of prompts, and there are none: set task.prompts, "
+                "task.published_prompts or task.prompts_file."
+                for key in ("pictures_every", "dino_model", "clip_model")
+                if getattr(task, key) is not None
+            ]
+            made = (
+                ("inference_steps", "guidance_scale", "negative_prompt") if data.class_images is None else ()
+            )
+            idle = [k for k in ("pictures_per_prompt", *made) if getattr(task, k) != plain[k]]
+            if idle:
+                self.display.warn(
+                    f"task.{', .'.join(idle)}: no pictures will be made, as there are no prompts."
+                )
+        if task.negative_prompt is not None and task.guidance_scale is not None and task.guidance_scale <= 1:
+            faults.append(
+                f"task.negative_prompt does nothing at task.guidance_scale={task.guidance_scale:g}, which is no "
+                "guidance; set one above 1."
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+        if trainer.get("max_steps", -1) > 0 and trainer.get("num_train_epochs", 1) != 1:
+            self.display.warn(
+                f"trainer.max_steps={trainer['max_steps']} decides; trainer.num_train_epochs is not looked at."
+            )
+
     def _fill(self, template: str) -> str:
         data: Any = self.recipe.data
+        self.filled |= places(template)
         return fill(template, data.token, data.class_name)
 
     def _listed_prompts(self) -> list[str]:
@@ -140,8 +210,13 @@ class ImageTask(Task):
         if not path.is_file():
             raise ValueError(f"task.prompts_file: {path} does not exist.")
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        if any(line.startswith("prompt_list") for line in lines):
+            raise ValueError(
+                f"task.prompts_file: {path} is DreamBooth's whole published file, with classes and two lists. Set "
+                "task.published_prompts=object or =live instead, or keep one list's prompts only."
+            )
         # A line of DreamBooth's published list is Python: 'a {0} {1} …'.format(unique_token, class_token),
-        found = [PUBLISHED.sub(r"\2", line) for line in lines if line]
+        found = [LISTED.sub(r"\2", line) for line in lines if line]
         if not found:
             raise ValueError(f"task.prompts_file: {path} is empty; write one prompt a line.")
         return found
@@ -189,6 +264,10 @@ class ImageTask(Task):
                     f"{folder / changed[0]} is not what was generated; remove it, to make it again."
                 )
         count = len(there.pictures) if there else 0
+        if sum(p.suffix.lower() in SUFFIXES for p in given) > data.class_count:
+            self.display.warn(
+                f"{folder} has more pictures than data.class_count={data.class_count}; the first by name are used."
+            )
         numbers = [n for n in range(data.class_count) if self._name(n) not in record["files"]]
         return there, numbers[: max(0, data.class_count - count)]
 
@@ -232,8 +311,7 @@ class ImageTask(Task):
             ):
                 if value:
                     raise ValueError(f"task.{key} is for U-Nets; {self.family.title} is of flow matching.")
-        if kind == "FluxPipeline" and recipe.task.negative_prompt is not None:
-            raise ValueError("task.negative_prompt: FLUX, being distilled, takes none.")
+        self._refuse_keys_of_other_families()
         self.resolution = self._resolution()
         small = [p.path.name for p in self.train_folder.pictures if min(p.width, p.height) < self.resolution]
         if small:
@@ -241,7 +319,28 @@ class ImageTask(Task):
                 f"{len(small)} pictures are smaller than data.resolution={self.resolution} and are enlarged, as "
                 f"{small[0]}."
             )
+        if recipe.data.crop == "random" and all(
+            is_square(p, self.resolution) for p in self.train_folder.pictures
+        ):
+            self.display.warn(
+                "data.crop=random does nothing: every picture is a square, and is learned whole."
+            )
         self._show()
+
+    def _refuse_keys_of_other_families(self) -> None:
+        """Refuse settings that this pipeline would pass over in silence."""
+        task: Any = self.recipe.task
+        denoiser = read_json(self.folder / self.family.denoiser / "config.json")
+        name = self.source.name
+        if self.family.title == "FLUX":
+            if task.negative_prompt is not None:
+                raise ValueError("task.negative_prompt: FLUX, being distilled, takes none.")
+            if task.guidance_scale is not None and not denoiser.get("guidance_embeds"):
+                raise ValueError(f"task.guidance_scale: {name} is distilled to do without, and takes none.")
+        if denoiser.get("time_cond_proj_dim") and task.negative_prompt is not None:
+            raise ValueError(f"task.negative_prompt: {name}, being distilled, takes none.")
+        if self.family.t5 is None and task.max_sequence_length is not None:
+            raise ValueError(f"task.max_sequence_length is T5's, and {self.family.title} has none.")
 
     def _configs(self) -> Path:
         """Return a folder with the pipeline's configurations."""
@@ -308,8 +407,34 @@ class ImageTask(Task):
                 f"Prior preservation: {data.class_count} pictures of “{self._fill(data.class_prompt)}” in "
                 f"{data.class_images}; {made}. Their loss counts {recipe.task.prior_weight:g} times."
             )
-        if not self.prompts:
+        if self.prompts:
+            display.say(self._say_of_pictures())
+        else:
             display.say("task.prompts names none, so no pictures will be shown side by side.")
+
+    def _say_of_pictures(self) -> str:
+        """Say how many pictures will be made, for each takes as long as many training steps."""
+        task: Any = self.recipe.task
+        count = len(self.prompts) * task.pictures_per_prompt
+        said = f"{count} pictures of {len(self.prompts)} prompts are made before training and after it"
+        if task.pictures_every is None:
+            return f"{said}."
+        steps = range(task.pictures_every, self._steps(), task.pictures_every)
+        if not steps:
+            raise ValueError(
+                f"task.pictures_every={task.pictures_every}, but training has {self._steps()} steps, after the last of "
+                "which pictures are made anyway; set a smaller number, or null."
+            )
+        return f"{said}, and {count} more after each {task.pictures_every} steps: {(2 + len(steps)) * count} in all."
+
+    def _steps(self) -> int:
+        """Return how many optimiser steps will be taken, on one device."""
+        arguments = resolve_trainer_arguments(self.recipe, self.device)
+        if arguments.get("max_steps", -1) > 0:
+            return int(arguments["max_steps"])
+        at_once = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
+        steps: float = len(self.train_folder.pictures) * arguments["num_train_epochs"] / at_once
+        return max(1, round(steps))
 
     def _size(self) -> tuple[int, int]:
         """Return how many parameters the denoiser has, and how many of its modules are adapted."""
@@ -334,11 +459,33 @@ class ImageTask(Task):
                 n.split(".")[-1] if not n.split(".")[-1].isdigit() else ".".join(n.split(".")[-2:])
                 for n in leaves
             }
+            named = self.recipe.adapter["target_modules"]
             raise ValueError(
-                f"adapter.target_modules={config.target_modules!r} names no module of {self.source.name}'s "
+                f"adapter.target_modules={named!r} names no module of {self.source.name}'s "
                 f"{self.family.denoiser}; it has {', '.join(sorted(ends))}."
             )
+        self._refuse_unmatched_names(leaves, chosen)
         return sum(p.numel() for p in skeleton.parameters()), len(chosen)
+
+    def _refuse_unmatched_names(self, leaves: Sequence[str], chosen: Sequence[str]) -> None:
+        """Refuse names of modules that the denoiser does not have: PEFT would pass over them."""
+        adapter = self.recipe.adapter
+        faults = []
+        for key in ("target_modules", "exclude_modules"):
+            named = adapter.get(key)
+            for name in named if isinstance(named, list | tuple | set) else ():
+                if not any(leaf == name or leaf.endswith(f".{name}") for leaf in leaves):
+                    faults.append(f"adapter.{key} has {name!r}, which is no module of {self.source.name}'s ")
+        for key in ("rank_pattern", "alpha_pattern"):
+            faults += [
+                f"adapter.{key} has {name!r}, which is no adapted module of {self.source.name}'s "
+                for name in adapter.get(key) or ()
+                if not any(re.match(rf"(.*\.)?({name})$", module) for module in chosen)  # as PEFT does
+            ]
+        if faults:
+            raise ValueError(
+                "\n".join(f"{fault}{self.family.denoiser}; correct or remove it." for fault in faults)
+            )
 
     @property
     def _with_text(self) -> bool:
@@ -377,7 +524,8 @@ class ImageTask(Task):
             files = self._generated(Path(recipe.data.class_images))["files"]
             there = self.class_folder.pictures if self.class_folder else ()
             data["class"] = "".join(p.sha256 for p in there if p.path.name not in files) or "generated"
-        return {"data": data, "base": self._fingerprint()}
+        judges = {judge.key: judge.fingerprint() for judge in self.judges}
+        return {"data": data, "base": self._fingerprint(), **({"judges": judges} if judges else {})}
 
     def _fingerprint(self) -> dict[str, Any]:
         about: dict[str, Any] = {"kind": self.source.kind, "name": self.source.name}
@@ -410,7 +558,15 @@ class ImageTask(Task):
             if self.family.is_flow
             else Noising(pipeline.scheduler, density, task.snr_gamma)
         )
-        self.model = Denoising(pipeline, self.family, schedule, dtype, task.noise_offset, task.prior_weight)
+        self.model = Denoising(
+            pipeline,
+            self.family,
+            schedule,
+            dtype,
+            task.noise_offset,
+            task.prior_weight,
+            task.max_sequence_length,
+        )
         self.model.requires_grad_(False)
         self.model.eval()
         self._warn_of_cut_prompts(pipeline)
@@ -432,10 +588,12 @@ class ImageTask(Task):
 
         if self.source.kind == "hub":
             options = {"revision": self.source.revision} if self.source.revision else {}
+            options |= {"variant": self.variant} if self.variant else {}
             found = _call(
                 self.source, diffusers.DiffusionPipeline.download, {**options, "use_safetensors": True}
             )
             self.folder = Path(found)
+        self._check_variant()
         parts: dict[str, Any] = {}
         for name, value in self.index.items():
             if name.startswith("_"):
@@ -456,6 +614,34 @@ class ImageTask(Task):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    @property
+    def variant(self) -> str | None:
+        """The recipe's ``model.variant``."""
+        found: str | None = self.recipe.model.variant  # type: ignore[attr-defined]
+        return found
+
+    def _check_variant(self) -> None:
+        """Refuse a pipeline none of whose files are of the wanted variant; say which are there."""
+        there = {
+            name.rpartition(".")[2] if "." in name else ""
+            for path in self.folder.glob("*/*.safetensors")
+            for name in [re.sub(r"-\d{5}-of-\d{5}", "", path.stem)]
+        }
+        if there and (self.variant or "") not in there:
+            named = ", ".join(sorted(name or "null" for name in there))
+            raise ModelError(
+                f"{self.source.name} has no weights of model.variant={self.variant or 'null'}; it has {named}."
+            )
+
+    def _files_of(self, name: str) -> dict[str, str]:
+        """Return which variant of a part is loaded: the wanted one where the part has it, as diffusers does."""
+        if self.variant is None:
+            return {}
+        if any((self.folder / name).glob(f"*.{self.variant}*.safetensors")):
+            return {"variant": self.variant}
+        self.display.say(f"{name} has no files of model.variant={self.variant}; its plain ones are loaded.")
+        return {}
+
     def _load_part(self, name: str, kind: Any, dtype: Any) -> Any:
         from torch import nn
 
@@ -463,7 +649,7 @@ class ImageTask(Task):
         if not issubclass(kind, nn.Module):
             return _call(place, kind.from_pretrained, {})
         key = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
-        options = {key: dtype, "use_safetensors": True, "output_loading_info": True}
+        options = {key: dtype, "use_safetensors": True, "output_loading_info": True, **self._files_of(name)}
         model, info = _call(place, kind.from_pretrained, options)
         _check_loaded(place, info)
         return model.to(self.device).eval().requires_grad_(False)
@@ -477,6 +663,14 @@ class ImageTask(Task):
             if length > limit:
                 self.display.warn(
                     f"“{prompt[:60]}…” has {length} tokens; CLIP reads the first {limit} and no more."
+                )
+            tokenizer, tokens = self.family.t5 or ("", 0)
+            tokens = self.recipe.task.max_sequence_length or tokens  # type: ignore[attr-defined]
+            t5 = getattr(pipeline, tokenizer, None) if tokenizer else None
+            if t5 is not None and len(t5(prompt).input_ids) > tokens:
+                self.display.warn(
+                    f"“{prompt[:60]}…” has more than {tokens} tokens of T5's, which reads no further; see "
+                    "task.max_sequence_length."
                 )
 
     def _make_class(self) -> None:
@@ -683,13 +877,73 @@ class ImageTask(Task):
                 progress.advance(1, f"loss {sum(losses) / len(losses):.4f}")
                 self.checkpoint()
         unit = "held-out pictures" if self.heldout_folder else "training pictures"
+        pictures = self._pictures(label)
         return Evaluation(
-            {"loss": sum(losses) / len(losses)}, len(examples), unit=unit, pictures=self._pictures(label)
+            {"loss": sum(losses) / len(losses)},
+            len(examples),
+            unit=unit,
+            pictures=pictures,
+            fidelity=self._fidelity(pictures, label),
         )
 
-    def _pictures(self, label: str) -> list[Shown]:
+    def _fidelity(self, pictures: Sequence[Shown], label: str) -> dict[str, Any]:
+        """Judge pictures by the models that the recipe names; say of every score without one that it is absent."""
+        data: Any = self.recipe.data
+        there = {judge.key: judge for judge in self.judges}
+        absent = {
+            name: f"task.{score.key} names no model"
+            for name, score in SCORES.items()
+            if score.key not in there
+        }
+        found: dict[str, Any] = {"absent": absent}
+        if not self.judges:
+            return found
+        made = open_made(pictures)
+        real = [(p.path.name, open_image(p.path, data.max_pixels)) for p in self.train_folder.pictures]
+        with self.display.progress(f"Fidelity, {label}", len(self.judges) * len(made)) as progress:
+
+            def checkpoint() -> None:
+                progress.advance()
+                self.checkpoint()
+
+            for judge in self.judges:
+                scores = judge_pictures(
+                    judge,
+                    self.device,
+                    made,
+                    real,
+                    lambda prompt: about(prompt, data.token),
+                    self.display.warn,
+                    checkpoint,
+                )
+                for name, score in scores.items():
+                    if score:
+                        model = {"model": judge.source.name, "title": judge.title}
+                        count = score["pairs"] // max(1, len(score["real"]))
+                        found[name] = {**model, "pictures": count, **score}
+                    else:
+                        absent[name] = f"no prompt names the subject, data.token={data.token}"
+        return found
+
+    def _wanted_pictures(self) -> list[tuple[str, int]]:
+        """Return prompt and seed of every picture to be shown, in their order."""
         count = self.recipe.task.pictures_per_prompt  # type: ignore[attr-defined]
-        wanted = [(prompt, self.recipe.seed + k) for prompt in self.prompts for k in range(count)]
+        return [(prompt, self.recipe.seed + k) for prompt in self.prompts for k in range(count)]
+
+    def shows_at(self, step: int) -> bool:
+        """Whether ``task.pictures_every`` wants pictures after so many steps."""
+        every = self.recipe.task.pictures_every  # type: ignore[attr-defined]
+        return bool(every and self.prompts and step > 0 and step % every == 0)
+
+    def show(self, model: nn.Module, skip: int = 0) -> Iterator[Shown]:
+        """Make pictures of the recipe's prompts, with the seeds that they have before training and after."""
+        for prompt, seed in self._wanted_pictures()[skip:]:
+            with _undisturbed(self.model):
+                content = self._make(prompt, seed)
+            yield Shown(prompt, seed, data=content)
+
+    def _pictures(self, label: str) -> list[Shown]:
+        wanted = self._wanted_pictures()
         found: list[Shown] = []
         if not wanted:
             return found
@@ -712,6 +966,8 @@ class ImageTask(Task):
             options["guidance_scale"] = task.guidance_scale
         if task.negative_prompt is not None:
             options["negative_prompt"] = task.negative_prompt
+        if task.max_sequence_length is not None:
+            options["max_sequence_length"] = task.max_sequence_length
         pipeline = self.model.pipeline
         latents: Tensor = pipeline(
             prompt,
@@ -758,6 +1014,26 @@ class ImageTask(Task):
             ).input_ids
             found.append({f"{name}.input_ids": ids})
         return found
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let a model work outside training: modes and every source of randomness are afterwards what they were."""
+    import numpy
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
 
 
 def _class(value: Sequence[str]) -> Any:

@@ -20,7 +20,7 @@ from moslora.tasks.vision import open_image
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Crop", "Folder", "Picture", "cut", "fill", "plan_crops", "read_folder"]
+__all__ = ["Crop", "Folder", "Picture", "cut", "fill", "is_square", "places", "plan_crops", "read_folder"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = "metadata.jsonl"
@@ -105,6 +105,14 @@ def fill(template: str, token: str | None, class_name: str | None) -> str:
             f"{template!r} has braces that are no place; write {{}}, {{token}} or {{class_name}}."
         )
     return done
+
+
+def places(template: str) -> set[str]:
+    """Return which of ``token`` and ``class_name`` a prompt has a place for."""
+    order = iter(("token", "class_name"))
+    numbered = {"0": "token", "1": "class_name"}
+    names = (found[1] or next(order, "") for found in PLACE.finditer(template))
+    return {numbered.get(name, name) for name in names} - {""}
 
 
 def read_folder(
@@ -261,6 +269,11 @@ def plan_crops(picture: Picture, resolution: int, crop: str, count: int, flip: b
     return [
         Crop(left, top, flipped) for left, top in places for flipped in ((False, True) if flip else (False,))
     ]
+
+
+def is_square(picture: Picture, resolution: int) -> bool:
+    """Whether a picture is a square once its shorter side is ``resolution``, so that there is one crop of it."""
+    return _resized(picture.width, picture.height, resolution) == (resolution, resolution)
 
 
 def _resized(width: int, height: int, resolution: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ proofs and report.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,8 @@ class Evaluation:
         unit: What those are.
         pictures: What the model made of the recipe's prompts, in their order.
         intervals: 95 % intervals of those that are shares, by the same names.
+        fidelity: How alike pictures and prompts are, by the score's name, ready for JSON; under ``absent`` why a score
+            is not there.
         answers: One per held-out example that was answered, in the order of the data.
     """
 
@@ -83,6 +85,7 @@ class Evaluation:
     answers: Sequence[Answer] = field(default_factory=tuple)
     unit: str = "held-out examples"
     pictures: Sequence[Shown] = field(default_factory=tuple)
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,19 @@ class Task(ABC):
     def probe(self) -> list[Any]:
         """Return inputs for the proof: token ids ``(1, length)``, or all arguments by name, each."""
 
+    def shows_at(self, step: int) -> bool:
+        """Say whether pictures are made after so many optimiser steps."""
+        return False
+
+    def show(self, model: nn.Module, skip: int = 0) -> Iterator[Shown]:
+        """Make pictures while training goes on; training itself must not notice.
+
+        Args:
+            model: As it is at the moment.
+            skip: How many are there already; the same ones come in the same order.
+        """
+        return iter(())
+
     # Whether the base's weights must be there. Without, the task can be counted and its data checked only.
     needs_weights = True
 
@@ -187,6 +203,11 @@ class Task(ABC):
     @property
     def quantization(self) -> dict[str, Any] | None:
         """How the base is quantised, as arguments of ``BitsAndBytesConfig``; None where it is not."""
+        return None
+
+    @property
+    def variant(self) -> str | None:
+        """Which files of the base are read, as ``fp16``; None for the plain ones."""
         return None
 
     # With which class of transformers anyone would load the base; or of diffusers, as the reader has it.
