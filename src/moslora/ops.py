@@ -215,9 +215,14 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     )
 
 
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in a dtype; asking first is quicker than ``to``, of which a step would call thousands."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def _mix(H: Tensor, M: Tensor) -> Tensor:
     """Mix columns of rank r in the dtype of the factors."""
-    return (H.to(M.dtype) @ M).to(H.dtype)  # (tokens, r)
+    return _in(H.dtype, _in(M.dtype, H) @ M)  # (tokens, r)
 
 
 class _MixedUpdate(torch.autograd.Function):
@@ -239,10 +244,10 @@ class _MixedUpdate(torch.autograd.Function):
         with _without_autocast(x.device.type):
             rows, scaled = x.reshape(-1, x.shape[-1]), M * scale  # (tokens, in), (r, r)
             chained = chains(*rows.shape)
-            low = (A if chained else scaled @ A).to(x.dtype)  # (r, in)
+            low = _in(x.dtype, A if chained else scaled @ A)  # (r, in)
             kept = _without(rows, dropped) @ low.T  # (tokens, r)
             H = _mix(kept, scaled.T) if chained else kept  # (tokens, r)
-            up = B.to(x.dtype)
+            up = _in(x.dtype, B)
             if weight is None:
                 out = F.linear(H.view(*x.shape[:-1], len(M)), up)  # (..., out)
             else:
@@ -268,24 +273,24 @@ class _MixedUpdate(torch.autograd.Function):
             G, rows, scaled = G.reshape(-1, len(B)), x.reshape(-1, x.shape[-1]), M * ctx.scale
             chained = chains(*rows.shape)
             if need_x or twice:
-                low = (A if chained else scaled @ A).to(x.dtype)  # (r, in)
+                low = _in(x.dtype, A if chained else scaled @ A)  # (r, in)
             if twice:
                 # Being differentiated a second time: what was kept must be a function of x, M and A again.
                 kept = _without(rows, dropped) @ low.T  # (tokens, r)
             if need_B:
                 H = _mix(kept, scaled.T) if chained else kept  # (tokens, r)
-                dB = (G.T @ H).to(B.dtype)  # (out, r)
+                dB = _in(B.dtype, G.T @ H)  # (out, r)
             if need_A or need_M or need_x:
-                D = G @ B.to(x.dtype)  # (tokens, r)
+                D = G @ _in(x.dtype, B)  # (tokens, r)
             if chained:
                 if need_M:
-                    dM = (D.T.to(M.dtype) @ kept.to(M.dtype)) * ctx.scale  # (r, r)
+                    dM = (_in(M.dtype, D).T @ _in(M.dtype, kept)) * ctx.scale  # (r, r)
                 if need_A or need_x:
                     D = _mix(D, scaled)  # (tokens, r)
                 if need_A:
-                    dA = (D.T @ _without(rows, dropped)).to(A.dtype)  # (r, in)
+                    dA = _in(A.dtype, D.T @ _without(rows, dropped))  # (r, in)
             elif need_A or need_M:
-                dlow = (D.T @ _without(rows, dropped)).to(A.dtype)  # (r, in)
+                dlow = _in(A.dtype, D.T @ _without(rows, dropped))  # (r, in)
                 dA = scaled.T @ dlow if need_A else None  # (r, in)
                 dM = (dlow @ A.T) * ctx.scale if need_M else None  # (r, r)
             if need_x:
@@ -554,9 +559,9 @@ def adapted_linear(
     if x.shape[-1] != A.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, but A {tuple(A.shape)} takes {A.shape[1]}.")
     dtype = _compute_dtype(x)
-    inputs = x.to(dtype)
-    weight = weight if weight is None else weight.to(dtype)
-    bias = bias if bias is None else bias.to(dtype)
+    inputs = _in(dtype, x)
+    weight = weight if weight is None else _in(dtype, weight)
+    bias = bias if bias is None else _in(dtype, bias)
     if _using_kernels and not torch.compiler.is_compiling():
         flat = inputs.reshape(-1, x.shape[-1])  # (tokens, in)
         unfit = _why_no_kernels(flat, weight, bias, A, B, dropout)
