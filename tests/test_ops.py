@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from moslora import functional, ops
 from tolerances import RELATIVE, SNR_DB, relative_error, snr_db
@@ -54,8 +57,9 @@ def test_update_alone_equals_the_oracle() -> None:
     assert relative_error(found, expected) < RELATIVE[torch.float64]
 
 
-def test_gradcheck_and_gradgradcheck() -> None:
-    inputs = draw()
+@pytest.mark.parametrize("batch", [(2, 3), (2, 2)])  # of 5 features
+def test_gradcheck_and_gradgradcheck(batch: tuple[int, ...]) -> None:
+    inputs = draw(batch=batch)
     assert torch.autograd.gradcheck(lambda *a: ops.adapted_linear(*a, 0.7), inputs)
     assert torch.autograd.gradgradcheck(lambda *a: ops.adapted_linear(*a, 0.7), inputs)
     x, _, _, A, M, B = inputs
@@ -69,32 +73,85 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: tuple[str, ...]) -> None
     assert {n for n, t in zip(NAMES, inputs, strict=True) if t.grad is not None} == set(wanted)
 
 
+# Of 64 features: tokens enough to compose M into A, few enough to apply it between two products, and one.
+COMPOSED_AND_CHAINED = [(4, 32), (4, 8), (1,)]
+
+
+@pytest.mark.parametrize("batch", COMPOSED_AND_CHAINED)
+@pytest.mark.parametrize("factors", [torch.float32, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_with_float32_factors_is_rounded_not_wrong(dtype: torch.dtype) -> None:
-    truth = draw(1, (4, 32), 64, 8, 48)
+def test_low_precision_is_rounded_not_wrong(
+    dtype: torch.dtype, factors: torch.dtype | None, batch: tuple[int, ...]
+) -> None:
+    truth = draw(1, batch, 64, 8, 48)
     low = [
-        t.detach().to(dtype if n in ("x", "weight", "bias") else torch.float32).requires_grad_()
+        t.detach().to(dtype if n in ("x", "weight", "bias") else factors or dtype).requires_grad_()
         for n, t in zip(NAMES, truth, strict=True)
     ]
     exact = [t.detach().double().requires_grad_() for t in low]  # the same rounded inputs, summed exactly
     out = ops.adapted_linear(*low, 0.7)
     assert out.dtype == dtype
     assert snr_db(out, oracle(*exact, 0.7)) > SNR_DB[dtype]
-    cotangent = torch.randn(4, 32, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    cotangent = torch.randn(*batch, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
     found = torch.autograd.grad(ops.adapted_linear(*low, 0.7), low, cotangent)
     expected = torch.autograd.grad(oracle(*exact, 0.7), exact, cotangent.double())
     for name, one, two in zip(NAMES, found, expected, strict=True):
         assert snr_db(one, two) > SNR_DB[dtype], name
 
 
-def test_autocast_runs_in_its_dtype_and_composes_in_the_factors() -> None:
-    inputs = [t.detach().float().requires_grad_() for t in draw(1, (4, 32), 64, 8, 48)]
+@pytest.mark.parametrize("batch", COMPOSED_AND_CHAINED)
+def test_autocast_runs_in_its_dtype_and_mixes_in_the_factors(batch: tuple[int, ...]) -> None:
+    inputs = [t.detach().float().requires_grad_() for t in draw(1, batch, 64, 8, 48)]
+    cotangent = torch.randn(*batch, 48, generator=torch.Generator().manual_seed(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ops.adapted_linear(*inputs, 0.7)
     assert out.dtype == torch.bfloat16
-    assert snr_db(out, oracle(*inputs, 0.7)) > SNR_DB[torch.bfloat16]
-    grads = torch.autograd.grad(out.float().sum(), inputs)
-    assert all(g.dtype == torch.float32 for g in grads)
+    expected = oracle(*inputs, 0.7)
+    assert snr_db(out, expected) > SNR_DB[torch.bfloat16]
+    found = torch.autograd.grad(out.float(), inputs, cotangent)
+    for name, one, two in zip(NAMES, found, torch.autograd.grad(expected, inputs, cotangent), strict=True):
+        assert one.dtype == torch.float32
+        assert snr_db(one, two) > SNR_DB[torch.bfloat16], name
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 6), st.integers(1, 9))
+def test_a_mixer_costs_no_more_than_the_smaller_of_tokens_and_features(tokens, n_in, r, n_out) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _, A, M, B = draw(0, (tokens,), n_in, r, n_out)
+
+    def accumulate(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
+        return 2 * left[0] * left[1] * right[1]  # torch counts a product, but not one that is added in place
+
+    count = partial(FlopCounterMode, display=False, custom_mapping={torch.ops.aten.addmm_: accumulate})
+    with count() as whole:
+        out = ops.adapted_linear(x, weight.detach(), None, A, M, B, 0.7)
+        forward = whole.get_total_flops()
+        out.sum().backward()
+    few = min(tokens, n_in)
+    # Of LoRA, which has no mixer: the base's product and two of rank r, and twice as many of these in backward.
+    base, thin = 2 * tokens * n_in * n_out, 2 * tokens * r * (n_in + n_out)
+    assert forward == base + thin + 2 * r * r * few
+    assert whole.get_total_flops() == 2 * base + 3 * thin + 8 * r * r * few
+    with count() as generating, torch.no_grad():
+        ops.adapted_linear(x[:1], weight, None, A, M, B, 0.7)
+    assert generating.get_total_flops() == (base + thin) // tokens + 2 * r * r
+
+
+def test_transforms_of_torch_func_see_the_oracle() -> None:
+    x, weight, bias, A, M, B = (t.detach() for t in draw())
+
+    def loss(function, x, *factors):  # type: ignore[no-untyped-def]
+        return function(x, weight, bias, *factors, 0.7).square().sum()
+
+    results = []
+    for function in (ops.adapted_linear, oracle):
+        one = torch.func.grad(loss, argnums=(1, 2, 3, 4))(function, x, A, M, B)
+        each = torch.func.vmap(torch.func.grad(partial(loss, function)), in_dims=(0, None, None, None))(
+            x, A, M, B
+        )
+        results.append([*one, each])
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < RELATIVE[torch.float64]
 
 
 def test_compiled_whole_it_gives_the_same() -> None:
@@ -106,22 +163,24 @@ def test_compiled_whole_it_gives_the_same() -> None:
         assert relative_error(found, expected) < RELATIVE[torch.float32]
 
 
+@pytest.mark.parametrize("tokens", [3, 8])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+def test_gradient_checkpointing_changes_nothing(reentrant: bool, tokens: int) -> None:
     results = []
     for function in (
         ops.adapted_linear,
         lambda *a: checkpoint(ops.adapted_linear, *a, use_reentrant=reentrant),
     ):
-        inputs = draw()
+        inputs = draw(batch=(tokens,))
         out = function(*inputs, 0.7)
         out.backward(torch.ones_like(out))
         results.append([out, *(t.grad for t in inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_no_more_is_kept_for_backward_than_x_and_the_rank_r_product() -> None:
-    x, weight, bias, A, M, B = draw(0, (64,), 32, 4, 48)
+@pytest.mark.parametrize("features", [32, 80])
+def test_no_more_is_kept_for_backward_than_x_and_the_rank_r_product(features: int) -> None:
+    x, weight, bias, A, M, B = draw(0, (64,), features, 4, 48)
     weight, bias = weight.detach(), bias.detach()
     kept: dict[int, int] = {}
 
@@ -182,13 +241,14 @@ def test_dropout_inside_equals_the_oracle_on_masked_input(seed, batch, n_in, r, 
             assert relative_error(one, two, size) < RELATIVE[torch.float64], name
 
 
-def test_gradgradcheck_with_dropout() -> None:
+@pytest.mark.parametrize("batch", [(2, 3), (2, 2)])  # of 5 features
+def test_gradgradcheck_with_dropout(batch: tuple[int, ...]) -> None:
     def seeded(*arguments):  # type: ignore[no-untyped-def]
         torch.manual_seed(3)
         return ops.adapted_linear(*arguments, 0.7, 0.25)
 
-    assert torch.autograd.gradcheck(seeded, draw())
-    assert torch.autograd.gradgradcheck(seeded, draw())
+    assert torch.autograd.gradcheck(seeded, draw(batch=batch))
+    assert torch.autograd.gradgradcheck(seeded, draw(batch=batch))
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.25])

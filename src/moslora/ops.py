@@ -1,24 +1,30 @@
 """The update of ``functional.py`` as one autograd Function: same signature, same values, less work.
 
-With ``A' = M·A`` composed first (r²·in flops, no token dimension) the mixer costs nothing per token:
+With ``A' = s·M·A`` composed first (r²·in flops, no token dimension) the mixer costs nothing per token:
 
-    H  = x·A'ᵀ                  y  = x·Wᵀ + b + s·H·Bᵀ
-    dH = s·G·B                  dB = s·Gᵀ·H
-    dA' = dHᵀ·x                 dA = Mᵀ·dA'        dM = dA'·Aᵀ
-    dx = G·W + dH·A'
+    H  = x·A'ᵀ                  y  = x·Wᵀ + b + H·Bᵀ
+    D  = G·B                    dB = Gᵀ·H
+    dA' = Dᵀ·x                  dA = s·Mᵀ·dA'      dM = s·dA'·Aᵀ
+    dx = G·W + D·A'
+
+Over fewer tokens than the layer has inputs it costs less between two products, r²·tokens; so the r²·in term is never
+there to be seen, in a short batch or in generating token by token (``chains`` is the rule):
+
+    K  = x·Aᵀ                   H  = s·K·Mᵀ        y and dB as above
+    dM = s·Dᵀ·K                 E  = s·D·M         dA = Eᵀ·x        dx = G·W + E·A
 
 Both sums are accumulated into the base's own product (``addmm_``), so no second ``(tokens, out)`` or
-``(tokens, in)`` tensor is made. What is kept for backward is x (which the base layer's input is anyway)
-and H, ``(tokens, r)``.
+``(tokens, in)`` tensor is made; the scale stands with M, so no pass is made for it either. What is kept for backward is
+x (which the base layer's input is anyway) and H or K, ``(tokens, r)``.
 
 Dropout zeroes entries of x before A' and divides the rest by 1 - p, which goes into s. Drawing a mask is what
 dropout costs on a CPU, so only the gaps between dropped entries are drawn, p of the numbers, and only the
 positions are kept, a fifth of a byte mask at p = 0.05. In the backward pass the entries of dx at these
 positions are put back to what the base's product was before the update was accumulated into it.
 
-Precision: A' is composed, and dA and dM are taken, in the dtype of the factors; products over tokens run
-in the dtype of ``x``, or in autocast's. Float32 factors on a bfloat16 base therefore see what they would
-see under autocast.
+Precision: A' is composed, and M applied, in the dtype of the factors, as are the gradients of M and of M·A; products
+over tokens that have in or out columns run in the dtype of ``x``, or in autocast's. Float32 factors on a bfloat16 base
+therefore see what they would see under autocast.
 
 On a GPU the same can be done by the Triton kernels of ``kernels.py``, where ``MOSLORA_KERNELS=1`` asks for them. No GPU
 has measured them yet, so they are off otherwise. Asked for, they are tried at the first call of each size against the
@@ -187,11 +193,45 @@ def _without(x: Tensor, dropped: Tensor | None) -> Tensor:
     return x if dropped is None else x.flatten().index_fill(0, dropped.long(), 0).view_as(x)
 
 
-class _MixedUpdate(torch.autograd.Function):
-    """``x·Wᵀ + b + s·drop(x)·A'ᵀ·Bᵀ`` with ``A' = M·A``; W and b may be None, and so may ``dropped``."""
+def chains(tokens: int, features: int) -> bool:
+    """Tell whether M is cheaper applied to so few tokens than composed into A.
 
+    Both passes together, it is four products of 2·r²·features operations (M·A twice, Mᵀ·dA', dA'·Aᵀ) against four of
+    2·r²·tokens (K·Mᵀ twice, D·M, Dᵀ·K).
+
+    Args:
+        tokens: How many rows the layer's input has.
+        features: How many inputs the layer has.
+    """
+    return tokens < features
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Keep autocast from changing dtypes chosen here; free where it is off."""
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else contextlib.nullcontext()
+    )
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in a dtype; asking first is quicker than ``to``, of which a step would call thousands."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _mix(H: Tensor, M: Tensor) -> Tensor:
+    """Mix columns of rank r in the dtype of the factors."""
+    return _in(H.dtype, _in(M.dtype, H) @ M)  # (tokens, r)
+
+
+class _MixedUpdate(torch.autograd.Function):
+    """``x·Wᵀ + b + s·drop(x)·Aᵀ·Mᵀ·Bᵀ``; W and b may be None, and so may ``dropped``."""
+
+    # One method with ctx, not a setup_context: torch looks that one's signature up in every call, 50 µs each.
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -200,65 +240,95 @@ class _MixedUpdate(torch.autograd.Function):
         B: Tensor,
         scale: float,
         dropped: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            composed = (M @ A).to(x.dtype)  # (r, in)
-            H = _without(x, dropped) @ composed.T  # (tokens, r)
-            BT = B.to(x.dtype).T  # (r, out)
+    ) -> Tensor:
+        with _without_autocast(x.device.type):
+            rows, scaled = x.reshape(-1, x.shape[-1]), M * scale  # (tokens, in), (r, r)
+            chained = chains(*rows.shape)
+            low = _in(x.dtype, A if chained else scaled @ A)  # (r, in)
+            kept = _without(rows, dropped) @ low.T  # (tokens, r)
+            H = _mix(kept, scaled.T) if chained else kept  # (tokens, r)
+            up = _in(x.dtype, B)
             if weight is None:
-                return (H @ BT).mul_(scale), H  # (tokens, out)
-            out = F.linear(x, weight, bias)
-            return out.addmm_(H, BT, alpha=scale), H  # (tokens, out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, A, M, B, scale, dropped = inputs
-        _, H = output
-        ctx.mark_non_differentiable(H)
+                out = F.linear(H.view(*x.shape[:-1], len(M)), up)  # (..., out)
+            else:
+                out = F.linear(rows.view(x.shape), weight, bias)  # (..., out)
+                out.view(-1, len(B)).addmm_(H, up.T)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, A, M, B, H, dropped)
+        ctx.save_for_backward(x, weight, A, M, B, kept, dropped)
         ctx.scale = scale
         ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
 
     @staticmethod
-    def backward(ctx: Any, G: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, G: Tensor | None) -> tuple[Tensor | None, ...]:
         if G is None:
             return (None,) * 8
-        x, weight, A, M, B, H, dropped = ctx.saved_tensors
+        x, weight, A, M, B, kept, dropped = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_M, need_B, *_ = ctx.needs_input_grad
         dx = dweight = dbias = dA = dM = dB = None
-        with torch.autocast(x.device.type, enabled=False):
+        low: Any = None
+        D: Any = None
+        with _without_autocast(x.device.type):
             twice = torch.is_grad_enabled()
+            G, rows, scaled = G.reshape(-1, len(B)), x.reshape(-1, x.shape[-1]), M * ctx.scale
+            chained = chains(*rows.shape)
+            if need_x or twice:
+                low = _in(x.dtype, A if chained else scaled @ A)  # (r, in)
             if twice:
-                # Being differentiated a second time: H must be a function of x, M and A again.
-                H = _without(x, dropped) @ (M @ A).to(x.dtype).T
+                # Being differentiated a second time: what was kept must be a function of x, M and A again.
+                kept = _without(rows, dropped) @ low.T  # (tokens, r)
             if need_B:
-                dB = (G.T @ H).to(B.dtype) * ctx.scale  # (out, r)
+                H = _mix(kept, scaled.T) if chained else kept  # (tokens, r)
+                dB = _in(B.dtype, G.T @ H)  # (out, r)
             if need_A or need_M or need_x:
-                dH = (G @ B.to(x.dtype)) * ctx.scale  # (tokens, r)
-            if need_A or need_M:
-                dcomposed = (dH.T @ _without(x, dropped)).to(A.dtype)  # (r, in)
-                dA = M.T @ dcomposed if need_A else None  # (r, in)
-                dM = dcomposed @ A.T if need_M else None  # (r, r)
+                D = G @ _in(x.dtype, B)  # (tokens, r)
+            if chained:
+                if need_M:
+                    dM = (_in(M.dtype, D).T @ _in(M.dtype, kept)) * ctx.scale  # (r, r)
+                if need_A or need_x:
+                    D = _mix(D, scaled)  # (tokens, r)
+                if need_A:
+                    dA = _in(A.dtype, D.T @ _without(rows, dropped))  # (r, in)
+            elif need_A or need_M:
+                dlow = _in(A.dtype, D.T @ _without(rows, dropped))  # (r, in)
+                dA = scaled.T @ dlow if need_A else None  # (r, in)
+                dM = (dlow @ A.T) * ctx.scale if need_M else None  # (r, r)
             if need_x:
-                composed = (M @ A).to(x.dtype)  # (r, in)
-            if need_x and (weight is None or twice):
-                dx = _without(dH @ composed, dropped)  # (tokens, in)
-                dx = dx if weight is None else G @ weight + dx
-            elif need_x:
-                dx = G @ weight
-                if dropped is None:
-                    dx.addmm_(dH, composed)  # (tokens, in)
+                if weight is None or twice:
+                    dx = _without(D @ low, dropped)  # (tokens, in)
+                    dx = dx if weight is None else G @ weight + dx
                 else:
-                    positions, flat = dropped.long(), dx.view(-1)
-                    kept = flat.take(positions)
-                    dx.addmm_(dH, composed)
-                    flat.put_(positions, kept)
+                    dx = G @ weight
+                    if dropped is None:
+                        dx.addmm_(D, low)  # (tokens, in)
+                    else:
+                        positions, flat = dropped.long(), dx.view(-1)
+                        undisturbed = flat.index_select(0, positions)
+                        dx.addmm_(D, low)
+                        flat.put_(positions, undisturbed)
+                dx = dx.view(x.shape)
             if need_weight:
-                dweight = G.T @ x  # (out, in)
+                dweight = G.T @ rows  # (out, in)
             if need_bias:
                 dbias = G.sum(0).to(ctx.bias_dtype)  # (out,)
         return dx, dweight, dbias, dA, dM, dB, None, None
+
+
+def _by_torch_alone(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    M: Tensor,
+    B: Tensor,
+    scale: float,
+    dropped: Tensor | None,
+) -> Tensor:
+    """Return what ``_MixedUpdate`` does, of operations that torch can transform in every way."""
+    with _without_autocast(x.device.type):
+        low = (M * scale @ A).to(x.dtype)  # (r, in)
+        out = F.linear(F.linear(_without(x, dropped), low), B.to(x.dtype))  # (..., out)
+        return out if weight is None else F.linear(x, weight, bias) + out
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -274,6 +344,7 @@ class _KernelUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -283,26 +354,21 @@ class _KernelUpdate(torch.autograd.Function):
         scale: float,
         p: float,
         seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            return kernels.forward(x, weight, bias, M @ A, B, scale, p, seed)  # (tokens, out), (tokens, r)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, A, M, B, scale, p, seed = inputs
-        _, H = output
-        ctx.mark_non_differentiable(H)
+    ) -> Tensor:
+        with _without_autocast(x.device.type):
+            out, H = kernels.forward(x, weight, bias, M @ A, B, scale, p, seed)  # (tokens, out), (tokens, r)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, A, M, B, H, seed)
         ctx.scale, ctx.p = scale, p
+        return out
 
     @staticmethod
-    def backward(ctx: Any, G: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, G: Tensor | None) -> tuple[Tensor | None, ...]:
         if G is None:
             return (None,) * 9
         x, weight, bias, A, M, B, H, seed = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_M, need_B, *_ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             if torch.is_grad_enabled():
                 return (*_twice_differentiable(ctx, G), None, None, None)
             dA = dM = dweight = dbias = None
@@ -327,8 +393,7 @@ def _twice_differentiable(ctx: Any, G: Tensor) -> list[Tensor | None]:
         )
     x, weight, bias, A, M, B, _, _ = ctx.saved_tensors
     given = (x, weight, bias, A, M, B)
-    out = F.linear(F.linear(x, (M @ A).to(x.dtype)), B.to(x.dtype)) * ctx.scale
-    out = out if weight is None else F.linear(x, weight, bias) + out
+    out = _by_torch_alone(x, weight, bias, A, M, B, ctx.scale, None)
     wanted = [t for t, need in zip(given, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(out, wanted, G, create_graph=True))
     return [next(found) if need else None for _, need in zip(given, ctx.needs_input_grad, strict=False)]
@@ -494,15 +559,16 @@ def adapted_linear(
     if x.shape[-1] != A.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, but A {tuple(A.shape)} takes {A.shape[1]}.")
     dtype = _compute_dtype(x)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, in)
-    weight = weight if weight is None else weight.to(dtype)
-    bias = bias if bias is None else bias.to(dtype)
+    inputs = _in(dtype, x)
+    weight = weight if weight is None else _in(dtype, weight)
+    bias = bias if bias is None else _in(dtype, bias)
     if _using_kernels and not torch.compiler.is_compiling():
+        flat = inputs.reshape(-1, x.shape[-1])  # (tokens, in)
         unfit = _why_no_kernels(flat, weight, bias, A, B, dropout)
         if unfit is None:
             # From the generator of the device, so that seeds and gradient checkpointing decide the mask.
             seed = torch.randint(2**62, (1,), device=x.device) if dropout else None
-            whole, _ = _KernelUpdate.apply(flat, weight, bias, A, M, B, float(scale), dropout, seed)  # type: ignore[no-untyped-call]
+            whole = _KernelUpdate.apply(flat, weight, bias, A, M, B, float(scale), dropout, seed)  # type: ignore[no-untyped-call]
             return whole.view(*x.shape[:-1], B.shape[0])  # type: ignore[no-any-return]
         _tell_once(unfit)
     dropped = None
@@ -514,8 +580,9 @@ def adapted_linear(
         reason = why_no_dropout_by_position(x, dropout)
         if reason is not None:
             raise ValueError(f"{reason}; drop entries of x with torch's own dropout, and pass dropout=0.")
-        positions = draw_dropped(flat.numel(), dropout)
-        dropped = positions.int() if flat.numel() < 2**31 else positions  # half of what is kept for backward
-    effective = float(scale) / (1 - dropout)
-    out, _ = _MixedUpdate.apply(flat, weight, bias, A, M, B, effective, dropped)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], B.shape[0])  # type: ignore[no-any-return]
+        positions = draw_dropped(x.numel(), dropout)
+        dropped = positions.int() if x.numel() < 2**31 else positions  # half of what is kept for backward
+    arguments = (inputs, weight, bias, A, M, B, float(scale) / (1 - dropout), dropped)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _by_torch_alone(*arguments)
+    return _MixedUpdate.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]

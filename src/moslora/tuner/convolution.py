@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from moslora import ops
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer, _without_values
 
@@ -114,10 +116,13 @@ class MoSLoRAConv(MoSLoRALayer):
         A, M, B = self._held(name)
         convolve_A: Any = self.moslora_A[name]
         convolve_B: Any = self.moslora_B[name]
-        # Composed first, in the dtype of the factors: M then costs nothing per position.
-        composed = (M.flatten(1) @ A.flatten(1)).view_as(A)  # (r, in, *kernel)
-        H = convolve_A._conv_forward(x, composed.to(x.dtype), None)  # (n, r, *positions)
-        scaled = cast(Tensor, H * self.scaling[name])
-        return cast(
-            Tensor, convolve_B._conv_forward(scaled, B.to(scaled.dtype), None)
-        )  # (n, out, *positions)
+        scaled = M * self.scaling[name]
+        positions = x.numel() // self.in_features // math.prod(self.get_base_layer().stride)
+        if ops.chains(positions, A[0].numel()):
+            H = convolve_A._conv_forward(x, A.to(x.dtype), None)  # (n, r, *positions)
+            H = cast(Any, self).moslora_M[name]._conv_forward(H, scaled.to(H.dtype), None)
+        else:
+            # Composed first, in the dtype of the factors: M then costs nothing per position.
+            composed = (scaled.flatten(1) @ A.flatten(1)).view_as(A)  # (r, in, *kernel)
+            H = convolve_A._conv_forward(x, composed.to(x.dtype), None)  # (n, r, *positions)
+        return cast(Tensor, convolve_B._conv_forward(H, B.to(H.dtype), None))  # (n, out, *positions)

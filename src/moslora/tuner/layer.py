@@ -580,13 +580,12 @@ class MoSLoRALinear(MoSLoRALayer):
         weight = self.get_base_weight().to(x.dtype)
         return nn.functional.linear(x, weight.T if self.fan_in_fan_out else weight)  # (..., out)
 
-    def _why_apart(self, x: Tensor, name: str) -> str | None:
+    def _why_apart(self, x: Tensor, base: Any, dropout: float) -> str | None:
         """Tell why base product and update cannot run as one Function; None if they can.
 
         Only a plain layer qualifies: a quantised or sharded weight has no such product, hooks on the base
         layer (offloading, another adapter library) must see its call.
         """
-        base = self.base_layer
         weight: Any = getattr(base, "weight", None)
         if not ops.is_fusing():
             return "fusing is switched off"
@@ -603,8 +602,7 @@ class MoSLoRALinear(MoSLoRALayer):
             return "the base layer has hooks"
         if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return f"the base weight is {weight.dtype}, its input {x.dtype}"
-        p = self._dropout(name)
-        return ops.why_no_fused_dropout(x, p) if p else None
+        return ops.why_no_fused_dropout(x, dropout) if dropout else None
 
     def _dropout(self, name: str) -> float:
         """Return the probability with which entries of the update's input are dropped now."""
@@ -629,12 +627,11 @@ class MoSLoRALinear(MoSLoRALayer):
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         active = self._active_here()
         if active:
-            name = active[0]
-            reason = "the call has more arguments" if args or kwargs else self._why_apart(x, name)
+            name, base = active[0], cast(Any, self.base_layer)
+            dropout = self._dropout(name)
+            reason = "the call has more arguments" if args or kwargs else self._why_apart(x, base, dropout)
             if reason is None:
-                base: Any = self.base_layer
-                weight = base.weight.T if self.fan_in_fan_out else base.weight  # (out, in)
-                dropout = self._dropout(name)
+                weight = base.weight.T if type(base) is Conv1D else base.weight  # (out, in)
                 result = ops.adapted_linear(x, weight, base.bias, *self.factors(name), dropout=dropout)
                 return self._add_updates(x, result, active[1:])
             _tell_once(reason)
