@@ -1,4 +1,4 @@
-"""Build the small world's image model: an SDXL pipeline of a million parameters that draws captioned shapes.
+"""Build the small world's image model: an SDXL pipeline of two million parameters that draws captioned shapes.
 
     caption → two small CLIP text encoders (own vocabulary) → U-Net on 24 × 24 pixels → autoencoder, here the identity
 
@@ -8,9 +8,11 @@ say. Captions are left out of one example in ten, so that guidance works. Nothin
 
     python recipes/shapes/build_pipeline.py [FOLDER] [--seed N] [--quick]
 
-Needs no network; takes about 20 minutes of CPU time (10 on two cores), less on a GPU. ``--quick`` takes a few steps
-and draws noise. The folder appears when all is done, never in part, and is not overwritten; interrupted, the same
-command goes on where it was.
+Needs no network; takes 38 minutes of CPU time on one core, less on a GPU. Measured: what it draws has the shape, colour
+and background that a caption of one thing asks for (34 of 35 held-out ones), but places are not learned (4 of 29,
+guessing is right for one in four), and of two things colours and shapes are mixed up (4 of 29 right). ``--quick`` takes
+a few steps and draws noise. The folder appears when all is done, never in part, and is not overwritten; interrupted,
+the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ SIZES = (EDGE, EDGE, 0, 0, EDGE, EDGE)
 class Amount:
     """How much is learned: steps, pictures in each, and pictures to draw them from."""
 
-    steps: int = 5000
+    steps: int = 7000
     batch: int = 16
     pictures: int = 16384
 
@@ -153,11 +155,11 @@ def unet() -> Any:
         sample_size=EDGE,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(32, 64, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(1, 2, 4),  # heads, whatever it is called
+        attention_head_dim=(2, 4, 4),  # heads, whatever it is called
         transformer_layers_per_block=(1, 1, 1),
         use_linear_projection=True,
         norm_num_groups=8,
@@ -170,8 +172,11 @@ def unet() -> Any:
 
 def noise_schedule(scheduler: type[Any]) -> Any:
     """Return a scheduler of a class: v-prediction on a schedule that ends in noise alone."""
-    schedule = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-    return scheduler(**schedule, prediction_type="v_prediction", timestep_spacing="trailing")
+    return scheduler(
+        beta_schedule="squaredcos_cap_v2",  # on small pictures a linear one is noise alone for half of its way
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
 
 
 @dataclass(frozen=True)
