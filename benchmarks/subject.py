@@ -1,11 +1,11 @@
 """Does an image model learn a new subject better through a mixer than through a plain LoRA?
 
 The small world of ``recipes/shapes``: an SDXL-shaped pipeline that draws captioned shapes learns one star in stripes,
-which it has never seen, from five pictures, and is then asked for it in places, on backgrounds and beside things that
-were not among them. A network that was taught to read this world says of each picture whether the subject is there and
-whether the rest is as the prompt asks. Adapters are trained by ``moslora train`` and measured as it ships them: plain
-LoRA files, read by diffusers. LoRA is the mixer that is the identity and stays so. Each method's learning rate is the
-best of a few on a seed of its own, by pictures from other noise than what is reported.
+which it has never seen, from five pictures, and is then asked for it on backgrounds, and for other things. A network
+that was taught to read this world says of each picture whether the subject is there and whether the rest is as the
+prompt asks. Adapters are trained by ``moslora train`` and measured as it ships them: plain LoRA, read by diffusers.
+LoRA is the mixer that is the identity and stays so. Each method's learning rate is the best of a few on a seed of its
+own, by pictures from other noise than what is reported.
 
     python benchmarks/subject.py [--folder DIR] [--seeds 0,1,2,3] [--rates 1e-3,3e-3,1e-2] [--out FILE]
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "sha
 import build_pipeline
 import captions
 import judge as judging
-from captions import COLOURS, GROUNDS, PLACES, SHAPES
+from captions import COLOURS, GROUNDS, SHAPES
 
 SHAPES_FOLDER = Path(captions.__file__).parent
 METHODS = {
@@ -52,35 +52,31 @@ class Asked:
 
     Attributes:
         prompt: The words.
-        place: Where the star shall be; None for a picture that is not about the subject.
-        ground: The background, where one is asked for.
-        other: A place, a shape and a colour of something else, where it is asked for.
+        subject: Whether the subject shall be there.
+        ground: The background.
+        other: A shape and a colour of something else, where it is asked for instead.
     """
 
     prompt: str
-    place: str | None
-    ground: str | None = None
-    other: tuple[str, str, str] | None = None
+    subject: bool
+    ground: str
+    other: tuple[str, str] | None = None
 
 
 def asked() -> list[Asked]:
-    """Return 16 prompts for the subject in places and on backgrounds, 8 beside something, and 8 without it."""
-    found = [
-        Asked(f"a photo of ikat star at the {place} on a {ground} background", place, ground)
-        for place in PLACES
-        for ground in GROUNDS
-    ]
-    for index in range(8):
-        place, beside = PLACES[index % 4], PLACES[(index % 4 + 1 + index // 4) % 4]
-        colour, shape = list(COLOURS)[(index * 3 + 1) % 4], SHAPES[(index + index // 4) % 4]
-        words = f"a photo of ikat star at the {place} and a {colour} {shape} at the {beside}"
-        found.append(Asked(words, place, other=(beside, shape, colour)))
-    for index in range(8):
-        place, colour = PLACES[index % 4], list(COLOURS)[(index + index // 4) % 4]
-        shape = "star" if index < 4 else SHAPES[index - 4]
-        found.append(
-            Asked(f"a photo of a {colour} {shape} at the {place}", None, other=(place, shape, colour))
-        )
+    """Return 16 prompts for the subject, four on each background, and 16 for other things, four of them stars.
+
+    Places are not asked for, nor two things at once: the base does not draw these as it is told.
+    """
+    found = []
+    for ground in GROUNDS:
+        for start in ("", "a photo of "):
+            found += [Asked(f"{start}ikat star on a {ground} background", True, ground)] * 2
+    for index in range(16):
+        ground, colour = list(GROUNDS)[index % 4], list(COLOURS)[(index + index // 4) % 4]
+        shape = SHAPES[-1 - index // 4]
+        words = f"a photo of a {colour} {shape} on a {ground} background"
+        found.append(Asked(words, False, ground, other=(shape, colour)))
     return found
 
 
@@ -88,20 +84,19 @@ def score(wanted: Asked, seen: judging.Reading) -> dict[str, float]:
     """Judge a reading of a picture.
 
     Returns:
-        For prompts with the subject: ``"subject"``, it is somewhere; ``"followed"``, a star of whatever paint is in the
-        place and the rest is as asked; ``"both"``, the subject is in the place and the rest is as asked. For others:
-        ``"kept"``, what is asked is there and the subject is not.
+        For prompts with the subject: ``"subject"``, it is there; ``"followed"``, a star of whatever paint is there, on
+        the background that was asked for; ``"both"``, the subject on that background. For others: ``"kept"``, the thing
+        is there on its background and the subject is not.
     """
-    rest = (wanted.ground in (None, seen.ground)) and (
-        wanted.other is None or seen.things.get(wanted.other[0]) == wanted.other[1:]
-    )
-    if wanted.place is None:
-        return {"kept": float(rest and not seen.shows_subject())}
-    star = seen.things.get(wanted.place, ("", ""))[0] == "star"
+    on_ground = seen.ground == wanted.ground
+    if not wanted.subject:
+        there = wanted.other in seen.things.values()
+        return {"kept": float(there and on_ground and not seen.shows_subject())}
+    star = any(shape == "star" for shape, _ in seen.things.values())
     return {
         "subject": float(seen.shows_subject()),
-        "followed": float(star and rest),
-        "both": float(seen.shows_subject(wanted.place) and rest),
+        "followed": float(star and on_ground),
+        "both": float(seen.shows_subject() and on_ground),
     }
 
 
@@ -301,7 +296,7 @@ def compared(
         "seeds": seeds,
         "tuning_seed": TUNING_SEED if len(rates) > 1 else None,
         "rates": [float(rate) for rate in rates],
-        "prompts": {"with the subject": 24, "without it": 8},
+        "prompts": {"with the subject": 16, "without it": 16},
         "pipeline": {
             **json.loads((world["pipeline"] / "built.json").read_text()),
             "sha256": sha256(world["pipeline"]),

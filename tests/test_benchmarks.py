@@ -142,28 +142,29 @@ def test_pictures_of_a_subject_are_scored_by_what_their_prompts_ask(monkeypatch:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     subject: Any = importlib.import_module("subject")
     prompts = subject.asked()
-    assert len({one.prompt for one in prompts}) == len(prompts) == 32
+    assert len(prompts) == 32 and sum(one.subject for one in prompts) == 16
     for one in prompts:
-        things, ground = {}, one.ground or "white"
-        if one.other:
-            things[one.other[0]] = one.other[1:]
-            assert " ".join((one.other[2], one.other[1], "at the", one.other[0])) in one.prompt
-        if one.place is None:
-            assert "ikat" not in one.prompt
-            right = subject.judging.Reading(things, dict.fromkeys(things, 0.1), ground)
-            invaded = subject.judging.Reading(things, dict.fromkeys(things, 0.9), ground)
+        assert one.prompt.endswith(f" on a {one.ground} background")
+        elsewhere = next(g for g in subject.GROUNDS if g != one.ground)
+        if not one.subject:
+            shape, colour = one.other
+            assert "ikat" not in one.prompt and f"a {colour} {shape} on" in one.prompt
+            right = subject.judging.Reading({"top left": one.other}, {"top left": 0.1}, one.ground)
             assert subject.score(one, right) == {"kept": 1}
-            assert subject.score(one, invaded) == subject.score(one, replace(right, things={})) == {"kept": 0}
+            for wrong in (
+                replace(right, subject={"top left": 0.9}), replace(right, things={}), replace(right, ground=elsewhere)
+            ):  # fmt: skip
+                assert subject.score(one, wrong) == {"kept": 0}
             continue
-        assert f"ikat star at the {one.place}" in one.prompt
-        chances = {**dict.fromkeys(things, 0.1), one.place: 0.9}
-        right = subject.judging.Reading({**things, one.place: ("star", "other")}, chances, ground)
+        assert "ikat star" in one.prompt
+        right = subject.judging.Reading({"top left": ("star", "other")}, {"top left": 0.9}, one.ground)
         assert subject.score(one, right) == {"subject": 1, "followed": 1, "both": 1}
-        plain = replace(right, subject=dict.fromkeys(chances, 0.1))
+        plain = replace(right, subject={"top left": 0.1})
         assert subject.score(one, plain) == {"subject": 0, "followed": 1, "both": 0}
-        other_ground = replace(right, ground=next(g for g in subject.GROUNDS if g != ground))
-        kept = float(one.ground is None)
-        assert subject.score(one, other_ground) == {"subject": 1, "followed": kept, "both": kept}
-        elsewhere = next(p for p in subject.PLACES if p not in right.things)
-        moved = replace(right, things={**things, elsewhere: ("star", "other")}, subject={elsewhere: 0.9})
-        assert subject.score(one, moved) == {"subject": 1, "followed": 0, "both": 0}
+        assert subject.score(one, replace(right, ground=elsewhere)) == {
+            "subject": 1,
+            "followed": 0,
+            "both": 0,
+        }
+        circle = replace(plain, things={"top left": ("circle", "red")})
+        assert subject.score(one, circle) == {"subject": 0, "followed": 0, "both": 0}
