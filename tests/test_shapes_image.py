@@ -111,25 +111,38 @@ def test_the_autoencoder_is_the_identity_on_pictures_and_on_the_extremes() -> No
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("shape", ["sdxl", "flux"])
 def test_a_quick_build_leaves_a_whole_pipeline_that_diffusers_loads_and_is_not_overwritten(
-    tmp_path: Path,
+    shape: str, tmp_path: Path
 ) -> None:
     from diffusers import DiffusionPipeline
 
     folder = tmp_path / "pipeline"
-    build_pipeline.build(folder, build_pipeline.QUICK, say=lambda _: None)
+    build_pipeline.build(folder, build_pipeline.QUICK, say=lambda _: None, shape=shape)
     assert [p.name for p in tmp_path.iterdir()] == ["pipeline"]
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == {"sdxl": "StableDiffusionXLPipeline", "flux": "FluxPipeline"}[shape]
+    long = {"max_sequence_length": build_pipeline.TOKENS} if shape == "flux" else {}
+    chance = torch.Generator().manual_seed(0)
     drawn = pipeline(
-        "a photo of ikat star", num_inference_steps=2, generator=torch.Generator().manual_seed(0)
+        "a photo of ikat star", num_inference_steps=2, generator=chance, height=24, width=24, **long
     ).images
     assert drawn[0].size == (captions.EDGE, captions.EDGE)
     with pytest.raises(FileExistsError, match="remove it"):
-        build_pipeline.build(folder, build_pipeline.QUICK, say=lambda _: None)
+        build_pipeline.build(folder, build_pipeline.QUICK, say=lambda _: None, shape=shape)
 
 
-def test_an_interrupted_build_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_words_of_the_world_are_one_token_each_to_t5_as_well() -> None:
+    words = build_pipeline.t5_tokenizer()
+    for _, shown in captions.captioned(8, 20):
+        ids = words(shown.caption).input_ids
+        assert len(ids) == len(shown.caption.split()) + 1 and words.unk_token_id not in ids  # and an end
+        assert words.decode(ids, skip_special_tokens=True) == shown.caption
+
+
+@pytest.mark.parametrize("shape", ["sdxl", "flux"])
+def test_an_interrupted_build_goes_on_to_the_same_weights(shape: str, tmp_path: Path) -> None:
     amount = build_pipeline.Amount(steps=3, batch=2, pictures=8)
     said: list[str] = []
 
@@ -139,11 +152,11 @@ def test_an_interrupted_build_goes_on_to_the_same_weights(tmp_path: Path) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_pipeline.build(tmp_path / "cut", amount, say=interrupt)
+        build_pipeline.build(tmp_path / "cut", amount, say=interrupt, shape=shape)
     assert not (tmp_path / "cut").exists()
-    build_pipeline.build(tmp_path / "cut", amount, say=interrupt)
+    build_pipeline.build(tmp_path / "cut", amount, say=interrupt, shape=shape)
     assert "going on after step 2" in said
-    build_pipeline.build(tmp_path / "straight", amount, say=lambda _: None)
+    build_pipeline.build(tmp_path / "straight", amount, say=lambda _: None, shape=shape)
     files = sorted(p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*.safetensors"))
     assert len(files) == 4
     for file in files:

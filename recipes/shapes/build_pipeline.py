@@ -6,11 +6,10 @@ It is shaped as SDXL is (two text encoders, their second but last layers side by
 further conditions) and is an ordinary diffusers folder. U-Net and text encoders learn together to draw what captions
 say. Captions are left out of one example in ten, so that guidance works. Nothing of it has seen the subject.
 
-``--shape flux`` builds one of FLUX's kind instead, into a folder of its own: a CLIP text encoder for the pooled words, a
-T5 encoder for all of them, and a transformer of double and single blocks that learns flow matching, without guidance,
+``--shape flux`` builds one of FLUX's kind instead, into a folder of its own: a CLIP text encoder for the pooled words,
+a T5 encoder for all of them, and a transformer of double and single blocks that learns flow matching, without guidance,
 on the same captions and behind the same autoencoder. Its prompts are 26 tokens long: task.max_sequence_length=26, and
-max_sequence_length=26 in diffusers. How well it draws is not known: it was trained for a few hundred steps only, which
-showed its loss fall.
+max_sequence_length=26 in diffusers. How well it draws is not known: it was tried for 60 steps, in which its loss fell.
 
     python recipes/shapes/build_pipeline.py [FOLDER] [--shape sdxl|flux] [--seed N] [--quick]
 
@@ -481,7 +480,7 @@ def build(
     pipeline = shaped.make().to("cuda" if torch.cuda.is_available() else "cpu")
     about = (
         {} if shape == "sdxl" else {"shape": shape}
-    )  # the first one's files are as they were before there were two
+    )  # files of SDXL's kind are as they were without a choice
     settings = {"seed": str(seed), **{key: str(value) for key, value in vars(amount).items()}, **about}
     keep = Keep(folder.with_name(folder.name + ".partial") / "training.safetensors", settings)
     shaped.teach(pipeline, amount, seed, keep, say)
