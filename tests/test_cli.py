@@ -72,8 +72,10 @@ def test_a_stopped_export_leaves_nothing_and_says_so_by_its_exit_code(
     tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     program = (
-        "import os, sys, moslora.cli, moslora.export\n"
+        "import os, signal, sys, moslora.cli, moslora.export\n"
         "from pathlib import Path\n"
+        # A job in the background of a shell ignores SIGINT, and so do those it starts, the tests among them.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from moslora.formats.directory import staged\n"
         "def work(source, out, *_, **__):\n"
         "    with staged(Path(out)) as place:\n"
