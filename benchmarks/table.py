@@ -94,6 +94,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
+def width(case: dict[str, Any]) -> str:
+    """Say how wide a layer is."""
+    n_in, n_out = case["size"], case.get("out", case["size"])
+    return f"{n_in}" if n_in == n_out else f"{n_in} → {n_out}"
+
+
 def layer_rows(found: dict[str, Any]) -> Rows:
     """One adapted linear, over all shapes tried."""
     rows: Rows = []
@@ -106,9 +112,9 @@ def layer_rows(found: dict[str, Any]) -> Rows:
             f"{spread(over['MoSLoRA'])} × the frozen layer's; PEFT's LoRA {spread(over['PEFT LoRA'])}, its DoRA "
             f"{spread(over['PEFT DoRA'])}; below PEFT's LoRA at {wins} of {len(cases)} shapes"
         )
-        sizes, tokens, ranks = (
-            ", ".join(str(n) for n in sorted({case[key] for case in cases}))
-            for key in ("size", "tokens", "rank")
+        sizes = ", ".join(dict.fromkeys(width(case) for case in cases))
+        tokens, ranks = (
+            ", ".join(str(n) for n in sorted({case[key] for case in cases})) for key in ("tokens", "rank")
         )
         how = (
             f"`benchmarks/layer.py`: widths {sizes}, tokens {tokens}, ranks {ranks}, medians of "
@@ -232,19 +238,20 @@ def jobs(results: Path) -> str:
 
 def layers(results: Path) -> str:
     """Every shape of ``layer.py``: times over the frozen layer's, and what is kept."""
-    names = ("MoSLoRA", "PEFT LoRA", "PEFT DoRA", "mixer as a chain")
+    read_cases = [case for found in read("layer-*.json", results) for case in found["cases"]]
+    names = ["MoSLoRA", "PEFT LoRA", "PEFT DoRA", "mixer as a chain"]
+    names += [n for n in ("MoSLoRA, kernels", "unsloth") if any(n in c["contenders"] for c in read_cases)]
     rows = [
         (
-            str(case["size"]),
+            width(case),
             str(case["tokens"]),
             str(case["rank"]),
             f"{case['dropout']:g}",
-            *(f"{case['contenders'][name]['over_floor']:.2f}" for name in names),
+            *(f"{case['contenders'][n]['over_floor']:.2f}" if n in case["contenders"] else "" for n in names),
             f"{case['contenders']['MoSLoRA']['saved_bytes'] / 1e6:.1f}",
             f"{case['contenders']['PEFT LoRA']['saved_bytes'] / 1e6:.1f}",
         )
-        for found in read("layer-*.json", results)
-        for case in found["cases"]
+        for case in read_cases
     ]
     columns = ("width", "tokens", "r", "dropout", *names, "MB kept", "PEFT's LoRA")
     return lay_out(rows, columns)
@@ -271,7 +278,7 @@ def scales(results: Path) -> str:
 # Where a table stands, and what makes it. A page has the markers, or the table is not wanted there.
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"measured": measured},
-    "docs/performance.md": {"step": steps, "job": jobs, "layer": layers},
+    "docs/performance.md": {"step": steps, "job": jobs, "layer": layers, "scale": scales},
 }
 
 
