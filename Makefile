@@ -8,11 +8,11 @@ STAMP := $(VENV)/.installed
 # Small models gain nothing from several threads, and two test workers on two cores lose a lot.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: setup demo check test bench docs clean
+.PHONY: setup demo check test bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv with the versions of constraints.txt
 
@@ -49,6 +49,9 @@ BENCHMARKS := step layer job merge roofline together scale table
 
 bench: setup ## measure speed and memory again; README's table follows
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-gpu: setup ## the same on a GPU, at LLaMA-3-8B's shapes
+	@$(BIN)/python benchmarks/gpu.py
 
 docs: setup ## build the documentation into site/
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -10,6 +10,7 @@ identity mixer, frozen, beside LoRA) has to give the same losses, or nothing is 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import random
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, SEED, header, write
+from measure import SEED, header, place, write
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DATA = Path(__file__).parents[1] / "recipes" / "home" / "train.jsonl"
@@ -32,6 +33,8 @@ SAME_LOSS = 5e-5
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """Run one contender in this process."""
+    if options.contender.startswith("unsloth"):
+        importlib.import_module("unsloth")  # first: it changes transformers and TRL as they are imported
     import torch
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -84,12 +87,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             rows = {"input_ids": [e.input_ids for e in task.train_set]}
             rows["labels"] = [e.labels for e in task.train_set]
             torch.manual_seed(SEED)
+            model, peft_config = task.load(), LoraConfig(**settings)
+            if options.contender.startswith("unsloth"):
+                model, peft_config = unsloth_model(model, settings, Path(folder)), None
             trainer = SFTTrainer(
-                model=task.load(),
+                model=model,
                 args=config,
                 train_dataset=Dataset.from_dict(rows),
                 processing_class=task.tokenizer,
-                peft_config=LoraConfig(**settings),
+                peft_config=peft_config,
                 callbacks=[Clock()],
             )
         trainer.train()
@@ -112,6 +118,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": peak,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
+
+
+def unsloth_model(model: Any, settings: dict[str, Any], folder: Path) -> Any:
+    """Return the same weights with LoRA on them, as unsloth loads them."""
+    fast: Any = importlib.import_module("unsloth").FastLanguageModel
+    model.save_pretrained(folder / "base")
+    loaded, _ = fast.from_pretrained(str(folder / "base"), load_in_4bit=False, dtype=model.dtype)
+    given = {name: value for name, value in settings.items() if name != "task_type"}
+    return fast.get_peft_model(loaded, **given, bias="none", use_gradient_checkpointing=False)
 
 
 def summarise(measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,8 +187,16 @@ def main() -> None:
     if not apart < SAME_LOSS:
         raise SystemExit(f"The same adapter has other losses, so nothing is measured: {one} against {two}.")
     contenders = ["MoSLoRA", "TRL + PEFT LoRA"]
-    if options.device != "cpu" and importlib.util.find_spec("liger_kernel"):
-        contenders.append("liger + PEFT LoRA")
+    if options.device != "cpu":
+        # Never required: what is not installed, or fails at two steps, is left out with a word.
+        for package, name in (("liger_kernel", "liger + PEFT LoRA"), ("unsloth", "unsloth")):
+            if importlib.util.find_spec(package) is None:
+                continue
+            try:
+                run(name, steps=2)
+                contenders.append(name)
+            except subprocess.CalledProcessError as error:
+                print(f"{name} is left out: it ended with {error.returncode}", flush=True)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     order = random.Random(SEED)
     settings = {
@@ -192,7 +215,7 @@ def main() -> None:
         result = header("a fine-tuning job: examples per second, peak memory", options.device, settings=told)
         result["largest_loss_difference"] = apart
         result["contenders"] = {name: summarise(measured) for name, measured in rounds.items()}
-        write(result, options.out or RESULTS / f"job-{options.device}.json")
+        write(result, options.out or place("job", options.device))
 
 
 if __name__ == "__main__":

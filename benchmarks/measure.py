@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -90,6 +91,13 @@ def saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def place(script: str, device: str) -> Path:
+    """Return where a script's result goes: named by the kind of device, on a GPU by the GPU."""
+    if device.startswith("cuda"):
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return RESULTS / f"{script}-{device}.json"
 
 
 def header(question: str, device: str, **settings: Any) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A random Llama is changed along one axis at a time, the others staying where they are. At each point the frozen base
 (the floor), PEFT's LoRA and MoSLoRA run interleaved, in random order (on a CPU by processor time of one thread, which
-others on the machine disturb less than the clock); and the products that only a mixer needs (M·A in
-both passes, and the gradients of M and A out of that of M·A: all r²·d terms there are) are timed by themselves.
+others on the machine disturb less than the clock); and the products that only a mixer needs (M·A in both passes and the
+gradients of M and A out of that of M·A, or their like of r²·tokens where tokens are fewer than inputs) are timed by
+themselves.
 
     python benchmarks/scale.py [--quick] [--rounds N] [--device D] [--out FILE]
     python benchmarks/scale.py --plot     (only draws docs/scale.svg from what was measured)
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, SEED, header, interleave, over, write
+from measure import SEED, header, interleave, over, place, write
 from peft import LoraConfig, get_peft_model
 
-from moslora import MoSLoRAConfig
+from moslora import MoSLoRAConfig, ops
 from moslora.models import default_device
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -91,7 +92,7 @@ def measure_point(point: dict[str, int], rounds: int, device: str, dtype: torch.
         FLOOR: step(body(None)),
         PEFT: step(body(LoraConfig(**settings))),
         OURS: step(ours),
-        MIXER: mixer_alone(ours, adapters[: point["active"]]),
+        MIXER: mixer_alone(ours, adapters[: point["active"]], point["tokens"]),
     }
     times = interleave(contenders, rounds, device, clock=time.process_time)
     found = {name: over(spent, times[FLOOR]) for name, spent in times.items()}
@@ -102,21 +103,29 @@ def measure_point(point: dict[str, int], rounds: int, device: str, dtype: torch.
     return {**point, "contenders": found, "mixer_share": statistics.median(share)}
 
 
-def mixer_alone(model: torch.nn.Module, adapters: list[str]) -> Callable[[], None]:
+def mixer_alone(model: torch.nn.Module, adapters: list[str], tokens: int) -> Callable[[], None]:
     """Return what runs all products of a step that are there for M's sake, and nothing else."""
-    held = []
+    composed, chained = [], []
     for module in model.modules():
         if hasattr(module, "moslora_M"):
             for name in adapters:
-                A, M, _, _ = module.factors(name)
-                held.append((A.detach(), M.detach(), torch.randn_like(A)))
+                A, M = (factor.detach() for factor in module.factors(name)[:2])
+                if ops.chains(tokens, A.shape[1]):
+                    chained.append((M, A.new_ones(tokens, len(M)), A.new_ones(tokens, len(M))))
+                else:
+                    composed.append((A, M, torch.randn_like(A)))
 
     def run() -> None:
-        for A, M, dcomposed in held:
+        for A, M, dlow in composed:
             _ = M @ A  # (r, in), forward
             _ = M @ A  # (r, in), backward
-            _ = M.T @ dcomposed  # (r, in), dA
-            _ = dcomposed @ A.T  # (r, r), dM
+            _ = M.T @ dlow  # (r, in), dA
+            _ = dlow @ A.T  # (r, r), dM
+        for M, K, D in chained:
+            _ = K @ M.T  # (tokens, r), forward
+            _ = K @ M.T  # (tokens, r), backward
+            _ = D @ M  # (tokens, r)
+            _ = D.T @ K  # (r, r), dM
 
     return run
 
@@ -172,7 +181,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="draw what was measured, and stop")
     parser.add_argument("--figure", type=Path, default=Path(__file__).parents[1] / "docs" / "scale.svg")
     options = parser.parse_args()
-    out = options.out or RESULTS / f"scale-{options.device}.json"
+    out = options.out or place("scale", options.device)
     if options.plot:
         plot(json.loads(out.read_text(encoding="utf-8")), options.figure)
         return

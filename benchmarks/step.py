@@ -2,7 +2,7 @@
 
 The floor is the frozen base's forward plus the gradient of its input, through which every adapter has to
 go. Contenders run interleaved, in random order, in one process; times are medians, and what is reported is
-the ratio to the floor.
+the ratio to the floor. On a GPU the Triton kernels join.
 
     python benchmarks/step.py [--rounds N] [--rank R] [--rows N] [--length N] [--model NAME] [--out FILE]
     python benchmarks/step.py --layers 4 --hidden 4096 --inner 14336 --heads 32 --kv-heads 8   (random Llama)
@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import RESULTS, SEED, header, interleave, over, saved_bytes, write
+from measure import SEED, header, interleave, over, place, saved_bytes, write
 from peft import LoraConfig, get_peft_model
 
 from moslora import MoSLoRAConfig, ops
@@ -85,13 +85,16 @@ def main() -> None:
         "PEFT LoRA, dropout 0.05": (body(LoraConfig(**settings, lora_dropout=0.05)), True),
         "MoSLoRA, dropout 0.05": (body(MoSLoRAConfig(**settings, lora_dropout=0.05)), True),
     }
+    if device.startswith("cuda"):
+        for case in ("", ", dropout 0.05"):
+            contenders[f"MoSLoRA, kernels{case}"] = contenders[f"MoSLoRA{case}"]
     hidden = contenders["frozen base"][0].config.hidden_size
     dtype = next(contenders["frozen base"][0].parameters()).dtype
     x = torch.randn(options.rows, options.length, hidden, device=device, dtype=dtype, requires_grad=True)
 
     def forward(name: str) -> torch.Tensor:
         model, fused = contenders[name]
-        with ops.fusing(fused):
+        with ops.fusing(fused), ops.using_kernels("kernels" in name):
             return model(inputs_embeds=x, use_cache=False).last_hidden_state
 
     cotangent = torch.randn_like(x).detach()
@@ -116,7 +119,7 @@ def main() -> None:
     }
     for name, found in result["contenders"].items():
         print(f"{name:26} {found['over_floor']:.3f} × floor   {found['saved_bytes'] / 1e6:6.0f} MB kept")
-    write(result, options.out or RESULTS / f"step-{device}.json")
+    write(result, options.out or place("step", device))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ METHODS = {
 }
 TUNING_SEED = 100
 STEPS, BATCH, RANK = 600, 4, 4
-INFERENCE_STEPS, GUIDANCE = 15, 4.0
+INFERENCE_STEPS, GUIDANCE, DRAWS = 15, 4.0, 4
 NOISE = {"reported": 5000, "tuning": 7000, "captions": 9000}
 HELDOUT_SEED, HELDOUT = 2_000_003, 64  # captions that show how well the base draws at all
 
@@ -104,12 +104,15 @@ def drawn(pipeline: Any, prompts: list[str], noise: int) -> list[Any]:
     """Draw prompts, the n-th from the noise of seed ``noise + n``."""
     import torch
 
-    pictures: list[Any] = pipeline(
-        prompts,
-        num_inference_steps=INFERENCE_STEPS,
-        guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(noise + n) for n in range(len(prompts))],
-    ).images
+    pictures: list[Any] = []
+    for start in range(0, len(prompts), 32):
+        some = prompts[start : start + 32]
+        pictures += pipeline(
+            some,
+            num_inference_steps=INFERENCE_STEPS,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(noise + start + n) for n in range(len(some))],
+        ).images
     return pictures
 
 
@@ -121,14 +124,18 @@ def heldout() -> list[tuple[Any, captions.Scene]]:
 def measure(
     pipeline: Any, judge: Any, adapter: Path | None, noise: str, keep: Path
 ) -> dict[str, list[float]]:
-    """Draw every prompt once, from noise that is every method's, and read the pictures; keeps both in ``keep``."""
+    """Draw every prompt ``DRAWS`` times, from noise that is every method's, and read the pictures.
+
+    Scores stay in ``keep``, and the first picture of each prompt.
+    """
     from PIL import Image
 
-    kept = keep / f"measured-{noise}.json"
+    kept = keep / f"measured-{noise}-{DRAWS}.json"
     if kept.exists():
         found: dict[str, list[float]] = json.loads(kept.read_text(encoding="utf-8"))
         return found
-    wanted = asked()
+    prompts = asked()
+    wanted = prompts * DRAWS
     if adapter is not None:
         pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
     try:
@@ -142,8 +149,8 @@ def measure(
             scores.setdefault(name, []).append(value)
     keep.mkdir(parents=True, exist_ok=True)
     edge = captions.EDGE + 2
-    sheet = Image.new("RGB", (8 * edge, -(-len(pictures) // 8) * edge), (90, 90, 90))
-    for n, picture in enumerate(pictures):
+    sheet = Image.new("RGB", (8 * edge, -(-len(prompts) // 8) * edge), (90, 90, 90))
+    for n, picture in enumerate(pictures[: len(prompts)]):
         sheet.paste(picture, (n % 8 * edge, n // 8 * edge))
     sheet.resize((sheet.width * 4, sheet.height * 4), Image.Resampling.NEAREST).save(
         keep / f"pictures-{noise}.png"
@@ -293,6 +300,7 @@ def compared(
         "rank": RANK,
         "inference_steps": INFERENCE_STEPS,
         "guidance": GUIDANCE,
+        "pictures_of_a_prompt": DRAWS,
         "seeds": seeds,
         "tuning_seed": TUNING_SEED if len(rates) > 1 else None,
         "rates": [float(rate) for rate in rates],

@@ -94,6 +94,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
+def width(case: dict[str, Any]) -> str:
+    """Say how wide a layer is."""
+    n_in, n_out = case["size"], case.get("out", case["size"])
+    return f"{n_in}" if n_in == n_out else f"{n_in} → {n_out}"
+
+
 def layer_rows(found: dict[str, Any]) -> Rows:
     """One adapted linear, over all shapes tried."""
     rows: Rows = []
@@ -106,9 +112,9 @@ def layer_rows(found: dict[str, Any]) -> Rows:
             f"{spread(over['MoSLoRA'])} × the frozen layer's; PEFT's LoRA {spread(over['PEFT LoRA'])}, its DoRA "
             f"{spread(over['PEFT DoRA'])}; below PEFT's LoRA at {wins} of {len(cases)} shapes"
         )
-        sizes, tokens, ranks = (
-            ", ".join(str(n) for n in sorted({case[key] for case in cases}))
-            for key in ("size", "tokens", "rank")
+        sizes = ", ".join(dict.fromkeys(width(case) for case in cases))
+        tokens, ranks = (
+            ", ".join(str(n) for n in sorted({case[key] for case in cases})) for key in ("tokens", "rank")
         )
         how = (
             f"`benchmarks/layer.py`: widths {sizes}, tokens {tokens}, ranks {ranks}, medians of "
@@ -175,6 +181,29 @@ def scale_rows(found: dict[str, Any]) -> Rows:
     return [(f"a training step from rank {first['rank']} to {last['rank']}", figure, how)]
 
 
+def subject_rows(found: dict[str, Any]) -> Rows:
+    """One new subject for the small image model."""
+    scores = ", ".join(
+        f"`{name}` {100 * of['both']['mean']:.0f} % ({100 * of['kept']['mean']:.0f} %)"
+        for name, of in found["results"].items()
+    )
+    judged = "; ".join(
+        f"`{one['of']}` minus `{one['less']}` {100 * one['mean']:+.0f} ({100 * one['low']:+.0f} to "
+        f"{100 * one['high']:+.0f}) points, p {one['p_holm']:.2f}"
+        for one in found["differences"]
+        if one["score"] == "both"
+    )
+    how = (
+        f"`benchmarks/subject.py`: `recipes/shapes`, {found['steps']} steps of {found['batch']} pictures, r "
+        f"{found['rank']}, best of {len(found['rates'])} rates each, {len(found['seeds'])} seeds of "
+        f"{found['prompts']['with the subject'] * found['pictures_of_a_prompt']} pictures; {judged}"
+    )
+    what = (
+        "a new subject from five pictures: drawn on the background asked for (other things drawn as before)"
+    )
+    return [(what, f"{scores}; base 0 % ({100 * found['base']['kept']:.0f} %)", how)]
+
+
 # One script, its results (on each kind of device) and its rows, in the order of the table.
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "step-*.json": step_rows,
@@ -184,6 +213,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "together-*.json": together_rows,
     "merge.json": merge_rows,
     "mix.json": mix_rows,
+    "subject.json": subject_rows,
 }
 
 
@@ -232,19 +262,20 @@ def jobs(results: Path) -> str:
 
 def layers(results: Path) -> str:
     """Every shape of ``layer.py``: times over the frozen layer's, and what is kept."""
-    names = ("MoSLoRA", "PEFT LoRA", "PEFT DoRA", "mixer as a chain")
+    read_cases = [case for found in read("layer-*.json", results) for case in found["cases"]]
+    names = ["MoSLoRA", "PEFT LoRA", "PEFT DoRA", "mixer as a chain"]
+    names += [n for n in ("MoSLoRA, kernels", "unsloth") if any(n in c["contenders"] for c in read_cases)]
     rows = [
         (
-            str(case["size"]),
+            width(case),
             str(case["tokens"]),
             str(case["rank"]),
             f"{case['dropout']:g}",
-            *(f"{case['contenders'][name]['over_floor']:.2f}" for name in names),
+            *(f"{case['contenders'][n]['over_floor']:.2f}" if n in case["contenders"] else "" for n in names),
             f"{case['contenders']['MoSLoRA']['saved_bytes'] / 1e6:.1f}",
             f"{case['contenders']['PEFT LoRA']['saved_bytes'] / 1e6:.1f}",
         )
-        for found in read("layer-*.json", results)
-        for case in found["cases"]
+        for case in read_cases
     ]
     columns = ("width", "tokens", "r", "dropout", *names, "MB kept", "PEFT's LoRA")
     return lay_out(rows, columns)
@@ -271,7 +302,7 @@ def scales(results: Path) -> str:
 # Where a table stands, and what makes it. A page has the markers, or the table is not wanted there.
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"measured": measured},
-    "docs/performance.md": {"step": steps, "job": jobs, "layer": layers},
+    "docs/performance.md": {"step": steps, "job": jobs, "layer": layers, "scale": scales},
 }
 
 

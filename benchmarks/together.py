@@ -4,7 +4,7 @@ K cells, each with its own adapter, seed and order of examples, go through one f
 ``moslora compare --together K``. Steps are interleaved in random order in one process; what is reported is the time per
 cell and step relative to that of a cell alone, as medians. Optimiser, schedule and data loading are in it.
 
-    python benchmarks/together.py [--cells 1,2,4,8,16] [--rows N] [--rounds N] [--model NAME] [--data FILE] [--out FILE]
+    python benchmarks/together.py [--quick] [--cells 1,2,4,8,16] [--rows N] [--rounds N] [--model NAME] [--data FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, header, interleave, over, write
+from measure import header, interleave, over, place, write
 from transformers import PrinterCallback, TrainerCallback
 
 from moslora.display import Display
@@ -115,8 +115,11 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default=default_device())
+    parser.add_argument("--quick", action="store_true", help="two cells, two rounds of two rows")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    if options.quick:
+        options.cells, options.rounds, options.rank, options.rows = "1,2", 2, 4, 2
     counts = [int(count) for count in options.cells.split(",")]
     if options.device != default_device():
         parser.error(f"--device {options.device}: recipes train on {default_device()} here")
@@ -169,7 +172,7 @@ def main() -> None:
         )
     if options.device.startswith("cuda"):
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
-    write(result, options.out or RESULTS / f"together-{options.device}.json")
+    write(result, options.out or place("together", options.device))
 
 
 if __name__ == "__main__":
