@@ -201,7 +201,8 @@ def subject_rows(found: dict[str, Any]) -> Rows:
     what = (
         "a new subject from five pictures: drawn on the background asked for (other things drawn as before)"
     )
-    return [(what, f"{scores}; base 0 % ({100 * found['base']['kept']:.0f} %)", how)]
+    base = found["base"]
+    return [(what, f"{scores}; base {100 * base['both']:.0f} % ({100 * base['kept']:.0f} %)", how)]
 
 
 # One script, its results (on each kind of device) and its rows, in the order of the table.
