@@ -27,6 +27,7 @@ FLOORS = {
         "denoising",
     ),  # nothing below imports the root
     3: (
+        "team",
         "recipe",
         "models",
         "weights",

@@ -92,9 +92,10 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(action: Callable[[], None], debug: bool) -> None:
-    """Run a verb, and turn what it raises into a message and an exit code."""
+def _run(action: Callable[[], None], debug: bool, together: bool = False) -> None:
+    """Run a verb, and turn what it raises into a message and an exit code; ``together`` knows of other processes."""
     from moslora.export import ProofError
+    from moslora.team import launched
     from moslora.train import Stopped, TrainingError
 
     # PEFT asks transformers 5 for a property under its old name: news for PEFT, not for who runs this.
@@ -103,6 +104,11 @@ def _run(action: Callable[[], None], debug: bool) -> None:
     )
     with _ended_by_sigterm():
         try:
+            if not together and launched() > 1:
+                raise ValueError(
+                    f"{launched()} processes were launched, and each would do all of this; moslora train alone "
+                    "shares its work between processes. Start this one without torchrun or accelerate launch."
+                )
             action()
         except typer.Exit:
             raise
@@ -156,11 +162,13 @@ def train(
     [bold]moslora train --resume runs/demo[/]
 
     The run directory holds the plain LoRA ([bold]lora/[/]), the native adapter ([bold]adapter/[/]),
-    checkpoints, metrics and [bold]report.html[/]. A run never overwrites another.
+    checkpoints, metrics and [bold]report.html[/]. A run never overwrites another. On several GPUs:
+    [bold]torchrun --nproc-per-node 4 -m moslora train ...[/]
     """
 
     def action() -> None:
         from moslora.display import Display
+        from moslora.rundir import FollowedRun
         from moslora.train import check
         from moslora.train import resume as resume_run
         from moslora.train import train as train_run
@@ -180,10 +188,10 @@ def train(
             return
         else:
             run = train_run(arguments, display, shlex.join(["moslora", "train", *arguments]))
-        if as_json:
+        if as_json and not isinstance(run, FollowedRun):
             print(json.dumps({"run": str(run.path), **run.read()}, indent=2))
 
-    _run(action, debug)
+    _run(action, debug, together=True)
 
 
 @app.command()

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moslora.team import launched
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -448,10 +450,12 @@ def _digests(model: PreTrainedModel) -> dict[str, str]:
 
 
 def default_device() -> str:
-    """Return ``"cuda"`` where there is one, else ``"cpu"``."""
+    """Return ``"cuda"`` where there is one, else ``"cpu"``; of several launched processes each has a GPU of its own."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if launched() > 1 else "cuda"
 
 
 @contextlib.contextmanager

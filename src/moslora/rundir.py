@@ -41,6 +41,7 @@ from typing import Any, Self
 __all__ = [
     "STATUSES",
     "Checkpoint",
+    "FollowedRun",
     "MetricsLog",
     "RunDirectory",
     "collect_hardware",
@@ -290,6 +291,13 @@ class RunDirectory:
 
     def _write(self, document: Mapping[str, Any]) -> None:
         write_whole(self.record, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class FollowedRun(RunDirectory):
+    """A run that another process keeps; this one takes part in its training and reads it."""
+
+    def update(self, **fields: Any) -> None:
+        """Leave the record to the process whose it is."""
 
 
 class MetricsLog:

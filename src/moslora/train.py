@@ -3,6 +3,8 @@
 recipe → data → base measured → trained → saved → folded and proven → measured again → proven once more
 in a fresh process → report. Each stage is noted in ``run.json`` when it is done, so that a run that was
 stopped goes on where it was.
+
+Where several processes were launched they train together; the first does everything else.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moslora.export import ProofError, export_adapter
 from moslora.formats.directory import staged
@@ -31,9 +33,18 @@ from moslora.mix import Mix, open_mix
 from moslora.models import ModelError, default_device
 from moslora.recipe import Recipe, load_recipe, resolve_trainer_arguments
 from moslora.report import write_report
-from moslora.rundir import MetricsLog, RunDirectory, collect_hardware, collect_versions, write_whole
+from moslora.rundir import (
+    Checkpoint,
+    FollowedRun,
+    MetricsLog,
+    RunDirectory,
+    collect_hardware,
+    collect_versions,
+    write_whole,
+)
 from moslora.tasks import find_task
 from moslora.tasks.task import Answer, Count, Evaluation, Shown, Task
+from moslora.team import Team, is_first, refuse_sharding
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,10 +82,12 @@ class StopRequest:
 
     Args:
         display: Told when a request comes in.
+        team: The processes of the run.
     """
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, team: Team | None = None) -> None:
         self.display = display
+        self.team = team or Team()
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -103,6 +116,10 @@ class StopRequest:
         if self.received is not None:
             raise Stopped(self.received)
 
+    def agreed(self) -> int | None:
+        """Return the signal that any of the run's processes was sent; all of them have to ask at the same place."""
+        return self.team.largest(self.received or 0) or None
+
 
 @dataclass
 class _Run:
@@ -113,6 +130,7 @@ class _Run:
     display: Display
     stop: StopRequest
     mix: Mix | None = None
+    team: Team = field(default_factory=Team)
     within: float = 0.0  # seconds that stages have taken, each with all that was inside it
     doing: str | None = None
 
@@ -154,7 +172,9 @@ def check(arguments: Sequence[str], display: Display) -> None:
     Raises:
         ValueError: If recipe, data or model cannot be used.
     """
+    display = _voice(display)
     recipe, mix = _with_mix(load_recipe(list(arguments)))
+    refuse_sharding(recipe.trainer)
     task = find_task(recipe.task.kind)(recipe, display, lambda: None)
     task.needs_weights = False
     problems: list[ValueError] = []
@@ -207,19 +227,26 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
         TrainingError: If training failed otherwise; the same.
         Stopped: If it was asked to stop; the run can be resumed.
     """
+    display = _voice(display)
     recipe, mix = _with_mix(load_recipe(list(arguments)))
-    with StopRequest(display) as stop:
+    refuse_sharding(recipe.trainer)
+    team = Team.join()
+    with StopRequest(display, team) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         task.read()
         task.prepare()
         _check_mix(mix, task, display)
-        directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or recipe.task.kind)
-        display.say(f"Run: {directory.path}")
         resolved = resolve_trainer_arguments(recipe, default_device())
-        recipe = recipe.model_copy(update={"trainer": resolved})
-        write_whole(directory.recipe, recipe.to_yaml())
-        directory.update(command=command, seed=recipe.seed)
-        return _carry_out(_Run(directory, recipe, display, stop, mix), task)
+        kind, recipe = recipe.task.kind, recipe.model_copy(update={"trainer": resolved})
+        if team.first:
+            directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or kind)
+            display.say(f"Run: {directory.path}")
+            write_whole(directory.recipe, recipe.to_yaml())
+            directory.update(command=command, seed=recipe.seed)
+            team.share(directory.path)
+        else:
+            directory = FollowedRun(team.share(Path()))
+        return _carry_out(_Run(directory, recipe, display, stop, mix, team), task)
 
 
 def resume(path: Path, display: Display) -> RunDirectory:
@@ -240,17 +267,31 @@ def resume(path: Path, display: Display) -> RunDirectory:
     directory = RunDirectory.open(path)
     if directory.read().get("status") == "completed":
         raise ValueError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
+    display = _voice(display)
     recipe, mix = _with_mix(load_recipe([str(directory.recipe)]))
-    with StopRequest(display) as stop:
+    refuse_sharding(recipe.trainer)
+    team = Team.join()
+    with StopRequest(display, team) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         # Refusals come before the claim, so that they leave the run's status as it was.
         task.read()
         task.prepare()
         _check_mix(mix, task, display)
         _check_same_inputs(directory, _hashes(task, mix))
-        directory.claim()
-        display.say(f"Resuming {directory.path}")
-        return _carry_out(_Run(directory, recipe, display, stop, mix), task)
+        team.wait()  # until all have looked at the record, before it changes
+        if team.first:
+            directory.claim()
+            display.say(f"Resuming {directory.path}")
+        else:
+            directory = FollowedRun(directory.path)
+        return _carry_out(_Run(directory, recipe, display, stop, mix, team), task)
+
+
+def _voice(display: Display) -> Display:
+    """Let the first of several processes speak for all; what they have to say is the same."""
+    from moslora.display import Display as AnyDisplay
+
+    return display if is_first() else AnyDisplay(io.StringIO(), quiet=True)
 
 
 def _with_mix(recipe: Recipe) -> tuple[Recipe, Mix | None]:
@@ -289,23 +330,32 @@ def _hashes(task: Task, mix: Mix | None) -> dict[str, Any]:
 
 def _carry_out(run: _Run, task: Task) -> RunDirectory:
     """Run all stages, and leave a truthful status whatever happens."""
+    if not run.team.first:
+        _follow(run, task)
+        return run.directory
     try:
         _stages(run, task)
     except (Stopped, KeyboardInterrupt) as stopped:
-        number = stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT
-        run.directory.update(status="interrupted")
-        _report(run)
-        step = run.directory.latest_checkpoint(lambda _: None)
-        kept = f"with the checkpoint of step {step.step}" if step else "before its first checkpoint"
-        run.display.say(f"Interrupted {kept}. Go on with: moslora train --resume {run.directory.path}")
-        raise Stopped(number) from stopped
+        _note_stop(run, stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT, stopped)
     except BaseException as error:
+        if run.team.size > 1 and run.stop.received is not None:
+            _note_stop(run, run.stop.received, error)  # another process has stopped earlier, and was missed
         run.directory.update(status="failed", error=f"{type(error).__name__}: {error}")
         _report(run)
         raise
     run.directory.update(status="completed", stage="done")
     _report(run)
     return run.directory
+
+
+def _note_stop(run: _Run, number: int, cause: BaseException) -> NoReturn:
+    """Leave the run as one that can go on, and say how."""
+    run.directory.update(status="interrupted")
+    _report(run)
+    step = run.directory.latest_checkpoint(lambda _: None)
+    kept = f"with the checkpoint of step {step.step}" if step else "before its first checkpoint"
+    run.display.say(f"Interrupted {kept}. Go on with: moslora train --resume {run.directory.path}")
+    raise Stopped(number) from cause
 
 
 def _report(run: _Run) -> None:
@@ -316,9 +366,19 @@ def _report(run: _Run) -> None:
         run.display.warn(f"The report could not be written: {error}")
 
 
+def _follow(run: _Run, task: Task) -> None:
+    """Take part in the training of a run that the first process keeps."""
+    run.team.wait()  # the first loads alone: what it makes once, as pictures of a class, is then there for all
+    model = task.load()
+    run.team.wait()
+    _train(run, task, model)
+    run.team.leave()
+
+
 def _stages(run: _Run, task: Task) -> None:
     directory, display = run.directory, run.display
     directory.update(
+        processes=run.team.size,
         versions=collect_versions(),
         hardware=collect_hardware(),
         hashes=_hashes(task, run.mix),
@@ -332,10 +392,13 @@ def _stages(run: _Run, task: Task) -> None:
     )
     with run.stage("load", "loading the base model"):
         model = task.load()
+    run.team.wait()
     before = _measure(run, task, model, "before", "base model")
+    run.team.wait()
     trainer = _train(run, task, model)
     # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
     adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    run.team.leave()
     with run.stage("save", "saving and folding the adapter"):
         _save(run, task, adapted)
     after = _measure(run, task, adapted, "after", "tuned model")
@@ -443,10 +506,16 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
     """Train, from the newest complete checkpoint if there is one."""
     from transformers import PrinterCallback
 
-    directory = run.directory
+    directory, team = run.directory, run.team
     config: Any = task.adapter_config(model)
-    checkpoint = directory.latest_checkpoint(run.display.warn)
-    with MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0) as log:
+    checkpoint = team.share(directory.latest_checkpoint(run.display.warn) if team.first else None)
+    _warn_of_other_numbers(run, checkpoint)
+    with contextlib.ExitStack() as open_files:
+        log = None
+        if team.first:
+            log = open_files.enter_context(
+                MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0)
+            )
         with run.stage("train", "preparing to train"):
             callbacks = [_recorder(run, log), _painter(run, task)]
             trainer = task.build_trainer(model, config, directory.checkpoints, callbacks)
@@ -454,7 +523,7 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
             adapted: Any = trainer.model
             if run.mix is not None:
                 run.mix.put_into(adapted)
-            if not run.start.exists() and checkpoint is None:
+            if team.first and not run.start.exists() and checkpoint is None:
                 _keep_start(run, adapted)
             trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
             total = sum(p.numel() for p in adapted.parameters())
@@ -463,21 +532,39 @@ def _train(run: _Run, task: Task, model: nn.Module) -> Any:
                 total_parameters=total,
                 trainer=trainer.args.to_dict(),  # with every default of the installed version
             )
-        if run.mix is not None:
+        if run.mix is not None and team.first:
             _measure(run, task, adapted, "start", "weighted sum")
+        team.wait()
         with run.stage("train", "training"):
             what = f"mixer {config.mixer!r}" if run.mix is None else "the mixers alone"
             run.display.say(
                 f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {what}, r {config.r}, "
                 f"learning rate {trainer.args.learning_rate:g}."
             )
+            if team.size > 1:
+                a_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+                run.display.say(f"{team.size} processes train together: {a_step * team.size} rows to a step.")
             if checkpoint and 0 < trainer.args.max_steps <= checkpoint.step:
                 # The trainer would take one more step before it looks whether enough were taken.
                 trainer._load_from_checkpoint(str(checkpoint.path))
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        run.stop.check()
+        if number := run.stop.agreed():
+            raise Stopped(number)
     return trainer
+
+
+def _warn_of_other_numbers(run: _Run, checkpoint: Checkpoint | None) -> None:
+    """Say where a run cannot go on to the weights of an uninterrupted one."""
+    if checkpoint is None:
+        return
+    team = run.team
+    name = "rng_state.pth" if team.size == 1 else f"rng_state_{team.rank}.pth"
+    if team.largest(int(not (checkpoint.path / name).exists())):
+        run.display.warn(
+            f"{checkpoint.path.name} was written by another number of processes than the {team.size} of today, or not "
+            "by all: from here on random numbers, and maybe rows to a step, are others than without the interruption."
+        )
 
 
 def _keep_start(run: _Run, adapted: Any) -> None:
@@ -493,7 +580,7 @@ def _keep_start(run: _Run, adapted: Any) -> None:
         (Path(folder) / run.start.name).replace(run.start)
 
 
-def _recorder(run: _Run, log: MetricsLog) -> TrainerCallback:
+def _recorder(run: _Run, log: MetricsLog | None) -> TrainerCallback:
     """Make the callback that writes metrics, shows progress and obeys a request to stop."""
     from transformers import TrainerCallback
 
@@ -507,13 +594,14 @@ def _recorder(run: _Run, log: MetricsLog) -> TrainerCallback:
             self.progress = self.stack.enter_context(run.display.progress("Training", steps))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            log.append(state.global_step, **{k: v for k, v in (logs or {}).items() if k != "step"})
+            if log is not None:
+                log.append(state.global_step, **{k: v for k, v in (logs or {}).items() if k != "step"})
             if "loss" in (logs or {}):
                 self.progress.note = f"loss {float(logs['loss']):.4f}"
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
             self.progress.advance()
-            if run.stop.received is not None:
+            if run.stop.agreed():
                 control.should_save = True
                 control.should_training_stop = True
             return control
@@ -535,20 +623,21 @@ def _painter(run: _Run, task: Task) -> TrainerCallback:
     class Painter(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self.paint(state, model)
-            run.stop.check()
+            if number := run.stop.agreed():
+                raise Stopped(number)
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
-            self.paint(state, model)
-            if run.stop.received is not None:
+            if self.paint(state, model) and run.stop.agreed():
                 control.should_save = True
                 control.should_training_stop = True
             return control
 
-        def paint(self, state: Any, model: Any) -> None:
+        def paint(self, state: Any, model: Any) -> bool:
+            """Make what is due, in the first process; say in all of them whether anything was."""
             step = state.global_step
             due = task.shows_at(step) and 0 < step < state.max_steps  # after the last the run measures anyway
-            if not due or not state.is_world_process_zero or run.stop.received is not None:
-                return
+            if not due or not run.team.first or run.stop.received is not None:
+                return due
             during = run.directory.read().get("pictures", {}).get("during", {})
             kept = list(during.get(str(step), []))
             with contextlib.suppress(Stopped), run.stage("pictures", f"making pictures after step {step}"):
@@ -559,6 +648,7 @@ def _painter(run: _Run, task: Task) -> TrainerCallback:
                     run.directory.update(pictures={"during": {str(step): kept}})
                     if run.stop.received is not None:
                         break
+            return True
 
     return Painter()
 

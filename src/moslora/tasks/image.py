@@ -677,6 +677,8 @@ class ImageTask(Task):
         """Generate the class's pictures that are missing, each written whole, and read all of them."""
         recipe: Any = self.recipe
         data = recipe.data
+        # Another process of the run may have made them since.
+        self.class_folder, self.missing = self._read_class()
         if data.class_images is None or not self.missing:
             return
         folder = Path(data.class_images)
@@ -782,7 +784,12 @@ class ImageTask(Task):
         config = build_trainer_config(self.recipe, self.device, output_dir, remove_unused_columns=False)
         if config.n_gpu > 1:
             config._n_gpu = 1
-            self.display.say("Training on one GPU; accelerate launch starts a process for each.")
+            self.display.say(
+                "Training on one GPU; `accelerate launch -m moslora` or torchrun starts a process for each."
+            )
+        if config.ddp_find_unused_parameters is None:
+            # A text encoder's last layer gives a pipeline nothing; every other adapter acts on every picture.
+            config.ddp_find_unused_parameters = self._with_text
         pictures = len(self.train_folder.pictures)
         at_once = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
         if config.max_steps <= 0:

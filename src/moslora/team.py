@@ -1,0 +1,134 @@
+"""Several processes that train one adapter together, as torchrun and accelerate launch start them.
+
+Each has the whole model and its own rows of every batch, and gradients are averaged (DDP). All else is done once: the
+first process measures, keeps, proves and reports, and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+__all__ = ["Team", "is_first", "launched", "refuse_sharding"]
+
+# What the first process does alone, as measuring a large model, may take days; whoever launched ends those left behind.
+PATIENCE = timedelta(days=30)
+# How a launcher tells a process its place.
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+T = TypeVar("T")
+
+
+def launched() -> int:
+    """Return how many processes a launcher has started to work together; 1 if none has."""
+    if "RANK" not in os.environ:
+        return 1
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Return whether this process is the first of those launched, or alone."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def refuse_sharding(trainer: Mapping[str, Any]) -> None:
+    """Refuse to spread a model over processes, which a run's measurements and proofs do not know.
+
+    Args:
+        trainer: The recipe's section.
+
+    Raises:
+        ValueError: If the recipe, or what launched this process, asks for FSDP or DeepSpeed.
+    """
+    asked = [f"trainer.{name}" for name in ("fsdp", "deepspeed") if trainer.get(name)]
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            asked.append(f"accelerate's configuration, which asks for {name},")
+    if asked:
+        raise ValueError(
+            f"{asked[0]} spreads a model over processes, and what a run measures and proves takes a whole one. Each "
+            "process of a run holds the model: leave it out, quantise the base if it is too large, or "
+            "train in a script of PEFT's with MoSLoRAConfig, where DDP, FSDP and FSDP2 are tested."
+        )
+
+
+class Team:
+    """The processes of a run; one alone where no launcher has started several.
+
+    Args:
+        rank: Which one this is.
+        size: How many there are.
+        group: Of torch.distributed, on the CPU, for words between them.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+
+    @classmethod
+    def join(cls) -> Team:
+        """Meet the other processes; each takes the GPU that its launcher gave it."""
+        if launched() == 1:
+            return cls()
+        import torch
+        from torch import distributed
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not distributed.is_initialized():
+            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        return cls(distributed.get_rank(), distributed.get_world_size(), group)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that does all that is done once."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """Return what the first process gave here.
+
+        Args:
+            value: The first's; of the others it does not matter.
+        """
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        box = [value]
+        distributed.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def largest(self, number: int) -> int:
+        """Return the largest number that any process gave here.
+
+        Args:
+            number: This one's.
+        """
+        if self.size == 1:
+            return number
+        import torch
+        from torch import distributed
+
+        found = torch.tensor(number)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self._group)
+        return int(found)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.largest(0)
+
+    def leave(self) -> None:
+        """Part, once all are here: from now on each process is one alone, to itself and to those that it starts."""
+        if self.size == 1:
+            return
+        from accelerate.state import AcceleratorState
+        from torch import distributed
+
+        self.wait()
+        distributed.destroy_process_group()
+        for name in list(os.environ):
+            if name in PLACE or name.startswith("TORCHELASTIC_"):
+                del os.environ[name]
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,45 @@
+"""One of several processes of ``moslora train`` that is asked to stop; tests/test_team.py has torchrun start them.
+
+``python team_worker.py RANK STEP ARGUMENT...`` trains; after that step the process of that rank gets a SIGTERM, and
+no other does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import moslora.train
+from moslora.display import Display
+from moslora.train import Stopped, train
+
+
+def main() -> None:
+    rank, step, *arguments = sys.argv[1:]
+    honest = moslora.train._recorder
+
+    def recorder(run: Any, log: Any) -> Any:
+        found = honest(run, log)
+        end = found.on_step_end
+
+        def on_step_end(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step == int(step) and os.environ["RANK"] == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+            return end(args, state, control, **kwargs)
+
+        found.on_step_end = on_step_end
+        return found
+
+    moslora.train._recorder = recorder
+    try:
+        train(arguments, Display())
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal_number}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
