@@ -7,7 +7,7 @@ prompt asks. Adapters are trained by ``moslora train`` and measured as it ships 
 LoRA is the mixer that is the identity and stays so. Each method's learning rate is the best of a few on a seed of its
 own, by pictures from other noise than what is reported.
 
-    python benchmarks/subject.py [--folder DIR] [--seeds 0,1,2,3] [--rates 3e-4,1e-3,3e-3,1e-2] [--out FILE]
+    python benchmarks/subject.py [--folder DIR] [--seeds 0,1,2,3,4,5] [--rates 3e-4,1e-3,3e-3,1e-2] [--out FILE]
 
 DIR keeps what was trained and measured, so that a run that was stopped goes on. Pipeline and judge are built where they
 are missing.
@@ -41,7 +41,7 @@ METHODS = {
 }
 TUNING_SEED = 100
 STEPS, BATCH, RANK = 600, 4, 4
-INFERENCE_STEPS, GUIDANCE, DRAWS = 15, 4.0, 4
+INFERENCE_STEPS, GUIDANCE, DRAWS = 15, 3.0, 4
 NOISE = {"reported": 5000, "tuning": 7000, "captions": 9000}
 HELDOUT_SEED, HELDOUT = 2_000_003, 64  # captions that show how well the base draws at all
 
@@ -130,7 +130,7 @@ def measure(
     """
     from PIL import Image
 
-    kept = keep / f"measured-{noise}-{DRAWS}.json"
+    kept = keep / f"measured-{noise}-{DRAWS}-{GUIDANCE}.json"
     if kept.exists():
         found: dict[str, list[float]] = json.loads(kept.read_text(encoding="utf-8"))
         return found
@@ -203,7 +203,7 @@ def main() -> None:
     """Train, measure, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keeps what was trained; a temporary one without it")
-    parser.add_argument("--seeds", default="0,1,2,3")
+    parser.add_argument("--seeds", default="0,1,2,3,4,5")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument(
         "--rates", default="3e-4,1e-3,3e-3,1e-2", help="learning rates to choose from; one is taken as it is"

@@ -29,7 +29,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -331,17 +331,28 @@ def optimise(
         module.eval()
 
 
+def lessons(
+    seed: int, count: int, tokenizers: Sequence[Any], device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """Return pictures and their captions.
+
+    Returns:
+        Pictures as the denoiser sees them, ``(count, 3, EDGE, EDGE)``, for the autoencoder would leave them as they
+        are; and each tokenizer's words, ``(count, TOKENS)``.
+    """
+    made = captioned(seed, count)
+    texts = [told.caption for _, told in made]
+    options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+    words = [tokenizer_(texts, **options).input_ids.to(device) for tokenizer_ in tokenizers]
+    return pixels([picture for picture, _ in made]).to(device), words
+
+
 def teach_to_draw(pipeline: Any, amount: Amount, seed: int, keep: Keep, say: Any) -> None:
     """Train U-Net and text encoders together on captioned pictures."""
     from diffusers import DDPMScheduler
 
     device = pipeline.unet.device
-    made = captioned(seed, amount.pictures)
-    # The autoencoder would leave them as they are.
-    shown = pixels([picture for picture, _ in made]).to(device)  # (pictures, 3, EDGE, EDGE)
-    texts = [told.caption for _, told in made]
-    options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
-    ids = pipeline.tokenizer(texts, **options).input_ids.to(device)
+    shown, (ids,) = lessons(seed, amount.pictures, [pipeline.tokenizer], device)
     noising = noise_schedule(DDPMScheduler)
     sizes = torch.tensor([SIZES], dtype=torch.float32, device=device).expand(amount.batch, -1)
 
@@ -369,14 +380,7 @@ def teach_to_draw(pipeline: Any, amount: Amount, seed: int, keep: Keep, say: Any
 def teach_to_flow(pipeline: Any, amount: Amount, seed: int, keep: Keep, say: Any) -> None:
     """Train transformer and text encoders together on captioned pictures, by flow matching."""
     device = pipeline.transformer.device
-    made = captioned(seed, amount.pictures)
-    shown = pixels([picture for picture, _ in made]).to(device)  # (pictures, 3, EDGE, EDGE)
-    texts = [told.caption for _, told in made]
-    options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
-    short, long = (
-        tokenizer_(texts, **options).input_ids.to(device)
-        for tokenizer_ in (pipeline.tokenizer, pipeline.tokenizer_2)
-    )
+    shown, (short, long) = lessons(seed, amount.pictures, [pipeline.tokenizer, pipeline.tokenizer_2], device)
     half = EDGE // 2
     places = pipeline._prepare_latent_image_ids(amount.batch, half, half, device, torch.float32)
     order = torch.zeros(TOKENS, 3, device=device)  # FLUX tells words no places
