@@ -6,13 +6,12 @@ diverged or crashed is drawn as a cross at the top, so that it cannot be overloo
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.report import INKS, as_element
+from moslora.report import INKS, drawing
 from moslora.rundir import write_whole
 
 if TYPE_CHECKING:
@@ -104,33 +103,7 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
 
 
 def _draw(description: str, height: float, paint: Callable[[Axes], None]) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": description,
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.formatter.useoffset": False,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "grid.color": LINE,
-    }
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change a report
-        matplotlib.rcParams.update(style)
-        figure = Figure(figsize=(7.2, height), layout="constrained")
-        paint(figure.subplots())
-        buffer = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    return as_element(buffer.getvalue(), description)
+    return drawing(description, (7.2, height), lambda figure: paint(figure.subplots()))
 
 
 def _differences(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,8 +23,9 @@ from moslora.tasks.fidelity import SCORES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["INKS", "as_element", "loss_curve", "sign_test", "write_report"]
+__all__ = ["INKS", "drawing", "loss_curve", "sign_test", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,53 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
     Returns:
         An ``<svg>`` element, coloured by the page's CSS variables; equal input gives equal text.
     """
+    train, held_out, rates = (_series(log, key) for key in ("loss", "eval_loss", "learning_rate"))
+    before, after = (_number(_section(metrics, phase).get("loss")) for phase in ("before", "after"))
+    last = max((line.get("step", 0) for line in log), default=0)
+    held_out = [point for point in held_out if 0 < point[0] < last]
+    if before is not None:
+        held_out.insert(0, (0, before))
+    if after is not None:
+        held_out.append((last, after))
+
+    is_held_out = str(metrics.get("unit") or UNIT).startswith("held-out")
+
+    def paint(figure: Figure) -> None:
+        ratios = {"height_ratios": [4, 1]} if rates else {}
+        axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
+        _draw_losses(axes[0], train, held_out, "held-out" if is_held_out else "measured")
+        if rates:
+            axes[1].plot(*zip(*_thinned(rates), strict=True), color=MUTED, linewidth=1.2)
+            axes[1].set_ylabel("learning\nrate")
+            axes[1].set_ylim(bottom=0)
+            axes[1].locator_params(axis="y", nbins=2)
+            axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes[-1].set_xlabel("step")
+        axes[-1].locator_params(axis="x", integer=True, nbins=6)
+
+    return drawing("Loss by training step", (width, 4.2), paint, name=f"moslora-{width}")
+
+
+def drawing(
+    description: str, size: tuple[float, float], paint: Callable[[Figure], None], name: str | None = None
+) -> str:
+    """Draw an SVG element to put into a page, coloured by the page's CSS variables.
+
+    Args:
+        description: What it shows, for who cannot see it.
+        size: Width and height in inches.
+        paint: Draws on matplotlib's figure, in ``INKS``.
+        name: Of this drawing among those of a page; the description by default.
+
+    Returns:
+        An ``<svg>`` element; equal input gives equal text.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     style: Any = {
         "svg.fonttype": "none",
-        "svg.hashsalt": f"moslora-{width}",
+        "svg.hashsalt": name or description,
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "text.color": INK,
@@ -220,35 +262,15 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
         "ytick.color": MUTED,
         "grid.color": LINE,
     }
-    train, held_out, rates = (_series(log, key) for key in ("loss", "eval_loss", "learning_rate"))
-    before, after = (_number(_section(metrics, phase).get("loss")) for phase in ("before", "after"))
-    last = max((line.get("step", 0) for line in log), default=0)
-    held_out = [point for point in held_out if 0 < point[0] < last]
-    if before is not None:
-        held_out.insert(0, (0, before))
-    if after is not None:
-        held_out.append((last, after))
-
-    is_held_out = str(metrics.get("unit") or UNIT).startswith("held-out")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change a report
         matplotlib.rcParams.update(style)
-        figure = Figure(figsize=(width, 4.2), layout="constrained")
-        ratios = {"height_ratios": [4, 1]} if rates else {}
-        axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
-        _draw_losses(axes[0], train, held_out, "held-out" if is_held_out else "measured")
-        if rates:
-            axes[1].plot(*zip(*_thinned(rates), strict=True), color=MUTED, linewidth=1.2)
-            axes[1].set_ylabel("learning\nrate")
-            axes[1].set_ylim(bottom=0)
-            axes[1].locator_params(axis="y", nbins=2)
-            axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        axes[-1].set_xlabel("step")
-        axes[-1].locator_params(axis="x", integer=True, nbins=6)
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    return as_element(buffer.getvalue(), "Loss by training step")
+    return _as_element(buffer.getvalue(), description)
 
 
 def _draw_losses(
@@ -287,7 +309,7 @@ def _draw_losses(
     axes.legend(frameon=False, loc="upper right")
 
 
-def as_element(document: str, description: str) -> str:
+def _as_element(document: str, description: str) -> str:
     """Strip what only a file of its own needs, and let CSS choose the colours and the typeface.
 
     Args:
