@@ -499,6 +499,9 @@ def test_the_published_recipe_says_what_was_published_and_can_be_tried_dry(
         Display(),
     )
     shown = " ".join(capsys.readouterr().out.split())
+    counted = sum(p.numel() for p in tiny_pipelines.sdxl().unet.parameters())
+    assert f"unet {counted:,} 7,680" in shown and "Training 7,680 parameters beside a base of" in shown
+    assert all(f"{name} " in shown for name in ("text_encoder", "text_encoder_2", "vae"))
     assert "“a photo of ikat cat”" in shown and "48 of its modules are adapted" in shown
     assert "Nothing was trained" in shown and not list(tmp_path.iterdir())
 

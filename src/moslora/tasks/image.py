@@ -47,8 +47,9 @@ from moslora.tasks.pictures import (
     read_folder,
 )
 from moslora.tasks.published_prompts import PUBLISHED
-from moslora.tasks.task import Evaluation, Shown, Task
+from moslora.tasks.task import Count, Evaluation, Shown, Task
 from moslora.tasks.vision import open_image
+from moslora.team import launched
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -113,16 +114,51 @@ class ImageTask(Task):
 
     # --- What comes before any weight ---
 
-    def read(self) -> None:
-        """Find the base, and read all pictures and their words."""
+    def count(self) -> list[Count]:
+        """Count parameters of the pipeline's models, from their configurations alone."""
+        from accelerate import init_empty_weights
+        from diffusers import ConfigMixin
+        from peft import get_peft_model
+
+        self._find()
+        self._open()
+        configs = dict.fromkeys(self.family.clips, self._text_config) if self._with_text else {}
+        found = []
+        for name in (self.family.denoiser, "text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
+            if not all(self.index.get(name) or [None]):
+                continue
+            kind = _class(self.index[name])
+            with init_empty_weights():
+                if issubclass(kind, ConfigMixin):
+                    model = kind.from_config(kind.load_config(self.folder / name))
+                else:
+                    model = kind(kind.config_class.from_pretrained(self.folder / name))
+            base, trained = sum(p.numel() for p in model.parameters()), 0
+            if name == self.family.denoiser or name in configs:
+                config: Any = configs[name]() if name in configs else self.adapter_config(model)
+                config.init_lora_weights = True  # where factors start changes no count, and may want weights
+                try:
+                    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+                except ValueError:
+                    return []  # of targets that are no modules prepare() says more
+                trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            found.append(Count(name, base, trained))
+        return found
+
+    def _find(self) -> None:
+        """Find the base."""
         for package in ("diffusers", "PIL"):
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"task=image needs {package}. Run: pip install 'moslora[image]'")
+        self.source = find_pipeline(self.recipe.model.name, self.recipe.model.revision)
+
+    def read(self) -> None:
+        """Find the base, and read all pictures and their words."""
+        self._find()
         recipe: Any = self.recipe
         data, task = recipe.data, recipe.task
         self.judges: list[Judge] = []
         self.filled: set[str] = set()  # places that prompts and captions have
-        self.source = find_pipeline(recipe.model.name, recipe.model.revision)
         if (data.class_images is None) != (data.class_prompt is None):
             raise ValueError(
                 "Prior preservation needs both data.class_images, a folder, and data.class_prompt; set both or none."
@@ -290,11 +326,10 @@ class ImageTask(Task):
                 )
         return {**about, "files": {n: h for n, h in found["files"].items() if (folder / n).is_file()}}
 
-    def prepare(self) -> None:
-        """Read the pipeline's configuration, and tell what will be trained on."""
+    def _open(self) -> None:
+        """Read what kind of pipeline it is."""
         from moslora.denoising import FAMILIES
 
-        recipe: Any = self.recipe
         self.folder = self._configs()
         self.index = read_json(self.folder / INDEX)
         kind = str(self.index.get("_class_name"))
@@ -304,6 +339,11 @@ class ImageTask(Task):
                 "and would be trained wrongly."
             )
         self.auto_class, self.family = kind, FAMILIES[kind]
+
+    def prepare(self) -> None:
+        """Read the pipeline's configuration, and tell what will be trained on."""
+        recipe: Any = self.recipe
+        self._open()
         if self.family.is_flow:
             for key, value in (
                 ("snr_gamma", recipe.task.snr_gamma),
@@ -428,11 +468,12 @@ class ImageTask(Task):
         return f"{said}, and {count} more after each {task.pictures_every} steps: {(2 + len(steps)) * count} in all."
 
     def _steps(self) -> int:
-        """Return how many optimiser steps will be taken, on one device."""
+        """Return how many optimiser steps will be taken."""
         arguments = resolve_trainer_arguments(self.recipe, self.device)
         if arguments.get("max_steps", -1) > 0:
             return int(arguments["max_steps"])
-        at_once = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
+        rows = arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1)
+        at_once = rows * launched()
         steps: float = len(self.train_folder.pictures) * arguments["num_train_epochs"] / at_once
         return max(1, round(steps))
 
