@@ -61,25 +61,35 @@ class Team:
         rank: Which one this is.
         size: How many there are.
         group: Of torch.distributed, on the CPU, for words between them.
+        made: Whether torch.distributed was started for this, and ends with it.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size, self._group = rank, size, group
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, made: bool = False) -> None:
+        self.rank, self.size, self._group, self._made = rank, size, group, made
 
     @classmethod
-    def join(cls) -> Team:
-        """Meet the other processes; each takes the GPU that its launcher gave it."""
+    def join(cls, trainer: Mapping[str, Any] | None = None) -> Team:
+        """Meet the other processes; each takes the GPU that its launcher gave it.
+
+        Args:
+            trainer: The recipe's section, of which ``ddp_backend`` and ``ddp_timeout`` (seconds) count.
+        """
         if launched() == 1:
             return cls()
+        trainer = trainer or {}
         import torch
         from torch import distributed
+        from transformers import TrainingArguments
 
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        made = not distributed.is_initialized()
+        if made:
+            backend = trainer.get("ddp_backend") or ("nccl" if torch.cuda.is_available() else "gloo")
+            seconds = trainer.get("ddp_timeout", TrainingArguments.ddp_timeout)
+            distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
         group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-        return cls(distributed.get_rank(), distributed.get_world_size(), group)
+        return cls(distributed.get_rank(), distributed.get_world_size(), group, made)
 
     @property
     def first(self) -> bool:
@@ -127,6 +137,8 @@ class Team:
         from torch import distributed
 
         self.wait()
+        if not self._made:
+            return
         distributed.destroy_process_group()
         for name in list(os.environ):
             if name in PLACE or name.startswith("TORCHELASTIC_"):

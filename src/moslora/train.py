@@ -230,7 +230,7 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
     display = _voice(display)
     recipe, mix = _with_mix(load_recipe(list(arguments)))
     refuse_sharding(recipe.trainer)
-    team = Team.join()
+    team = Team.join(recipe.trainer)
     with StopRequest(display, team) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         task.read()
@@ -270,7 +270,7 @@ def resume(path: Path, display: Display) -> RunDirectory:
     display = _voice(display)
     recipe, mix = _with_mix(load_recipe([str(directory.recipe)]))
     refuse_sharding(recipe.trainer)
-    team = Team.join()
+    team = Team.join(recipe.trainer)
     with StopRequest(display, team) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         # Refusals come before the claim, so that they leave the run's status as it was.
