@@ -8,7 +8,7 @@ say. Captions are left out of one example in ten, so that guidance works. Nothin
 
 ``--shape flux`` builds one of FLUX's kind instead, into a folder of its own: a CLIP text encoder for the pooled words,
 a T5 encoder for all of them, and a transformer of double and single blocks that learns flow matching, without guidance,
-on the same captions and behind the same autoencoder. Its prompts are 26 tokens long and its pictures 24 pixels wide, which
+on the same captions and behind the same autoencoder. Its prompts are 26 tokens long and its pictures 24 pixels wide;
 it has to be told: task.max_sequence_length=26 and data.resolution=24, and in diffusers max_sequence_length, height and
 width. It takes 25 CPU minutes and draws less well: shape and colour in 22 of 35 pictures, the background in 17 of 17.
 
