@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -21,8 +22,8 @@ import tiny_pipelines
 from moslora.cli import app
 from moslora.display import Display
 from moslora.rundir import RunDirectory
-from moslora.team import Team, launched, refuse_sharding
-from moslora.train import resume, train
+from moslora.team import Team, environment_alone, launched, refuse_sharding
+from moslora.train import Stopped, StopRequest, resume, train
 from tolerances import MODEL, relative_error
 
 WORKER = Path(__file__).with_name("team_worker.py")
@@ -190,6 +191,21 @@ def test_what_would_spread_the_model_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="asks for DEEPSPEED"):
         refuse_sharding({})
+
+
+def test_a_signal_to_another_process_waits_until_all_agree() -> None:
+    for rank in (0, 1):
+        stop = StopRequest(Display(quiet=True), Team(rank, 2))
+        stop.received = signal.SIGTERM
+        with pytest.raises(Stopped) if rank == 0 else contextlib.nullcontext():
+            stop.check()
+
+
+def test_a_process_to_be_alone_is_told_nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ELSEWHERE"):
+        monkeypatch.setenv(name, "2")
+    found = environment_alone()
+    assert found["ELSEWHERE"] == "2" and not {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & found.keys()
 
 
 def test_a_process_alone_waits_for_nobody() -> None:

@@ -7,7 +7,6 @@ and adapted text encoders give.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.export import ProofError
+from moslora.team import environment_alone
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -186,7 +186,7 @@ def prove_reload(
         if variant:
             arguments.append(variant)
         command = [sys.executable, "-P", str(script), *arguments]
-        environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment = {**environment_alone(), "HF_HUB_DISABLE_TELEMETRY": "1"}
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if result.returncode != 0 or not answered.exists():
             last = "\n  ".join(result.stderr.strip().splitlines()[-4:])

@@ -627,8 +627,9 @@ def _glance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("training time", _duration(seconds)))
     hardware = _section(record, "hardware")
     where = ", ".join(hardware.get("gpus") or []) or hardware.get("cpu")
+    processes = record.get("processes", 1)
     if where:
-        facts.append(("ran on", str(where)))
+        facts.append(("ran on", str(where) + (f", {processes} processes" if processes > 1 else "")))
     if record.get("seed") is not None:
         facts.append(("seed", str(record["seed"])))
     if record.get("ended"):

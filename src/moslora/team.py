@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
-__all__ = ["Team", "is_first", "launched", "refuse_sharding"]
+__all__ = ["Team", "environment_alone", "is_first", "launched", "refuse_sharding"]
 
 # What the first process does alone, as measuring a large model, may take days; whoever launched ends those left behind.
 PATIENCE = timedelta(days=30)
@@ -31,6 +31,15 @@ def launched() -> int:
 def is_first() -> bool:
     """Return whether this process is the first of those launched, or alone."""
     return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def environment_alone() -> dict[str, str]:
+    """Return this process's environment without its place among others, for a process that is to be alone."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in PLACE and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def refuse_sharding(trainer: Mapping[str, Any]) -> None:
@@ -140,7 +149,6 @@ class Team:
         if not self._made:
             return
         distributed.destroy_process_group()
-        for name in list(os.environ):
-            if name in PLACE or name.startswith("TORCHELASTIC_"):
-                del os.environ[name]
+        for name in os.environ.keys() - environment_alone().keys():
+            del os.environ[name]
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -108,12 +108,12 @@ class StopRequest:
         self.display.say("Stopping at the next safe place. Once more stops at once.", style="yellow")
 
     def check(self) -> None:
-        """Stop here if asked to.
+        """Stop here if asked to; of several processes the first alone, the others where all agree.
 
         Raises:
             Stopped: If a signal came in.
         """
-        if self.received is not None:
+        if self.received is not None and self.team.first:
             raise Stopped(self.received)
 
     def agreed(self) -> int | None:
@@ -330,26 +330,30 @@ def _hashes(task: Task, mix: Mix | None) -> dict[str, Any]:
 
 def _carry_out(run: _Run, task: Task) -> RunDirectory:
     """Run all stages, and leave a truthful status whatever happens."""
-    if not run.team.first:
-        _follow(run, task)
-        return run.directory
     try:
-        _stages(run, task)
+        _stages(run, task) if run.team.first else _follow(run, task)
     except (Stopped, KeyboardInterrupt) as stopped:
         _note_stop(run, stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT, stopped)
     except BaseException as error:
         if run.team.size > 1 and run.stop.received is not None:
-            _note_stop(run, run.stop.received, error)  # another process has stopped earlier, and was missed
+            _note_stop(
+                run, run.stop.received, error
+            )  # another process stopped first, and was waited for in vain
+        if not run.team.first:
+            raise
         run.directory.update(status="failed", error=f"{type(error).__name__}: {error}")
         _report(run)
         raise
-    run.directory.update(status="completed", stage="done")
-    _report(run)
+    if run.team.first:
+        run.directory.update(status="completed", stage="done")
+        _report(run)
     return run.directory
 
 
 def _note_stop(run: _Run, number: int, cause: BaseException) -> NoReturn:
-    """Leave the run as one that can go on, and say how."""
+    """Leave the run as one that can go on, and say how; the first process does."""
+    if not run.team.first:
+        raise Stopped(number) from cause
     run.directory.update(status="interrupted")
     _report(run)
     step = run.directory.latest_checkpoint(lambda _: None)

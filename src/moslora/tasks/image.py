@@ -116,8 +116,6 @@ class ImageTask(Task):
 
     def count(self) -> list[Count]:
         """Count parameters of the pipeline's models, from their configurations alone."""
-        from accelerate import init_empty_weights
-        from diffusers import ConfigMixin
         from peft import get_peft_model
 
         self._find()
@@ -127,20 +125,14 @@ class ImageTask(Task):
         for name in (self.family.denoiser, "text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
             if not all(self.index.get(name) or [None]):
                 continue
-            kind = _class(self.index[name])
-            with init_empty_weights():
-                if issubclass(kind, ConfigMixin):
-                    model = kind.from_config(kind.load_config(self.folder / name))
-                else:
-                    model = kind(kind.config_class.from_pretrained(self.folder / name))
+            model = self._skeleton(name)
             base, trained = sum(p.numel() for p in model.parameters()), 0
+            if name == self.family.denoiser:
+                self._chosen(model)  # whose refusals say more than PEFT's
             if name == self.family.denoiser or name in configs:
                 config: Any = configs[name]() if name in configs else self.adapter_config(model)
                 config.init_lora_weights = True  # where factors start changes no count, and may want weights
-                try:
-                    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-                except ValueError:
-                    return []  # of targets that are no modules prepare() says more
+                adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
                 trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
             found.append(Count(name, base, trained))
         return found
@@ -479,15 +471,28 @@ class ImageTask(Task):
 
     def _size(self) -> tuple[int, int]:
         """Return how many parameters the denoiser has, and how many of its modules are adapted."""
-        from accelerate import init_empty_weights
-        from peft.tuners.tuners_utils import check_target_module_exists
+        skeleton = self._skeleton(self.family.denoiser)
+        return sum(p.numel() for p in skeleton.parameters()), len(self._chosen(skeleton))
 
-        kind = _class(self.index[self.family.denoiser])
+    def _skeleton(self, name: str) -> nn.Module:
+        """Build a model of the pipeline without values, from its configuration."""
+        from accelerate import init_empty_weights
+        from diffusers import ConfigMixin
+
+        kind = _class(self.index[name])
         with init_empty_weights():
-            skeleton = kind.from_config(kind.load_config(self.folder / self.family.denoiser))
-        config: Any = self.adapter_config(skeleton)
+            if issubclass(kind, ConfigMixin):
+                model: nn.Module = kind.from_config(kind.load_config(self.folder / name))
+            else:
+                model = kind(kind.config_class.from_pretrained(self.folder / name))
+        return model
+
+    def _chosen(self, skeleton: nn.Module) -> list[str]:
+        """Return which modules of the denoiser are adapted; refuse names that it does not have."""
+        from peft.tuners.tuners_utils import check_target_module_exists
         from torch import nn
 
+        config: Any = self.adapter_config(skeleton)
         leaves = [
             n for n, m in skeleton.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)
         ]
@@ -506,7 +511,7 @@ class ImageTask(Task):
                 f"{self.family.denoiser}; it has {', '.join(sorted(ends))}."
             )
         self._refuse_unmatched_names(leaves, chosen)
-        return sum(p.numel() for p in skeleton.parameters()), len(chosen)
+        return chosen
 
     def _refuse_unmatched_names(self, leaves: Sequence[str], chosen: Sequence[str]) -> None:
         """Refuse names of modules that the denoiser does not have: PEFT would pass over them."""
