@@ -185,11 +185,7 @@ def same_targets(build: Build, **settings: object) -> None:
             for name, m in model.named_modules()
             if hasattr(m, "scaling") and hasattr(m, "r")
         }
-        trained = {
-            n.replace("moslora_magnitude.", "lora_magnitude_vector.").replace("moslora_", "lora_")
-            for n, p in model.named_parameters()
-            if p.requires_grad
-        }
+        trained = {n.replace("moslora_", "lora_") for n, p in model.named_parameters() if p.requires_grad}
         return layers, {
             name for name in trained if ".lora_M." not in name and ".lora_embedding_M." not in name
         }

@@ -125,7 +125,7 @@ def test_it_is_saved_loaded_switched_and_merged_exactly(
         moving = {
             n.split("moslora_")[1].split(".")[0] for n, p in loaded.named_parameters() if p.requires_grad
         }
-        assert moving == ({"A", "M", "B", *["magnitude"] * dora} if trainable else set())
+        assert moving == ({"A", "M", "B", *["magnitude_vector"] * dora} if trainable else set())
         assert torch.equal(run(copy.deepcopy(model)), expected)
         model.add_adapter("other", MoSLoRAConfig(r=2, target_modules=targets, init_lora_weights=False))
         assert torch.equal(run(model), expected)

@@ -116,7 +116,8 @@ def _match_scale(model: Any) -> None:
             )  # (r, in), (r, r), (out, r); experts have one dimension more
             alone, mixed = (A, M @ A) if A.any() else (B, B @ M)
             alone.mul_(_norm(mixed) / _norm(alone))
-            M.copy_(torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M))
+            identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+            layer.set_mixer("default", identity.expand_as(M))
 
 
 def _norm(matrices: Any) -> Any:

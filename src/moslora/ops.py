@@ -22,7 +22,7 @@ dropout costs on a CPU, so only the gaps between dropped entries are drawn, p of
 positions are kept, a fifth of a byte mask at p = 0.05. In the backward pass the entries of dx at these
 positions are put back to what the base's product was before the update was accumulated into it.
 
-Precision: A' is composed, and M applied, in the dtype of the factors, as are the gradients of M and of M·A; products
+Precision: A' is composed, and M applied, in the dtype of M, as are the gradients of M and of M·A; products
 over tokens that have in or out columns run in the dtype of ``x``, or in autocast's. Float32 factors on a bfloat16 base
 therefore see what they would see under autocast.
 
@@ -52,6 +52,7 @@ __all__ = [
     "adapted_linear",
     "draw_dropped",
     "fusing",
+    "is_autocasting",
     "is_fusing",
     "is_using_kernels",
     "low_rank_update",
@@ -206,13 +207,18 @@ def chains(tokens: int, features: int) -> bool:
     return tokens < features
 
 
+def is_autocasting(device: str) -> bool:
+    """Tell whether autocast is on for a type of device; there are some that it does not know, such as meta.
+
+    Args:
+        device: The type.
+    """
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """Keep autocast from changing dtypes chosen here; free where it is off."""
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else contextlib.nullcontext()
-    )
+    return torch.autocast(device, enabled=False) if is_autocasting(device) else contextlib.nullcontext()
 
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -244,7 +250,7 @@ class _MixedUpdate(torch.autograd.Function):
         with _without_autocast(x.device.type):
             rows, scaled = x.reshape(-1, x.shape[-1]), M * scale  # (tokens, in), (r, r)
             chained = chains(*rows.shape)
-            low = _in(x.dtype, A if chained else scaled @ A)  # (r, in)
+            low = _in(x.dtype, A if chained else scaled @ _in(M.dtype, A))  # (r, in)
             kept = _without(rows, dropped) @ low.T  # (tokens, r)
             H = _mix(kept, scaled.T) if chained else kept  # (tokens, r)
             up = _in(x.dtype, B)
@@ -273,7 +279,7 @@ class _MixedUpdate(torch.autograd.Function):
             G, rows, scaled = G.reshape(-1, len(B)), x.reshape(-1, x.shape[-1]), M * ctx.scale
             chained = chains(*rows.shape)
             if need_x or twice:
-                low = _in(x.dtype, A if chained else scaled @ A)  # (r, in)
+                low = _in(x.dtype, A if chained else scaled @ _in(M.dtype, A))  # (r, in)
             if twice:
                 # Being differentiated a second time: what was kept must be a function of x, M and A again.
                 kept = _without(rows, dropped) @ low.T  # (tokens, r)
@@ -290,9 +296,9 @@ class _MixedUpdate(torch.autograd.Function):
                 if need_A:
                     dA = _in(A.dtype, D.T @ _without(rows, dropped))  # (r, in)
             elif need_A or need_M:
-                dlow = _in(A.dtype, D.T @ _without(rows, dropped))  # (r, in)
-                dA = scaled.T @ dlow if need_A else None  # (r, in)
-                dM = (dlow @ A.T) * ctx.scale if need_M else None  # (r, r)
+                dlow = _in(M.dtype, D.T @ _without(rows, dropped))  # (r, in)
+                dA = _in(A.dtype, scaled.T @ dlow) if need_A else None  # (r, in)
+                dM = (dlow @ _in(M.dtype, A).T) * ctx.scale if need_M else None  # (r, r)
             if need_x:
                 if weight is None or twice:
                     dx = _without(D @ low, dropped)  # (tokens, in)
@@ -326,14 +332,14 @@ def _by_torch_alone(
 ) -> Tensor:
     """Return what ``_MixedUpdate`` does, of operations that torch can transform in every way."""
     with _without_autocast(x.device.type):
-        low = (M * scale @ A).to(x.dtype)  # (r, in)
+        low = (M * scale @ A.to(M.dtype)).to(x.dtype)  # (r, in)
         out = F.linear(F.linear(_without(x, dropped), low), B.to(x.dtype))  # (..., out)
         return out if weight is None else F.linear(x, weight, bias) + out
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device) if is_autocasting(device) else x.dtype
 
 
 # --- In kernels ---------------------------------------------------------------------------------------------
@@ -356,7 +362,9 @@ class _KernelUpdate(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         with _without_autocast(x.device.type):
-            out, H = kernels.forward(x, weight, bias, M @ A, B, scale, p, seed)  # (tokens, out), (tokens, r)
+            out, H = kernels.forward(
+                x, weight, bias, M @ _in(M.dtype, A), B, scale, p, seed
+            )  # (tokens, out), (tokens, r)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, A, M, B, H, seed)
         ctx.scale, ctx.p = scale, p
@@ -373,11 +381,23 @@ class _KernelUpdate(torch.autograd.Function):
                 return (*_twice_differentiable(ctx, G), None, None, None)
             dA = dM = dweight = dbias = None
             dx, dcomposed, dB = kernels.backward(
-                G, x, weight, M @ A, B, H, ctx.scale, ctx.p, seed, need_x, need_A or need_M, need_B
+                G,
+                x,
+                weight,
+                M @ _in(M.dtype, A),
+                B,
+                H,
+                ctx.scale,
+                ctx.p,
+                seed,
+                need_x,
+                need_A or need_M,
+                need_B,
             )
             if dcomposed is not None:
-                dA = M.T @ dcomposed if need_A else None  # (r, in)
-                dM = dcomposed @ A.T if need_M else None  # (r, r)
+                dcomposed = _in(M.dtype, dcomposed)
+                dA = _in(A.dtype, M.T @ dcomposed) if need_A else None  # (r, in)
+                dM = dcomposed @ _in(M.dtype, A).T if need_M else None  # (r, r)
             if need_weight:
                 dweight = G.T @ x  # (out, in)
             if need_bias:
@@ -514,7 +534,7 @@ def low_rank_update(x: Tensor, A: Tensor, M: Tensor, B: Tensor, scale: float, dr
 
     Args:
         x: Input, shape ``(..., in)``, any float dtype.
-        A, M, B: Factors, shapes ``(r, in)``, ``(r, r)``, ``(out, r)``, one dtype.
+        A, M, B: Factors, shapes ``(r, in)``, ``(r, r)``, ``(out, r)``; A and B of one dtype, M of it or a wider one.
         scale: ``alpha / r``, unitless.
         dropout: Probability with which an entry of x is dropped, in ``[0, 1)``; 0 in inference.
 
@@ -544,7 +564,7 @@ def adapted_linear(
         weight: The base layer's weight, shape ``(out, in)``, dtype of ``x`` unless autocast is on. None
             leaves the base product out.
         bias: The base layer's bias, shape ``(out,)``, or None.
-        A, M, B: Factors, shapes ``(r, in)``, ``(r, r)``, ``(out, r)``, one dtype.
+        A, M, B: Factors, shapes ``(r, in)``, ``(r, r)``, ``(out, r)``; A and B of one dtype, M of it or a wider one.
         scale: ``alpha / r``, unitless.
         dropout: Probability with which an entry of x is dropped before A, the others being divided by
             ``1 - dropout``; in ``[0, 1)``, 0 in inference. See ``why_no_fused_dropout``.

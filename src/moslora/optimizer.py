@@ -73,7 +73,7 @@ def param_groups(
             members[{"A": "A", "M": "mixer", "B": "B"}[factor[1]]].append(parameter)
         else:
             is_vector = (
-                parameter.ndim < 2 or ".moslora_magnitude." in name
+                parameter.ndim < 2 or ".moslora_magnitude_vector." in name
             )  # of a convolution: (1, out, 1, …)
             members["vectors" if is_vector else "other"].append(parameter)
     if not members["A"] and not members["B"] and not members["mixer"]:

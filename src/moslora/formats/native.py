@@ -36,7 +36,8 @@ from moslora.tuner.config import MoSLoRAConfig
 __all__ = ["PEFT_TYPE", "START", "keep_start", "read", "read_start", "start_of", "write"]
 
 PEFT_TYPE = "MOSLORA"
-MAGNITUDE = "moslora_magnitude"
+MAGNITUDE = "moslora_magnitude_vector"
+OLD_MAGNITUDE = "moslora_magnitude"  # of moslora 0.1
 PARTS = {"moslora_A": "A", "moslora_M": "M", "moslora_B": "B"}
 EMBEDDING_PARTS = {"moslora_embedding_A": "A", "moslora_embedding_M": "M", "moslora_embedding_B": "B"}
 # Where factors started that began with the principal components of the base: to be subtracted.
@@ -61,7 +62,11 @@ def read(folder: Path) -> Adapter:
     config = read_config(folder)
     if config["peft_type"] != PEFT_TYPE:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
-    found = group_factors(read_tensors(folder), {**PARTS, **STARTS, MAGNITUDE: "magnitude"}, EMBEDDING_PARTS)
+    found = group_factors(
+        read_tensors(folder),
+        {**PARTS, **STARTS, MAGNITUDE: "magnitude", OLD_MAGNITUDE: "magnitude"},
+        EMBEDDING_PARTS,
+    )
     begun = {
         name: {letter: own.pop(letter) for letter in STARTS.values() if letter in own}
         for name, own in found.modules.items()

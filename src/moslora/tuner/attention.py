@@ -10,11 +10,11 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from moslora.tuner import dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.reading import check_present, replaced, whole
 
 __all__ = ["MoSLoRAAttention", "leave_fast_paths", "restore_fast_paths"]
 
@@ -87,7 +87,7 @@ class MoSLoRAAttention(MoSLoRALayer):
 
     def get_base_weight(self) -> Tensor:
         """Return the weight of ``in_proj``, shape ``(3 · embed, embed)``."""
-        return self.get_base_layer().in_proj_weight.data  # type: ignore[no-any-return]
+        return whole(self.get_base_layer(), "in_proj_weight").detach()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Put values into the weight of ``in_proj``."""
@@ -119,17 +119,28 @@ class MoSLoRAAttention(MoSLoRALayer):
             What the attention returns: the output, and its weights if they were asked for.
         """
         base = self.get_base_layer()
-        projections: dict[str, MoSLoRALayer] = {
-            "in_proj_weight": self,
-            "out_proj.base_layer.weight": base.out_proj,
-        }
-        weights: dict[str, Tensor] = {}
-        for place, layer in projections.items():
+        projections: tuple[tuple[MoSLoRALayer, nn.Module, str], ...] = (
+            (self, base, "in_proj_weight"),
+            (base.out_proj, base.out_proj.get_base_layer(), "weight"),
+        )
+        weights: dict[tuple[nn.Module, str], Tensor] = {}
+        for layer, module, name in projections:
             active = [] if layer._is_base_alone() else layer._active_here()
             if active:
                 weight = layer.get_base_weight()
-                weights[place] = (weight + sum(map(layer.get_delta_weight, active))).to(weight.dtype)
-        return functional_call(base, weights, args, kwargs) if weights else base(*args, **kwargs)
+                check_present(weight, *(factor for a in active for factor in layer.factors(a)[:3]))
+                if getattr(module, "bias", None) is not None:
+                    weights[module, "bias"] = whole(
+                        module, "bias"
+                    )  # offloaded, for nothing calls an out_proj
+                weights[module, name] = (weight + sum(map(layer.get_delta_weight, active))).to(weight.dtype)
+        if not weights:
+            return self.base_layer(*args, **kwargs)
+        with replaced(weights):
+            return self.base_layer(*args, **kwargs)
+
+    def _weight_beside(self) -> Tensor:
+        return self.get_base_layer().in_proj_weight  # type: ignore[no-any-return]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

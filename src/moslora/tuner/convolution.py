@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from moslora import ops
 from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.held_mixer import apply_matrix
 from moslora.tuner.layer import MoSLoRALayer, _without_values
+from moslora.tuner.reading import check_present
 
 __all__ = ["MoSLoRAConv"]
 
@@ -63,23 +65,13 @@ class MoSLoRAConv(MoSLoRALayer):
             return f"its padding mode is {base.padding_mode!r}, for which PEFT's LoRA pads with zeros"
         return None
 
-    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Return what an adapter holds in this layer, as matrices.
-
-        Args:
-            adapter_name: Its name.
-
-        Returns:
-            A ``(r, in · kernel)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters,
-            except for B in a grouped convolution, which is filled up with zeros.
-
-        Raises:
-            KeyError: If the layer has no adapter of this name.
-        """
-        A, M, B = (factor.flatten(1) for factor in self._held(adapter_name))
+    def _as_matrices(
+        self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A ``(r, in · kernel)``, M ``(r, r)``, B ``(out, r)``; between groups B is filled with zeros."""
+        A, M, B = (factor.flatten(1) for factor in (A, M, B))
         groups = self.get_base_layer().groups
-        B = B if groups == 1 else torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
-        return A, M, B, self.scaling[adapter_name]
+        return A, M, B if groups == 1 else torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
 
     def _lay(self, delta: Tensor) -> Tensor:
         base = self.get_base_layer()
@@ -113,16 +105,19 @@ class MoSLoRAConv(MoSLoRALayer):
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return ``s·B·M·A·x``, dropping nothing, shape ``(n, out, *positions)``."""
+        if self._is_called(name):
+            return self._by_calls(x, name)
         A, M, B = self._held(name)
+        check_present(x, A, M, B)
         convolve_A: Any = self.moslora_A[name]
         convolve_B: Any = self.moslora_B[name]
         scaled = M * self.scaling[name]
         positions = x.numel() // self.in_features // math.prod(self.get_base_layer().stride)
         if ops.chains(positions, A[0].numel()):
             H = convolve_A._conv_forward(x, A.to(x.dtype), None)  # (n, r, *positions)
-            H = cast(Any, self).moslora_M[name]._conv_forward(H, scaled.to(H.dtype), None)
+            H = apply_matrix(H, scaled.to(H.dtype))
         else:
-            # Composed first, in the dtype of the factors: M then costs nothing per position.
-            composed = (scaled.flatten(1) @ A.flatten(1)).view_as(A)  # (r, in, *kernel)
+            # Composed first, in the dtype of the mixer: M then costs nothing per position.
+            composed = (scaled.flatten(1) @ A.flatten(1).to(scaled.dtype)).view_as(A)  # (r, in, *kernel)
             H = convolve_A._conv_forward(x, composed.to(x.dtype), None)  # (n, r, *positions)
         return cast(Tensor, convolve_B._conv_forward(H, B.to(H.dtype), None))  # (n, out, *positions)

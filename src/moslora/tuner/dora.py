@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.reading import is_called
 
 __all__ = [
     "Magnitude",
@@ -31,7 +32,10 @@ __all__ = [
     "update",
 ]
 
-HELD = "moslora_magnitude"
+# TRL spares trained parameters from its cast to bfloat16 whose names contain "lora_magnitude_vector", as this does.
+HELD = "moslora_magnitude_vector"
+# What it was called in moslora 0.1.
+IN_OLD_FILES = "moslora_magnitude"
 # A merged weight is the sum of several; if their gains cancel, no base weight can be had from it again.
 SMALLEST_GAIN = 1e-3
 
@@ -46,6 +50,10 @@ class Magnitude(nn.Module):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
+
+    def forward(self, like: Tensor) -> Tensor:
+        """Return m times ``like``, a tensor of ones; for it may have to be called to be there."""
+        return like * self.weight
 
 
 def check(layer: Any, config: MoSLoRAConfig) -> None:
@@ -199,7 +207,15 @@ def delta_weight(layer: Any, adapter_name: str) -> Tensor:
 
 
 def _gain(layer: Any, adapter_name: str, directed: Tensor | None = None) -> Tensor:
-    magnitude: Tensor = layer._modules[HELD][adapter_name].weight
+    held = layer._modules[HELD][adapter_name]
+    magnitude: Tensor = held.weight
+    if is_called(held):
+        A = layer.moslora_A[adapter_name].weight
+        shape = (1, layer.out_features, *(1,) * (layer.weight_dims - 2))[0 if layer.weight_dims > 2 else 1 :]
+        ones = torch.ones(
+            shape, dtype=magnitude.dtype, device=layer._device_of_run() if A.is_meta else A.device
+        )
+        magnitude = held(ones)
     return magnitude.reshape(-1) / _norm(layer, adapter_name, directed).to(magnitude.device)  # (out,)
 
 

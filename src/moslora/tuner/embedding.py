@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.reading import check_present
 
 __all__ = ["MoSLoRAEmbedding"]
 
@@ -49,6 +50,7 @@ class MoSLoRAEmbedding(MoSLoRALayer):
     def _update(self, x: Tensor, name: str) -> Tensor:
         base = self.get_base_layer()
         A, M, B, scale = self.factors(name)
+        check_present(x, A, M, B)
         # Looked up first and mixed after, because a batch has fewer tokens than the vocabulary. The base's
         # ``sparse`` is left out: a sparse gradient of the transposed A does not exist in torch.
         H = F.embedding(
@@ -57,6 +59,6 @@ class MoSLoRAEmbedding(MoSLoRALayer):
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
         )  # (..., r)
-        update = (H @ M.T @ B.T) * scale  # (..., dim)
+        update = (H.to(M.dtype) @ M.T @ B.to(M.dtype).T) * scale  # (..., dim)
         embed_scale = self._get_embed_scale()
         return update if embed_scale is None else update * embed_scale.to(update.dtype)

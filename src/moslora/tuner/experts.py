@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer, _without_values
+from moslora.tuner.reading import check_present, replaced, whole
 
 __all__ = ["ParamWrapper"]
 
@@ -68,16 +68,26 @@ class ParamWrapper(MoSLoRALayer):
         return parameter
 
     @property
+    def _shape(self) -> tuple[int, ...]:
+        """The whole parameter's shape, also where ZeRO-3 has partitioned it."""
+        parameter = self._parameter
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    @property
+    def _dims(self) -> int:
+        return len(self._shape)
+
+    @property
     def _is_in_out(self) -> bool:
         """Whether the weight of an expert lies as ``(in, out)``."""
-        return self._parameter.ndim == 3 and getattr(self.get_base_layer(), "is_transposed", False)
+        return self._dims == 3 and getattr(self.get_base_layer(), "is_transposed", False)
 
     def _sizes(self) -> tuple[int, int]:
         base, parameter = self.get_base_layer(), self._parameter
         name = f"{type(base).__name__}.{self.parameter_name}"
-        if parameter.ndim not in (2, 3):
+        if self._dims not in (2, 3):
             raise ValueError(
-                f"{name} has the shape {tuple(parameter.shape)}; a parameter that can be adapted is a matrix or "
+                f"{name} has the shape {self._shape}; a parameter that can be adapted is a matrix or "
                 "a stack of matrices. Name the module in target_modules, or leave the parameter out."
             )
         stored = torch.finfo(parameter.dtype).bits if parameter.is_floating_point() else 0
@@ -86,7 +96,7 @@ class ParamWrapper(MoSLoRALayer):
                 f"{name} is quantised ({parameter.dtype}), and what its values mean is known to its module "
                 "alone. Load the base with these weights in 16 or 32 bits, or leave the parameter out."
             )
-        *_, rows, columns = parameter.shape
+        *_, rows, columns = self._shape
         return (rows, columns) if self._is_in_out else (columns, rows)
 
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
@@ -98,37 +108,27 @@ class ParamWrapper(MoSLoRALayer):
             )
 
     def _make_factors(self, adapter_name: str, r: int) -> None:
-        rows = r * (len(self._parameter) if self._parameter.ndim == 3 else 1)  # E·r
+        rows = r * (self._shape[0] if self._dims == 3 else 1)  # E·r
         A = nn.Linear(self.in_features, rows, bias=False)
         B = nn.Linear(rows, self.out_features, bias=False)
         self._hold(adapter_name, A, _without_values(nn.Linear, r, rows, like=A), B)
 
-    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Return what an adapter holds in this layer, as matrices.
-
-        Args:
-            adapter_name: Its name.
-
-        Returns:
-            A ``(E, r, in)``, M ``(E, r, r)``, B ``(E, out, r)``, without the E where the parameter is a
-            matrix, and the scale; views of the parameters.
-
-        Raises:
-            KeyError: If the layer has no adapter of this name.
-        """
-        A, M, B = self._held(adapter_name)
-        if self._parameter.ndim == 3:
+    def _as_matrices(
+        self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A ``(E, r, in)``, M ``(E, r, r)`` and B ``(E, out, r)``; of a matrix without the E."""
+        if self._dims == 3:
             r = self.r[adapter_name]
             A, M = A.view(-1, r, A.shape[1]), M.view(-1, r, r)
             B = B.view(len(B), r, -1).permute(2, 0, 1)
-        return A, M, B, self.scaling[adapter_name]
+        return A, M, B
 
     def _lay(self, delta: Tensor) -> Tensor:
         return delta.mT if self._is_in_out else delta
 
     def get_base_weight(self) -> Tensor:
         """Return the parameter."""
-        return self._parameter
+        return whole(self.get_base_layer(), self.parameter_name)
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Put values into the parameter."""
@@ -139,18 +139,25 @@ class ParamWrapper(MoSLoRALayer):
     ) -> None:
         """Move an adapter to the device and dtype of the parameter, for its module has none of its own."""
         target = self._parameter
-        for name in self.adapter_layer_names:
+        place = device or target.device
+        if place.type == "meta":
+            return
+        for name in self.adapter_layer_names[:3]:
             factor = getattr(self, name)[adapter_name]
             if not any(p.is_meta for p in factor.parameters()):
-                factor.to(device or target.device, target.dtype)
+                factor.to(place, target.dtype)
+
+    def _weight_beside(self) -> Tensor:
+        return self._parameter
 
     def _adapted_parameter(self, adapters: list[str]) -> Tensor:
         """Return W + ΣΔW, in W's dtype: summed inside one product for each adapter, so ΔW is never built."""
-        weight = self._parameter
+        weight = self.get_base_weight()
         with torch.autocast(weight.device.type, enabled=False):
             for name in adapters:
                 A, M, B, scale = self.factors(name)
-                left, right = B.to(weight.dtype), (M @ A).to(weight.dtype)
+                check_present(weight, A, M, B)
+                left, right = B.to(weight.dtype), (M @ A.to(M.dtype)).to(weight.dtype)
                 if self._is_in_out:
                     left, right = right.mT, left.mT
                 add = torch.baddbmm if weight.ndim == 3 else torch.addmm
@@ -170,10 +177,9 @@ class ParamWrapper(MoSLoRALayer):
         active = [] if self._is_base_alone() else self._active_here()
         if not active:
             return self.base_layer(*args, **kwargs)
-        place, inner = self.parameter_name, self.base_layer
-        while isinstance(inner, ParamWrapper):
-            place, inner = f"base_layer.{place}", inner.base_layer
-        return functional_call(self.base_layer, {place: self._adapted_parameter(active)}, args, kwargs)
+        adapted = self._adapted_parameter(active)
+        with replaced({(self.get_base_layer(), self.parameter_name): adapted}):
+            return self.base_layer(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

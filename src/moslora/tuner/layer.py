@@ -23,6 +23,8 @@ from moslora import functional, ops
 from moslora.mixers import forked_generator
 from moslora.tuner import dora, starts
 from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.held_mixer import MixerStarts, is_narrow, matrix, split, take_state
+from moslora.tuner.reading import check_present, is_called, is_present, loaded, read_matrix
 from moslora.tuner.sharding import check_mergeable
 
 __all__ = ["MoSLoRALayer", "MoSLoRALinear"]
@@ -76,6 +78,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     get_base_layer: Callable[[], Any]
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[..., None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     _get_embed_scale: Callable[[], Tensor | None]
     quantization_backend: Any
     moslora_A: nn.ModuleDict  # noqa: N815
@@ -112,6 +115,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             self.get_base_layer(),
             get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass", _unknown_quantization),
         )
+        self.mixer_start = MixerStarts()
         for name in self.adapter_layer_names:
             setattr(self, name, self.container())
         self.moslora_dropout = nn.ModuleDict()
@@ -201,14 +205,137 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Keep A, M and B under an adapter's name."""
         for name, factor in zip(self.adapter_layer_names, factors, strict=False):
             getattr(self, name)[adapter_name] = factor
+        self.mixer_start.pop(adapter_name)
+        if len(self.mixer_start._modules):  # TRL copies one adapter into another, parameter by parameter
+            self.mixer_start.begin(adapter_name, self._weight_of_mixer(adapter_name), self._weight_beside())
+
+    def _weight_of_mixer(self, adapter_name: str) -> Any:
+        """Return what is trained of an adapter's M."""
+        held = getattr(self, self.adapter_layer_names[1])[adapter_name]
+        return held if isinstance(held, Tensor) else held.weight
+
+    def _weight_beside(self) -> Tensor | None:
+        """Return the base parameter in whose group a sharded model has the start of a mixer."""
+        return cast("Tensor | None", getattr(self.get_base_layer(), "weight", None))
+
+    def _split_mixers(self) -> None:
+        """Split those mixers that are going to be trained in 16 bits."""
+        if torch.compiler.is_compiling():
+            return
+        for name in self.scaling:
+            if self.mixer_start.get(name) is None:
+                weight = self._weight_of_mixer(name)
+                if weight.requires_grad and is_narrow(weight.dtype):
+                    split(weight, self.mixer_start, name, self._weight_beside())
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode. Trainers call it before they shard or copy what is trained."""
+        if mode:
+            self._split_mixers()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._split_mixers()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        of_M = self.adapter_layer_names[1]
+        suffix = ".weight" if self.container is nn.ModuleDict else ""
+        held = {f"{of_M}.{name}{suffix}": self._weight_of_mixer(name) for name in self.scaling}
+        take_state(state_dict, prefix, held, self.mixer_start, self._weight_beside())
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{dora.IN_OLD_FILES}.")]:
+            state_dict[key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}.")] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @torch.no_grad()
+    def set_mixer(self, adapter_name: str, M: Tensor) -> None:
+        """Put values into an adapter's mixer, in the dtype that they come in.
+
+        Args:
+            adapter_name: Its name.
+            M: As many entries as it has, in its order.
+        """
+        weight = self._weight_of_mixer(adapter_name)
+        start = self.mixer_start.get(adapter_name)
+        if start is not None:
+            start.weight.zero_()
+        weight.data = M.detach().clone().reshape(weight.shape).to(weight.device)
 
     def _held(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parameters A, M and B in the shapes in which they are held."""
-        held = (getattr(self, name)[adapter_name] for name in self.adapter_layer_names[:3])
-        A, M, B = (entry if isinstance(entry, Tensor) else cast(Tensor, entry.weight) for entry in held)
+        """Return the factors A, M and B in the shapes in which they are held.
+
+        Where something hangs on calling what holds them and they are not there without it, they are read by a call.
+        A split M is in float32 at least.
+        """
+        A, M, B = (self._read(name, adapter_name) for name in self.adapter_layer_names[:3])
+        if is_narrow(M.dtype) and torch.is_grad_enabled() and isinstance(M, nn.Parameter) and M.requires_grad:
+            self._split_mixers()
+        start = self.mixer_start.get(adapter_name)
+        if start is not None:
+            if is_present(start.weight) or not is_called(start):
+                M = matrix(M, start)
+            else:
+                M = M + read_matrix(start, self.r[adapter_name], M).view(M.shape)
         if adapter_name in self._unfilled:
             starts.check_filled(self, adapter_name, M)
         return A, M, B
+
+    def _read(self, dictionary: str, adapter_name: str) -> Tensor:
+        """Return A or B as it is held."""
+        held: Any = getattr(self, dictionary)
+        entry: Any = held[adapter_name]
+        if isinstance(entry, Tensor):
+            if is_present(entry) or not (hasattr(held, "_hf_hook") or hasattr(entry, "ds_id")):
+                return entry
+            with loaded(held):
+                return cast(Tensor, held[adapter_name]).clone()
+        is_wrapped = "_fsdp_wrapped_module" in entry._modules
+        weight = cast(Tensor, entry.weight)
+        if not is_called(entry) or (is_present(weight) and not is_wrapped):
+            return weight
+        inner: Any = getattr(entry, "_fsdp_wrapped_module", entry)
+        if isinstance(inner, nn.Linear):
+            base = self._device_of_run()
+            return read_matrix(entry, inner.in_features, torch.empty((), dtype=weight.dtype, device=base))
+        with loaded(entry):
+            return cast(Tensor, entry.weight).clone()
+
+    def _device_of_run(self) -> torch.device:
+        """Return where this layer computes; offloaded parameters do not tell."""
+        hook = getattr(self.base_layer, "_hf_hook", None) or getattr(self, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def _is_called(self, adapter_name: str) -> bool:
+        """Tell whether an adapter's factors must be called as modules, for something hangs on their call."""
+        start = self.mixer_start.get(adapter_name)
+        if start is not None and is_called(start):
+            return True
+        for name in self.adapter_layer_names:
+            entry = getattr(self, name)
+            if (
+                adapter_name in entry
+                and isinstance(module := entry[adapter_name], nn.Module)
+                and is_called(module)
+            ):
+                return True
+        return False
+
+    def _by_calls(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A·x`` by calling what holds the factors; dropping nothing."""
+        first, mix, last = (cast(Any, getattr(self, d)[name]) for d in self.adapter_layer_names[:3])
+        start = self.mixer_start.get(name)
+        H = first(self._cast_input_dtype(x, first.weight.dtype))
+        H = mix(self._cast_input_dtype(H, mix.weight.dtype)) + (0 if start is None else start(H))
+        update = last(self._cast_input_dtype(H, last.weight.dtype))
+        if starts.has_start(self, name):
+            update = update - starts.start_by_calls(self, x, name).to(update.dtype)
+        return cast(Tensor, update * self.scaling[name])
 
     @torch.no_grad()
     def _start_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
@@ -220,13 +347,15 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if self._held(adapter_name)[0].is_meta:
             return
         self._start_like_lora(adapter_name, config)
-        A, M, B, _ = self.factors(adapter_name)
+        A, M, B = self._held(adapter_name)
+        M = M.detach().clone()
+        matrices = self._as_matrices(adapter_name, A, M, B)
         r, generator = self.r[adapter_name], forked_generator()
-        for one_A, one_M, one_B in zip(*(_matrices(factor) for factor in (A, M, B)), strict=True):
+        for one_A, one_M, one_B in zip(*map(_matrices, matrices), strict=True):
             start = config.start_mixer(r, generator)
             if start is None:
-                starts.leave_unfilled(self, adapter_name, M)
-                break
+                starts.leave_unfilled(self, adapter_name)
+                return
             one_M.copy_(start)
             if config.match_scale:
                 # Where A starts at zero (embeddings), it is B that the mixer must not shrink.
@@ -238,6 +367,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
                 one_M.mul_(alone.norm() / mixed.norm())
             if config.init_lora_weights == "orthogonal":
                 starts.make_orthogonal(one_A, one_M, one_B)
+        self.set_mixer(adapter_name, M)
 
     def _start_like_lora(self, adapter_name: str, config: MoSLoRAConfig) -> None:
         """Give A and B the values that LoRA's start with."""
@@ -252,6 +382,12 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if config.init_lora_weights:
             nn.init.zeros_(B)
 
+    def _as_matrices(
+        self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors as they are held as matrices, or stacks of matrices; views of them wherever possible."""
+        return A, M, B
+
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
         """Return what an adapter holds in this layer, as matrices.
 
@@ -259,14 +395,15 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             adapter_name: Its name.
 
         Returns:
-            A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters. A layer of
-            experts has one more dimension in front. With a start from principal components, which is subtracted,
-            the rank is 2r and they are no views.
+            A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters, but for an M that is
+            trained in 16 bits, which is a sum in float32. A layer of experts has one more dimension in front. With a
+            start from principal components, which is subtracted, the rank is 2r and they are no views.
 
         Raises:
             KeyError: If the layer has no adapter of this name.
         """
-        return *starts.with_start(self, adapter_name, *self._held(adapter_name)), self.scaling[adapter_name]
+        matrices = self._as_matrices(adapter_name, *self._held(adapter_name))
+        return *starts.with_start(self, adapter_name, *matrices), self.scaling[adapter_name]
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor) -> None:
@@ -279,8 +416,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             B: Shape ``(out, r)``.
         """
         self._unfilled.discard(adapter_name)
-        for held, value in zip(self._held(adapter_name), (A, M, B), strict=True):
+        held_A, _, held_B = self._held(adapter_name)
+        for held, value in ((held_A, A), (held_B, B)):
             held.data = value.detach().clone().view(held.shape).to(held.device)
+        self.set_mixer(adapter_name, M)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Build ΔW as it lies in the base layer.
@@ -326,7 +465,17 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             # To run, bitsandbytes reorders 4-bit weights on some CPUs, and PEFT would read them as if it had
             # not. Asking for what is stored puts them back.
             base.state_dict()
-        return cast(Tensor, super().get_base_weight())
+        if not _is_empty(base):
+            return cast(Tensor, super().get_base_weight())
+        with loaded(base):
+            weight = cast(Tensor, super().get_base_weight())
+            if weight.is_meta or weight.numel() == 0:
+                raise RuntimeError(
+                    f"The weight of a {type(base).__name__} has no values here ({tuple(weight.shape)} on "
+                    f"{weight.device}), and this adapter needs it (DoRA, a start from the weight, or merging). Load "
+                    "the base first, or leave use_dora and such a start out."
+                )
+            return weight.clone()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Put a base weight in place, quantising it as it was."""
@@ -427,6 +576,16 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         active = [] if self._is_base_alone() else self._active_here()
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
+    def _present(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return the factors to compute with on ``x``.
+
+        Raises:
+            RuntimeError: If they have no values.
+        """
+        A, M, B, scale = self.factors(name)
+        check_present(x, A, M, B)
+        return A, M, B, scale
+
     def _update(self, x: Tensor, name: str) -> Tensor:
         """Return what adapter ``name`` adds to the base layer's output for the input ``x``."""
         raise NotImplementedError
@@ -524,6 +683,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         super().delete_adapter(adapter_name)
         self._unscaled.pop(adapter_name, None)
         self._unfilled.discard(adapter_name)
+        self.mixer_start.pop(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT whether ΔW is of low rank, so that the adapter can be converted to LoRA."""
@@ -541,6 +701,12 @@ def _without_values(kind: type[nn.Module], *sizes: int, like: nn.Module) -> nn.M
     """Make a bias-free module where ``like`` is (maybe on the meta device), drawing no random numbers."""
     device = next(like.parameters()).device
     return nn.utils.skip_init(kind, *sizes, bias=False, device=device)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _is_empty(base: nn.Module) -> bool:
+    """Tell whether a base layer's weight is offloaded or partitioned at the moment."""
+    weight = getattr(base, "weight", None)
+    return isinstance(weight, Tensor) and (weight.is_meta or weight.numel() == 0)
 
 
 def _matrices(factor: Tensor) -> Tensor:
@@ -573,14 +739,16 @@ class MoSLoRALinear(MoSLoRALayer):
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return ``s·B·M·A·x``, dropping nothing."""
-        return ops.low_rank_update(x, *self.factors(name))  # (..., out)
+        if self._is_called(name):
+            return self._by_calls(x, name)
+        return ops.low_rank_update(x, *self._present(x, name))  # (..., out)
 
     def base_product(self, x: Tensor) -> Tensor:
         """Return the base layer's output without its bias."""
         weight = self.get_base_weight().to(x.dtype)
         return nn.functional.linear(x, weight.T if self.fan_in_fan_out else weight)  # (..., out)
 
-    def _why_apart(self, x: Tensor, base: Any, dropout: float) -> str | None:
+    def _why_apart(self, x: Tensor, base: Any, name: str, dropout: float) -> str | None:
         """Tell why base product and update cannot run as one Function; None if they can.
 
         Only a plain layer qualifies: a quantised or sharded weight has no such product, hooks on the base
@@ -600,7 +768,9 @@ class MoSLoRALinear(MoSLoRALayer):
             or "forward" in base.__dict__
         ):
             return "the base layer has hooks"
-        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if self._is_called(name):
+            return "the factors are wrapped or have hooks, so they must be called"
+        if weight.dtype != x.dtype and not ops.is_autocasting(x.device.type):
             return f"the base weight is {weight.dtype}, its input {x.dtype}"
         return ops.why_no_fused_dropout(x, dropout) if dropout else None
 
@@ -629,16 +799,20 @@ class MoSLoRALinear(MoSLoRALayer):
         if active:
             name, base = active[0], cast(Any, self.base_layer)
             dropout = self._dropout(name)
-            reason = "the call has more arguments" if args or kwargs else self._why_apart(x, base, dropout)
+            reason = (
+                "the call has more arguments" if args or kwargs else self._why_apart(x, base, name, dropout)
+            )
             if reason is None:
                 weight = base.weight.T if type(base) is Conv1D else base.weight  # (out, in)
-                result = ops.adapted_linear(x, weight, base.bias, *self.factors(name), dropout=dropout)
+                result = ops.adapted_linear(x, weight, base.bias, *self._present(x, name), dropout=dropout)
                 return self._add_updates(x, result, active[1:])
             _tell_once(reason)
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
     def _update(self, x: Tensor, name: str) -> Tensor:
+        if self._is_called(name):
+            return self._by_calls(self.moslora_dropout[name](x), name)
         dropout = self._dropout(name)
         if dropout and (not ops.is_fusing() or ops.why_no_fused_dropout(x, dropout) is not None):
             x, dropout = self.moslora_dropout[name](x), 0.0
-        return ops.low_rank_update(x, *self.factors(name), dropout=dropout)  # (..., out)
+        return ops.low_rank_update(x, *self._present(x, name), dropout=dropout)  # (..., out)

@@ -22,12 +22,15 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from moslora.adapter import exact_pattern
+from moslora.tuner import dora
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.experts import ParamWrapper
+from moslora.tuner.held_mixer import STARTS, MixerStart, for_file, from_file
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.patches import patch
 from moslora.tuner.sharding import (
     check_mergeable,
     check_whole,
@@ -406,6 +409,8 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         )
         if sharded_parameters(model):
             selected.update(gather(selected, selected))
+        live = {name: start.weight for name, start in _starts(model).items()}
+        selected = for_file(selected, {name: {**live, **state_dict, **selected}[name] for name in live})
         check_whole(selected)
         return selected
 
@@ -421,6 +426,17 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         Raises:
             ValueError: If a factor is missing, left over, of the wrong shape, or not finite.
         """
+        state_dict = {
+            key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}."): t for key, t in state_dict.items()
+        }
+        own = {cls._remove_adapter_name_from_key(name, adapter_name): s for name, s in _starts(model).items()}
+        own = {name: start for name, start in own.items() if name.endswith(f".{STARTS}.weight")}
+        weights = (
+            {cls._remove_adapter_name_from_key(n, adapter_name): p for n, p in model.named_parameters()}
+            if own
+            else {}
+        )
+        state_dict = from_file(state_dict, own, weights)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -452,8 +468,16 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         )
 
 
+def _starts(model: nn.Module) -> dict[str, MixerStart]:
+    """Return the starts of split mixers by the names of their tensors."""
+    return {
+        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, MixerStart)
+    }
+
+
 def register() -> None:
     """Make PEFT know MOSLORA; ``import moslora`` does it. Calling it again changes nothing."""
+    patch()
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoSLoRAType.MOSLORA] = PREFIX

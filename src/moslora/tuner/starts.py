@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from moslora import functional
 from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.held_mixer import apply_matrix
+from moslora.tuner.reading import is_called, is_present, read_matrix
 
 __all__ = [
     "begin",
@@ -40,6 +42,7 @@ __all__ = [
     "has_start",
     "leave_unfilled",
     "make_orthogonal",
+    "start_by_calls",
     "with_start",
 ]
 
@@ -57,6 +60,10 @@ class Start(nn.Module):
         super().__init__()
         # A parameter, not a buffer: whatever casts the factors must cast this alike, or the difference is no start.
         self.weight = nn.Parameter(values, requires_grad=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Multiply ``h`` by the factor, along its last dimension."""
+        return apply_matrix(h, self.weight)
 
 
 def check(layer: Any, config: MoSLoRAConfig) -> None:
@@ -103,8 +110,35 @@ def with_start(
     """
     if not has_start(layer, adapter_name):
         return A, M, B
-    A0, M0, B0 = (layer._modules[name][adapter_name].weight.to(A.dtype) for name in HELD)
-    return functional.subtract_start((A, M, B), (A0, M0, B0))
+    dtype = torch.promote_types(A.dtype, M.dtype)
+    A0, M0, B0 = (_read(layer._modules[name][adapter_name]).to(dtype) for name in HELD)
+    return functional.subtract_start((A.to(dtype), M.to(dtype), B.to(dtype)), (A0, M0, B0))
+
+
+def _read(start: Any) -> Tensor:
+    """Return what a factor started as, by a call where it is not there without one."""
+    weight: Tensor = start.weight
+    if is_present(weight) or not is_called(start):
+        return weight
+    device = getattr(getattr(start, "_hf_hook", None), "execution_device", None)
+    shape = getattr(weight, "ds_shape", weight.shape)
+    return read_matrix(start, shape[-1], torch.empty((), dtype=weight.dtype, device=device))
+
+
+def start_by_calls(layer: Any, x: Tensor, adapter_name: str) -> Tensor:
+    """Return ``B0·M0·A0·x`` by calling what holds the start.
+
+    Args:
+        layer: A MoSLoRA layer.
+        x: Its input, shape ``(..., in)``.
+        adapter_name: An adapter with a start.
+
+    Returns:
+        Shape ``(..., out)``, not scaled.
+    """
+    for name in HELD:
+        x = layer._modules[name][adapter_name](x)
+    return x
 
 
 def forget(layer: Any, adapter_name: str) -> None:
@@ -134,13 +168,16 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
     """
     if not config.starts_from_components:
         return
-    A, M, B = layer._held(adapter_name)
+    A, _, B = layer._held(adapter_name)
     if A.is_meta or config.is_saved:
         if not A.is_meta:
-            leave_unfilled(layer, adapter_name, M)
+            leave_unfilled(layer, adapter_name)
     else:
-        for factor, value in zip((A, M, B), _components(layer, adapter_name, config), strict=True):
-            factor.copy_(value)
+        first, middle, last = _components(layer, adapter_name, config)
+        A.copy_(first)
+        B.copy_(last)
+        layer.set_mixer(adapter_name, middle.to(A.dtype))
+    M = layer._weight_of_mixer(adapter_name)
     for name, factor in zip(HELD, (A, M, B), strict=True):
         if name not in layer._modules:
             layer.add_module(name, nn.ModuleDict())
@@ -216,15 +253,14 @@ def make_orthogonal(A: Tensor, M: Tensor, B: Tensor) -> None:
     B.copy_(B.double() @ rows.T @ (U @ Vh @ free))
 
 
-def leave_unfilled(layer: Any, adapter_name: str, M: Tensor) -> None:
-    """Leave a mixer to be filled from a file.
+def leave_unfilled(layer: Any, adapter_name: str) -> None:
+    """Leave a mixer to be filled from a file; until then it is NaN.
 
     Args:
         layer: A MoSLoRA layer.
         adapter_name: The adapter's name.
-        M: Its mixer; put to NaN.
     """
-    M.fill_(float("nan"))
+    layer.set_mixer(adapter_name, torch.full_like(layer._weight_of_mixer(adapter_name), float("nan")))
     layer._unfilled.add(adapter_name)
 
 

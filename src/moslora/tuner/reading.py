@@ -1,0 +1,149 @@
+"""Parameters that are not simply there: offloaded, partitioned, sharded, or behind a module that must be called.
+
+What accelerate offloads is on the meta device outside its module's forward; what DeepSpeed's ZeRO-3 partitions is
+empty there; what FSDP's first version wraps is a part of a flat tensor, and its gradient is averaged only if the module
+was called. A layer that reads ``A.weight`` past ``A`` misses all three, and torch's product on the CPU takes a meta
+tensor for whatever lies in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_present", "is_called", "is_present", "loaded", "read_matrix", "replaced", "whole"]
+
+
+def is_called(module: nn.Module) -> bool:
+    """Tell whether something hangs on a call of this module: a wrapper around it, or hooks.
+
+    Args:
+        module: What holds a factor.
+    """
+    return (
+        bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks)
+        or "forward" in module.__dict__
+        or "_fsdp_wrapped_module" in module._modules
+    )
+
+
+def is_present(tensor: Tensor) -> bool:
+    """Tell whether a factor or weight has its values, in its own shape."""
+    return not tensor.is_meta and tensor.numel() > 0 and tensor.ndim > 1
+
+
+def check_present(x: Tensor, *tensors: Tensor) -> None:
+    """Refuse to compute with tensors that have no values.
+
+    Args:
+        x: The input of the computation; on the meta device nothing has values, which is fine.
+        *tensors: Factors or weights.
+
+    Raises:
+        RuntimeError: If one is empty, or on the meta device while x is not.
+    """
+    for tensor in tensors:
+        if tensor.numel() == 0 or (tensor.is_meta and not x.is_meta):
+            raise RuntimeError(
+                f"A factor or weight of shape {tuple(tensor.shape)} on {tensor.device} has no values here: it is "
+                "offloaded, partitioned or not loaded yet, and nothing brings it in for this layer. Load the adapter's "
+                "weights (PeftModel.from_pretrained, load_adapter), or let accelerate, DeepSpeed or FSDP prepare the "
+                "model after the adapter is on it."
+            )
+
+
+@contextlib.contextmanager
+def loaded(*modules: nn.Module) -> Iterator[None]:
+    """Have the parameters of modules in place and whole, for reading.
+
+    Args:
+        *modules: Modules whose parameters accelerate may have offloaded or ZeRO-3 partitioned; others are left alone.
+
+    Yields:
+        Nothing. Under ZeRO-3 what was read is gone afterwards: copy it, or compute inside.
+    """
+    with contextlib.ExitStack() as stack:
+        partitioned = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
+        if partitioned:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
+        hooked = [part for module in modules for part in module.modules() if hasattr(part, "_hf_hook")]
+        if hooked:
+            from accelerate.utils import align_module_device
+
+            for part in hooked:
+                stack.enter_context(align_module_device(part))
+        yield
+
+
+def whole(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter, brought in if it is offloaded or partitioned.
+
+    Args:
+        module: What holds it.
+        name: Its name there.
+
+    Returns:
+        The parameter itself; a copy if it had to be brought in.
+
+    Raises:
+        RuntimeError: If it has no values even so.
+    """
+    parameter = cast(Tensor, getattr(module, name))
+    if not (parameter.is_meta or parameter.numel() == 0):
+        return parameter
+    with loaded(module):
+        parameter = cast(Tensor, getattr(module, name))
+        if parameter.is_meta or parameter.numel() == 0:
+            raise RuntimeError(
+                f"{type(module).__name__}.{name} has no values here ({tuple(parameter.shape)} on {parameter.device}), "
+                "and its adapter needs them. Load the base before the adapter is run, merged or started from it."
+            )
+        return parameter.clone()
+
+
+def read_matrix(module: Any, inputs: int, like: Tensor) -> Tensor:
+    """Read a factor through its module: what it makes of the identity.
+
+    Args:
+        module: A linear layer without a bias, or a mixer, perhaps wrapped or hooked.
+        inputs: How many inputs it has.
+        like: A tensor of the device and dtype to use.
+
+    Returns:
+        Its matrix, shape ``(outputs, inputs)``, with its gradient.
+    """
+    identity = torch.eye(inputs, device=like.device, dtype=like.dtype)
+    with torch.autocast(like.device.type, enabled=False):
+        return cast(Tensor, module(identity).T)
+
+
+@contextlib.contextmanager
+def replaced(tensors: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters, whatever hooks do to the parameters meanwhile.
+
+    An instance's own attribute is found before its parameters are looked for. ``torch.func.functional_call`` changes
+    the parameters, which FSDP's views and accelerate's loading pass by.
+
+    Args:
+        tensors: By module and parameter name.
+
+    Yields:
+        Nothing.
+    """
+    before = [(module, name, module.__dict__.get(name)) for module, name in tensors]
+    try:
+        for (module, name), tensor in tensors.items():
+            module.__dict__[name] = tensor
+        yield
+    finally:
+        for module, name, kept in before:
+            if kept is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = kept
