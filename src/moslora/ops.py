@@ -26,9 +26,10 @@ Precision: A' is composed, and M applied, in the dtype of M, as are the gradient
 over tokens that have in or out columns run in the dtype of ``x``, or in autocast's. Float32 factors on a bfloat16 base
 therefore see what they would see under autocast.
 
-On a GPU the same can be done by the Triton kernels of ``kernels.py``, where ``MOSLORA_KERNELS=1`` asks for them. On an H100
-they gained nothing without dropout and 4 % of a step with it, so they are off otherwise. Asked for, they are tried at the first call of each size against the
-formulas above; where they cannot be compiled, or disagree, that size stays on torch and a warning says so.
+On a GPU the same can be done by the Triton kernels of ``kernels.py``, where ``MOSLORA_KERNELS=1`` asks for them. On an
+H100 they gained nothing without dropout and 4 % of a step with it, so they are off otherwise. Asked for, they are tried
+at the first call of each size against the formulas above; where they cannot be compiled, or disagree, that size stays
+on torch and a warning says so.
 """
 
 from __future__ import annotations
