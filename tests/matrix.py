@@ -802,8 +802,8 @@ Tested by `tests/test_living_with_others.py` and, with two processes, by `tests/
 - **Gradient checkpointing**: reentrant or not, the same gradients.
 - **transformers**: `add_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`, `save_pretrained` and
   `load_adapter`.
-- **diffusers**: `unet.add_adapter`, and `save_lora_weights` with the metadata that its scripts pass. `moslora export`
-  makes of that file one which `load_lora_weights` takes; unfolded, diffusers refuses it.
+- **diffusers**: its training scripts, with text encoders, checkpoints, resuming: [In diffusers' scripts](diffusers.md).
+  What `save_lora_weights` writes is a plain LoRA for `load_lora_weights`, the adapter with its mixers lies beside it.
 - **TRL**: `SFTTrainer` and `DPOTrainer` with `peft_config=`; with M = I held fixed the losses are LoRA's. DPO's
   reference is the base or, for an adapter that is trained on, a frozen copy of it, mixers included.
 """

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapter import AdapterError
+from moslora.adapter import Adapter, AdapterError, Factors
 from moslora.cli import app
 from moslora.doctor import ENGINES, LEVELS, diagnose
-from moslora.export import export_adapter
+from moslora.export import ENGINE_FORMATS, export_adapter, format_for
 from moslora.models import fingerprint, resolve_model
 
 TARGETS = ["q_proj", "down_proj"]
@@ -72,7 +72,11 @@ def test_llama_cpp_is_tried_with_a_real_file(tmp_path: Path) -> None:
 def test_every_engine_loads_a_format_that_is_written() -> None:
     from moslora.formats import WRITTEN
 
-    assert {engine.format for engine in ENGINES.values()} <= set(WRITTEN)
+    assert ENGINES.keys() == ENGINE_FORMATS.keys()
+    unet = Adapter(
+        {"mid_block.resnets.0.conv1": Factors(torch.ones(2, 6), torch.eye(2), torch.ones(5, 2), 1.0)}
+    )
+    assert {format_for(engine, unet) for engine in ENGINES} <= set(WRITTEN)
 
 
 def zero(tensors: dict[str, torch.Tensor], where: str = "") -> None:

@@ -354,7 +354,7 @@ def test_what_cannot_hold_a_magnitude_refuses_it_and_names_the_way_out(tmp_path:
         tmp_path / "out",
         r"DoRA's magnitude.*--to lora.*merge_and_unload",
     )
-    for to, suffix in (("gguf", ".gguf"), ("diffusers", ".safetensors"), ("kohya", ".safetensors")):
+    for to, suffix in (("gguf", ".gguf"), ("kohya", ".safetensors")):
         with pytest.raises(AdapterError, match=way_out):
             export_adapter(source, out.with_suffix(suffix), to=to)
     with pytest.raises(AdapterError, match=way_out):

@@ -184,6 +184,38 @@ def test_a_missing_mixer_among_others_is_named(tmp_path: Path) -> None:
         read_adapter(tmp_path / "theirs")
 
 
+def test_modules_that_the_authors_configuration_leaves_without_a_mixer_are_plain_lora(tmp_path: Path) -> None:
+    # As their fork looks a module up: by the keys of the other patterns, else by its whole path.
+    config = {
+        "lora_use_mixer": True,
+        "lora_use_mixer_pattern": {"other": False, "plain": False, "with": True},
+        "rank_pattern": {"plain": 2},
+        "target_modules": ["head", "other", "plain", "with", "conv", "embed"],
+    }
+    foreign(tmp_path / "theirs", "lora_AB", **config)
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    for name, shape in (("other", (3, 8)), ("a.plain", (2, 8)), ("conv", (3, 8, 3, 3))):
+        ones = (1,) * (len(shape) - 2)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(*shape)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(5, shape[0], *ones)
+    tensors["base_model.model.embed.lora_embedding_A"] = torch.randn(3, 20)
+    tensors["base_model.model.embed.lora_embedding_B"] = torch.randn(8, 3)
+    save_file(tensors, tmp_path / "theirs" / WEIGHTS)
+    found = read_adapter(tmp_path / "theirs").modules
+    assert {name: factors.is_folded for name, factors in found.items()} == {
+        "head": False,
+        "other": True,
+        "a.plain": True,
+        "conv": True,
+        "embed": True,
+    }
+    tensors["base_model.model.with.lora_A.weight"] = torch.randn(3, 8)
+    tensors["base_model.model.with.lora_B.weight"] = torch.randn(5, 3)
+    save_file(tensors, tmp_path / "theirs" / WEIGHTS)
+    with pytest.raises(AdapterError, match="with has no mixer while other linear layers"):
+        read_adapter(tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("mixed", [True, False])
 def test_paddles_transposed_layout_gives_the_same_delta_weight(tmp_path: Path, mixed: bool) -> None:
     torch.manual_seed(2)

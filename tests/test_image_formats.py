@@ -10,14 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
 from moslora import MoSLoRAConfig
 from moslora.adapter import Adapter, AdapterError, Factors, Form, compare
+from moslora.doctor import diagnose
 from moslora.export import FOLD_TOLERANCE, TOLERANCES, ProofError, export_adapter
-from moslora.formats import FORMATS, detect, diffusers, kohya, read_adapter, through_diffusers
+from moslora.formats import FORMATS, comfyui, detect, diffusers, kohya, read_adapter, through_diffusers
 from moslora.formats.pipeline import join, split
 from tolerances import MODEL, relative_error
 
@@ -366,6 +367,281 @@ def test_the_authors_sdxl_file_keeps_its_mixer(tmp_path: Path) -> None:
     assert relative_error(factors.delta_weight(), (B @ M @ A).double()) < FOLD_TOLERANCE
     with pytest.raises(AdapterError, match="give its file"):
         read_adapter(tmp_path)
+
+
+# Their fork's names, through diffusers' own renaming: what their script for SDXL saved.
+AUTHORS = {
+    "unet": {
+        "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q": 4,
+        "mid_block.attentions.0.proj_in": 4,
+    },
+    "text_encoder": {"text_model.encoder.layers.1.self_attn.out_proj": 4},
+}
+
+
+def authors_file(path: Path, to_kohya: bool = False, **beside: torch.Tensor) -> dict[str, Any]:
+    """Write a file as the authors' script does; return A, M and B by path."""
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+    from diffusers.utils import (
+        convert_all_state_dict_to_peft,
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_kohya,
+    )
+
+    generator, factors, layers = torch.Generator().manual_seed(2), {}, {}
+    for component, modules in AUTHORS.items() if not to_kohya else [("unet", AUTHORS["unet"])]:
+        tensors = {}
+        for module, r in modules.items():
+            shapes = {"A": (r, 6), "AB": (r, r), "B": (5, r)}
+            own = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+            tensors.update({f"{module}.lora_{name}.weight": tensor for name, tensor in own.items()})
+            factors[f"{component}.{module}"] = own
+        layers[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(tensors)
+    layers["unet_lora_layers"].update(beside)
+    StableDiffusionXLLoraLoaderMixin.save_lora_weights(path.parent, weight_name=path.name, **layers)
+    if to_kohya:
+        save_file(convert_state_dict_to_kohya(convert_all_state_dict_to_peft(load_file(path))), path)
+    return factors
+
+
+@pytest.mark.parametrize("to_kohya", [False, True], ids=["diffusers", "kohya"])
+def test_the_authors_mixers_are_read_under_the_names_that_diffusers_gave_them(
+    tmp_path: Path, to_kohya: bool
+) -> None:
+    path = tmp_path / "style.safetensors"
+    factors = authors_file(path, to_kohya)
+    mark = "lora_downB" if to_kohya else "lora.downB"
+    assert any(mark in name for name in load_file(path)), "the renaming is gone"
+    assert to_kohya or any("lora_linear_layer.downB" in name for name in load_file(path))
+    found = read_adapter(path)
+    assert len(found.modules) == len(factors) and detect(path) == ("kohya" if to_kohya else "diffusers")
+    for module, own in factors.items():
+        module = module.replace("text_encoder.text_model.", "text_encoder.")
+        expected = (own["B"].double() @ own["AB"].double()) @ own["A"].double()
+        assert relative_error(found.delta_weight(module), expected) < FOLD_TOLERANCE
+    export_adapter(path, tmp_path / "again", "native")
+    again = read_adapter(tmp_path / "again")
+    for module, own in found.modules.items():
+        assert all(torch.equal(getattr(own, x), getattr(again.modules[module], x)) for x in "AMB")
+    assert again.config["components"]["unet"]["mixer"] == "kaiming"
+
+
+def test_modules_that_the_authors_fork_leaves_without_a_mixer_are_plain_lora_and_others_are_refused(
+    tmp_path: Path,
+) -> None:
+    # In their fork convolutions have none.
+    conv = {"mid_block.resnets.0.conv1.lora_A.weight": torch.randn(4, 6, 3, 3)}
+    conv["mid_block.resnets.0.conv1.lora_B.weight"] = torch.randn(5, 4, 1, 1)
+    authors_file(tmp_path / "conv.safetensors", **conv)
+    found = read_adapter(tmp_path / "conv.safetensors").modules["unet.mid_block.resnets.0.conv1"]
+    assert found.is_folded and torch.equal(found.B, torch.squeeze(list(conv.values())[1]))
+    for to_kohya in (False, True):
+        path = tmp_path / f"{to_kohya}.safetensors"
+        authors_file(path, to_kohya)
+        tensors = load_file(path)
+        lost = next(name for name in tensors if ("downB" in name and "proj_in" in name) or "lora_AB" in name)
+        del tensors[lost]
+        save_file(tensors, path)
+        with pytest.raises(AdapterError, match=r"proj_in.*has no mixer while other linear layers have one"):
+            read_adapter(path)
+    # A text encoder without any is a plain LoRA beside a U-Net with them.
+    tensors = {
+        k: t for k, t in load_file(tmp_path / "conv.safetensors").items() if "linear_layer.downB" not in k
+    }
+    save_file(tensors, tmp_path / "plain.safetensors")
+    parts = split(read_adapter(tmp_path / "plain.safetensors"))
+    assert parts["text_encoder"].is_folded and not parts["unet"].is_folded
+
+
+def test_dora_beside_the_authors_mixers_is_refused_because_their_fork_leaves_the_mixers_out(
+    tmp_path: Path,
+) -> None:
+    name = next(iter(AUTHORS["unet"]))
+    path = tmp_path / "style.safetensors"
+    authors_file(path, **{f"{name}.lora_magnitude_vector": torch.ones(5)})
+    with pytest.raises(AdapterError, match="runs DoRA without the mixers"):
+        read_adapter(path)
+
+
+def test_an_alpha_is_taken_where_a_file_does_not_tell_it_and_refused_where_it_does(tmp_path: Path) -> None:
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    bare = {
+        f"{stem}.{module}.{name}.weight": torch.randn(*shape)
+        for module, r in (("to_q", 4), ("to_v", 2))
+        for name, shape in (("moslora_A", (r, 6)), ("moslora_M", (r, r)), ("moslora_B", (5, r)))
+    }
+    save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(AdapterError, match=r"does not say rank and alpha of unet.*--alpha N"):
+        read_adapter(tmp_path / "bare.safetensors")
+    found = read_adapter(tmp_path / "bare.safetensors", 8)
+    assert {name.rpartition(".")[2]: f.scale for name, f in found.modules.items()} == {
+        "to_q": 2.0,
+        "to_v": 4.0,
+    }
+    proof = export_adapter(tmp_path / "bare.safetensors", tmp_path / "told.safetensors", "diffusers", alpha=8)
+    assert proof.max_relative_error < FOLD_TOLERANCE
+    assert compare(found, read_adapter(tmp_path / "told.safetensors")).max_relative_error < FOLD_TOLERANCE
+
+    plain = {k.replace("moslora_", "lora_"): t for k, t in bare.items() if "moslora_M" not in k}
+    save_file(plain, tmp_path / "plain.safetensors")
+    assert {f.scale for f in read_adapter(tmp_path / "plain.safetensors").modules.values()} == {1.0}
+    assert {f.scale for f in read_adapter(tmp_path / "plain.safetensors", 8).modules.values()} == {2.0, 4.0}
+    kohya_file(tmp_path / "k.safetensors", {"lora_unet_mid_block_attentions_0_proj_in": (6, 5)})
+    without = {k: t for k, t in load_file(tmp_path / "k.safetensors").items() if not k.endswith(".alpha")}
+    save_file(without, tmp_path / "k-bare.safetensors")
+    assert {f.scale for f in read_adapter(tmp_path / "k-bare.safetensors", 2).modules.values()} == {0.5}
+
+    export_adapter(tmp_path / "told.safetensors", tmp_path / "native", "native")
+    for name in ("told.safetensors", "k.safetensors", "native"):
+        with pytest.raises(AdapterError, match=r"says its alpha.*Leave --alpha out"):
+            read_adapter(tmp_path / name, 8)
+    for value in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="is not an alpha"):
+            read_adapter(tmp_path / "bare.safetensors", value)
+
+
+# ---- DoRA, which diffusers reads of denoisers
+
+
+def test_dora_of_a_unet_runs_from_a_diffusers_file_and_of_a_text_encoder_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    live = tiny_pipelines.sdxl()
+    targets = ["to_q", "to_out.0", "conv1", "ff.net.0.proj"]
+    config = {"r": 4, "lora_alpha": 6, "use_dora": True, "init_lora_weights": False}
+    model = get_peft_model(
+        live.unet, MoSLoRAConfig(target_modules=targets, rank_pattern={"conv1": 2}, **config)
+    )
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "magnitude" in key:
+                p.mul_(1 + torch.rand_like(p))
+    model.eval().save_pretrained(tmp_path / "native" / "unet")
+    expected = tiny_pipelines.outputs(live)["unet"]
+    proof = export_adapter(tmp_path / "native", tmp_path / "style.safetensors", "diffusers")
+    assert proof.has_magnitudes and proof.reader.startswith("diffusers")
+    fresh = tiny_pipelines.sdxl()
+    fresh.load_lora_weights(tmp_path, weight_name="style.safetensors")
+    assert relative_error(tiny_pipelines.outputs(fresh)["unet"], expected) < MODEL
+    export_adapter(tmp_path / "style.safetensors", tmp_path / "again", "lora")
+    model = PeftModel.from_pretrained(tiny_pipelines.sdxl().unet, tmp_path / "again" / "unet").eval()
+    fresh = tiny_pipelines.sdxl()
+    fresh.unet = model
+    assert relative_error(tiny_pipelines.outputs(fresh)["unet"], expected) < MODEL
+
+    model = get_peft_model(
+        tiny_pipelines.sdxl().text_encoder, MoSLoRAConfig(target_modules=["q_proj"], **config)
+    )
+    model.save_pretrained(tmp_path / "text" / "text_encoder")
+    with pytest.raises(AdapterError, match="In a text_encoder diffusers would load it without its magnitude"):
+        export_adapter(tmp_path / "text", tmp_path / "text.safetensors", "diffusers")
+
+
+def test_diffusers_loses_dora_s_magnitude_in_a_text_encoder(tmp_path: Path) -> None:
+    # Why that is refused: its own adapter, saved and loaded by itself.
+    torch.manual_seed(1)
+    live = tiny_pipelines.sdxl()
+    live.text_encoder.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=CLIP[:3], use_dora=True, init_lora_weights=False)
+    )
+    with torch.no_grad():
+        for key, p in live.text_encoder.named_parameters():
+            if "magnitude" in key:
+                p.mul_(1 + torch.rand_like(p))
+    expected = tiny_pipelines.outputs(live)["text_encoder"]
+    live.save_lora_weights(tmp_path, text_encoder_lora_layers=get_peft_model_state_dict(live.text_encoder))
+    fresh = tiny_pipelines.sdxl()
+    fresh.load_lora_weights(tmp_path)
+    assert relative_error(tiny_pipelines.outputs(fresh)["text_encoder"], expected) > 100 * MODEL
+
+
+# ---- ComfyUI
+
+SDXL_SIZES = {
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD15_SIZES = {"attention_head_dim": 8, "cross_attention_dim": 768}
+
+
+def of_model(component: str, model: torch.nn.Module) -> Adapter:
+    """An adapter on every linear layer and convolution of a model without values."""
+    r, one = torch.ones(1, 1), torch.ones(1, 1)
+    paths = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    return join({component: Adapter({path: Factors(one, r, one, 1.0) for path in paths})})
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted", "applied"),
+    [("sdxl", 794, 234), ("sd 1.5", 282, 154), ("flux", 504, 504), ("sd3", 341, 341), ("clip", 72, 72)],
+)
+def test_comfyui_applies_of_a_diffusers_file_all_but_the_attention_of_unets(
+    name: str, adapted: int, applied: int
+) -> None:
+    # docs/formats.md has these numbers.
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        component, model = {
+            "sdxl": lambda: ("unet", UNet2DConditionModel(**SDXL_SIZES)),
+            "sd 1.5": lambda: ("unet", UNet2DConditionModel(**SD15_SIZES)),
+            "flux": lambda: ("transformer", FluxTransformer2DModel(guidance_embeds=True)),
+            "sd3": lambda: ("transformer", SD3Transformer2DModel(num_layers=24)),
+            "clip": lambda: ("text_encoder", CLIPTextModel(CLIPTextConfig())),
+        }[name]()
+    adapter = of_model(component, model)
+    left_out = comfyui.passed_over(adapter, "diffusers")
+    assert (len(adapter.modules), len(adapter.modules) - len(left_out)) == (adapted, applied)
+    assert all(".to_" in path for path in left_out)
+    assert comfyui.best_format(adapter) == ("kohya" if component == "unet" else "diffusers")
+    assert not comfyui.passed_over(adapter, comfyui.best_format(adapter))
+
+
+def test_what_comfyui_has_no_names_for_is_told() -> None:
+    one = torch.ones(1, 1)
+    factors = Factors(one, one, one, 1.0)
+    adapter = join(
+        {
+            "transformer": Adapter(
+                {"blocks.0.attn1.to_q": factors, "transformer_blocks.0.attn.to_q": factors}
+            ),
+            "text_encoder_2": Adapter({"encoder.block.0.layer.0.SelfAttention.q": factors}),
+        }
+    )
+    assert sorted(comfyui.passed_over(adapter, "diffusers")) == [
+        "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+        "transformer.blocks.0.attn1.to_q",
+    ]
+
+
+def test_an_export_for_comfyui_has_the_form_that_it_applies_whole(
+    sdxl: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    assert export_adapter(sdxl[0], tmp_path / "style.safetensors", engine="comfyui").target == "kohya"
+    adapt(tiny_pipelines.flux(), tmp_path / "flux", {"transformer": FLUX})
+    flux = tmp_path / "flux.safetensors"
+    assert export_adapter(tmp_path / "flux", flux, engine="comfyui").target == "diffusers"
+    export_adapter(sdxl[0], tmp_path / "diffusers.safetensors", "diffusers")
+
+    def said(path: Path) -> Any:
+        return next(f for f in diagnose(path, engines=["comfyui"]).findings if f.check == "comfyui: format")
+
+    assert said(flux).level == said(tmp_path / "style.safetensors").level == "ok"
+    assert said(sdxl[0]).level == "warning" and "--to kohya" in said(sdxl[0]).fix
+    lost = said(tmp_path / "diffusers.safetensors")
+    assert lost.level == "error" and "would leave out" in lost.what and ".to_" in lost.what
+    with pytest.raises(ValueError, match="Give one"):
+        export_adapter(sdxl[0], tmp_path / "both", "lora", engine="comfyui")
+    with pytest.raises(ValueError, match="Did you mean comfyui"):
+        export_adapter(sdxl[0], tmp_path / "both", engine="comfy")
 
 
 def test_metadata_says_the_scale_and_without_it_alpha_is_the_rank(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ FLOORS = {
         "tuner",
         "formats",
         "optimizer",
+        "compat_diffusers",
         "__init__",
         "reload_in_stock_peft",
         "reload_in_diffusers",

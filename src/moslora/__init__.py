@@ -19,12 +19,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moslora.adapter import Adapter
     from moslora.formats import read_adapter
+    from moslora.formats.pipeline_checkpoint import resume_for_diffusers, save_for_diffusers
     from moslora.optimizer import param_groups
     from moslora.tuner.config import MoSLoRAConfig
     from moslora.tuner.model import MoSLoRAModel
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "MoSLoRAConfig", "MoSLoRAModel", "param_groups", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "MoSLoRAConfig",
+    "MoSLoRAModel",
+    "param_groups",
+    "read_adapter",
+    "resume_for_diffusers",
+    "save_for_diffusers",
+]
 
 # Where each public name is; it is imported when it is used.
 _PLACES = {
@@ -33,6 +42,8 @@ _PLACES = {
     "MoSLoRAModel": "moslora.tuner.model",
     "param_groups": "moslora.optimizer",
     "read_adapter": "moslora.formats",
+    "resume_for_diffusers": "moslora.formats.pipeline_checkpoint",
+    "save_for_diffusers": "moslora.formats.pipeline_checkpoint",
 }
 
 

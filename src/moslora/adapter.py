@@ -17,7 +17,21 @@ from torch import Tensor
 
 from moslora import functional
 
-__all__ = ["Adapter", "AdapterError", "Comparison", "Factors", "Form", "add", "compare", "exact_pattern"]
+__all__ = [
+    "FOLD_TOLERANCE",
+    "Adapter",
+    "AdapterError",
+    "Comparison",
+    "Factors",
+    "Form",
+    "add",
+    "compare",
+    "exact_pattern",
+]
+
+# Relative error of ΔW that folding in float32 may cost. A and B are each rounded once, by 6e-8 of an entry at most, and
+# what they lose may add up. A dropped mixer or scale costs about 1.
+FOLD_TOLERANCE = 1e-6
 
 
 class AdapterError(ValueError):

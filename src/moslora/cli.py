@@ -52,6 +52,10 @@ Dtype = Annotated[
 Base = Annotated[
     str | None, typer.Option(help="Base model, for gguf; the one that the adapter names by default.")
 ]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="lora_alpha of the training, for a diffusers or kohya file that does not say it."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -408,10 +412,17 @@ def evaluate(
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
     out: Annotated[Path, typer.Argument(help="Directory or file to write; must not exist yet.")],
-    to: Annotated[str, typer.Option(help=FORMAT_HELP)] = "lora",
+    to: Annotated[str | None, typer.Option(help=f"{FORMAT_HELP} [bold]lora[/] by default.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="Instead of --to, where it shall run: comfyui, diffusers, llama.cpp, vllm, …"
+        ),
+    ] = None,
     rank: Rank = None,
     dtype: Dtype = None,
     base: Base = None,
+    alpha: Alpha = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -419,7 +430,7 @@ def export(
 
     [bold]moslora export runs/demo/adapter my-lora[/]
     [bold]moslora export runs/demo/adapter my-lora.gguf --to gguf[/]
-    [bold]moslora export runs/style/adapter style.safetensors --to kohya --dtype float16[/]
+    [bold]moslora export runs/style/adapter style.safetensors --for comfyui --dtype float16[/]
     [bold]moslora export runs/demo/adapter small --rank 4[/]
 
     All but [bold]native[/] fold the mixers. What was written is read back through the project it is for, where that
@@ -428,7 +439,7 @@ def export(
     """
 
     def action() -> None:
-        _convert(adapter, out, to, as_json, rank=rank, dtype=dtype, base=base)
+        _convert(adapter, out, to, as_json, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha)
 
     _run(action, debug)
 
@@ -437,6 +448,7 @@ def export(
 def import_(
     source: Annotated[Path, typer.Argument(help="Adapter of another program, a directory or a file.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    alpha: Alpha = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -445,12 +457,13 @@ def import_(
     [bold]moslora import authors-checkpoint my-adapter[/]
     [bold]moslora import style.safetensors my-style[/]
 
-    Read are checkpoints of MoSLoRA's authors ([bold]lora_AB[/]; also pickled ones, of which only tensors are
-    opened) and of PEFT pull request 2294 ([bold]lora_mixer[/]), PaddleNLP's in safetensors, kohya's and
-    diffusers' files, and plain LoRA, whose mixers become the identity. The adapter of a pipeline becomes one
-    directory for each of its models. Proven as [bold]export[/] is, by reading back what was written.
+    Read are checkpoints of MoSLoRA's authors ([bold]lora_AB[/], in their SDXL files [bold]lora.downB[/]; also pickled
+    ones, of which only tensors are opened) and of PEFT pull request 2294 ([bold]lora_mixer[/]), PaddleNLP's in
+    safetensors, kohya's and diffusers' files, and plain LoRA, whose mixers become the identity. The adapter of a
+    pipeline becomes one directory for each of its models. Proven as [bold]export[/] is, by reading back what was
+    written.
     """
-    _run(lambda: _convert(source, out, "native", as_json), debug)
+    _run(lambda: _convert(source, out, "native", as_json, alpha=alpha), debug)
 
 
 @app.command()
@@ -739,25 +752,28 @@ def _groups_table(found: Inspection) -> Table:
 def _convert(
     source: Path,
     out: Path,
-    to: str,
+    to: str | None,
     as_json: bool,
     *,
+    engine: str | None = None,
     rank: int | None = None,
     dtype: str | None = None,
     base: str | None = None,
+    alpha: float | None = None,
 ) -> None:
     """Write an adapter in another format and say what was proven."""
     from moslora.export import export_adapter
     from moslora.formats import FORMATS
 
-    proof = export_adapter(source, out, to, rank=rank, dtype=dtype, base=base)
+    proof = export_adapter(source, out, to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha)
     if as_json:
         print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
         return
-    print(f"Read {source}: {proof.source}, {proof.modules} modules.")
+    said = "" if alpha is None else f", alpha {alpha:g} as given"
+    print(f"Read {source}: {proof.source}, {proof.modules} modules{said}.")
     if FORMATS[proof.source].warning:
         print(FORMATS[proof.source].warning)
-    print(f"Wrote {out}: {proof.target}, {FORMATS[to].purpose}.")
+    print(f"Wrote {out}: {proof.target}, {FORMATS[proof.target].purpose}.")
     if proof.has_magnitudes:
         print(
             "It has DoRA's magnitude: PEFT reads it, most engines do not; moslora doctor --for says which, and why."

@@ -6,7 +6,6 @@ temporary place and read back. What cannot be tried here stands as a rule, with 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moslora.adapter import Adapter, AdapterError
-from moslora.export import ProofError, export_adapter
-from moslora.formats import FORMATS, detect, read_adapter
+from moslora.export import ProofError, check_engine, export_adapter, format_for
+from moslora.formats import FORMATS, comfyui, detect, read_adapter
 from moslora.merge import lay_out
 from moslora.models import ModelError, fingerprint, load_tokenizer, resolve_model
 from moslora.weights import EMBEDDINGS, HEADS, Weights, open_weights
@@ -94,14 +93,12 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Engine:
-    """A program that runs adapters.
+    """A program that runs adapters, and loads what ``export.ENGINE_FORMATS`` says.
 
     Attributes:
-        format: What it loads, a key of ``formats.FORMATS``.
-        rules: What it refuses or ignores beyond that, and cannot be tried here.
+        rules: What it refuses or ignores beyond its format, and cannot be tried here.
     """
 
-    format: str
     rules: tuple[Callable[[Adapter], Iterator[Finding]], ...] = ()
 
 
@@ -129,10 +126,7 @@ def diagnose(
     """
     path = Path(adapter)
     for name in engines:
-        if name not in ENGINES:
-            near = difflib.get_close_matches(name, ENGINES, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"The engine {name!r} is unknown; choose of {', '.join(sorted(ENGINES))}.{hint}")
+        check_engine(name)
     if not path.exists():
         detect(path)  # raises, with the nearest name
     try:
@@ -455,42 +449,62 @@ def _vllm_ranks(adapter: Adapter) -> Iterator[Finding]:
 
 def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | None) -> Iterator[Finding]:
     """Write the adapter as the engine loads it, read it back, and apply the engine's rules."""
-    engine = ENGINES[name]
-    for rule in engine.rules:
+    try:
+        wanted = format_for(name, adapter)
+    except AdapterError as error:
+        yield Finding("error", f"{name}: format", str(error))
+        return
+    for rule in ENGINES[name].rules:
         for found in rule(adapter):
             yield Finding(found.level, f"{name}: {found.check}", found.what, found.fix)
-    suffix = FORMATS[engine.format].suffix
+    suffix = FORMATS[wanted].suffix
     with tempfile.TemporaryDirectory(prefix="moslora-doctor-") as folder:
         try:
-            needed = base if FORMATS[engine.format].needs_base else None
-            proof = export_adapter(path, Path(folder) / f"adapter{suffix}", engine.format, base=needed)
+            needed = base if FORMATS[wanted].needs_base else None
+            proof = export_adapter(path, Path(folder) / f"adapter{suffix}", wanted, base=needed)
         except (AdapterError, ModelError, ProofError) as error:
             fix = MERGE_WHOLE if adapter.has_magnitudes else ""
-            yield Finding(
-                "error", f"{name}: format", f"It cannot be written as {engine.format}. {error}", fix
-            )
+            yield Finding("error", f"{name}: format", f"It cannot be written as {wanted}. {error}", fix)
             return
     proven = f"ΔW is the same to {proof.max_relative_error:.1e}, read back by {proof.reader}."
-    if format_ == engine.format:
-        yield Finding(
-            "ok", f"{name}: format", f"{engine.format}, as {name} loads it; written again and {proven}"
+    if format_ == wanted:
+        yield Finding("ok", f"{name}: format", f"{wanted}, as {name} loads it; written again and {proven}")
+        return
+    lost = comfyui.passed_over(adapter, format_) if name == "comfyui" and format_ == "diffusers" else {}
+    yield Finding(
+        "error" if lost else "warning",
+        f"{name}: format",
+        (
+            f"It is {format_}, of which {name} would leave out {len(lost)} of {len(adapter.modules)} modules "
+            f"({_some(sorted(lost))}) and run the rest: {next(iter(lost.values()))}. As {wanted} it runs whole. "
+            if lost
+            else f"It is {format_}, and {name} loads {wanted}. "
         )
-    else:
+        + f"Tried: {proven}",
+        f"moslora export ADAPTER OUT{suffix} --to {wanted}",
+    )
+
+
+def _known_to_comfyui(adapter: Adapter) -> Iterator[Finding]:
+    left_out = comfyui.passed_over(adapter, comfyui.best_format(adapter))
+    for reason in sorted(set(left_out.values())):
+        modules = sorted(name for name, why in left_out.items() if why == reason)
         yield Finding(
             "warning",
-            f"{name}: format",
-            f"It is {format_}, and {name} loads {engine.format}. Tried: {proven}",
-            f"moslora export ADAPTER OUT{suffix} --to {engine.format}",
+            "layers",
+            f"ComfyUI is not known to apply {len(modules)} of {len(adapter.modules)} modules "
+            f"({_some(modules)}): {reason}.",
+            'See there whether it logs "lora key not loaded", or merge the adapter into the model.',
         )
 
 
 ENGINES: Mapping[str, Engine] = {
-    "peft": Engine("lora"),
-    "vllm": Engine("lora", (_no_magnitude, _only_factors, _served_layers, _vllm_ranks)),
-    "sglang": Engine("lora", (_no_magnitude, _only_factors, _served_layers)),
-    "llama.cpp": Engine("gguf"),
-    "diffusers": Engine("diffusers"),
-    "comfyui": Engine("kohya"),
+    "peft": Engine(),
+    "vllm": Engine((_no_magnitude, _only_factors, _served_layers, _vllm_ranks)),
+    "sglang": Engine((_no_magnitude, _only_factors, _served_layers)),
+    "llama.cpp": Engine(),
+    "diffusers": Engine(),
+    "comfyui": Engine((_known_to_comfyui,)),
 }
 
 

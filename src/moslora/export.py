@@ -5,29 +5,40 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moslora.adapter import Adapter, AdapterError, compare
-from moslora.formats import FORMATS, WRITTEN, detect, read_adapter
+from moslora.adapter import FOLD_TOLERANCE, Adapter, AdapterError, compare
+from moslora.formats import FORMATS, WRITTEN, comfyui, detect, read_adapter
 from moslora.formats.directory import staged, staged_file
 from moslora.ranks import to_rank
 
 __all__ = [
+    "ENGINE_FORMATS",
     "FOLD_TOLERANCE",
     "TOLERANCES",
     "ExportProof",
     "ProofError",
+    "check_engine",
     "check_format",
     "export_adapter",
+    "format_for",
     "written",
 ]
 
-# A and B are each rounded once: by 6e-8, 5e-4 or 4e-3 of an entry at most, by dtype, and what they lose may add up. A
-# dropped mixer or scale costs about 1.
-FOLD_TOLERANCE = 1e-6
+# What programs load, of a given adapter.
+ENGINE_FORMATS: Mapping[str, Callable[[Adapter], str]] = {
+    "peft": lambda _: "lora",
+    "vllm": lambda _: "lora",
+    "sglang": lambda _: "lora",
+    "llama.cpp": lambda _: "gguf",
+    "diffusers": lambda _: "diffusers",
+    "comfyui": comfyui.best_format,
+}
+
+# As for FOLD_TOLERANCE, by what the dtype rounds an entry by: 5e-4 or 4e-3.
 TOLERANCES = {"float32": FOLD_TOLERANCE, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 PROOF_FILE = "moslora_proof.json"
@@ -119,6 +130,42 @@ def check_format(to: str) -> None:
     raise ValueError(f"The format {to} is unknown; choose one of {', '.join(WRITTEN)}.{hint}")
 
 
+def check_engine(engine: str) -> None:
+    """Refuse a program that is not known.
+
+    Args:
+        engine: Its name.
+
+    Raises:
+        ValueError: If it is unknown; the nearest name is in the message.
+    """
+    if engine in ENGINE_FORMATS:
+        return
+    near = difflib.get_close_matches(engine, ENGINE_FORMATS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"The engine {engine!r} is unknown; choose of {', '.join(sorted(ENGINE_FORMATS))}.{hint}"
+    )
+
+
+def format_for(engine: str, adapter: Adapter) -> str:
+    """Return the format that a program loads.
+
+    Args:
+        engine: A key of ``ENGINE_FORMATS``.
+        adapter: What it shall run.
+
+    Returns:
+        One of ``WRITTEN``.
+
+    Raises:
+        AdapterError: If it runs nothing of this adapter's kind.
+        ValueError: If the program is unknown; the nearest name is in the message.
+    """
+    check_engine(engine)
+    return ENGINE_FORMATS[engine](adapter)
+
+
 @contextlib.contextmanager
 def written(
     adapter: Adapter, out: Path, to: str, dtype: str | None = None, base: str | None = None
@@ -207,21 +254,26 @@ def base_config(adapter: Adapter, base: str | None) -> dict[str, Any]:
 def export_adapter(
     source: str | Path,
     out: str | Path,
-    to: str = "lora",
+    to: str | None = None,
     *,
+    engine: str | None = None,
     rank: int | None = None,
     dtype: str | None = None,
     base: str | None = None,
+    alpha: float | None = None,
 ) -> ExportProof:
     """Write an adapter in another format, and prove it.
 
     Args:
         source: Adapter of any format that is read.
         out: Directory to write, or file where the format is a single one; must not exist yet.
-        to: One of ``WRITTEN``. All but ``"native"`` fold the mixers.
+        to: One of ``WRITTEN``; ``"lora"`` if neither this nor ``engine`` is given. All but ``"native"`` fold the
+            mixers.
+        engine: A key of ``ENGINE_FORMATS``, instead of ``to``: what it loads is written.
         rank: Bring every module to this rank, by the singular values of ΔW.
         dtype: A key of ``TOLERANCES``; None for float32, or natively what the factors have.
         base: Base model, for formats that need its configuration; None for the one the adapter names.
+        alpha: The ``lora_alpha`` that it was trained with, for a file that does not say it.
 
     Returns:
         What was measured; where a directory is written it is kept there as ``moslora_proof.json``.
@@ -232,10 +284,17 @@ def export_adapter(
         ProofError: If the proof failed; nothing is left at ``out``.
         ValueError: If an argument makes no sense.
     """
-    check_format(to)
+    if engine is not None and to is not None:
+        raise ValueError(f"--for {engine} chooses the format, so --to {to} has no place beside it. Give one.")
+    if engine is not None:
+        check_engine(engine)
+    else:
+        to = to or "lora"
+        check_format(to)
     source = Path(source)
     found = detect(source)
-    adapter = read_adapter(source)
+    adapter = read_adapter(source, alpha)
+    to = to or format_for(str(engine), adapter)
     ranked = to_rank(adapter, rank) if rank is not None else None
     wanted = adapter if ranked is None else ranked.adapter
     with written(wanted, Path(out), to, dtype, base) as result:

@@ -658,7 +658,7 @@ UNFIT_FOR_VISION = {
 
 # What has no place in the files that image programs read; better said before training than after.
 UNFIT_FOR_IMAGES = {
-    "use_dora": "diffusers' files of DoRA are not written",
+    "use_dora": "kohya's file, which a run leaves too, holds no DoRA",
     "bias": "diffusers' files hold factors alone",
     "modules_to_save": "diffusers' files hold factors alone",
     "target_parameters": "diffusers' files hold factors alone",

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moslora.adapter import Adapter, AdapterError
-from moslora.formats import diffusers, gguf, kohya, lora, native, official, paddle, pipeline
+from moslora.formats import (
+    diffusers,
+    gguf,
+    kohya,
+    lora,
+    native,
+    official,
+    paddle,
+    pipeline,
+    pipeline_checkpoint,
+)
 from moslora.formats.directory import CONFIG, WEIGHTS, read_config, read_header
 
 __all__ = ["FORMATS", "WRITTEN", "Format", "detect", "read_adapter"]
@@ -28,15 +39,17 @@ class Format:
         read_back: Reads what was written through another project's reader, given what it was written from; None
             where there is none.
         needs_base: Whether writing takes the base's ``config.json``, as ``base``.
+        takes_alpha: Whether reading takes an ``alpha`` for files that do not say theirs.
     """
 
-    read: Callable[[Path], Adapter] | None
+    read: Callable[..., Adapter] | None
     write: Callable[..., None] | None
     purpose: str
     warning: str = ""
     suffix: str = ""
     read_back: Callable[..., tuple[Adapter, str]] | None = None
     needs_base: bool = False
+    takes_alpha: bool = False
 
 
 def _read_each(read: Callable[[Path], Adapter]) -> Callable[[Path], Adapter]:
@@ -93,9 +106,10 @@ FORMATS: dict[str, Format] = {
     "diffusers": Format(
         diffusers.read,
         diffusers.write,
-        "for load_lora_weights of a diffusers pipeline, and ComfyUI",
+        "for load_lora_weights of a diffusers pipeline, and for ComfyUI where that is FLUX or SD3",
         suffix=".safetensors",
         read_back=diffusers.read_with_diffusers,
+        takes_alpha=True,
     ),
     "kohya": Format(
         kohya.read,
@@ -103,6 +117,7 @@ FORMATS: dict[str, Format] = {
         "for ComfyUI, A1111 and sd-scripts",
         suffix=".safetensors",
         read_back=kohya.read_with_diffusers,
+        takes_alpha=True,
     ),
     "official": Format(
         official.read, None, "of MoSLoRA's authors, or of PEFT pull request 2294", official.WARNING
@@ -139,7 +154,11 @@ def detect(path: Path) -> str:
         if kinds:
             return next(iter(kinds.values()))
         if (path / IMAGE_WEIGHTS).is_file():
-            raise AdapterError(f"{path} is a directory of diffusers; give its file, {path / IMAGE_WEIGHTS}.")
+            beside = path / pipeline_checkpoint.FOLDER
+            mixers = f", or with its mixers {beside}" if beside.is_dir() else ""
+            raise AdapterError(
+                f"{path} is a directory of diffusers; give its file, {path / IMAGE_WEIGHTS}{mixers}."
+            )
     found = read_config(path)["peft_type"]
     if found not in TYPES:
         known = ", ".join(sorted(TYPES))
@@ -167,7 +186,7 @@ def _detect_file(path: Path) -> str:
     if any(".moslora_" in name for name in names):
         raise AdapterError(
             f"{path} has factors of MoSLoRA, but not the name of the model that they are for, as {names[0]!r}. Save "
-            'them with the pipeline\'s save_lora_weights(…, **_collate_lora_metadata({"unet": unet})), or a PeftModel '
+            "it with moslora.save_for_diffusers(folder, unet=unet) or the pipeline's save_lora_weights, or a PeftModel "
             "with save_pretrained."
         )
     example = f", as {names[0]!r}" if names else ""
@@ -177,19 +196,30 @@ def _detect_file(path: Path) -> str:
     )
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     """Read an adapter of any format that is read.
 
     Args:
         path: Its directory, or its file where it is a single one.
+        alpha: The ``lora_alpha`` that it was trained with, for a file that does not say it; the scale of a module is
+            then alpha ÷ its rank.
 
     Returns:
         The adapter.
 
     Raises:
-        AdapterError: If it cannot be read or trusted; the message says what to do.
+        AdapterError: If it cannot be read or trusted, or says its alpha itself and one is given; the message says what
+            to do.
+        ValueError: If ``alpha`` is not a finite number other than 0.
     """
     path = Path(path)
-    read = FORMATS[detect(path)].read
+    found = detect(path)
+    read = FORMATS[found].read
     assert read is not None, "what is detected is read"
-    return read(path)
+    if alpha is None:
+        return read(path)
+    if not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(f"alpha={alpha!r} is not an alpha; it must be a finite number other than 0.")
+    if not FORMATS[found].takes_alpha:
+        raise AdapterError(f"{path} is {found}, whose configuration says its alpha. Leave --alpha out.")
+    return read(path, alpha)

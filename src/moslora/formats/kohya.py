@@ -2,8 +2,9 @@
 
 A module's path has its dots turned to underscores and a prefix for the model: ``lora_unet_``, ``lora_te1_``,
 ``lora_te2_``. It holds ``lora_down`` (A), ``lora_up`` (B) and ``alpha``, and in LoCon files of convolutions maybe
-``lora_mid``, a core with ``ΔW = up · mid · down``. Read are diffusers' names of modules and the original UNet's
-(``input_blocks``, SDXL as sd-scripts trains it), and FLUX's with its fused projections. Written are diffusers' names.
+``lora_mid``, a core with ``ΔW = up · mid · down``. Files that MoSLoRA's authors converted have their mixers as
+``lora_downB``. Read are diffusers' names of modules and the original UNet's (``input_blocks``, SDXL as sd-scripts
+trains it), and FLUX's with its fused projections. Written are diffusers' names.
 
 diffusers reads one alpha for a whole file: where ranks differ, its converter loses the others, and the scale of those
 modules is wrong without a word (0.42.1). So all modules get one rank, filled up with zeros, and alpha = r.
@@ -22,6 +23,7 @@ from moslora.adapter import LINEAR, Adapter, AdapterError, Factors, Form
 from moslora.formats import through_diffusers
 from moslora.formats.directory import as_stored, load_tensors, read_header, save_tensors
 from moslora.formats.lora import flatten
+from moslora.formats.official import check_mixers
 from moslora.formats.pipeline import by_component, check_writable, join, name_clip, own_clip
 from moslora.ranks import pad
 
@@ -35,6 +37,7 @@ PREFIXES = {
 }
 KEY = re.compile(r"(lora_unet|lora_te[12]?)_([A-Za-z0-9_]+)\.(.+)")
 PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "core", "alpha": "alpha"}
+PARTS["lora_downB.weight"] = "M"
 OTHER_METHODS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -164,7 +167,7 @@ def _place(component: str, path: str, factors: Factors) -> dict[str, Factors]:
     return placed
 
 
-def _factors(where: str, parts: dict[str, Tensor]) -> Factors:
+def _factors(where: str, parts: dict[str, Tensor], given_alpha: float | None) -> Factors:
     """Put one module together; a core is folded into A."""
     missing = {"A", "B"} - parts.keys()
     if missing:
@@ -174,32 +177,34 @@ def _factors(where: str, parts: dict[str, Tensor]) -> Factors:
     if A.ndim not in (2, 3, 4, 5) or B.ndim != A.ndim or B.shape[2:].numel() != 1:
         raise AdapterError(f"{where}: {tuple(A.shape)} and {tuple(B.shape)} are no factors of one module.")
     r, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
-    alpha = float(parts["alpha"]) if "alpha" in parts else float(r)
+    alpha = float(parts["alpha"]) if "alpha" in parts else float(r if given_alpha is None else given_alpha)
     if "core" in parts:
         core = parts["core"]
-        if core.ndim != A.ndim or core.shape[1] != r or A.shape[2:].numel() != 1:
+        if core.ndim != A.ndim or core.shape[1] != r or A.shape[2:].numel() != 1 or "M" in parts:
             raise AdapterError(f"{where}: lora_mid {tuple(core.shape)} does not fit {tuple(A.shape)}.")
         # A' = core · A: a convolution of the core's kernel after one of kernel 1.
         A = torch.einsum("pq...,qi->pi...", core.double(), A.flatten(1).double()).to(dtype)
     try:
         form = Form("conv", tuple(A.shape[2:])) if A.ndim > 2 else LINEAR
-        M = torch.eye(A.shape[0], dtype=A.dtype)
+        M = parts["M"].to(A.dtype) if "M" in parts else torch.eye(A.shape[0], dtype=A.dtype)
         return Factors(A.flatten(1), M, B.flatten(1).to(A.dtype), alpha / r, form)
     except ValueError as error:
         raise AdapterError(f"{where}: {error}") from error
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, alpha: float | None = None) -> Adapter:
     """Read a kohya file.
 
     Args:
         path: The ``.safetensors`` file.
+        alpha: What modules that have none were trained with; None for their rank, as its readers have it.
 
     Returns:
         The adapter, with diffusers' paths below ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``.
 
     Raises:
-        AdapterError: If it is damaged, of another method, or of an unknown model.
+        AdapterError: If it is damaged, of another method, or of an unknown model, or every module has its alpha and one
+            is given.
     """
     names, _ = read_header(path)
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -222,9 +227,15 @@ def read(path: Path) -> Adapter:
         if part == "alpha" and tensors[name].numel() != 1:
             raise AdapterError(f"{path}: {name} has {tensors[name].numel()} values; an alpha is one number.")
         grouped.setdefault((PREFIXES[prefix], flat), {})[PARTS[part]] = tensors[name]
+    if alpha is not None and all("alpha" in parts for parts in grouped.values()):
+        raise AdapterError(f"{path} says its alpha itself, module by module. Leave --alpha out.")
+    for component in {component for component, _ in grouped}:
+        check_mixers(str(path), {flat: parts for (c, flat), parts in grouped.items() if c == component})
     modules: dict[str, Factors] = {}
     for (component, flat), parts in grouped.items():
-        for place, factors in _place(component, _path(flat), _factors(f"{path}: {flat}", parts)).items():
+        for place, factors in _place(
+            component, _path(flat), _factors(f"{path}: {flat}", parts, alpha)
+        ).items():
             if place in modules:
                 raise AdapterError(f"{path} adapts {place} twice.")
             modules[place] = factors
@@ -237,7 +248,11 @@ def join_modules(modules: dict[str, Factors]) -> Adapter:
     for place in sorted(modules):
         component, _, path = place.partition(".")
         parts.setdefault(component, {})[path] = modules[place]
-    return join({name: Adapter(own) for name, own in parts.items()})
+    mixed = {
+        name: {} if all(f.is_folded for f in own.values()) else {"mixer": "kaiming"}
+        for name, own in parts.items()
+    }
+    return join({name: Adapter(own, mixed[name]) for name, own in parts.items()})
 
 
 def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -260,7 +275,7 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
     if strange:
         raise AdapterError(
             f"The adapter is of a {strange[0]}, as FLUX and SD3 have it, whose kohya names diffusers itself rejects. "
-            "Write --to diffusers; ComfyUI reads that too."
+            "Write --to diffusers; of FLUX and SD3 ComfyUI applies that whole."
         )
     check_writable(
         parts,
@@ -272,8 +287,8 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         if component != "unet" and attention and "out_proj" not in attention:
             raise AdapterError(
                 f"{component} has {', '.join(sorted(attention))} adapted and no out_proj. diffusers' reader of "
-                "kohya files then passes over them without a word (0.42.1). Write --to diffusers, which ComfyUI reads "
-                "too, or adapt out_proj."
+                "kohya files then passes over them without a word (0.42.1). Adapt out_proj too; or write the text "
+                "encoder's adapter alone --to diffusers, which ComfyUI applies whole, beside a kohya file of the U-Net."
             )
     r = max(factors.r for part in parts.values() for factors in part.modules.values())
     tensors: dict[str, Tensor] = {}

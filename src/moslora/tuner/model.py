@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from moslora import compat_diffusers
 from moslora.adapter import exact_pattern
 from moslora.tuner import dora
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
@@ -154,6 +155,8 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             ValueError: If a target module cannot carry the adapter; the message names the way out.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if compat_diffusers.is_of_diffusers(model):
+            compat_diffusers.install()
         leave_fast_paths(model)
         warn_of_whole_factors(model, adapter_name)
         unlike_lora = self.peft_config[adapter_name].unlike_lora
@@ -412,6 +415,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         live = {name: start.weight for name, start in _starts(model).items()}
         selected = for_file(selected, {name: {**live, **state_dict, **selected}[name] for name in live})
         check_whole(selected)
+        compat_diffusers.remember(selected, config)
         return selected
 
     @classmethod
@@ -427,7 +431,8 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             ValueError: If a factor is missing, left over, of the wrong shape, or not finite.
         """
         state_dict = {
-            key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}."): t for key, t in state_dict.items()
+            key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}."): t
+            for key, t in compat_diffusers.restore_mixers(state_dict).items()
         }
         own = {cls._remove_adapter_name_from_key(name, adapter_name): s for name, s in _starts(model).items()}
         own = {name: start for name, start in own.items() if name.endswith(f".{STARTS}.weight")}
