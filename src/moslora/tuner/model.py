@@ -178,9 +178,10 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         """Refuse an adapter whose parameters would be nested otherwise than another's.
 
         Raises:
-            ValueError: If two adapters target different parameters.
+            ValueError: If two adapters target different parameters, or an argument is set that cannot be used.
         """
         super()._check_new_adapter_config(config)
+        config.check_arguments()  # again, for what was set after it was made
         targets = {
             name: sorted(other.target_parameters)
             for name, other in self.peft_config.items()
@@ -412,6 +413,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         live = {name: start.weight for name, start in _starts(model).items()}
         selected = for_file(selected, {name: {**live, **state_dict, **selected}[name] for name in live})
         check_whole(selected)
+        config.note_saving()
         return selected
 
     @classmethod
