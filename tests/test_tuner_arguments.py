@@ -276,6 +276,32 @@ def test_a_configuration_beside_its_adapters_values_leaves_the_start_to_them(tmp
         assert torch.equal(run(PeftModel.from_pretrained(tiny.llama(), tmp_path / name)), expected)
 
 
+@torch.no_grad()
+def test_ignore_mismatched_sizes_loads_what_fits_and_says_what_does_not(tmp_path: Path) -> None:
+    """As in PEFT's LoRA: a tensor of another size stays as it was. Without the word nothing is loaded."""
+    saved = laws.adapt(tiny.llama, target_modules=["lm_head", "q_proj"], seed=2)
+    saved.save_pretrained(tmp_path, save_embedding_layers=False)
+    longer = lambda: tiny.llama(vocab_size=80)  # noqa: E731
+    for low_cpu_mem_usage in (False, True):
+        fresh = laws.adapt(longer, target_modules=["lm_head", "q_proj"])
+        before = {name: p.clone() for name, p in laws.factors_by_key(fresh).items()}
+        with pytest.raises(ValueError, match=r"nothing was loaded.*\n.*lm_head.*\(64, 4\).*\(80, 4\)"):
+            fresh.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+        assert all(torch.equal(p, before[name]) for name, p in laws.factors_by_key(fresh).items())
+        with pytest.warns(UserWarning, match=r"lm_head.*found shape torch.Size\(\[64, 4\]\)"):
+            fresh.load_adapter(
+                tmp_path, "default", ignore_mismatched_sizes=True, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        loaded, values = laws.factors_by_key(fresh), laws.factors_by_key(saved)
+        for name, p in loaded.items():
+            stayed = "lm_head.moslora_B" in name
+            assert torch.equal(p, before[name] if stayed else values[name])
+        # Once is once: what is loaded afterwards is judged anew.
+        fresh.load_state_dict(fresh.state_dict())
+        with pytest.raises(ValueError, match="nothing was loaded"):
+            fresh.load_adapter(tmp_path, "default")
+
+
 def test_the_status_of_a_model_names_the_method() -> None:
     assert laws.adapt(tiny.llama, target_modules=ATTENTION).get_model_status().peft_types == {
         "default": "MOSLORA"

@@ -27,7 +27,7 @@ from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.experts import ParamWrapper
-from moslora.tuner.held_mixer import STARTS, MixerStart, for_file, from_file
+from moslora.tuner.held_mixer import STARTS, MixerStart, for_file, from_file, is_narrow
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.patches import patch
@@ -163,6 +163,26 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             warnings.warn(
                 f"{name!r}{more}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
                 "plain LoRA; merge it into the base instead, or leave such modules out.",
+                stacklevel=2,
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Hold an adapter in float32, or all of it in the dtype that its layers gave to its factors.
+
+        Warns:
+            UserWarning: If a magnitude is going to be trained in 16 bits.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        layers = [module for module in self.modules() if isinstance(module, MoSLoRALayer)]
+        held = {dora.cast_like_factors(layer, adapter_name) for layer in layers} - {None}
+        narrow = [dtype for dtype in held if dtype is not None and is_narrow(dtype)]
+        if narrow and not self.peft_config[adapter_name].inference_mode:
+            warnings.warn(
+                f"DoRA's magnitude is held in {narrow[0]}, as autocast_adapter_dtype=False asks for. Its entries are "
+                "about as large as the norms of the base's rows, so most steps of training round to nothing there. "
+                "Leave autocast_adapter_dtype out to train it in float32.",
                 stacklevel=2,
             )
 
@@ -426,7 +446,9 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         a model that runs and is wrong.
 
         Raises:
-            ValueError: If a factor is missing, left over, of the wrong shape, or not finite.
+            ValueError: If a factor is missing, left over, of the wrong shape, or not finite. A wrong shape is refused
+                when it is loaded, because PEFT takes such tensors out in between for ``ignore_mismatched_sizes=True``,
+                and warns of them.
         """
         state_dict = {
             key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}."): t for key, t in state_dict.items()
@@ -446,28 +468,52 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         expected = {key: value for key, value in model.state_dict().items() if factor.search(key)}
         found = {key: value for key, value in remapped.items() if f".{PREFIX}" in key}
         problems = [f"{key}: missing from the checkpoint" for key in expected.keys() - found.keys()]
+        mismatched: dict[str, str] = {}
         for key, tensor in found.items():
             if key not in expected:
                 near = difflib.get_close_matches(key, expected, n=1)
                 problems.append(f"{key}: fits no adapted module" + (f" (nearest: {near[0]})" if near else ""))
             elif tensor.shape != expected[key].shape:
-                problems.append(
+                mismatched[key] = (
                     f"{key}: is {tuple(tensor.shape)}, the model needs {tuple(expected[key].shape)}"
                 )
             elif not tensor.is_meta and not torch.isfinite(tensor).all():
                 problems.append(f"{key}: has NaN or infinite values")
         if problems:
-            shown = "\n  ".join(sorted(problems)[:5])
-            rest = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(
-                f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
-                "Load it on the base model that its adapter_config.json names."
-            )
+            raise _misfit([*problems, *mismatched.values()])
+        if mismatched:
+            _refuse_to_load(model, mismatched)
         return (
             {**remapped, **shard_like(remapped, sharded)}
             if (sharded := sharded_parameters(model))
             else remapped
         )
+
+
+def _misfit(problems: list[str]) -> ValueError:
+    """Make the error of an adapter that does not fit its model."""
+    shown = "\n  ".join(sorted(problems)[:5])
+    rest = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return ValueError(
+        f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
+        "Load it on the base model that its adapter_config.json names."
+    )
+
+
+def _refuse_to_load(model: nn.Module, mismatched: dict[str, str]) -> None:
+    """Let the next state dict that is loaded fail, before anything is copied, if it has one of these tensors."""
+
+    def refuse(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
+        handle.remove()
+        left = [
+            reason
+            for key, reason in mismatched.items()
+            if key in state_dict or key.removeprefix("base_model.model.") in state_dict
+        ]
+        if left:
+            raise _misfit(left)
+
+    handle = model.register_load_state_dict_pre_hook(refuse)
 
 
 def _starts(model: nn.Module) -> dict[str, MixerStart]:
