@@ -378,7 +378,7 @@ def test_what_cannot_hold_a_magnitude_refuses_it_and_names_the_way_out(tmp_path:
 def test_autocast_adapter_dtype_false_leaves_the_magnitude_in_the_dtype_of_the_factors(
     tmp_path: Path,
 ) -> None:
-    """As in PEFT's LoRA. What is lost by training it there is said; where nothing is trained there is nothing to say."""
+    """As in PEFT's LoRA. What is lost by training it there is said; where nothing is trained, nothing."""
     settings = {"target_modules": ["q_proj"], "use_dora": True, "r": 4}
     base = lambda: tiny.llama().to(torch.bfloat16)  # noqa: E731
     lora = get_peft_model(base(), LoraConfig(**settings), autocast_adapter_dtype=False)

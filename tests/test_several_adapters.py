@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import merge_utils
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
@@ -22,6 +24,12 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 def config(**changes: Any) -> MoSLoRAConfig:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False}
     return MoSLoRAConfig(**{**settings, **changes})
+
+
+def lora_config(**changes: Any) -> LoraConfig:
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False, **changes}
+    )
 
 
 def with_two(model: nn.Module | None = None, **other: Any) -> Any:
@@ -168,22 +176,85 @@ def test_svd_is_exact_at_the_sum_of_the_ranks_and_nearest_below() -> None:
         assert abs(float(found - lost)) < MODEL * float(delta.norm())
 
 
+PRUNING = {
+    "magnitude_prune": {},
+    "dare_linear": {},
+    "ties": {},
+    "ties_svd": {"majority_sign_method": "frequency"},
+    "dare_ties": {"majority_sign_method": "frequency"},
+}
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("kind", PRUNING)
+def test_ties_and_dare_are_those_of_peft_on_delta_weights(kind: str, density: float) -> None:
+    """At the full rank nothing is lost of what PEFT's own functions make of the ΔW of each adapter."""
+    model = with_two(r=2, target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(3)
+    model.add_weighted_adapter(
+        ["default", "other"], [0.7, -1.5], "sum", kind, svd_rank=64, density=density, **PRUNING[kind]
+    )
+    merge: Any = getattr(merge_utils, kind.removesuffix("_svd"))
+    torch.manual_seed(3)
+    for layer in layers_of(model).values():
+        weights = {n: w for n, w in (("default", 0.7), ("other", -1.5)) if n in layer.scaling}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns that a density of 1 prunes nothing
+            expected = merge(
+                [layer.get_delta_weight(n) for n in weights],
+                torch.tensor(list(weights.values())),
+                density,
+                **PRUNING[kind],
+            )
+        assert relative_error(layer.get_delta_weight("sum"), expected) < MODEL
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ties_svd", "magnitude_prune_svd"])
+def test_a_pruned_sum_of_a_rank_is_what_peft_makes_of_the_folded_loras(kind: str) -> None:
+    """Random choices aside, which depend on how often each of the two has drawn before."""
+    arguments = {"combination_type": kind, "density": 0.4, "svd_rank": 3}
+    ours, lora = with_two(), get_peft_model(tiny.llama(), lora_config())
+    lora.add_adapter("other", lora_config())
+    held = dict(lora.named_modules())
+    for path, layer in layers_of(ours).items():
+        for name in ("default", "other"):
+            A, M, B, _ = layer.factors(name)
+            held[path].lora_A[name].weight.copy_(M @ A)
+            held[path].lora_B[name].weight.copy_(B)
+    for model in (ours, lora):
+        model.add_weighted_adapter(["default", "other"], [0.6, 0.9], "sum", **arguments)
+    for path, layer in layers_of(ours).items():
+        expected = held[path].get_delta_weight("sum")
+        assert relative_error(layer.get_delta_weight("sum"), expected) < MODEL
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((["default", "nobody"], [1.0, 1.0], "sum"), "has 'nobody'"),
-        ((["default"], [1.0, 2.0], "sum"), "a weight for each"),
-        ((["default"], [float("nan")], "sum"), "no finite number"),
-        ((["default"], [1.0], "other"), "already"),
-        ((["default"], [1.0], "sum", "ties"), "unknown; choose one of"),
-        ((["default"], [1.0], "sum", "cat", 4), "svd_rank"),
+        ({"adapters": ["default", "nobody"], "weights": [1.0, 1.0]}, "has 'nobody'"),
+        ({"weights": [1.0, 2.0]}, "a weight for each"),
+        ({"weights": [float("nan")]}, "not a finite number"),
+        ({"adapter_name": "other"}, "already"),
+        ({"combination_type": "mean"}, "unknown; choose one of"),
+        ({"combination_type": "cat", "svd_rank": 4}, "svd_rank"),
+        ({"combination_type": "ties"}, r"needs density.*\(0, 1\]; found None"),
+        ({"combination_type": "ties", "density": 0.0}, "found 0.0"),
+        ({"combination_type": "dare_linear", "density": 1.5}, "found 1.5"),
+        ({"density": 0.5}, r"density=0.5 needs.*'ties'"),
+        ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "loudest"}, "'frequency'"),
+        ({"majority_sign_method": "frequency"}, "elects signs"),
+        ({"combination_type": "svd", "svd_clamp": 0.9}, "svd_clamp=0.9 cannot be used: it clips"),
+        ({"combination_type": "svd", "svd_driver": "gesvd"}, "svd_driver='gesvd' cannot be used"),
     ],
 )
 def test_senseless_sums_are_refused_and_change_nothing(arguments: Any, match: str) -> None:
     model = with_two()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=match):
-        model.add_weighted_adapter(*arguments)
+        model.add_weighted_adapter(
+            **{"adapters": ["default"], "weights": [1.0], "adapter_name": "sum", **arguments}
+        )
     after = model.state_dict()
     assert set(model.peft_config) == {"default", "other"}
     assert after.keys() == before.keys() and all(torch.equal(after[n], t) for n, t in before.items())

@@ -39,7 +39,7 @@ from moslora.tuner.sharding import (
     sharded_parameters,
     warn_of_whole_factors,
 )
-from moslora.tuner.weighted import combine
+from moslora.tuner.weighted import REFUSED_IN_SUMS, How, combine
 
 __all__ = ["MoSLoRAModel", "register"]
 
@@ -310,6 +310,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         adapter_name: str,
         combination_type: str = "cat",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
         """Add an adapter whose ΔW is the weighted sum of others'.
 
@@ -320,8 +325,17 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             weights: A factor for each, unitless; may be negative.
             adapter_name: Name of the new adapter; it is not made active.
             combination_type: ``"cat"`` (or ``"linear"``, the same here): exact, ranks add up. ``"svd"``: the
-                nearest sum of a rank.
-            svd_rank: Rank for ``"svd"``; the largest of the adapters' if None.
+                nearest sum of a rank. ``"magnitude_prune"``, ``"ties"`` (arXiv:2306.01708), ``"dare_linear"`` and
+                ``"dare_ties"`` (arXiv:2311.03099) prune each ΔW entry by entry first, and take the nearest matrix of
+                a rank to what comes out; with ``"_svd"`` behind them they are the same here. DARE draws from torch's
+                generator.
+            svd_rank: Rank of what is nearest; the largest of the adapters' if None.
+            svd_clamp: Refused unless None, because clipped factors are not the nearest any more.
+            svd_full_matrices: Ignored: singular vectors beyond the rank are not used.
+            svd_driver: Refused unless None; torch chooses.
+            density: Share of the entries of each ΔW that are kept, in (0, 1], for what prunes.
+            majority_sign_method: For ``"ties"`` and ``"dare_ties"``, what elects the sign of an entry: ``"total"``, its
+                sum, or ``"frequency"``, the number of adapters.
 
         Raises:
             ValueError: If the sum cannot be had; the message names the way out. The model is as before then.
@@ -333,7 +347,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             raise ValueError(f"The model has an adapter {adapter_name!r} already. Choose another name.")
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, MoSLoRALayer)}
         self._check_summable(adapters, layers)
-        combined = combine(layers, adapters, weights, combination_type, svd_rank)
+        for name, value in (("svd_clamp", svd_clamp), ("svd_driver", svd_driver)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} cannot be used: {REFUSED_IN_SUMS[name]}")
+        how = How(combination_type, svd_rank, density, majority_sign_method)
+        combined = combine(layers, adapters, weights, how)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
         # What is inside an attention is adapted with it, and is no target of its own.
         inside = {
@@ -513,7 +531,8 @@ def _refuse_to_load(model: nn.Module, mismatched: dict[str, str]) -> None:
         if left:
             raise _misfit(left)
 
-    handle = model.register_load_state_dict_pre_hook(refuse)
+    root: Any = model
+    handle = root.register_load_state_dict_pre_hook(refuse)
 
 
 def _starts(model: nn.Module) -> dict[str, MixerStart]:
