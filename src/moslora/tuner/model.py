@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from moslora.adapter import exact_pattern
-from moslora.tuner import dora
+from moslora.tuner import dora, swapping
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.embedding import MoSLoRAEmbedding
@@ -548,7 +548,4 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoSLoRAType.MOSLORA] = PREFIX
-    # Ranks and alphas too: PEFT would pad a smaller mixer wrongly, and set_scale go on with the old alpha.
-    hotswap.CONFIG_KEYS_TO_CHECK[MoSLoRAType.MOSLORA] = [
-        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "use_dora")
-    ]
+    hotswap.CONFIG_KEYS_TO_CHECK[MoSLoRAType.MOSLORA] = list(swapping.CHECKED)
