@@ -607,10 +607,8 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
     Exceptional(
         ("Embedding", "tied embedding"),
         ("hotswap",),
-        "has no attribute 'scaling'",
-        "has no attribute 'scaling'",
-        because="PEFT's hotswap looks for factors that are modules; an embedding's are parameters, in LoRA too. "
-        "Load the other adapter beside it and call set_adapter.",
+        lora="has no attribute 'scaling'",
+        because="PEFT's hotswap looks for factors that are modules; an embedding's are parameters.",
     ),
     Exceptional(
         ("Multihead-Attention",),

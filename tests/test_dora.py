@@ -372,3 +372,21 @@ def test_what_cannot_hold_a_magnitude_refuses_it_and_names_the_way_out(tmp_path:
     assert errors.keys() == {"vllm: DoRA", "sglang: DoRA", "llama.cpp: format"}
     assert all("merge_and_unload()" in fix for fix in errors.values())
     assert any(f.check == "DoRA" and f.level == "note" for f in findings)
+
+
+@torch.no_grad()
+def test_autocast_adapter_dtype_false_leaves_the_magnitude_in_the_dtype_of_the_factors(
+    tmp_path: Path,
+) -> None:
+    """As in PEFT's LoRA. What is lost by training it there is said; where nothing is trained, nothing."""
+    settings = {"target_modules": ["q_proj"], "use_dora": True, "r": 4}
+    base = lambda: tiny.llama().to(torch.bfloat16)  # noqa: E731
+    lora = get_peft_model(base(), LoraConfig(**settings), autocast_adapter_dtype=False)
+    with pytest.warns(UserWarning, match="magnitude is held in torch.bfloat16.*round to nothing"):
+        ours = get_peft_model(base(), MoSLoRAConfig(**settings), autocast_adapter_dtype=False)
+    for model in (ours, lora):
+        assert {p.dtype for p in laws.factors_by_key(model).values()} == {torch.bfloat16}
+    get_peft_model(base(), MoSLoRAConfig(**settings)).save_pretrained(tmp_path)
+    for autocast, expected in ((True, torch.float32), (False, torch.bfloat16)):
+        loaded = PeftModel.from_pretrained(base(), tmp_path, autocast_adapter_dtype=autocast)
+        assert {p.dtype for p in laws.factors_by_key(loaded).values()} == {expected}

@@ -111,6 +111,33 @@ def test_gradient_checkpointing_of_both_kinds_gives_the_same_gradients(use_reent
 # ---- transformers --------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_transformers_own_hot_swap_takes_another_rank_and_scale_and_refuses_what_does_not_fit(
+    tmp_path: Path,
+) -> None:
+    ids, outputs = tiny.tokens(), {}
+    for name, changes in (("one", {}), ("two", {"r": 2, "lora_alpha": 32}), ("big", {"r": 8})):
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "init_lora_weights": False}
+        torch.manual_seed(len(outputs))
+        saved = tiny.llama()
+        saved.add_adapter(MoSLoRAConfig(**{**settings, **changes}))
+        saved.save_pretrained(tmp_path / name)
+        outputs[name] = saved(ids).logits
+    model = tiny.llama()
+    model.load_adapter(str(tmp_path / "one"), adapter_name="default")
+    compiled, compilations = counted(model)
+    assert relative_error(compiled(ids, use_cache=False).logits, outputs["one"]) < MODEL
+    report = model.load_adapter(str(tmp_path / "two"), adapter_name="default", hotswap=True)
+    assert not report.missing_keys and not report.error_msgs
+    assert relative_error(compiled(ids, use_cache=False).logits, outputs["two"]) < MODEL
+    assert len(compilations) == 1
+    with pytest.raises(ValueError, match=r"rank 8 does not fit into rank 4"):
+        model.load_adapter(str(tmp_path / "big"), adapter_name="default", hotswap=True)
+    with pytest.raises(ValueError, match="already exists"):
+        model.load_adapter(str(tmp_path / "one"), adapter_name="default")
+    assert relative_error(model(ids).logits, outputs["two"]) < MODEL
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT's, with LoRA too
 @torch.no_grad()
 def test_transformers_own_methods_hold_several_adapters(tmp_path: Path) -> None:

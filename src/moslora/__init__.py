@@ -21,16 +21,25 @@ if TYPE_CHECKING:
     from moslora.formats import read_adapter
     from moslora.optimizer import param_groups
     from moslora.tuner.config import MoSLoRAConfig
+    from moslora.tuner.lora_fa import create_lorafa_optimizer
     from moslora.tuner.model import MoSLoRAModel
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "MoSLoRAConfig", "MoSLoRAModel", "param_groups", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "MoSLoRAConfig",
+    "MoSLoRAModel",
+    "create_lorafa_optimizer",
+    "param_groups",
+    "read_adapter",
+]
 
 # Where each public name is; it is imported when it is used.
 _PLACES = {
     "Adapter": "moslora.adapter",
     "MoSLoRAConfig": "moslora.tuner.config",
     "MoSLoRAModel": "moslora.tuner.model",
+    "create_lorafa_optimizer": "moslora.tuner.lora_fa",
     "param_groups": "moslora.optimizer",
     "read_adapter": "moslora.formats",
 }

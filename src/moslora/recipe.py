@@ -338,6 +338,8 @@ MANAGED: dict[str, str] = {
     "adapter.revision": "set model.revision",
     "adapter.inference_mode": "a run trains",
     "adapter.peft_version": "PEFT sets it",
+    "adapter.unlike_lora": "the model fills it in",
+    "adapter.values_in_file": "saving fills it in",
 }
 
 # Names from older versions, from other programs, or without their section.

@@ -9,24 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
+from peft.tuners.lora.config import LoraRuntimeConfig
 from torch import Generator, Tensor
 
 from moslora.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
+from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
 
 __all__ = ["MoSLoRAConfig", "MoSLoRAType"]
 
 
-class MoSLoRAType(enum.StrEnum):
+class MoSLoRAType(str, enum.Enum):  # noqa: UP042  PEFT's get_model_status takes the name off "Type.NAME"
     """The PEFT type. An enum of its own, because PEFT's is closed and transformers asks for ``.value``."""
 
     MOSLORA = "MOSLORA"
-
-
-# LoRA arguments that have no meaning here, or not yet: a script that sets one is told so, never half-obeyed.
-REFUSED_ARGUMENTS: dict[str, str] = {
-    "layer_replication": "Layer replication is not supported. Replicate the layers before adapting them.",
-    "lora_bias": "A bias on B is not supported, because few readers of LoRA files know it.",
-}
 
 
 @dataclass
@@ -75,7 +70,13 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             than the input embedding, by the layer's name.
         use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers and convolutions: the update turns the
             rows of the weight, and a vector that is learned says how long they are.
-        layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
+        values_in_file: Filled in when the adapter is saved: the values of its factors lie in a file beside the
+            configuration, so a start that costs or needs something is left to that file. A configuration that was saved
+            alone says false, and starts as a new one does.
+        layer_replication, lora_bias, loftq_config, eva_config, corda_config, lora_ga_config, runtime_config,
+            velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, use_bdlora,
+            arrow_config, kasa_config, megatron_config, megatron_core: LoRA's arguments that are accepted where they
+            change nothing and else refused, with the reason and the way out.
 
     Raises:
         ValueError: If a value has no meaning; the message names the way out.
@@ -111,17 +112,39 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
     use_dora: bool = field(default=False, metadata={"help": "DoRA's magnitude on top."})
-    layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
-    lora_bias: bool = field(default=False)
+    values_in_file: Optional[bool] = field(default=None)  # noqa: UP045
+    # Of LoRA alone: see refused.py. They are in no file that is written.
+    layer_replication: Any = field(default=None, repr=False)
+    lora_bias: Any = field(default=False, repr=False)
+    loftq_config: Any = field(default=None, repr=False)
+    eva_config: Any = field(default=None, repr=False)
+    corda_config: Any = field(default=None, repr=False)
+    lora_ga_config: Any = field(default=None, repr=False)
+    runtime_config: Any = field(default_factory=LoraRuntimeConfig, repr=False)
+    velora_config: Any = field(default=None, repr=False)
+    alora_invocation_tokens: Any = field(default=None, repr=False)
+    use_qalora: Any = field(default=False, repr=False)
+    qalora_group_size: Any = field(default=16, repr=False)
+    monteclora_config: Any = field(default=None, repr=False)
+    use_bdlora: Any = field(default=None, repr=False)
+    arrow_config: Any = field(default=None, repr=False)
+    kasa_config: Any = field(default=None, repr=False)
+    megatron_config: Any = field(default=None, repr=False)
+    megatron_core: Any = field(default="megatron.core", repr=False)
 
     def __post_init__(self) -> None:
         """Check every value, and turn lists of names into sets, as PEFT does."""
         super().__post_init__()
-        # From a file, JSON's text names the type; PEFT's files say inference_mode too, transformers' do not. Such a
-        # configuration brings its values in the file beside it, whatever is done with it later.
         named: Any = getattr(self, "peft_type")  # noqa: B009  mypy knows no type of it here
-        self._is_saved = bool(self.inference_mode) or type(named) is str
+        # Whether it stays so is decided here, whatever is done with the configuration later.
+        self._is_saved = self._brings_values(from_file=type(named) is str)
+        self.values_in_file = self._is_saved
+        self._has_been_saved = False
         self.peft_type = MoSLoRAType.MOSLORA
+        self.check_arguments()
+        if not isinstance(self.runtime_config, LoraRuntimeConfig):
+            self.runtime_config = LoraRuntimeConfig()  # PEFT's from_pretrained writes into it
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -131,6 +154,32 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         if self.ensure_weight_tying:
             self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
         self._check()
+
+    def _brings_values(self, from_file: bool) -> bool:
+        """Tell whether this is a saved adapter's configuration, and not one that starts an adapter.
+
+        What PEFT saves says inference_mode, and what is saved by any way says values_in_file. Before 0.2 nothing did in
+        what transformers saved; but there an adapter had been put onto a model, which writes the base's name. In doubt
+        it is a new one: that costs a decomposition, and the file's values replace it.
+        """
+        if self.inference_mode or self.values_in_file:
+            return True
+        if not from_file:  # JSON's text names the type, an object has the enum's member
+            return False
+        is_of_old = self.values_in_file is None and self.base_model_name_or_path is not None
+        return self.mixer == CUSTOM or (self.mixer == SINGULAR_VALUES and is_of_old)
+
+    def check_arguments(self) -> None:
+        """Refuse arguments of LoRA's that are set and cannot be used.
+
+        Raises:
+            ValueError: With the reason and the way out.
+        """
+        check_arguments(lambda name: getattr(self, name))
+
+    def note_saving(self) -> None:
+        """Note that the factors' values are being saved, so that what is written of this says so from now on."""
+        self._has_been_saved = True
 
     def _take_mixer(self) -> None:
         """Keep a given mixer beside the fields, which stay such that JSON and ``==`` can have them."""
@@ -197,15 +246,12 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         return None if self.mixer == CUSTOM else initial_mixer(str(self.mixer), r, generator)
 
     def _check(self) -> None:
-        for name, reason in REFUSED_ARGUMENTS.items():
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used with MoSLoRA. {reason}")
         for place, rank in [
             ("r", self.r),
             *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
         ]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{place}={rank!r} is no rank; it must be an integer of at least 1.")
+                raise ValueError(f"{place}={rank!r} is not a rank; it must be an integer of at least 1.")
             if self.mixer == "two-subspace" and rank % 2:
                 raise ValueError(f'{place}={rank} is odd, but mixer="two-subspace" mixes two halves.')
             if isinstance(self._given_mixer, Tensor):
@@ -218,6 +264,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         if self.bias not in ("none", "all", "moslora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
         init = self.init_lora_weights
+        if isinstance(init, str) and init.lower() in REFUSED_STARTS:
+            refused = REFUSED_STARTS[init.lower()]
+            raise ValueError(
+                f"init_lora_weights={init!r} cannot be used with MoSLoRA. {refused.reason} {refused.instead}"
+            )
         if init not in (True, False, "gaussian", "orthogonal", "pissa") and self.component_iterations is None:
             raise ValueError(
                 f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, 'gaussian', "
@@ -241,6 +292,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON can hold it: sets sorted, refused arguments left out."""
         values: dict[str, Any] = super().to_dict()
+        values["values_in_file"] = self._is_saved or self._has_been_saved
         return {
             name: sorted(value) if isinstance(value, set) else value
             for name, value in values.items()

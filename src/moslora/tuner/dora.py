@@ -24,6 +24,7 @@ from moslora.tuner.reading import is_called
 __all__ = [
     "Magnitude",
     "begin",
+    "cast_like_factors",
     "check",
     "delta_weight",
     "gain",
@@ -123,6 +124,24 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
                 "use_dora=False."
             )
     layer._modules[HELD][adapter_name] = Magnitude(values)
+
+
+def cast_like_factors(layer: Any, adapter_name: str) -> torch.dtype | None:
+    """Hold an adapter's magnitude in the dtype of its factors.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+
+    Returns:
+        That dtype; None if the adapter has no magnitude there.
+    """
+    if not has_magnitude(layer, adapter_name):
+        return None
+    magnitude, A = layer._modules[HELD][adapter_name], layer.moslora_A[adapter_name].weight
+    magnitude.weight.data = magnitude.weight.data.to(A.dtype)
+    dtype: torch.dtype = A.dtype
+    return dtype
 
 
 def _along(values: Tensor, ndim: int, dim: int) -> Tensor:
