@@ -642,16 +642,6 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         because="PEFT parametrizes the module at every call.",
     ),
     Exceptional(
-        ("Embedding", "tied embedding"),
-        ("use_dora",),
-        "has no place in a Embedding … Leave the module out of target_modules … or set use_dora=False",
-    ),
-    Exceptional(
-        ("Conv2d, groups",),
-        ("use_dora",),
-        "2 groups leave the update without a place in the weight … Leave the module out … or set use_dora=False",
-    ),
-    Exceptional(
         ("Multihead-Attention",),
         ("use_dora",),
         "has no place in a MultiheadAttention … Leave the module out … or set use_dora=False",

@@ -363,7 +363,7 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
     if "magnitude" in flat:  # (out,), of a convolution (1, out, 1, …)
         magnitude = flat["magnitude"]
         shape = (B.shape[0],) if A.ndim < 3 else (1, B.shape[0], *(1,) * (A.ndim - 2))
-        if is_embedding or tuple(magnitude.shape) != shape:
+        if tuple(magnitude.shape) != shape:
             raise ValueError(
                 f"a magnitude of shape {tuple(magnitude.shape)} does not fit B {tuple(B.shape)}."
             )
@@ -463,8 +463,9 @@ def name_tensors(
     """
     stored = as_stored(factors)
     if factors.form.kind == "embedding":
-        return {f"{KEY_PREFIX}{module}.{part}": stored[letter] for part, letter in embedding_parts.items()}
-    named = {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
+        named = {f"{KEY_PREFIX}{module}.{part}": stored[letter] for part, letter in embedding_parts.items()}
+    else:
+        named = {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
     if "magnitude" in stored:
         named[f"{KEY_PREFIX}{module}.{magnitude_part}"] = stored["magnitude"]
     return named

@@ -68,8 +68,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             of a mixture are: a matrix, or one matrix for each expert (which then has its own mixer).
         trainable_token_indices: Token ids whose embeddings are trained in full, as in LoRA; for layers other
             than the input embedding, by the layer's name.
-        use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers and convolutions: the update turns the
-            rows of the weight, and a vector that is learned says how long they are.
+        use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers, convolutions and embeddings: the update
+            turns the rows of the weight, and a vector that is learned says how long they are.
         values_in_file: Filled in when the adapter is saved: the values of its factors lie in a file beside the
             configuration, so a start that costs or needs something is left to that file. A configuration that was saved
             alone says false, and starts as a new one does.

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moslora import ops
+from moslora import functional, ops
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import apply_matrix
 from moslora.tuner.layer import MoSLoRALayer, _without_values
@@ -89,11 +89,26 @@ class MoSLoRAConv(MoSLoRALayer):
         return cast(int, self.get_base_layer().weight.ndim)
 
     def why_no_magnitude(self) -> str | None:
-        """Tell why this layer cannot have DoRA's magnitude; None if it can."""
-        groups = self.get_base_layer().groups
-        if groups == 1:
-            return None
-        return f"its {groups} groups leave the update without a place in the weight, whose norm a magnitude needs"
+        """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
+        return None
+
+    def delta_in_norm(self, adapter: str) -> Tensor:
+        """Build what DoRA's norm takes to be added to the base weight; between groups as PEFT's LoRA lays it.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            The shape of the base weight, ``(out, in / groups, *kernel)``; float32 at least.
+        """
+        base = self.get_base_layer()
+        if base.groups == 1:
+            return super().delta_in_norm(adapter)
+        A, M, B = self._held(adapter)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        A, M = A.flatten(1).to(dtype), M.flatten(1).to(dtype)
+        B = B.reshape(-1, len(A)).to(dtype)  # (out / groups, r), rows of several outputs in one
+        return functional.delta_weight(A, M, B, self.scaling[adapter]).view(base.weight.shape)
 
     def base_product(self, x: Tensor) -> Tensor:
         """Return the base layer's output without its bias."""

@@ -69,6 +69,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     quantized_kind = ""
     # How many dimensions the base weight has, where a layer may have a magnitude.
     weight_dims = 2
+    # Whether the input is numbers, of which dropout can drop some.
+    has_droppable_input = True
     # Whether factors may start from the base weight, or orthogonal.
     takes_starts = False
     # Whether an update is made row by row of the input, so that each row may have an adapter of its own.
@@ -184,7 +186,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
     def why_no_magnitude(self) -> str | None:
         """Tell why this layer cannot have DoRA's magnitude; None if it can."""
-        return "DoRA's magnitude is there for linear layers and convolutions"
+        return "DoRA's magnitude is there for linear layers, convolutions and embeddings"
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return ``s·B·M·A·x``, dropping nothing; of layers that may have a magnitude."""
@@ -456,6 +458,17 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             for a, m, b in zip(*(_matrices(factor.to(dtype)) for factor in (A, M, B)), strict=True)
         ]
         return self._lay(delta[0] if A.ndim == 2 else torch.stack(delta))
+
+    def delta_in_norm(self, adapter: str) -> Tensor:
+        """Build what DoRA's norm takes to be added to the base weight.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            The shape of the base weight; float32 where the factors are of lower precision, else their dtype.
+        """
+        return self.low_rank_delta(adapter)
 
     def get_base_weight(self) -> Tensor:
         """Return the base weight, dequantised if it is quantised."""
