@@ -518,6 +518,7 @@ FEATURES: dict[str, Feature] = {
     "mixer=a callable": Feature(takes_a_mixer, is_our_own=True),
     "use_dora=True": Feature(takes(use_dora=True)),
     'init_lora_weights="pissa"': Feature(takes(init_lora_weights="pissa")),
+    'init_lora_weights="olora"': Feature(takes(init_lora_weights="olora")),
     'init_lora_weights="orthogonal"': Feature(takes(init_lora_weights="orthogonal")),
 }
 
@@ -653,6 +654,12 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         "has no place in a … Leave the module out … or set use_dora=False",
         "lora.ParamWrapper does not work with use_dora=True",
     ),
+    Exceptional(
+        ("GPT-2 (Conv1D)",),
+        ('init_lora_weights="olora"',),
+        lora="shapes cannot be multiplied",
+        because="PEFT decomposes the weight as Conv1D stores it, which is transposed.",
+    ),
     *(
         Exceptional(
             kinds,
@@ -660,7 +667,7 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
             f"init_lora_weights='{start}' is there for linear layers … Leave the module out … or start with True",
             lora and lora.format(start=start),
         )
-        for start in ("pissa", "orthogonal")
+        for start in ("pissa", "olora", "orthogonal")
         for kinds, lora in (
             (("Embedding", "tied embedding"), None),
             (

@@ -230,7 +230,11 @@ def test_a_start_that_lora_alone_has_is_refused_with_the_reason(start: str) -> N
 
 # ---- configurations in files ---------------------------------------------------------------------------------
 
-STARTS = ({}, {"mixer": "two-subspace"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "orthogonal"})
+STARTS = (
+    {},
+    {"mixer": "two-subspace"},
+    *({"init_lora_weights": start} for start in ("pissa", "olora", "orthogonal")),
+)
 
 
 @pytest.mark.parametrize("own", STARTS, ids=str)

@@ -200,7 +200,7 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "note",
             "start",
-            "It started from principal components of its base, and subtracts that start, so its ΔW has twice its rank: "
+            "It started from its base's weights, and subtracts that start, so its ΔW has twice its rank: "
             "what is said here is said of both together, and so it is exported.",
         )
 

@@ -31,7 +31,7 @@ MAGNITUDES = (
     "that."
 )
 COMPONENTS = (
-    "It started from principal components of its base, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
+    "It started from its base's weights, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
     "at as one product of twice the rank, so the figures of the mixer are of both."
 )
 

@@ -15,13 +15,26 @@ from torch import Generator, Tensor
 from moslora.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
 
-__all__ = ["MoSLoRAConfig", "MoSLoRAType"]
+__all__ = ["MoSLoRAConfig", "MoSLoRAType", "subtracts_start"]
 
 
 class MoSLoRAType(str, enum.Enum):  # noqa: UP042  PEFT's get_model_status takes the name off "Type.NAME"
     """The PEFT type. An enum of its own, because PEFT's is closed and transformers asks for ``.value``."""
 
     MOSLORA = "MOSLORA"
+
+
+# Values of init_lora_weights, beside True, False and "pissa_niter_N".
+STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+
+
+def subtracts_start(init_lora_weights: Any) -> bool:
+    """Tell whether an adapter starts from the base weight, its start to be subtracted from it.
+
+    Args:
+        init_lora_weights: As a configuration has it.
+    """
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
 
 
 @dataclass
@@ -50,9 +63,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests). Of linear
             layers also ``"orthogonal"``: A and B random with B·M·A = 0, r even; and ``"pissa"``: the r leading
             singular vectors of the base weight, with M the diagonal of its singular values (arXiv:2404.02948),
-            or ``"pissa_niter_4"``, by that many iterations of a randomised decomposition. The base weight is left
-            as it is; the start is saved with the adapter and subtracted, so its fold has rank 2r. mixer and
-            match_scale must be left at their defaults then, and mixer becomes ``"singular-values"``.
+            or ``"pissa_niter_4"``, by that many iterations of a randomised decomposition; and ``"olora"``: A and B
+            from a QR decomposition of the base weight (arXiv:2406.01775), M as mixer says. The base weight is left
+            as it is by both; the start is saved with the adapter and subtracted, so its fold has rank 2r. With
+            ``"pissa"`` mixer and match_scale must be left at their defaults, and mixer becomes ``"singular-values"``.
         bias: ``"none"``, ``"all"`` or ``"moslora_only"``: which biases of the base are trained.
             ``"lora_only"`` is accepted as the same.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv:2312.03732).
@@ -151,6 +165,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self.exclude_modules = set(self.exclude_modules)
         self._take_mixer()
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
+        if str(self.init_lora_weights).lower() in ("gaussian", "olora"):  # as PEFT reads them
+            self.init_lora_weights = str(self.init_lora_weights).lower()
         if self.ensure_weight_tying:
             self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
         self._check()
@@ -213,6 +229,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")
 
     @property
+    def subtracts_start(self) -> bool:
+        """Whether the factors start from the base weight, and what they start as is subtracted from the update."""
+        return subtracts_start(self.init_lora_weights)
+
+    @property
     def is_saved(self) -> bool:
         """Whether it is a saved adapter's, so that a start that costs or needs something is left to its file."""
         return self._is_saved
@@ -269,10 +290,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(
                 f"init_lora_weights={init!r} cannot be used with MoSLoRA. {refused.reason} {refused.instead}"
             )
-        if init not in (True, False, "gaussian", "orthogonal", "pissa") and self.component_iterations is None:
+        if init not in (True, False, *STARTS) and self.component_iterations is None:
             raise ValueError(
-                f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, 'gaussian', "
-                "'orthogonal', 'pissa' or 'pissa_niter_[number of iterations]'."
+                f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, "
+                f"{', '.join(map(repr, STARTS))} or 'pissa_niter_[number of iterations]'."
             )
         for place, rank in [("r", self.r), *self.rank_pattern.items()] if init == "orthogonal" else ():
             if rank % 2:

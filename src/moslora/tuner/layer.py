@@ -377,6 +377,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if config.init_lora_weights == "orthogonal":
             starts.draw_orthogonal(A, B)
             return
+        if config.init_lora_weights == "olora":
+            if not config.is_saved:
+                starts.take_qr(self, A, B, config)
+            return
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / self.r[adapter_name])
         elif config.init_lora_weights:
@@ -399,7 +403,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         Returns:
             A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters, but for an M that is
             trained in 16 bits, which is a sum in float32. A layer of experts has one more dimension in front. With a
-            start from principal components, which is subtracted, the rank is 2r and they are no views.
+            start from the base weight, which is subtracted, the rank is 2r and they are no views.
 
         Raises:
             KeyError: If the layer has no adapter of this name.

@@ -130,10 +130,6 @@ REFUSED_ARGUMENTS: dict[str, Refused] = {
 
 # Values of init_lora_weights that LoRA has and MoSLoRA does not.
 REFUSED_STARTS: dict[str, Refused] = {
-    "olora": Refused(
-        "OLoRA takes a part of the base weight out of it, and M would change what is put back.",
-        'Start with "orthogonal", or with "pissa", which leave the base alone.',
-    ),
     "eva": Refused(
         "EVA starts A from the data's directions through a helper that looks for lora_A.",
         'Start with True, "orthogonal" or "pissa".',
