@@ -517,6 +517,7 @@ FEATURES: dict[str, Feature] = {
     "match_scale": Feature(matches_its_scale, is_our_own=True),
     "mixer=a callable": Feature(takes_a_mixer, is_our_own=True),
     "use_dora=True": Feature(takes(use_dora=True)),
+    "lora_bias=True": Feature(takes(lora_bias=True)),
     'init_lora_weights="pissa"': Feature(takes(init_lora_weights="pissa")),
     'init_lora_weights="olora"': Feature(takes(init_lora_weights="olora")),
     'init_lora_weights="orthogonal"': Feature(takes(init_lora_weights="orthogonal")),
@@ -653,6 +654,24 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         ("use_dora",),
         "has no place in a … Leave the module out … or set use_dora=False",
         "lora.ParamWrapper does not work with use_dora=True",
+    ),
+    Exceptional(
+        ("Embedding", "tied embedding"),
+        ("lora_bias",),
+        "has no place in this Embedding … Leave the module out … or set lora_bias=False",
+        "lora_bias=True is not supported for Embedding",
+    ),
+    Exceptional(
+        ("Multihead-Attention",),
+        ("lora_bias",),
+        "has no place in this MultiheadAttention … Leave the module out … or set lora_bias=False",
+        because="In PEFT's the bias of in_proj does nothing.",
+    ),
+    Exceptional(
+        MIXTURES,
+        ("lora_bias",),
+        "the update is added to the parameter … Leave the module out … or set lora_bias=False",
+        "lora.ParamWrapper does not work with lora_bias=True",
     ),
     Exceptional(
         ("GPT-2 (Conv1D)",),

@@ -169,7 +169,6 @@ def made(kind: str, **arguments: Any) -> Any:
 
 SET = {
     "layer_replication": [(0, 1)],
-    "lora_bias": True,
     "loftq_config": {"loftq_bits": 8},
     "eva_config": made("EvaConfig", rho=1.0),
     "corda_config": made("CordaConfig", corda_method="kpm"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.adapter import Adapter, AdapterError
+from moslora.adapter import Adapter, AdapterError, Factors
 from moslora.export import ProofError, export_adapter
 from moslora.formats import FORMATS, detect, read_adapter
 from moslora.merge import lay_out
@@ -193,6 +193,12 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
             "It has DoRA's magnitude: the factors turn the rows of the weight, a vector says how long they are. What "
             "is said of ΔW is said of s·B·M·A.",
         )
+    if adapter.has_biases:
+        yield Finding(
+            "note",
+            "bias",
+            "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). What is said of ΔW says nothing of it.",
+        )
     if any(
         "init_lora_weights" in part
         for part in adapter.config.get("components", {"": adapter.config}).values()
@@ -205,8 +211,16 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
         )
 
 
+def _has_moved_bias(factors: Factors) -> bool:
+    return factors.bias is not None and bool(factors.bias.any())
+
+
 def _trained(adapter: Adapter) -> Iterator[Finding]:
-    zero = [n for n, factors in adapter.modules.items() if factors.norm() == 0 and factors.magnitude is None]
+    zero = [
+        name
+        for name, factors in adapter.modules.items()
+        if factors.norm() == 0 and factors.magnitude is None and not _has_moved_bias(factors)
+    ]
     if len(zero) == len(adapter.modules):
         yield Finding(
             "error", "trained", "ΔW is zero everywhere: it was not trained.", "Take a later checkpoint."
@@ -385,6 +399,9 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
 
 # --- Where it shall run -------------------------------------------------------------------------------------
 
+MERGE_BIAS = (
+    "If the base's layers have biases: moslora merge, and ship the full model. Else set lora_bias=False."
+)
 MERGE_WHOLE = "Load it on its base with PEFT, merge_and_unload(), and ship the full model."
 # vLLM 0.22: vllm.config.lora, MaxLoRARanks, and its default.
 VLLM_RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
@@ -409,6 +426,17 @@ def _no_magnitude(adapter: Adapter) -> Iterator[Finding]:
             "DoRA",
             "Servers run s·B·A and have no place for DoRA's magnitude; they refuse it, or would be wrong without.",
             MERGE_WHOLE,
+        )
+
+
+def _no_bias(adapter: Adapter) -> Iterator[Finding]:
+    """A server's kernels take A and B; nothing in them is known to read a bias."""
+    if adapter.has_biases:
+        yield Finding(
+            "error",
+            "bias on B",
+            "Servers run s·B·A and have no place for a bias on B; they refuse it, or would be wrong without.",
+            MERGE_BIAS,
         )
 
 
@@ -465,7 +493,7 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
             needed = base if FORMATS[engine.format].needs_base else None
             proof = export_adapter(path, Path(folder) / f"adapter{suffix}", engine.format, base=needed)
         except (AdapterError, ModelError, ProofError) as error:
-            fix = MERGE_WHOLE if adapter.has_magnitudes else ""
+            fix = MERGE_WHOLE if adapter.has_magnitudes else MERGE_BIAS if adapter.has_biases else ""
             yield Finding(
                 "error", f"{name}: format", f"It cannot be written as {engine.format}. {error}", fix
             )
@@ -486,8 +514,8 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
 
 ENGINES: Mapping[str, Engine] = {
     "peft": Engine("lora"),
-    "vllm": Engine("lora", (_no_magnitude, _only_factors, _served_layers, _vllm_ranks)),
-    "sglang": Engine("lora", (_no_magnitude, _only_factors, _served_layers)),
+    "vllm": Engine("lora", (_no_magnitude, _no_bias, _only_factors, _served_layers, _vllm_ranks)),
+    "sglang": Engine("lora", (_no_magnitude, _no_bias, _only_factors, _served_layers)),
     "llama.cpp": Engine("gguf"),
     "diffusers": Engine("diffusers"),
     "comfyui": Engine("kohya"),

@@ -161,6 +161,7 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
     adapter.refuse_magnitudes(
         "That diffusers' loader takes it rightly was not verified, so it is not written"
     )
+    adapter.refuse_biases("That diffusers' loader takes it rightly was not verified, so it is not written")
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     check_writable(
         parts,

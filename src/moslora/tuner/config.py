@@ -84,10 +84,12 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             than the input embedding, by the layer's name.
         use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers, convolutions and embeddings: the update
             turns the rows of the weight, and a vector that is learned says how long they are.
+        lora_bias: A trained bias on B, of linear layers and convolutions, which starts at zero. Merging adds it to the
+            base's own bias.
         values_in_file: Filled in when the adapter is saved: the values of its factors lie in a file beside the
             configuration, so a start that costs or needs something is left to that file. A configuration that was saved
             alone says false, and starts as a new one does.
-        layer_replication, lora_bias, loftq_config, eva_config, corda_config, lora_ga_config, runtime_config,
+        layer_replication, loftq_config, eva_config, corda_config, lora_ga_config, runtime_config,
             velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, use_bdlora,
             arrow_config, kasa_config, megatron_config, megatron_core: LoRA's arguments that are accepted where they
             change nothing and else refused, with the reason and the way out.
@@ -126,10 +128,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
     use_dora: bool = field(default=False, metadata={"help": "DoRA's magnitude on top."})
+    lora_bias: bool = field(default=False, metadata={"help": "A trained bias on B."})
     values_in_file: Optional[bool] = field(default=None)  # noqa: UP045
     # Of LoRA alone: see refused.py. They are in no file that is written.
     layer_replication: Any = field(default=None, repr=False)
-    lora_bias: Any = field(default=False, repr=False)
     loftq_config: Any = field(default=None, repr=False)
     eva_config: Any = field(default=None, repr=False)
     corda_config: Any = field(default=None, repr=False)
@@ -284,6 +286,11 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
         if self.bias not in ("none", "all", "moslora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
+        if self.lora_bias and self.use_dora:
+            raise ValueError(
+                "lora_bias=True cannot be used with use_dora=True: PEFT's LoRA refuses the two together, so nothing "
+                "would read the adapter once it is folded. Leave one of them out."
+            )
         init = self.init_lora_weights
         if isinstance(init, str) and init.lower() in REFUSED_STARTS:
             refused = REFUSED_STARTS[init.lower()]

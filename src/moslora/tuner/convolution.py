@@ -39,7 +39,7 @@ class MoSLoRAConv(MoSLoRALayer):
                 f"Choose a multiple of {groups} (for this module alone: rank_pattern), or leave the module out."
             )
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         base = self.get_base_layer()
         kind: Any = CONVOLUTIONS[base.weight.ndim]
         A = kind(
@@ -52,7 +52,7 @@ class MoSLoRAConv(MoSLoRALayer):
             padding_mode=base.padding_mode,
             bias=False,
         )
-        B = kind(r, self.out_features, 1, groups=base.groups, bias=False)
+        B = kind(r, self.out_features, 1, groups=base.groups, bias=has_bias)
         self._hold(adapter_name, A, _without_values(kind, r, r, 1, like=A), B)
 
     def why_unlike_lora(self) -> str | None:
@@ -92,6 +92,10 @@ class MoSLoRAConv(MoSLoRALayer):
         """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
         return None
 
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer; None, for it can."""
+        return None
+
     def delta_in_norm(self, adapter: str) -> Tensor:
         """Build what DoRA's norm takes to be added to the base weight; between groups as PEFT's LoRA lays it.
 
@@ -119,7 +123,7 @@ class MoSLoRAConv(MoSLoRALayer):
         return self.low_rank(self.moslora_dropout[name](x), name)
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
-        """Return ``s·B·M·A·x``, dropping nothing, shape ``(n, out, *positions)``."""
+        """Return ``s·(B·M·A·x + b)``, dropping nothing, shape ``(n, out, *positions)``; b where B has a bias."""
         if self._is_called(name):
             return self._by_calls(x, name)
         A, M, B = self._held(name)
@@ -135,4 +139,6 @@ class MoSLoRAConv(MoSLoRALayer):
             # Composed first, in the dtype of the mixer: M then costs nothing per position.
             composed = (scaled.flatten(1) @ A.flatten(1).to(scaled.dtype)).view_as(A)  # (r, in, *kernel)
             H = convolve_A._conv_forward(x, composed.to(x.dtype), None)  # (n, r, *positions)
-        return cast(Tensor, convolve_B._conv_forward(H, B.to(H.dtype), None))  # (n, out, *positions)
+        own = self.bias_on_B(name)
+        own = own if own is None else (own * self.scaling[name]).to(H.dtype)
+        return cast(Tensor, convolve_B._conv_forward(H, B.to(H.dtype), own))  # (n, out, *positions)

@@ -35,7 +35,7 @@ class MoSLoRAEmbedding(MoSLoRALayer):
                 "module out, or train it whole through modules_to_save."
             )
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         A = torch.randn(r, self.in_features)  # drawn as LoRA draws it, so that later layers start the same
         B = torch.randn(self.out_features, r)
         self._hold(adapter_name, nn.Parameter(A), nn.Parameter(A.new_empty(r, r)), nn.Parameter(B))
@@ -48,6 +48,10 @@ class MoSLoRAEmbedding(MoSLoRALayer):
 
     def _lay(self, delta: Tensor) -> Tensor:
         return delta.T  # (vocab, dim)
+
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer."""
+        return "its B is a parameter with no module around it, in LoRA too"
 
     def why_no_magnitude(self) -> str | None:
         """Tell why this layer cannot have DoRA's magnitude; None, for it can."""

@@ -122,7 +122,7 @@ class ParamWrapper(MoSLoRALayer):
                 "target_parameters."
             )
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         rows = r * (self._shape[0] if self._dims == 3 else 1)  # E·r
         A = nn.Linear(self.in_features, rows, bias=False)
         B = nn.Linear(rows, self.out_features, bias=False)
@@ -137,6 +137,10 @@ class ParamWrapper(MoSLoRALayer):
             A, M = A.view(-1, r, A.shape[1]), M.view(-1, r, r)
             B = B.view(len(B), r, -1).permute(2, 0, 1)
         return A, M, B
+
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer."""
+        return f"the update is added to the parameter {self.parameter_name}, and a bias has none to go to"
 
     def _lay(self, delta: Tensor) -> Tensor:
         return delta.mT if self._is_in_out else delta

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moslora import functional, ops
 from moslora.mixers import forked_generator
-from moslora.tuner import dora, starts
+from moslora.tuner import bias, dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import MixerStarts, is_narrow, matrix, split, take_state
 from moslora.tuner.reading import check_present, is_called, is_present, loaded, read_matrix
@@ -46,8 +46,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     A kind of layer adds how its factors are held (``_make_factors``), how ΔW lies in its base's weight
     (``_lay``), and its ``forward``.
 
-    The factors are bias-free modules, as LoRA's are, so that what finds ``lora_A.NAME.weight`` by its form
-    (hot-swapping, sharding policies) finds ``moslora_A.NAME.weight`` too.
+    The factors are modules as LoRA's are, so that what finds ``lora_A.NAME.weight`` by its form (hot-swapping,
+    sharding policies) finds ``moslora_A.NAME.weight`` too; B has a bias where that is asked for.
 
     Args:
         base_layer: The frozen layer.
@@ -138,8 +138,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Return the inputs and outputs that A and B have."""
         return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
-        """Put A, M and B in their places. A and B draw what LoRA's draw; M draws nothing."""
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+        """Put A, M and B in their places, B with a bias or without. A and B draw what LoRA's draw; M draws nothing."""
         raise NotImplementedError
 
     def _lay(self, delta: Tensor) -> Tensor:
@@ -160,6 +160,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         dora.check(self, config)
         starts.check(self, config)
+        bias.check(self, config)
         self._check_adapter(r, config)
         starts.forget(self, adapter_name)
         self.r[adapter_name] = r
@@ -169,7 +170,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.moslora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
-        self._make_factors(adapter_name, r)
+        self._make_factors(adapter_name, r, config.lora_bias)
         self._start_factors(adapter_name, config)
         if config.train_mixer:
             self.frozen_peft_weight_names.pop(adapter_name, None)
@@ -187,6 +188,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     def why_no_magnitude(self) -> str | None:
         """Tell why this layer cannot have DoRA's magnitude; None if it can."""
         return "DoRA's magnitude is there for linear layers, convolutions and embeddings"
+
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer; None if it can."""
+        return "a bias on B is there for linear layers and convolutions"
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return ``s·B·M·A·x``, dropping nothing; of layers that may have a magnitude."""
@@ -349,6 +354,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if self._held(adapter_name)[0].is_meta:
             return
         self._start_like_lora(adapter_name, config)
+        if config.lora_bias and config.init_lora_weights is not False:
+            nn.init.zeros_(cast(Tensor, bias.bias_of(self, adapter_name)))
         A, M, B = self._held(adapter_name)
         M = M.detach().clone()
         matrices = self._as_matrices(adapter_name, A, M, B)
@@ -411,8 +418,21 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         matrices = self._as_matrices(adapter_name, *self._held(adapter_name))
         return *starts.with_start(self, adapter_name, *matrices), self.scaling[adapter_name]
 
+    def bias_on_B(self, adapter_name: str) -> Tensor | None:  # noqa: N802
+        """Return an adapter's bias on B.
+
+        Args:
+            adapter_name: Its name.
+
+        Returns:
+            Shape ``(out,)``, to be scaled as B is; None if it has none.
+        """
+        return bias.bias_of(self, adapter_name)
+
     @torch.no_grad()
-    def set_factors(self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor) -> None:
+    def set_factors(
+        self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor, bias_on_B: Tensor | None = None
+    ) -> None:
         """Put values into an adapter's factors, in the dtype they come in.
 
         Args:
@@ -420,11 +440,15 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             A: Shape ``(r, in)``, as ``factors`` returns it.
             M: Shape ``(r, r)``.
             B: Shape ``(out, r)``.
+            bias_on_B: Shape ``(out,)``, for an adapter that has one.
         """
         self._unfilled.discard(adapter_name)
         held_A, _, held_B = self._held(adapter_name)
         for held, value in ((held_A, A), (held_B, B)):
             held.data = value.detach().clone().view(held.shape).to(held.device)
+        own_bias = self.bias_on_B(adapter_name)
+        if own_bias is not None and bias_on_B is not None:
+            own_bias.data = bias_on_B.detach().clone().to(own_bias.device)
         self.set_mixer(adapter_name, M)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -496,11 +520,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Put a base weight in place, quantising it as it was."""
-        bias = getattr(self.get_base_layer(), "bias", None)
+        own_bias = getattr(self.get_base_layer(), "bias", None)
         super().set_base_weight(weight_data)
         base = self.get_base_layer()
-        if bias is not None and base.bias is None:
-            base.bias = bias  # PEFT makes a new layer for HQQ, without it
+        if own_bias is not None and base.bias is None:
+            base.bias = own_bias  # PEFT makes a new layer for HQQ, without it
 
     def _check_mergeable(self) -> None:
         """Refuse what cannot be merged.
@@ -533,7 +557,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
                 f"Merging adapter {adapter!r} would put NaN or infinite values into the weight; nothing was "
                 "changed. Load an earlier checkpoint of the adapter."
             )
+        merged_bias = bias.add_to_base(self, adapter, sign, safe)
         self.set_base_weight(merged)
+        if merged_bias is not None:
+            self.get_base_layer().bias.data = merged_bias
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -549,6 +576,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.scaling:
                 self._check_mergeable()
+                bias.check_mergeable([self], [adapter])
                 gain = dora.gain(self, adapter)  # before, for from the merged weight it cannot be told
                 self._add_to_weight(adapter, 1, safe_merge)
                 self.merged_gains.update({} if gain is None else {adapter: gain})
@@ -703,8 +731,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.mixer_start.pop(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT whether ΔW is of low rank, so that the adapter can be converted to LoRA."""
-        return not dora.has_magnitude(self, adapter_name)
+        """Tell PEFT whether ΔW, of low rank, is all there is, so that the adapter can be converted to LoRA."""
+        return not dora.has_magnitude(self, adapter_name) and not bias.has_bias(self, adapter_name)
 
     def __repr__(self) -> str:
         return f"moslora.{super().__repr__()}"
@@ -742,9 +770,9 @@ class MoSLoRALinear(MoSLoRALayer):
         """Whether the weight lies as ``(in, out)``. The layer knows; a flag in the configuration may be wrong."""
         return isinstance(self.get_base_layer(), Conv1D)
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         A = nn.Linear(self.in_features, r, bias=False)
-        B = nn.Linear(r, self.out_features, bias=False)
+        B = nn.Linear(r, self.out_features, bias=has_bias)
         self._hold(adapter_name, A, _without_values(nn.Linear, r, r, like=A), B)
 
     def _lay(self, delta: Tensor) -> Tensor:
@@ -754,8 +782,12 @@ class MoSLoRALinear(MoSLoRALayer):
         """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
         return None
 
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer; None, for it can."""
+        return None
+
     def low_rank(self, x: Tensor, name: str) -> Tensor:
-        """Return ``s·B·M·A·x``, dropping nothing."""
+        """Return ``s·B·M·A·x``, dropping nothing; of an adapter with a magnitude, so there is no bias on B."""
         if self._is_called(name):
             return self._by_calls(x, name)
         return ops.low_rank_update(x, *self._present(x, name))  # (..., out)
@@ -822,7 +854,7 @@ class MoSLoRALinear(MoSLoRALayer):
             if reason is None:
                 weight = base.weight.T if type(base) is Conv1D else base.weight  # (out, in)
                 result = ops.adapted_linear(x, weight, base.bias, *self._present(x, name), dropout=dropout)
-                return self._add_updates(x, result, active[1:])
+                return self._add_updates(x, self._with_bias(result, name), active[1:])
             _tell_once(reason)
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
@@ -832,4 +864,10 @@ class MoSLoRALinear(MoSLoRALayer):
         dropout = self._dropout(name)
         if dropout and (not ops.is_fusing() or ops.why_no_fused_dropout(x, dropout) is not None):
             x, dropout = self.moslora_dropout[name](x), 0.0
-        return ops.low_rank_update(x, *self._present(x, name), dropout=dropout)  # (..., out)
+        update = ops.low_rank_update(x, *self._present(x, name), dropout=dropout)  # (..., out)
+        return self._with_bias(update, name)
+
+    def _with_bias(self, out: Tensor, name: str) -> Tensor:
+        """Add an adapter's bias on B, scaled, if it has one."""
+        own = bias.bias_of(self, name)
+        return out if own is None else out + (own * self.scaling[name]).to(out.dtype)

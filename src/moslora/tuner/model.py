@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from moslora.adapter import exact_pattern
-from moslora.tuner import dora, swapping
+from moslora.tuner import bias, dora, swapping
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.embedding import MoSLoRAEmbedding
@@ -234,9 +234,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
 
         Raises:
             RuntimeError: If a parameter is sharded.
-            ValueError: If a target module's weight is tied to the embedding.
+            ValueError: If a target module's weight is tied to the embedding, or a bias has none to go to.
         """
         check_mergeable(self.model)
+        layers = [module for module in self.model.modules() if isinstance(module, MoSLoRALayer)]
+        bias.check_mergeable(layers, self.active_adapters)
         tied = self._get_tied_target_modules(self.model)
         if tied:
             raise ValueError(
@@ -377,6 +379,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             init_lora_weights=True,
             inference_mode=True,
             unlike_lora={},
+            lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
         )
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -387,7 +390,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                     "too, so that a configuration cannot tell them apart. Give the module another name."
                 )
             for path, factors in combined.items():
-                layers[path].set_factors(adapter_name, factors.A, factors.M, factors.B)
+                layers[path].set_factors(adapter_name, factors.A, factors.M, factors.B, factors.bias)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
@@ -448,6 +451,9 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         )
         if sharded_parameters(model):
             selected.update(gather(selected, selected))
+        # With bias="all" PEFT takes every bias along, also those on other adapters' B.
+        on_B = re.compile(rf"\.moslora_B\.(?!{re.escape(adapter_name)}\.bias$).*\.bias$")
+        selected = {key: tensor for key, tensor in selected.items() if not on_B.search(key)}
         live = {name: start.weight for name, start in _starts(model).items()}
         selected = for_file(selected, {name: {**live, **state_dict, **selected}[name] for name in live})
         check_whole(selected)

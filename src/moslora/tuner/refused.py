@@ -59,10 +59,6 @@ REFUSED_ARGUMENTS: dict[str, Refused] = {
         "Layer replication is not supported: it changes the base model, not the adapter.",
         "Replicate the layers of the model before adapting it.",
     ),
-    "lora_bias": Refused(
-        "A bias on B is not supported, because few readers of LoRA files know it.",
-        'Train the biases of the base instead: bias="all" or "lora_only".',
-    ),
     "loftq_config": Refused(
         "LoftQ starts are not supported, and this configures one.",
         'Leave it out; over a quantized base init_lora_weights="pissa" starts from the weight, too.',

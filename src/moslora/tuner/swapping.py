@@ -3,7 +3,7 @@
 A compiled model is bound to the shapes of its tensors and to the scale, so both stay:
 
 - a lower rank is filled up with zeros, in A, M and B alike, which adds nothing to ``B·M·A``;
-- another scale goes into the mixer, ``s'·B·M·A = s·B·(s'/s·M)·A``;
+- another scale goes into the mixer, ``s'·B·M·A = s·B·(s'/s·M)·A``, and into a bias on B;
 - modules that the new adapter leaves alone get zeros.
 
 The model's own configuration stays true of what it holds, so what is swapped in can be saved and merged. A higher rank
@@ -35,7 +35,7 @@ from moslora.tuner.layer import MoSLoRALayer
 __all__ = ["CHECKED", "load", "swap", "widen"]
 
 # What must be the same in both configurations; ranks, alphas and rsLoRA are seen to.
-CHECKED = ("lora_dropout", "use_dora", "bias", "modules_to_save", "trainable_token_indices")
+CHECKED = ("lora_dropout", "use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
 PREFIX = "base_model.model."
 
 
@@ -98,6 +98,7 @@ def _fit(
     groups = [layer.adapter_layer_names[:3]]
     groups += [starts.HELD] if starts.has_start(layer, adapter_name) else []
     suffix = "" if layer.container is nn.ParameterDict else ".weight"
+    of_bias = f"{path}.{layer.adapter_layer_names[2]}.bias"
     out: dict[str, Tensor] = {}
     if not any(key.startswith(f"{path}.moslora_") for key in tensors):
         if dora.has_magnitude(layer, adapter_name):
@@ -105,7 +106,8 @@ def _fit(
         for group in groups:
             for name, held in zip(group, layer._held(adapter_name), strict=True):
                 out[f"{path}.{name}{suffix}"] = torch.zeros_like(held)
-        return out
+        own_bias = layer.bias_on_B(adapter_name)
+        return out if own_bias is None else {**out, of_bias: torch.zeros_like(own_bias)}
     own, new = layer._unscaled[adapter_name], _scale(config, _own_key(path, layer))
     if own == 0 and new != 0:
         raise ValueError(f"its scale is 0, of which no mixer makes {new:g}")
@@ -127,6 +129,9 @@ def _fit(
         if new != own:
             M = M.to(torch.promote_types(M.dtype, torch.float32)) * (new / own)
         out |= dict(zip(keys, (A, M, B), strict=True))
+    if of_bias in tensors and new != own:
+        b = tensors[of_bias]
+        out[of_bias] = b.to(torch.promote_types(b.dtype, torch.float32)) * (new / own)
     return out
 
 
@@ -241,8 +246,11 @@ def _widen_layer(layer: MoSLoRALayer, adapter_name: str, r: int) -> None:
     factors = [factor.detach().clone() for factor in layer._held(adapter_name)]
     dictionaries = layer.adapter_layer_names[:3]
     before = [_parameter(layer, dictionary, adapter_name) for dictionary in dictionaries]
+    own_bias = layer.bias_on_B(adapter_name)
     with torch.random.fork_rng(devices=[]):
-        layer._make_factors(adapter_name, r)
+        layer._make_factors(adapter_name, r, own_bias is not None)
+    if own_bias is not None:
+        cast(Any, layer.moslora_B[adapter_name]).bias = own_bias
     raised = _raised(*cast(tuple[Tensor, Tensor, Tensor], factors), r)
     for dictionary, old, value in zip(dictionaries, before, raised, strict=True):
         parameter = _parameter(layer, dictionary, adapter_name)

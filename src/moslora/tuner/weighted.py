@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -33,11 +33,13 @@ class Combined:
         A: Shape ``(r, in)``.
         M: Shape ``(r, r)``.
         B: Shape ``(out, r)``.
+        bias: On B, shape ``(out,)``; None where no summand has one.
     """
 
     A: Tensor
     M: Tensor
     B: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -211,17 +213,26 @@ def combine(
     found: dict[str, Combined] = {}
     for name, layer in layers.items():
         parts: list[Part] = []
+        biases: list[Tensor] = []
         for adapter, weight in zip(adapters, weights, strict=True):
             if adapter in layer.scaling:
                 A, M, B, scale = layer.factors(adapter)
                 parts.append((weight, scale, A, M, B))
+                own = layer.bias_on_B(adapter)
+                biases += [] if own is None else [weight * scale * own]
         if not parts:
             continue
+        if biases and combination.pruning is not None:
+            raise ValueError(
+                f"combination_type={how.combination_type!r} chooses among the entries of ΔW, of which a bias on B "
+                '(lora_bias=True) has none. Sum such adapters with "cat" or "svd".'
+            )
         rank = how.svd_rank or max(A.shape[0] for _, _, A, _, _ in parts)
         if combination.is_exact:
-            found[name] = _side_by_side(parts)
+            summed = _side_by_side(parts)
         elif combination.pruning is None:
-            found[name] = _nearest(parts, rank)
+            summed = _nearest(parts, rank)
         else:
-            found[name] = _pruned(parts, rank, combination, how)
+            summed = _pruned(parts, rank, combination, how)
+        found[name] = replace(summed, bias=torch.stack(biases).sum(0)) if biases else summed
     return found
