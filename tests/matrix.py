@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
@@ -365,19 +365,41 @@ def takes(**arguments: Any) -> Callable[[Trial], None]:
         model = trial.adapt(**settings)
         if trial.is_ours and not kind.reference:
             laws.same_targets(kind.build, **trial.settings(**settings))
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            trained = [p for p in model.parameters() if p.requires_grad]
-            hold(trained, "nothing is trained")
-            for p in trained:
-                p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=0.1)
-            expected = trial.run(model)
-            trial.far(trial.base(), expected, "training did nothing")
-            model.save_pretrained(trial.folder, save_embedding_layers=False)
-            loaded = PeftModel.from_pretrained(trial.build(), trial.folder).eval()
-            trial.close(trial.run(loaded), expected, "what was trained does not travel")
+        travels(trial, model)
 
     return test
+
+
+@torch.no_grad()
+def travels(trial: Trial, model: PeftModel) -> None:
+    """What is trained is saved and loaded."""
+    generator = torch.Generator().manual_seed(7)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hold(trained, "nothing is trained")
+    for p in trained:
+        p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=0.1)
+    expected = trial.run(model)
+    trial.far(trial.base(), expected, "training did nothing")
+    model.save_pretrained(trial.folder, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(trial.build(), trial.folder).eval()
+    trial.close(trial.run(loaded), expected, "what was trained does not travel")
+
+
+@torch.no_grad()
+def begins_with_eva(trial: Trial) -> None:
+    """From what the layers see, by PEFT's own call; nothing is changed at first, and what is trained travels."""
+    config = trial.config(init_lora_weights="eva", r=2, eva_config=EvaConfig(rho=1.0))
+    model = get_peft_model(trial.build(), config).eval()
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    initialize_lora_eva_weights(
+        model,
+        [trial.kind.inputs(dtype)],
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0].flatten(0, -2).contiguous(),
+        show_progress_bar=False,
+    )
+    trial.close(trial.run(model), trial.base(), "a fresh adapter changes the output")
+    travels(trial, model)
 
 
 def freezes_its_mixers(trial: Trial) -> None:
@@ -520,6 +542,7 @@ FEATURES: dict[str, Feature] = {
     "lora_bias=True": Feature(takes(lora_bias=True)),
     'init_lora_weights="pissa"': Feature(takes(init_lora_weights="pissa")),
     'init_lora_weights="olora"': Feature(takes(init_lora_weights="olora")),
+    'init_lora_weights="eva"': Feature(begins_with_eva),
     'init_lora_weights="orthogonal"': Feature(takes(init_lora_weights="orthogonal")),
 }
 
@@ -678,6 +701,25 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         ('init_lora_weights="olora"',),
         lora="shapes cannot be multiplied",
         because="PEFT decomposes the weight as Conv1D stores it, which is transposed.",
+    ),
+    *(
+        Exceptional(
+            kinds,
+            ('init_lora_weights="eva"',),
+            "init_lora_weights='eva' is there for linear layers … Leave the module out … or start with True",
+            lora,
+            because,
+        )
+        for kinds, lora, because in (
+            (("Embedding", "tied embedding"), None, "PEFT starts an embedding as with True, and says so."),
+            (
+                ("Conv1d", "Conv2d", "Conv3d", "Conv2d, groups", "SDXL U-Net"),
+                "Unknown initialization … eva",
+                "",
+            ),
+            (("Multihead-Attention",), "index out of range", ""),
+            (MIXTURES, "must match the size of tensor", ""),
+        )
     ),
     *(
         Exceptional(

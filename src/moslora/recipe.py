@@ -758,6 +758,12 @@ def _adapter_complaint(arguments: dict[str, Any]) -> list[str]:
     """What the configuration itself says to values of the right type."""
     from moslora.tuner.config import MoSLoRAConfig
 
+    init = arguments.get("init_lora_weights")
+    if init == "eva":
+        return [
+            f"adapter.init_lora_weights={init} cannot be set: a call in a script of yours has to follow it. Use "
+            "get_peft_model there, or choose another start."
+        ]
     try:
         MoSLoRAConfig(**arguments)
     except (ValueError, TypeError) as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
+from peft import EvaConfig
 from peft.config import PeftConfig
 from peft.tuners.lora.config import LoraRuntimeConfig
 from torch import Generator, Tensor
@@ -25,7 +27,7 @@ class MoSLoRAType(str, enum.Enum):  # noqa: UP042  PEFT's get_model_status takes
 
 
 # Values of init_lora_weights, beside True, False and "pissa_niter_N".
-STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva")
 
 
 def subtracts_start(init_lora_weights: Any) -> bool:
@@ -67,6 +69,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             from a QR decomposition of the base weight (arXiv:2406.01775), M as mixer says. The base weight is left
             as it is by both; the start is saved with the adapter and subtracted, so its fold has rank 2r. With
             ``"pissa"`` mixer and match_scale must be left at their defaults, and mixer becomes ``"singular-values"``.
+            ``"eva"``: A from what the layers see of your data, B zero (arXiv:2410.07170). Call PEFT's
+            ``initialize_lora_eva_weights(model, dataloader)`` after ``get_peft_model``; until then the adapter does not
+            run.
+        eva_config: How ``"eva"`` computes and shares out its components: PEFT's ``EvaConfig``, with defaults if None.
         bias: ``"none"``, ``"all"`` or ``"moslora_only"``: which biases of the base are trained.
             ``"lora_only"`` is accepted as the same.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv:2312.03732).
@@ -89,7 +95,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         values_in_file: Filled in when the adapter is saved: the values of its factors lie in a file beside the
             configuration, so a start that costs or needs something is left to that file. A configuration that was saved
             alone says false, and starts as a new one does.
-        layer_replication, loftq_config, eva_config, corda_config, lora_ga_config, runtime_config,
+        layer_replication, loftq_config, corda_config, lora_ga_config, runtime_config,
             velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, use_bdlora,
             arrow_config, kasa_config, megatron_config, megatron_core: LoRA's arguments that are accepted where they
             change nothing and else refused, with the reason and the way out.
@@ -128,12 +134,12 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
     use_dora: bool = field(default=False, metadata={"help": "DoRA's magnitude on top."})
+    eva_config: Optional[EvaConfig] = field(default=None)  # noqa: UP045
     lora_bias: bool = field(default=False, metadata={"help": "A trained bias on B."})
     values_in_file: Optional[bool] = field(default=None)  # noqa: UP045
     # Of LoRA alone: see refused.py. They are in no file that is written.
     layer_replication: Any = field(default=None, repr=False)
     loftq_config: Any = field(default=None, repr=False)
-    eva_config: Any = field(default=None, repr=False)
     corda_config: Any = field(default=None, repr=False)
     lora_ga_config: Any = field(default=None, repr=False)
     runtime_config: Any = field(default_factory=LoraRuntimeConfig, repr=False)
@@ -167,6 +173,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self.exclude_modules = set(self.exclude_modules)
         self._take_mixer()
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
+        self._take_eva_config()
         if str(self.init_lora_weights).lower() in ("gaussian", "olora"):  # as PEFT reads them
             self.init_lora_weights = str(self.init_lora_weights).lower()
         if self.ensure_weight_tying:
@@ -224,6 +231,19 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         is_custom = self._given_mixer is not None or (self.mixer == CUSTOM and self._is_saved)
         learned = is_custom or find_mixer(str(self.mixer)).learned
         self.train_mixer = learned if self.train_mixer is None else self.train_mixer
+
+    def _take_eva_config(self) -> None:
+        """Make the object of what a file has, or of nothing; a file of LoRA has it at its defaults too."""
+        given: Any = self.eva_config
+        if given and not isinstance(given, dict | EvaConfig):
+            raise ValueError(f"eva_config={given!r} must be a peft.EvaConfig, or a dict of its arguments.")
+        config = EvaConfig(**given) if isinstance(given, dict) else given or EvaConfig()
+        self.eva_config = config if self.init_lora_weights == "eva" else None
+        if self.eva_config is None and config != EvaConfig():
+            warnings.warn(
+                f"eva_config is without effect, for init_lora_weights={self.init_lora_weights!r} is not 'eva'.",
+                stacklevel=4,
+            )
 
     @property
     def starts_from_components(self) -> bool:

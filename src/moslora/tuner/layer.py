@@ -126,7 +126,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.scaling: dict[str, float] = {}
         self._unscaled: dict[str, float] = {}
         self.merged_gains: dict[str, Tensor] = {}  # of adapters with a magnitude, while they are merged
-        self._unfilled: set[str] = set()  # adapters whose start is NaN, until a file's values are put in
+        self._unfilled: dict[str, str] = {}  # adapters whose M is NaN yet, with what has to be done
         # A class attribute in PEFT; an own dict keeps one layer's frozen mixer from freezing another's.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -147,7 +147,14 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         raise NotImplementedError
 
     def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: float, config: MoSLoRAConfig, **kwargs: Any
+        self,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: MoSLoRAConfig,
+        *,
+        components: Tensor | None = None,
+        **kwargs: Any,
     ) -> None:
         """Add an adapter, or start it anew.
 
@@ -156,6 +163,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             r: Rank in this layer.
             lora_alpha: Alpha in this layer.
             config: Everything that does not differ between layers.
+            components: Where A starts, shape ``(r, in)``, if that is not drawn; B is zero then.
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
         dora.check(self, config)
@@ -171,7 +179,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
         self._make_factors(adapter_name, r, config.lora_bias)
-        self._start_factors(adapter_name, config)
+        self._start_factors(adapter_name, config, components)
         if config.train_mixer:
             self.frozen_peft_weight_names.pop(adapter_name, None)
         else:
@@ -345,7 +353,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         return cast(Tensor, update * self.scaling[name])
 
     @torch.no_grad()
-    def _start_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+    def _start_factors(self, adapter_name: str, config: MoSLoRAConfig, components: Tensor | None) -> None:
         """Give the factors their initial values.
 
         A and B draw what LoRA's draw, in the same order, from torch's default generator; M draws from a
@@ -354,8 +362,15 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if self._held(adapter_name)[0].is_meta:
             return
         self._start_like_lora(adapter_name, config)
+        if components is not None:
+            held_A, _, held_B = self._held(adapter_name)
+            held_A.copy_(components)
+            nn.init.zeros_(held_B)
         if config.lora_bias and config.init_lora_weights is not False:
             nn.init.zeros_(cast(Tensor, bias.bias_of(self, adapter_name)))
+        if config.init_lora_weights == "eva":
+            starts.leave_unfilled(self, adapter_name, starts.SAVED if config.is_saved else starts.EVA)
+            return
         A, M, B = self._held(adapter_name)
         M = M.detach().clone()
         matrices = self._as_matrices(adapter_name, A, M, B)
@@ -363,7 +378,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         for one_A, one_M, one_B in zip(*map(_matrices, matrices), strict=True):
             start = config.start_mixer(r, generator)
             if start is None:
-                starts.leave_unfilled(self, adapter_name)
+                starts.leave_unfilled(self, adapter_name, starts.SAVED)
                 return
             one_M.copy_(start)
             if config.match_scale:
@@ -390,7 +405,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             return
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / self.r[adapter_name])
-        elif config.init_lora_weights:
+        elif config.init_lora_weights and config.init_lora_weights != "eva":
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.init_lora_weights:
             nn.init.zeros_(B)
@@ -442,7 +457,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             B: Shape ``(out, r)``.
             bias_on_B: Shape ``(out,)``, for an adapter that has one.
         """
-        self._unfilled.discard(adapter_name)
+        self._unfilled.pop(adapter_name, None)
         held_A, _, held_B = self._held(adapter_name)
         for held, value in ((held_A, A), (held_B, B)):
             held.data = value.detach().clone().view(held.shape).to(held.device)
@@ -727,7 +742,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         super().delete_adapter(adapter_name)
         self._unscaled.pop(adapter_name, None)
-        self._unfilled.discard(adapter_name)
+        self._unfilled.pop(adapter_name, None)
         self.mixer_start.pop(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -380,6 +380,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             inference_mode=True,
             unlike_lora={},
             lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
+            eva_config=None,
         )
         try:
             self.inject_adapter(self.model, adapter_name)

@@ -11,6 +11,7 @@ import inspect
 from typing import Any
 
 import peft.helpers as helpers
+import peft.tuners.lora.eva as theirs
 from peft.optimizers import lorafa
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
@@ -19,7 +20,7 @@ from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from moslora.tuner import dora, swapping
+from moslora.tuner import dora, eva, swapping
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
 
@@ -137,6 +138,45 @@ def _refuse_own(optimizer: Any) -> Any:
     return LoraFAOptimizer
 
 
+def _put_components_of_eva(load: Any) -> Any:
+    """Let PEFT's ``initialize_lora_eva_weights`` fill adapters of this type.
+
+    Its last step (seen 0.18 to 0.21) looks for LoRA's layers, finds none, and leaves a configuration without targets.
+    It can go when PEFT asks the tuner.
+    """
+
+    @functools.wraps(load)
+    def _load_eva_state_dict(model: nn.Module, eva_state_dict: Any, adapter_name: str) -> Any:
+        configs: Any = model.peft_config
+        if isinstance(configs[adapter_name], MoSLoRAConfig):
+            return eva.put_components(model, eva_state_dict, adapter_name)
+        return load(model, eva_state_dict, adapter_name)
+
+    return _load_eva_state_dict
+
+
+def _choose_modules_for_eva(compute: Any) -> Any:
+    """Let PEFT compute components for the modules that carry the adapter.
+
+    It takes every module with a base layer that is none of LoRA's own unsupported ones (seen 0.18 to 0.21), so also
+    layers of other adapters. It can go with ``_put_components_of_eva``.
+    """
+
+    @functools.wraps(compute)
+    def _get_eva_state_dict(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(compute).bind(*args, **kwargs)
+        config, model = given.arguments.get("peft_config"), given.arguments.get("model")
+        if (
+            isinstance(config, MoSLoRAConfig)
+            and isinstance(model, nn.Module)
+            and hasattr(model, "peft_config")
+        ):
+            given.arguments["target_module_check_fn"] = eva.has_components(config, model)
+        return compute(*given.args, **given.kwargs)
+
+    return _get_eva_state_dict
+
+
 # Where each change is made: the module or class, and the name.
 CHANGES: tuple[tuple[Any, str, Any], ...] = (
     (hotswap, "hotswap_adapter_from_state_dict", _swap_own),
@@ -145,6 +185,8 @@ CHANGES: tuple[tuple[Any, str, Any], ...] = (
     (conversion, "build_peft_weight_mapping", _rename_magnitude_after),
     (PeftAdapterMixin, "load_adapter", _load_in_place),
     (lorafa, "LoraFAOptimizer", _refuse_own),
+    (theirs, "_load_eva_state_dict", _put_components_of_eva),
+    (theirs, "_get_eva_state_dict", _choose_modules_for_eva),
 )
 
 

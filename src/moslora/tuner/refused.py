@@ -64,11 +64,6 @@ REFUSED_ARGUMENTS: dict[str, Refused] = {
         'Leave it out; over a quantized base init_lora_weights="pissa" starts from the weight, too.',
         _is_untouched("LoftQConfig"),
     ),
-    "eva_config": Refused(
-        "EVA starts are not supported, and this configures one.",
-        'Leave it out, and start with init_lora_weights=True, "orthogonal" or "pissa".',
-        _is_untouched("EvaConfig"),
-    ),
     "corda_config": Refused(
         "CorDA starts are not supported, and this configures one.",
         'Leave it out, and start with init_lora_weights=True, "orthogonal" or "pissa".',
@@ -126,10 +121,6 @@ REFUSED_ARGUMENTS: dict[str, Refused] = {
 
 # Values of init_lora_weights that LoRA has and MoSLoRA does not.
 REFUSED_STARTS: dict[str, Refused] = {
-    "eva": Refused(
-        "EVA starts A from the data's directions through a helper that looks for lora_A.",
-        'Start with True, "orthogonal" or "pissa".',
-    ),
     "loftq": Refused(
         "LoftQ quantizes the base anew so that B·A makes up for the loss, without a mixer.",
         'Load the base quantized, and start with "pissa" or True.',

@@ -153,7 +153,7 @@ def forget(layer: Any, adapter_name: str) -> None:
         layer: A MoSLoRA layer.
         adapter_name: The adapter's name.
     """
-    layer._unfilled.discard(adapter_name)
+    layer._unfilled.pop(adapter_name, None)
     if has_start(layer, adapter_name):
         for name in HELD:
             del layer._modules[name][adapter_name]
@@ -176,7 +176,7 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
     A, B = (layer._read(layer.adapter_layer_names[i], adapter_name) for i in (0, 2))
     if A.is_meta or config.is_saved:
         if not A.is_meta:
-            leave_unfilled(layer, adapter_name)
+            leave_unfilled(layer, adapter_name, SAVED)
     elif config.starts_from_components:
         first, middle, last = _components(layer, adapter_name, config)
         A.copy_(first)
@@ -282,15 +282,29 @@ def make_orthogonal(A: Tensor, M: Tensor, B: Tensor) -> None:
     B.copy_(B.double() @ rows.T @ (U @ Vh @ free))
 
 
-def leave_unfilled(layer: Any, adapter_name: str) -> None:
-    """Leave a mixer to be filled from a file; until then it is NaN.
+# Why a mixer has no values yet, and what to do.
+SAVED = (
+    'its configuration is a saved adapter\'s (mixer="custom", or a start from weights or data), and no file was '
+    "loaded. Load the adapter with PeftModel.from_pretrained; or, to start a new one, set mixer in the configuration "
+    "to a tensor, a callable or a name, or for a start from weights or data make a new configuration with that "
+    "init_lora_weights."
+)
+EVA = (
+    'init_lora_weights="eva" starts from data, and none was given yet. Call '
+    "peft.initialize_lora_eva_weights(model, dataloader) before the adapter is run."
+)
+
+
+def leave_unfilled(layer: Any, adapter_name: str, way_out: str) -> None:
+    """Leave a mixer to be filled later; until then it is NaN.
 
     Args:
         layer: A MoSLoRA layer.
         adapter_name: The adapter's name.
+        way_out: Why it has no values, and what to do, as the end of a sentence.
     """
     layer.set_mixer(adapter_name, torch.full_like(layer._weight_of_mixer(adapter_name), float("nan")))
-    layer._unfilled.add(adapter_name)
+    layer._unfilled[adapter_name] = way_out
 
 
 def check_filled(layer: Any, adapter_name: str, M: Tensor) -> None:
@@ -308,9 +322,6 @@ def check_filled(layer: Any, adapter_name: str, M: Tensor) -> None:
         return  # a look at values has no place in a graph; NaN would show in the output
     if torch.isnan(M.detach()).all():
         raise ValueError(
-            f"The mixer of adapter {adapter_name!r} has no values: its configuration is a saved adapter's "
-            '(mixer="custom", or a start from the base weight), and no file was loaded. Load the adapter with '
-            "PeftModel.from_pretrained; or, to start a new one, set mixer in the configuration to a tensor, a callable "
-            "or a name, or for a start from the base weight make a new configuration with that init_lora_weights."
+            f"The mixer of adapter {adapter_name!r} has no values: {layer._unfilled[adapter_name]}"
         )
-    layer._unfilled.discard(adapter_name)
+    del layer._unfilled[adapter_name]
