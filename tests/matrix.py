@@ -23,11 +23,12 @@ import torch
 from accelerate import init_empty_weights
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import laws
 from kinds import ALL, KINDS, ROWS, Kind
-from moslora import MoSLoRAConfig
+from moslora import MoSLoRAConfig, replace_lora_weights_loftq
 from moslora.export import export_adapter
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, MODEL_SNR_DB, RELATIVE, SNR_DB, relative_error, snr_db
@@ -228,6 +229,19 @@ def adapts_a_meta_base(trial: Trial) -> None:
     hold(factors and all(p.is_meta for p in factors), "factors of a meta base have values")
     twin.load_state_dict(model.state_dict(), assign=True)
     trial.close(trial.run(twin), trial.run(model), "assigning values gives another output")
+
+
+@torch.no_grad()
+def begins_with_loftq(trial: Trial) -> None:
+    """From what quantization took: nearer to the weights before it, and what is trained travels."""
+    assert trial.kind.unrounded is not None
+    whole = trial.kind.unrounded()
+    save_file(dict(whole.state_dict()), trial.folder / "model.safetensors")
+    model = get_peft_model(trial.build(), trial.config(init_lora_weights="loftq")).eval()
+    replace_lora_weights_loftq(model, str(trial.folder))
+    expected = trial.run(whole)
+    hold((trial.run(model) - expected).norm() < (trial.base() - expected).norm(), "it begins no nearer")
+    travels(trial, model)
 
 
 @torch.no_grad()
@@ -543,6 +557,9 @@ FEATURES: dict[str, Feature] = {
     'init_lora_weights="pissa"': Feature(takes(init_lora_weights="pissa")),
     'init_lora_weights="olora"': Feature(takes(init_lora_weights="olora")),
     'init_lora_weights="eva"': Feature(begins_with_eva),
+    'init_lora_weights="loftq" (PEFT\'s needs a GPU)': Feature(
+        begins_with_loftq, is_our_own=True, only=("quantised",)
+    ),
     'init_lora_weights="orthogonal"': Feature(takes(init_lora_weights="orthogonal")),
 }
 
@@ -831,7 +848,7 @@ MEANINGS = {
     "✓+": "works; PEFT's LoRA fails or is wrong there",
     "✗": "refused, where LoRA's counterpart has no objection; the note has the message",
     "–": "neither can; the note has the reason",
-    "·": "not tried, to keep the tests short",
+    "·": "not tried: it is for other kinds (LoftQ, for quantised ones), or to keep the tests short",
 }
 EXPLANATION = """
 The models are tiny and random: Llama, GPT-2, T5, BERT (two layers each), Mixtral, Qwen3-MoE and gpt-oss with their

@@ -169,7 +169,6 @@ def made(kind: str, **arguments: Any) -> Any:
 
 SET = {
     "layer_replication": [(0, 1)],
-    "loftq_config": {"loftq_bits": 8},
     "corda_config": made("CordaConfig", corda_method="kpm"),
     "lora_ga_config": made("LoraGAConfig", scale="unit"),
     "runtime_config": made("LoraRuntimeConfig", ephemeral_gpu_offload=True),
@@ -205,7 +204,6 @@ def test_an_argument_that_cannot_be_used_is_refused_with_the_reason_and_the_way_
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("loftq_config", "LoftQConfig"),
         ("corda_config", "CordaConfig"),
         ("lora_ga_config", "LoraGAConfig"),
         ("runtime_config", "LoraRuntimeConfig"),

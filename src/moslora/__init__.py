@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moslora.formats import read_adapter
     from moslora.optimizer import param_groups
     from moslora.tuner.config import MoSLoRAConfig
+    from moslora.tuner.loftq import replace_lora_weights_loftq
     from moslora.tuner.lora_fa import create_lorafa_optimizer
     from moslora.tuner.model import MoSLoRAModel
 
@@ -32,6 +33,7 @@ __all__ = [
     "create_lorafa_optimizer",
     "param_groups",
     "read_adapter",
+    "replace_lora_weights_loftq",
 ]
 
 # Where each public name is; it is imported when it is used.
@@ -42,6 +44,7 @@ _PLACES = {
     "create_lorafa_optimizer": "moslora.tuner.lora_fa",
     "param_groups": "moslora.optimizer",
     "read_adapter": "moslora.formats",
+    "replace_lora_weights_loftq": "moslora.tuner.loftq",
 }
 
 

@@ -759,7 +759,7 @@ def _adapter_complaint(arguments: dict[str, Any]) -> list[str]:
     from moslora.tuner.config import MoSLoRAConfig
 
     init = arguments.get("init_lora_weights")
-    if init == "eva":
+    if init in ("eva", "loftq"):
         return [
             f"adapter.init_lora_weights={init} cannot be set: a call in a script of yours has to follow it. Use "
             "get_peft_model there, or choose another start."

@@ -31,6 +31,7 @@ from moslora.formats.directory import (
     settle,
     write_files,
 )
+from moslora.mixers import CUSTOM, SINGULAR_VALUES
 from moslora.tuner.config import MoSLoRAConfig, subtracts_start
 
 __all__ = ["PEFT_TYPE", "START", "keep_start", "read", "read_start", "start_of", "write"]
@@ -78,6 +79,8 @@ def read(folder: Path) -> Adapter:
     if without:
         raise AdapterError(f"{folder / WEIGHTS}: {without[0]} lacks its mixer, moslora_M.")
     kept = {name: config[name] for name in (*SHARED, *OWN) if name in config}
+    if kept.get("mixer") == SINGULAR_VALUES:  # it was at the start
+        kept["mixer"] = CUSTOM
     adapter = build_adapter(folder, kept, found)
     is_begun = subtracts_start(config.get("init_lora_weights"))
     whole = [name for name, own in begun.items() if len(own) == len(STARTS)]
@@ -106,8 +109,8 @@ def _subtract(
             modules[name] = replace(factors, A=A, M=M, B=B)
         except ValueError as error:
             raise AdapterError(f"{folder}: {name}: its start does not fit its factors: {error}") from error
-    # Of what it is now, M is neither the singular values nor anything else that has a name.
-    config = {**adapter.config, "mixer": "custom", "init_lora_weights": init}
+    # Of what it is now, M is nothing that has a name.
+    config = {**adapter.config, "mixer": CUSTOM, "init_lora_weights": init}
     return replace(adapter, modules=modules, config=config)
 
 

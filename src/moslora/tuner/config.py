@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
-from peft import EvaConfig
+from peft import EvaConfig, LoftQConfig
 from peft.config import PeftConfig
 from peft.tuners.lora.config import LoraRuntimeConfig
 from torch import Generator, Tensor
@@ -27,7 +27,7 @@ class MoSLoRAType(str, enum.Enum):  # noqa: UP042  PEFT's get_model_status takes
 
 
 # Values of init_lora_weights, beside True, False and "pissa_niter_N".
-STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva")
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
 
 
 def subtracts_start(init_lora_weights: Any) -> bool:
@@ -72,6 +72,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             ``"eva"``: A from what the layers see of your data, B zero (arXiv:2410.07170). Call PEFT's
             ``initialize_lora_eva_weights(model, dataloader)`` after ``get_peft_model``; until then the adapter does not
             run.
+            ``"loftq"``, of a quantized base: what quantization took from the weights, with M the diagonal of its
+            singular values (arXiv:2310.08659). Call ``moslora.replace_lora_weights_loftq(model, path)`` after
+            ``get_peft_model``; until then the adapter does not run. mixer and match_scale as with ``"pissa"``.
+        loftq_config: PEFT's ``LoftQConfig``, of one iteration; the bits are the base's own.
         eva_config: How ``"eva"`` computes and shares out its components: PEFT's ``EvaConfig``, with defaults if None.
         bias: ``"none"``, ``"all"`` or ``"moslora_only"``: which biases of the base are trained.
             ``"lora_only"`` is accepted as the same.
@@ -95,7 +99,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         values_in_file: Filled in when the adapter is saved: the values of its factors lie in a file beside the
             configuration, so a start that costs or needs something is left to that file. A configuration that was saved
             alone says false, and starts as a new one does.
-        layer_replication, loftq_config, corda_config, lora_ga_config, runtime_config,
+        layer_replication, corda_config, lora_ga_config, runtime_config,
             velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, use_bdlora,
             arrow_config, kasa_config, megatron_config, megatron_core: LoRA's arguments that are accepted where they
             change nothing and else refused, with the reason and the way out.
@@ -134,12 +138,12 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
     use_dora: bool = field(default=False, metadata={"help": "DoRA's magnitude on top."})
+    loftq_config: Union[LoftQConfig, dict[str, int]] = field(default_factory=dict)  # noqa: UP007
     eva_config: Optional[EvaConfig] = field(default=None)  # noqa: UP045
     lora_bias: bool = field(default=False, metadata={"help": "A trained bias on B."})
     values_in_file: Optional[bool] = field(default=None)  # noqa: UP045
     # Of LoRA alone: see refused.py. They are in no file that is written.
     layer_replication: Any = field(default=None, repr=False)
-    loftq_config: Any = field(default=None, repr=False)
     corda_config: Any = field(default=None, repr=False)
     lora_ga_config: Any = field(default=None, repr=False)
     runtime_config: Any = field(default_factory=LoraRuntimeConfig, repr=False)
@@ -174,6 +178,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         self._take_mixer()
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
         self._take_eva_config()
+        self._take_loftq_config()
         if str(self.init_lora_weights).lower() in ("gaussian", "olora"):  # as PEFT reads them
             self.init_lora_weights = str(self.init_lora_weights).lower()
         if self.ensure_weight_tying:
@@ -222,7 +227,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 self.mixer not in ("kaiming", SINGULAR_VALUES) or self.match_scale
             ):  # kaiming: left at its default
                 raise ValueError(
-                    f"init_lora_weights={self.init_lora_weights!r} makes M the singular values of the base weight, so "
+                    f"init_lora_weights={self.init_lora_weights!r} makes M singular values, so "
                     f"mixer={self.mixer!r} with match_scale={self.match_scale} has no meaning with it. Leave both out."
                 )
             self.mixer = SINGULAR_VALUES
@@ -245,10 +250,31 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 stacklevel=4,
             )
 
+    def _take_loftq_config(self) -> None:
+        """Make the dict that a file has; a file of LoRA may have it at its defaults too."""
+        given: Any = self.loftq_config
+        values = dict(vars(given)) if isinstance(given, LoftQConfig) else given or {}
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"loftq_config={given!r} must be a peft.LoftQConfig, or a dict of its arguments."
+            )
+        self.loftq_config = values if self.init_lora_weights == "loftq" else {}
+        if values and not self.loftq_config and LoftQConfig(**values) != LoftQConfig():
+            warnings.warn(
+                f"loftq_config is without effect, for init_lora_weights={self.init_lora_weights!r} is not 'loftq'.",
+                stacklevel=4,
+            )
+        if self.loftq_config.get("loftq_iter", 1) != 1:
+            raise ValueError(
+                f"loftq_iter={self.loftq_config['loftq_iter']!r}: more iterations quantize the base's weights anew, "
+                "and MoSLoRA leaves the base as it is. Set loftq_iter=1."
+            )
+
     @property
     def starts_from_components(self) -> bool:
-        """Whether A, M and B start as the principal components of the base weight."""
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")
+        """Whether A, M and B start as principal components of the base weight, or of what quantization took from it."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and init.startswith(("pissa", "loftq"))
 
     @property
     def subtracts_start(self) -> bool:

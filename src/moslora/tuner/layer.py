@@ -368,8 +368,9 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             nn.init.zeros_(held_B)
         if config.lora_bias and config.init_lora_weights is not False:
             nn.init.zeros_(cast(Tensor, bias.bias_of(self, adapter_name)))
-        if config.init_lora_weights == "eva":
-            starts.leave_unfilled(self, adapter_name, starts.SAVED if config.is_saved else starts.EVA)
+        way_out = starts.why_later(self, config)
+        if way_out is not None:
+            starts.leave_unfilled(self, adapter_name, way_out)
             return
         A, M, B = self._held(adapter_name)
         M = M.detach().clone()
@@ -460,7 +461,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self._unfilled.pop(adapter_name, None)
         held_A, _, held_B = self._held(adapter_name)
         for held, value in ((held_A, A), (held_B, B)):
-            held.data = value.detach().clone().view(held.shape).to(held.device)
+            held.data = value.detach().contiguous().clone().view(held.shape).to(held.device)
         own_bias = self.bias_on_B(adapter_name)
         if own_bias is not None and bias_on_B is not None:
             own_bias.data = bias_on_B.detach().clone().to(own_bias.device)

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from moslora.adapter import exact_pattern
-from moslora.tuner import bias, dora, swapping
+from moslora.tuner import bias, dora, loftq, swapping
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.embedding import MoSLoRAEmbedding
@@ -156,6 +156,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fast_paths(model)
         warn_of_whole_factors(model, adapter_name)
+        loftq.check_base(model, self.peft_config[adapter_name])
         unlike_lora = self.peft_config[adapter_name].unlike_lora
         if unlike_lora:
             name, reason = next(iter(unlike_lora.items()))
@@ -381,6 +382,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             unlike_lora={},
             lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
             eva_config=None,
+            loftq_config={},
         )
         try:
             self.inject_adapter(self.model, adapter_name)

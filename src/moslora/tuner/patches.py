@@ -1,7 +1,7 @@
 """What has to be changed in PEFT for adapters of this type; each with its reason, and when it can go.
 
 All pass every other type through untouched, and are made once, by ``register``. They are made where PEFT itself looks,
-so that scripts may import its functions before or after this package.
+so that scripts may import its functions before or after this package; what could not be is said.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import functools
 import inspect
 from typing import Any
 
+import peft
 import peft.helpers as helpers
 import peft.tuners.lora.eva as theirs
 from peft.optimizers import lorafa
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import hotswap
+from peft.utils import hotswap, loftq_utils
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from moslora.tuner import dora, eva, swapping
+from moslora.tuner import dora, eva, loftq, swapping
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
 
@@ -177,6 +178,24 @@ def _choose_modules_for_eva(compute: Any) -> Any:
     return _get_eva_state_dict
 
 
+def _start_with_loftq(replace: Any) -> Any:
+    """Let PEFT's ``replace_lora_weights_loftq`` start adapters of this type.
+
+    It looks for LoRA's own layers, and says that there are none (seen 0.18 to 0.21). Whoever imported it before this
+    package has ``moslora.replace_lora_weights_loftq``. It can go when PEFT asks the tuner.
+    """
+
+    @functools.wraps(replace)
+    def replace_lora_weights_loftq(
+        peft_model: Any, model_path: Any = None, adapter_name: str = "default", callback: Any = None
+    ) -> None:
+        if isinstance(peft_model.peft_config[adapter_name], MoSLoRAConfig):
+            return loftq.replace_lora_weights_loftq(peft_model, model_path, adapter_name, callback)
+        return replace(peft_model, model_path, adapter_name, callback)  # type: ignore[no-any-return]
+
+    return replace_lora_weights_loftq
+
+
 # Where each change is made: the module or class, and the name.
 CHANGES: tuple[tuple[Any, str, Any], ...] = (
     (hotswap, "hotswap_adapter_from_state_dict", _swap_own),
@@ -187,6 +206,7 @@ CHANGES: tuple[tuple[Any, str, Any], ...] = (
     (lorafa, "LoraFAOptimizer", _refuse_own),
     (theirs, "_load_eva_state_dict", _put_components_of_eva),
     (theirs, "_get_eva_state_dict", _choose_modules_for_eva),
+    *((place, "replace_lora_weights_loftq", _start_with_loftq) for place in (peft, peft.utils, loftq_utils)),
 )
 
 

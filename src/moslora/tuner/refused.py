@@ -59,11 +59,6 @@ REFUSED_ARGUMENTS: dict[str, Refused] = {
         "Layer replication is not supported: it changes the base model, not the adapter.",
         "Replicate the layers of the model before adapting it.",
     ),
-    "loftq_config": Refused(
-        "LoftQ starts are not supported, and this configures one.",
-        'Leave it out; over a quantized base init_lora_weights="pissa" starts from the weight, too.',
-        _is_untouched("LoftQConfig"),
-    ),
     "corda_config": Refused(
         "CorDA starts are not supported, and this configures one.",
         'Leave it out, and start with init_lora_weights=True, "orthogonal" or "pissa".',
@@ -121,10 +116,6 @@ REFUSED_ARGUMENTS: dict[str, Refused] = {
 
 # Values of init_lora_weights that LoRA has and MoSLoRA does not.
 REFUSED_STARTS: dict[str, Refused] = {
-    "loftq": Refused(
-        "LoftQ quantizes the base anew so that B·A makes up for the loss, without a mixer.",
-        'Load the base quantized, and start with "pissa" or True.',
-    ),
     "corda": Refused(
         "CorDA takes a part of the base weight out of it, chosen by the data.",
         'Start with "pissa", which leaves the base alone.',

@@ -17,6 +17,8 @@ nearly equal, subtracted as they are, would leave their rounding:
 of Q. What OLoRA takes out of the base weight is subtracted here as above, so M may start as anything: where it is the
 identity the adapter is OLoRA's.
 
+*Later.* What EVA (``eva.py``) and LoftQ (``loftq.py``) start from is handed over by a call of its own.
+
 *Orthogonal* (PEFT's ``"orthogonal"``). A and B are random, each of rank r/2, with ``B·M·A = 0``: A's columns span half
 of the rank's space, and B's rows lie in what is orthogonal to their image under M.
 
@@ -48,6 +50,7 @@ __all__ = [
     "make_orthogonal",
     "start_by_calls",
     "take_qr",
+    "why_later",
     "with_start",
 ]
 
@@ -293,6 +296,24 @@ EVA = (
     'init_lora_weights="eva" starts from data, and none was given yet. Call '
     "peft.initialize_lora_eva_weights(model, dataloader) before the adapter is run."
 )
+LOFTQ = (
+    'init_lora_weights="loftq" starts from the weights before quantization, and they were not given yet. Call '
+    "moslora.replace_lora_weights_loftq(model, path) before the adapter is run."
+)
+
+
+def why_later(layer: Any, config: MoSLoRAConfig) -> str | None:
+    """Tell why an adapter begins only after it was made, and what is to be done; None if it begins now.
+
+    Args:
+        layer: A MoSLoRA layer.
+        config: Its adapter's configuration.
+    """
+    way_out = {"eva": EVA, "loftq": LOFTQ}.get(str(config.init_lora_weights))
+    if way_out is not None and config.is_saved:
+        return SAVED
+    is_untouched = config.init_lora_weights == "loftq" and layer.quantization_backend is None
+    return None if is_untouched else way_out
 
 
 def leave_unfilled(layer: Any, adapter_name: str, way_out: str) -> None:
