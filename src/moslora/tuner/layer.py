@@ -234,8 +234,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         return cast("Tensor | None", getattr(self.get_base_layer(), "weight", None))
 
     def _split_mixers(self) -> None:
-        """Split those mixers that are going to be trained in 16 bits."""
-        if torch.compiler.is_compiling():
+        """Split those mixers that are going to be trained in 16 bits.
+
+        Not within FSDP: in a forward its parameters are copies, in 16 bits of float32 shards under mixed precision.
+        """
+        if torch.compiler.is_compiling() or getattr(self, "_is_fsdp_managed_module", False):
             return
         for name in self.scaling:
             if self.mixer_start.get(name) is None:
@@ -247,7 +250,21 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Set the mode. Trainers call it before they shard or copy what is trained."""
         if mode:
             self._split_mixers()
+            self._warn_of_sharded_mixers()
         return super().train(mode)
+
+    def _warn_of_sharded_mixers(self) -> None:
+        """Say that mixers were sharded in 16 bits before they could be split, so that most of their steps are lost."""
+        if not getattr(self, "_is_fsdp_managed_module", False):
+            return
+        for name in self.scaling:
+            weight = self._weight_of_mixer(name)
+            if weight.requires_grad and is_narrow(weight.dtype) and self.mixer_start.get(name) is None:
+                warnings.warn(
+                    f"The mixer of adapter {name!r} was sharded in {weight.dtype}, where most steps of training round "
+                    "to nothing. Call model.train() after casting and before sharding, or keep it in float32.",
+                    stacklevel=3,
+                )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
