@@ -154,6 +154,7 @@ TORCH: dict[str, Case] = {
     "FSDP, one unit, experts": Case(partial(fsdp1, policy=False), "Mixtral"),
     "FSDP2": Case(partial(fsdp2)),
     "FSDP2, bfloat16 base": Case(partial(fsdp2), "Llama, bf16"),
+    "FSDP2, mixed precision": Case(partial(fsdp2, low=True)),
     "FSDP2, embedding": Case(partial(fsdp2), "tied embedding"),
     "FSDP2, attention": Case(partial(fsdp2, blocks=False), "Multihead-Attention"),
     "FSDP2, experts": Case(partial(fsdp2), "Mixtral"),
@@ -188,6 +189,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
         "fsdp_config": {"version": 1, "sync_module_states": False},
     },
     "Trainer, FSDP2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "Trainer, FSDP2, bf16": {"bf16": True, "fsdp": True, "fsdp_config": {"version": 2}},
 }
 
 
