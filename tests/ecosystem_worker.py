@@ -143,6 +143,7 @@ TORCH: dict[str, Case] = {
         for strategy in ("FULL_SHARD", "NO_SHARD")
         for original in (True, False)
     },
+    f"{POLICY}, bfloat16 base": Case(partial(fsdp1), "Llama, bf16"),
     f"{POLICY}, mixed precision": Case(partial(fsdp1, low=True)),
     f"{POLICY}, embedding": Case(partial(fsdp1), "tied embedding"),
     f"{POLICY}, experts": Case(partial(fsdp1), "Mixtral"),
