@@ -151,11 +151,15 @@ TORCH: dict[str, Case] = {
     f"{POLICY}, PiSSA": Case(partial(fsdp1), more=PISSA),
     "FSDP, one unit": Case(partial(fsdp1, policy=False)),
     "FSDP, one unit, mixed precision": Case(partial(fsdp1, policy=False, low=True)),
+    "FSDP, one unit, cast and sharded before train()": Case(
+        partial(fsdp1, policy=False), "Llama, bf16", is_cast=True
+    ),
     "FSDP, one unit, attention": Case(partial(fsdp1, policy=False), "Multihead-Attention"),
     "FSDP, one unit, experts": Case(partial(fsdp1, policy=False), "Mixtral"),
     "FSDP2": Case(partial(fsdp2)),
     "FSDP2, bfloat16 base": Case(partial(fsdp2), "Llama, bf16"),
     "FSDP2, mixed precision": Case(partial(fsdp2, low=True)),
+    "FSDP2, cast and sharded before train()": Case(partial(fsdp2), "Llama, bf16", is_cast=True),
     "FSDP2, embedding": Case(partial(fsdp2), "tied embedding"),
     "FSDP2, attention": Case(partial(fsdp2, blocks=False), "Multihead-Attention"),
     "FSDP2, experts": Case(partial(fsdp2), "Mixtral"),
