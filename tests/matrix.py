@@ -881,6 +881,63 @@ Tested by `tests/test_living_with_others.py` and, with two processes, by `tests/
   reference is the base or, for an adapter that is trained on, a frozen copy of it, mixers included.
 """
 
+SCRIPTS_OF_OTHERS = """
+## Other libraries' scripts
+
+Tested by `tests/test_ecosystem.py`: short scripts in the manner of each library's own examples, on tiny random models,
+with the class name changed and nothing else. LoRA is the control.
+
+✓ for MoSLoRA: with M = I held fixed, losses and gradient norms of every step are LoRA's; with M trained, every entry of
+A, M and B moves; what the script saves (of diffusers: its checkpoints) loads to the model that it trained.
+"""
+CAST = """
+Mixers learn however a trainer casts. Under each of the following the share of entries that move is LoRA's for A and B,
+and for M all of them:
+
+{casts}
+
+DoRA's magnitude moves where LoRA's does (not tried in diffusers): under TRL every entry.
+
+Models that accelerate offloads give the output that they give in memory, at every call. `cpu_offload` is tried for all
+kinds of model above, and PEFT's LoRA fails there with embeddings, `nn.MultiheadAttention` and experts; `disk_offload`,
+and `dispatch_model` with a part on disk, for Llama, with DoRA and PiSSA's start too.
+
+Two processes (on the CPU, gloo) have the losses of one, up to rounding where they compute in bfloat16; where each holds
+the whole model, what they train is the same to the bit:
+"""
+
+
+def _scripts() -> str:
+    """Write what tests/test_ecosystem.py shows, by its tables."""
+    from ecosystem_scripts import CASTS, EXAMPLES, NEEDED, SCRIPTS
+    from ecosystem_worker import DEEPSPEED, LORA_SAYS, TORCH, TRAINERS
+
+    def needs(name: str) -> str:
+        return f" (where {NEEDED[name]} is installed)" if name in NEEDED else ""
+
+    scripts = [f"| {name}{needs(name)} | {EXAMPLES[name]} | ✓ | ✓ |" for name in SCRIPTS]
+    casts = "\n".join(f"- {name}{needs(name)}" for name in CASTS)
+    ways = [
+        f"| {name} | {f'✗ “{LORA_SAYS[name]}”' if name in LORA_SAYS else '✓'} | ✓ |"
+        for name in [*TORCH, *TRAINERS, *DEEPSPEED]
+    ]
+    return "\n".join(
+        [
+            SCRIPTS_OF_OTHERS.rstrip("\n"),
+            "",
+            "| | in the manner of | LoRA | MoSLoRA |",
+            "|---|---|:-:|:-:|",
+            *scripts,
+            CAST.format(casts=casts),
+            "| | LoRA | MoSLoRA |",
+            "|---|:-:|:-:|",
+            *ways,
+            "",
+            "ZeRO is tested where DeepSpeed is installed.",
+            "",
+        ]
+    )
+
 
 def page() -> str:
     """Write the page, from what is declared."""
@@ -916,7 +973,7 @@ def page() -> str:
             f"{who}: “{text}”." for who, text in (("MoSLoRA", outcome.ours), ("LoRA", outcome.lora)) if text
         ]
         lines.append(f"{number}. " + " ".join([outcome.because, *words]).strip())
-    return "\n".join(lines) + "\n" + OTHERS
+    return "\n".join(lines) + "\n" + OTHERS + _scripts()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 
 import laws
 import tiny
+from ecosystem_scripts import arguments
 from moslora import MoSLoRAConfig
 from moslora.adapter import AdapterError
 from moslora.export import export_adapter
@@ -236,23 +237,6 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_chat_model(tmp_path_factory.mktemp("trl") / "base")
 
 
-def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 3,
-    }
-    return {**settings, **changes}
-
-
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -265,41 +249,6 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder)
-
-
-@trl_is_behind
-def test_trls_sft_trainer_trains_as_with_lora_and_saves(chat_model: Path, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"say {n}"}],
-            "completion": [{"role": "assistant", "content": str(n)}],
-        }
-        for n in range(8)
-    ]
-    found = []
-    for cls, own in AS_LORA:
-        torch.manual_seed(1)
-        trainer = SFTTrainer(
-            load(chat_model),
-            args=SFTConfig(**arguments(tmp_path / cls.__name__)),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tiny.tokenizer(),
-            peft_config=peft_config(cls, **own),
-        )
-        trainer.train()
-        found.append(losses(trainer))
-        if cls is MoSLoRAConfig:
-            trainer.save_model(str(tmp_path / "adapter"))
-            ids = tiny.tokens()
-            with torch.no_grad():
-                expected = trainer.model.eval()(ids).logits
-                loaded = PeftModel.from_pretrained(load(chat_model), tmp_path / "adapter").eval()
-                assert relative_error(loaded(ids).logits, expected) < MODEL
-                assert relative_error(load(chat_model)(ids).logits, expected) > 100 * MODEL
-    assert len(found[0]) == 3 and found[0] == pytest.approx(found[1], rel=50 * MODEL)  # as AdamW divides
 
 
 @torch.no_grad()
