@@ -205,6 +205,22 @@ def subject_rows(found: dict[str, Any]) -> Rows:
     return [(what, f"{scores}; base {100 * base['both']:.0f} % ({100 * base['kept']:.0f} %)", how)]
 
 
+def move_rows(found: dict[str, Any]) -> Rows:
+    """Which share of each factor's entries a short QLoRA through TRL moves."""
+
+    def shares(name: str) -> str:
+        moved = found["contenders"][name]["moved"]
+        return ", ".join(f"{factor} {100 * one['share']:.0f} %" for factor, one in sorted(moved.items()))
+
+    figure = "; ".join(f"{name}: {shares(name)}" for name in found["contenders"])
+    how = (
+        f"`benchmarks/moves.py`: `{found['base']}` in {found['quantization']}, r {found['rank']}, {found['steps']} "
+        f"steps of {found['batch']} requests at {found['learning_rate']:g} through TRL, which trains in bfloat16, "
+        f"{machine(found)}"
+    )
+    return [("QLoRA: entries that moved", figure, how)]
+
+
 # One script, its results (on each kind of device) and its rows, in the order of the table.
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "step-*.json": step_rows,
@@ -214,6 +230,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "together-*.json": together_rows,
     "merge.json": merge_rows,
     "mix.json": mix_rows,
+    "moves-*.json": move_rows,
     "subject.json": subject_rows,
 }
 

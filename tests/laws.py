@@ -89,7 +89,8 @@ def hold_to_lora(
                 judged[name.replace("moslora_", "lora_")].copy_(compose(held[pairs[name]], p))
             elif name not in pairs.values():
                 judged[name.replace("moslora_", "lora_")].copy_(p)
-    assert len(pairs) * 2 == len(judged) and len(held) == len(judged) + len(pairs)
+    biases = sum(name.endswith(".bias") for name in judged)
+    assert len(pairs) * 2 + biases == len(judged) and len(held) == len(judged) + len(pairs)
     results = []
     for model in (ours, lora):
         out = run(model)

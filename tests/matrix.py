@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import laws
 from kinds import ALL, KINDS, ROWS, Kind
-from moslora import MoSLoRAConfig
+from moslora import MoSLoRAConfig, replace_lora_weights_loftq
 from moslora.export import export_adapter
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, MODEL_SNR_DB, RELATIVE, SNR_DB, relative_error, snr_db
@@ -231,6 +232,19 @@ def adapts_a_meta_base(trial: Trial) -> None:
 
 
 @torch.no_grad()
+def begins_with_loftq(trial: Trial) -> None:
+    """From what quantization took: nearer to the weights before it, and what is trained travels."""
+    assert trial.kind.unrounded is not None
+    whole = trial.kind.unrounded()
+    save_file(dict(whole.state_dict()), trial.folder / "model.safetensors")
+    model = get_peft_model(trial.build(), trial.config(init_lora_weights="loftq")).eval()
+    replace_lora_weights_loftq(model, str(trial.folder))
+    expected = trial.run(whole)
+    hold((trial.run(model) - expected).norm() < (trial.base() - expected).norm(), "it begins no nearer")
+    travels(trial, model)
+
+
+@torch.no_grad()
 def disables(trial: Trial) -> None:
     model, base = trial.adapt(), trial.base()
     expected = trial.run(model)
@@ -365,19 +379,41 @@ def takes(**arguments: Any) -> Callable[[Trial], None]:
         model = trial.adapt(**settings)
         if trial.is_ours and not kind.reference:
             laws.same_targets(kind.build, **trial.settings(**settings))
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            trained = [p for p in model.parameters() if p.requires_grad]
-            hold(trained, "nothing is trained")
-            for p in trained:
-                p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=0.1)
-            expected = trial.run(model)
-            trial.far(trial.base(), expected, "training did nothing")
-            model.save_pretrained(trial.folder, save_embedding_layers=False)
-            loaded = PeftModel.from_pretrained(trial.build(), trial.folder).eval()
-            trial.close(trial.run(loaded), expected, "what was trained does not travel")
+        travels(trial, model)
 
     return test
+
+
+@torch.no_grad()
+def travels(trial: Trial, model: PeftModel) -> None:
+    """What is trained is saved and loaded."""
+    generator = torch.Generator().manual_seed(7)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hold(trained, "nothing is trained")
+    for p in trained:
+        p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=0.1)
+    expected = trial.run(model)
+    trial.far(trial.base(), expected, "training did nothing")
+    model.save_pretrained(trial.folder, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(trial.build(), trial.folder).eval()
+    trial.close(trial.run(loaded), expected, "what was trained does not travel")
+
+
+@torch.no_grad()
+def begins_with_eva(trial: Trial) -> None:
+    """From what the layers see, by PEFT's own call; nothing is changed at first, and what is trained travels."""
+    config = trial.config(init_lora_weights="eva", r=2, eva_config=EvaConfig(rho=1.0))
+    model = get_peft_model(trial.build(), config).eval()
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    initialize_lora_eva_weights(
+        model,
+        [trial.kind.inputs(dtype)],
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0].flatten(0, -2).contiguous(),
+        show_progress_bar=False,
+    )
+    trial.close(trial.run(model), trial.base(), "a fresh adapter changes the output")
+    travels(trial, model)
 
 
 def freezes_its_mixers(trial: Trial) -> None:
@@ -517,7 +553,13 @@ FEATURES: dict[str, Feature] = {
     "match_scale": Feature(matches_its_scale, is_our_own=True),
     "mixer=a callable": Feature(takes_a_mixer, is_our_own=True),
     "use_dora=True": Feature(takes(use_dora=True)),
+    "lora_bias=True": Feature(takes(lora_bias=True)),
     'init_lora_weights="pissa"': Feature(takes(init_lora_weights="pissa")),
+    'init_lora_weights="olora"': Feature(takes(init_lora_weights="olora")),
+    'init_lora_weights="eva"': Feature(begins_with_eva),
+    'init_lora_weights="loftq" (PEFT\'s needs a GPU)': Feature(
+        begins_with_loftq, is_our_own=True, only=("quantised",)
+    ),
     'init_lora_weights="orthogonal"': Feature(takes(init_lora_weights="orthogonal")),
 }
 
@@ -607,10 +649,8 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
     Exceptional(
         ("Embedding", "tied embedding"),
         ("hotswap",),
-        "has no attribute 'scaling'",
-        "has no attribute 'scaling'",
-        because="PEFT's hotswap looks for factors that are modules; an embedding's are parameters, in LoRA too. "
-        "Load the other adapter beside it and call set_adapter.",
+        lora="has no attribute 'scaling'",
+        because="PEFT's hotswap looks for factors that are modules; an embedding's are parameters.",
     ),
     Exceptional(
         ("Multihead-Attention",),
@@ -644,16 +684,6 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         because="PEFT parametrizes the module at every call.",
     ),
     Exceptional(
-        ("Embedding", "tied embedding"),
-        ("use_dora",),
-        "has no place in a Embedding … Leave the module out of target_modules … or set use_dora=False",
-    ),
-    Exceptional(
-        ("Conv2d, groups",),
-        ("use_dora",),
-        "2 groups leave the update without a place in the weight … Leave the module out … or set use_dora=False",
-    ),
-    Exceptional(
         ("Multihead-Attention",),
         ("use_dora",),
         "has no place in a MultiheadAttention … Leave the module out … or set use_dora=False",
@@ -665,6 +695,49 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         "has no place in a … Leave the module out … or set use_dora=False",
         "lora.ParamWrapper does not work with use_dora=True",
     ),
+    Exceptional(
+        ("Embedding", "tied embedding"),
+        ("lora_bias",),
+        "has no place in this Embedding … Leave the module out … or set lora_bias=False",
+        "lora_bias=True is not supported for Embedding",
+    ),
+    Exceptional(
+        ("Multihead-Attention",),
+        ("lora_bias",),
+        "has no place in this MultiheadAttention … Leave the module out … or set lora_bias=False",
+        because="In PEFT's the bias of in_proj does nothing.",
+    ),
+    Exceptional(
+        MIXTURES,
+        ("lora_bias",),
+        "the update is added to the parameter … Leave the module out … or set lora_bias=False",
+        "lora.ParamWrapper does not work with lora_bias=True",
+    ),
+    Exceptional(
+        ("GPT-2 (Conv1D)",),
+        ('init_lora_weights="olora"',),
+        lora="shapes cannot be multiplied",
+        because="PEFT decomposes the weight as Conv1D stores it, which is transposed.",
+    ),
+    *(
+        Exceptional(
+            kinds,
+            ('init_lora_weights="eva"',),
+            "init_lora_weights='eva' is there for linear layers … Leave the module out … or start with True",
+            lora,
+            because,
+        )
+        for kinds, lora, because in (
+            (("Embedding", "tied embedding"), None, "PEFT starts an embedding as with True, and says so."),
+            (
+                ("Conv1d", "Conv2d", "Conv3d", "Conv2d, groups", "SDXL U-Net"),
+                "Unknown initialization … eva",
+                "",
+            ),
+            (("Multihead-Attention",), "index out of range", ""),
+            (MIXTURES, "must match the size of tensor", ""),
+        )
+    ),
     *(
         Exceptional(
             kinds,
@@ -672,7 +745,7 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
             f"init_lora_weights='{start}' is there for linear layers … Leave the module out … or start with True",
             lora and lora.format(start=start),
         )
-        for start in ("pissa", "orthogonal")
+        for start in ("pissa", "olora", "orthogonal")
         for kinds, lora in (
             (("Embedding", "tied embedding"), None),
             (
@@ -775,7 +848,7 @@ MEANINGS = {
     "✓+": "works; PEFT's LoRA fails or is wrong there",
     "✗": "refused, where LoRA's counterpart has no objection; the note has the message",
     "–": "neither can; the note has the reason",
-    "·": "not tried, to keep the tests short",
+    "·": "not tried: it is for other kinds (LoftQ, for quantised ones), or to keep the tests short",
 }
 EXPLANATION = """
 The models are tiny and random: Llama, GPT-2, T5, BERT (two layers each), Mixtral, Qwen3-MoE and gpt-oss with their
@@ -807,6 +880,68 @@ Tested by `tests/test_living_with_others.py` and, with two processes, by `tests/
 - **TRL**: `SFTTrainer` and `DPOTrainer` with `peft_config=`; with M = I held fixed the losses are LoRA's. DPO's
   reference is the base or, for an adapter that is trained on, a frozen copy of it, mixers included.
 """
+
+SCRIPTS_OF_OTHERS = """
+## Other libraries' scripts
+
+Tested by `tests/test_ecosystem.py`: short scripts in the manner of each library's own examples, on tiny random models,
+with the class name changed and nothing else. LoRA is the control.
+
+✓ for MoSLoRA: with M = I held fixed, losses and gradient norms of every step are LoRA's; with M trained, every entry of
+A, M and B moves; what the script saves (of diffusers: its checkpoints) loads to the model that it trained.
+"""
+CAST = """
+Mixers learn however a trainer casts. Under each of the following the share of entries that move is LoRA's for A and B,
+and for M all of them:
+
+{casts}
+
+DoRA's magnitude moves where LoRA's does (not tried in diffusers): under TRL every entry.
+
+Models that accelerate offloads give the output that they give in memory, at every call. `cpu_offload` is tried for all
+kinds of model above, and PEFT's LoRA fails there with embeddings, `nn.MultiheadAttention` and experts; `disk_offload`,
+and `dispatch_model` with a part on disk, for Llama, with DoRA and PiSSA's start too.
+
+Two processes (on the CPU, gloo) have the losses of one, up to rounding where they compute in bfloat16; where each holds
+the whole model, what they train is the same to the bit:
+"""
+
+
+def _scripts() -> str:
+    """Write what tests/test_ecosystem.py shows, by its tables."""
+    from ecosystem_scripts import CASTS, EXAMPLES, NEEDED, SCRIPTS
+    from ecosystem_worker import DEEPSPEED, HELD_SAYS, LORA_SAYS, TORCH, TRAINERS
+
+    def needs(name: str) -> str:
+        return f" (where {NEEDED[name]} is installed)" if name in NEEDED else ""
+
+    scripts = [f"| {name}{needs(name)} | {EXAMPLES[name]} | ✓ | ✓ |" for name in SCRIPTS]
+    casts = "\n".join(f"- {name}{needs(name)}" for name in CASTS)
+    warned = [name for name, case in TORCH.items() if case.is_cast]
+    ours = {
+        **{name: f"✓, but not with a frozen mixer: “{said}”" for name, said in HELD_SAYS.items()},
+        **dict.fromkeys(warned, "warns that most steps of M are lost: call train() before sharding"),
+    }
+    ways = [
+        f"| {name} | {f'✗ “{LORA_SAYS[name]}”' if name in LORA_SAYS else '✓'} | {ours.get(name, '✓')} |"
+        for name in [*TORCH, *TRAINERS, *DEEPSPEED]
+    ]
+    return "\n".join(
+        [
+            SCRIPTS_OF_OTHERS.rstrip("\n"),
+            "",
+            "| | in the manner of | LoRA | MoSLoRA |",
+            "|---|---|:-:|:-:|",
+            *scripts,
+            CAST.format(casts=casts),
+            "| | LoRA | MoSLoRA |",
+            "|---|:-:|:-:|",
+            *ways,
+            "",
+            "ZeRO is tested where DeepSpeed is installed.",
+            "",
+        ]
+    )
 
 
 def page() -> str:
@@ -843,7 +978,7 @@ def page() -> str:
             f"{who}: “{text}”." for who, text in (("MoSLoRA", outcome.ours), ("LoRA", outcome.lora)) if text
         ]
         lines.append(f"{number}. " + " ".join([outcome.because, *words]).strip())
-    return "\n".join(lines) + "\n" + OTHERS
+    return "\n".join(lines) + "\n" + OTHERS + _scripts()
 
 
 if __name__ == "__main__":

@@ -70,6 +70,27 @@ def test_the_scale_is_measured_along_every_axis_and_drawn(tmp_path: Path) -> Non
     assert "a training step from rank 4 to 8" in table.measured(tmp_path)
 
 
+def test_what_a_qlora_moves_is_counted_for_every_factor(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base, out = tiny.save_chat_model(tmp_path / "base"), tmp_path / "moves-cpu.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "moves.py"),
+        "--base",
+        str(base),
+        "--rank",
+        "4",
+        "--steps",
+        "2",
+    ]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for method, found in json.loads(out.read_text())["contenders"].items():
+        wanted = {"A", "B", *("M" * ("MoSLoRA" in method)), *(["magnitude"] * ("DoRA" in method))}
+        assert found["moved"].keys() == wanted and found["moved"]["B"]["share"] == 1
+    assert "QLoRA: entries that moved" in table.measured(tmp_path)
+
+
 def test_trainings_over_one_base_are_timed_beside_one_alone(tmp_path: Path) -> None:
     base, data = tiny.save_chat_model(tmp_path / "base"), tiny.save_chat_data(tmp_path / "data.jsonl")
     out = tmp_path / "result.json"

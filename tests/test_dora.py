@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import laws
 import tiny
@@ -28,11 +29,24 @@ from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, SNR_DB, relative_error, snr_db
 
 DORA = {"use_dora": True, "lora_alpha": 6}
+# What PEFT's LoRA says of every such layer.
+pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
 
 
 def pictures(kind: type[nn.Module] = nn.Conv2d, **settings: object) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(kind(3, 6, 3, padding=1, **settings), nn.ReLU(), kind(6, 4, 2, stride=2)).eval()
+
+
+def grouped(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [
+        kind(3, 4, 1),
+        nn.ReLU(),
+        kind(4, 8, 3, padding=1, groups=2),
+        kind(8, 4, 1, groups=4, bias=False),
+    ]
+    return nn.Sequential(*layers).eval()
 
 
 def look(dims: int) -> laws.Run:
@@ -41,6 +55,19 @@ def look(dims: int) -> laws.Run:
         return model(x.to(next(model.parameters()).dtype))
 
     return run
+
+
+def words(scale: float | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    embedding: nn.Module = nn.Embedding(20, 8, padding_idx=0)
+    if scale is not None:
+        embedding = Gemma3TextScaledWordEmbedding(20, 8, padding_idx=0, embed_scale=scale)
+    nn.init.normal_(embedding.weight)
+    return nn.Sequential(embedding, nn.Tanh(), nn.Linear(8, 6)).eval()
+
+
+def spell(model: nn.Module) -> Tensor:
+    return model(torch.tensor([[3, 1, 2, 2, 3, 19], [5, 7, 2, 4, 1, 1]]))  # repeated tokens
 
 
 def read(model: nn.Module) -> Tensor:
@@ -53,6 +80,10 @@ KINDS = {
     "Conv1d": (lambda: pictures(nn.Conv1d), look(1), ["0", "2"]),
     "Conv2d without bias": (lambda: pictures(nn.Conv2d, bias=False), look(2), ["0", "2"]),
     "Conv3d": (lambda: pictures(nn.Conv3d), look(3), ["0", "2"]),
+    "Conv1d, groups": (lambda: grouped(nn.Conv1d), look(1), ["2", "3"]),
+    "Conv2d, groups": (lambda: grouped(nn.Conv2d), look(2), ["2", "3"]),
+    "Embedding": (words, spell, ["0", "2"]),
+    "Embedding with a scale": (lambda: words(7.5), spell, ["0"]),
 }
 
 
@@ -116,7 +147,7 @@ def test_outputs_and_gradients_are_those_of_pefts_dora(kind: str, mixer: str, dr
         assert relative_error(p.grad, expected, size) < RELATIVE[torch.float64], name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "groups" not in kind])
 @torch.no_grad()
 def test_merged_weights_are_those_of_pefts_dora(kind: str) -> None:
     merged = [model.merge_and_unload(safe_merge=True).state_dict() for model in pair(kind)]
@@ -129,18 +160,21 @@ def test_merged_weights_are_those_of_pefts_dora(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_magnitude_lives_through_everything(kind: str, tmp_path: Path) -> None:
     build, run, targets = KINDS[kind]
-    laws.live_through(build, run, tmp_path, target_modules=targets, use_dora=True)
+    laws.live_through(build, run, tmp_path, "groups" not in kind, target_modules=targets, use_dora=True)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
 
 
-@pytest.mark.parametrize("kind", ["llama", "Conv2d without bias"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "Conv2d without bias", "Conv2d, groups", "Embedding", "Embedding with a scale"]
+)
 @torch.no_grad()
 def test_magnitudes_travel_and_start_as_the_norms(kind: str, tmp_path: Path) -> None:
     build, run, targets = KINDS[kind]
     model = laws.adapt(build, target_modules=targets, **DORA)
     for layer in model.modules():
-        if isinstance(layer, MoSLoRALayer):
+        if isinstance(layer, MoSLoRALayer) and "groups" not in kind:
             weight = layer.base_layer.weight + layer.low_rank_delta("default")
+            weight = weight.T if isinstance(layer.base_layer, nn.Embedding) else weight  # (out, in, …)
             m = layer.moslora_magnitude_vector["default"].weight
             assert relative_error(m.flatten(), weight.flatten(1).norm(dim=1)) < RELATIVE[torch.float32]
     plain = laws.adapt(build, target_modules=targets, lora_alpha=6)
@@ -181,7 +215,7 @@ def test_several_adapters_add_what_each_changes_merged_or_not_and_leave_again() 
 
 @torch.no_grad()
 def test_rows_of_a_mixed_batch_have_their_own_magnitudes() -> None:
-    model = laws.adapt(tiny.llama, target_modules=["q_proj", "down_proj"], **DORA)
+    model = laws.adapt(tiny.llama, target_modules=["q_proj", "down_proj", "embed_tokens"], **DORA)
     model.add_adapter("plain", MoSLoRAConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     move_magnitudes(model)
     ids, names = tiny.tokens(rows=3), ["default", "__base__", "plain"]
@@ -204,6 +238,9 @@ def test_a_low_precision_base_starts_exactly_and_trains_in_float32() -> None:
         assert torch.equal(read(model), expected)
     laws.in_low_precision(tiny.llama, read, torch.bfloat16, target_modules=["q_proj", "down_proj"], **DORA)
     laws.in_low_precision(tiny.llama, read, torch.bfloat16, True, target_modules=["q_proj"], **DORA)
+    for kind in ("Embedding with a scale", "Conv2d, groups"):
+        build, run, targets = KINDS[kind]
+        laws.in_low_precision(build, run, torch.bfloat16, target_modules=targets, **DORA)
 
 
 def test_checkpointing_compiling_and_groups_know_the_magnitude() -> None:
@@ -250,15 +287,12 @@ class Words(nn.Module):
         super().__init__()
         self.words = nn.Embedding(8, 4)
         self.attend = nn.MultiheadAttention(4, 2)
-        self.apart = nn.Conv1d(4, 4, 1, groups=2)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["words"]}, r"Embedding: .*linear layers and convolutions.*exclude_modules"),
-        ({"target_modules": ["attend"]}, "no place in a MultiheadAttention"),
-        ({"target_modules": ["apart"]}, "2 groups leave the update without a place"),
+        ({"target_modules": ["attend"]}, "no place in a MultiheadAttention.*exclude_modules"),
         ({"target_modules": [], "target_parameters": ["words.weight"]}, "no place in a"),
     ],
 )
@@ -286,11 +320,13 @@ def test_a_weighted_sum_is_refused_with_the_way_out() -> None:
 # --- At rest -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["llama", "gpt2, Conv1D with biases", "Conv2d without bias"])
+@pytest.fixture(
+    params=["llama", "gpt2, Conv1D with biases", "Conv2d without bias", "Conv2d, groups", "Embedding"]
+)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Tensor]:
     """A trained native DoRA adapter: its kind, where it is, and what it makes of an input."""
     build, run, targets = KINDS[request.param]
-    ranks = {"rank_pattern": {targets[1]: 2}, "use_rslora": True}
+    ranks = {"rank_pattern": {targets[0]: 2}, "use_rslora": True}
     model = laws.adapt(build, target_modules=targets, **DORA, **ranks)
     move_magnitudes(model)
     model.save_pretrained(tmp_path / "native")
@@ -372,3 +408,21 @@ def test_what_cannot_hold_a_magnitude_refuses_it_and_names_the_way_out(tmp_path:
     assert errors.keys() == {"vllm: DoRA", "sglang: DoRA", "llama.cpp: format"}
     assert all("merge_and_unload()" in fix for fix in errors.values())
     assert any(f.check == "DoRA" and f.level == "note" for f in findings)
+
+
+@torch.no_grad()
+def test_autocast_adapter_dtype_false_leaves_the_magnitude_in_the_dtype_of_the_factors(
+    tmp_path: Path,
+) -> None:
+    """As in PEFT's LoRA. What is lost by training it there is said; where nothing is trained, nothing."""
+    settings = {"target_modules": ["q_proj"], "use_dora": True, "r": 4}
+    base = lambda: tiny.llama().to(torch.bfloat16)  # noqa: E731
+    lora = get_peft_model(base(), LoraConfig(**settings), autocast_adapter_dtype=False)
+    with pytest.warns(UserWarning, match="magnitude is held in torch.bfloat16.*round to nothing"):
+        ours = get_peft_model(base(), MoSLoRAConfig(**settings), autocast_adapter_dtype=False)
+    for model in (ours, lora):
+        assert {p.dtype for p in laws.factors_by_key(model).values()} == {torch.bfloat16}
+    get_peft_model(base(), MoSLoRAConfig(**settings)).save_pretrained(tmp_path)
+    for autocast, expected in ((True, torch.float32), (False, torch.bfloat16)):
+        loaded = PeftModel.from_pretrained(base(), tmp_path, autocast_adapter_dtype=autocast)
+        assert {p.dtype for p in laws.factors_by_key(loaded).values()} == {expected}

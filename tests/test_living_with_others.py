@@ -16,6 +16,7 @@ from torch import nn
 
 import laws
 import tiny
+from ecosystem_scripts import arguments
 from moslora import MoSLoRAConfig
 from moslora.adapter import AdapterError
 from moslora.export import export_adapter
@@ -112,6 +113,33 @@ def test_gradient_checkpointing_of_both_kinds_gives_the_same_gradients(use_reent
 
 
 # ---- transformers --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_transformers_own_hot_swap_takes_another_rank_and_scale_and_refuses_what_does_not_fit(
+    tmp_path: Path,
+) -> None:
+    ids, outputs = tiny.tokens(), {}
+    for name, changes in (("one", {}), ("two", {"r": 2, "lora_alpha": 32}), ("big", {"r": 8})):
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "init_lora_weights": False}
+        torch.manual_seed(len(outputs))
+        saved = tiny.llama()
+        saved.add_adapter(MoSLoRAConfig(**{**settings, **changes}))
+        saved.save_pretrained(tmp_path / name)
+        outputs[name] = saved(ids).logits
+    model = tiny.llama()
+    model.load_adapter(str(tmp_path / "one"), adapter_name="default")
+    compiled, compilations = counted(model)
+    assert relative_error(compiled(ids, use_cache=False).logits, outputs["one"]) < MODEL
+    report = model.load_adapter(str(tmp_path / "two"), adapter_name="default", hotswap=True)
+    assert not report.missing_keys and not report.error_msgs
+    assert relative_error(compiled(ids, use_cache=False).logits, outputs["two"]) < MODEL
+    assert len(compilations) == 1
+    with pytest.raises(ValueError, match=r"rank 8 does not fit into rank 4"):
+        model.load_adapter(str(tmp_path / "big"), adapter_name="default", hotswap=True)
+    with pytest.raises(ValueError, match="already exists"):
+        model.load_adapter(str(tmp_path / "one"), adapter_name="default")
+    assert relative_error(model(ids).logits, outputs["two"]) < MODEL
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT's, with LoRA too
@@ -222,23 +250,6 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_chat_model(tmp_path_factory.mktemp("trl") / "base")
 
 
-def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 3,
-    }
-    return {**settings, **changes}
-
-
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -251,41 +262,6 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder)
-
-
-@trl_is_behind
-def test_trls_sft_trainer_trains_as_with_lora_and_saves(chat_model: Path, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"say {n}"}],
-            "completion": [{"role": "assistant", "content": str(n)}],
-        }
-        for n in range(8)
-    ]
-    found = []
-    for cls, own in AS_LORA:
-        torch.manual_seed(1)
-        trainer = SFTTrainer(
-            load(chat_model),
-            args=SFTConfig(**arguments(tmp_path / cls.__name__)),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tiny.tokenizer(),
-            peft_config=peft_config(cls, **own),
-        )
-        trainer.train()
-        found.append(losses(trainer))
-        if cls is MoSLoRAConfig:
-            trainer.save_model(str(tmp_path / "adapter"))
-            ids = tiny.tokens()
-            with torch.no_grad():
-                expected = trainer.model.eval()(ids).logits
-                loaded = PeftModel.from_pretrained(load(chat_model), tmp_path / "adapter").eval()
-                assert relative_error(loaded(ids).logits, expected) < MODEL
-                assert relative_error(load(chat_model)(ids).logits, expected) > 100 * MODEL
-    assert len(found[0]) == 3 and found[0] == pytest.approx(found[1], rel=50 * MODEL)  # as AdamW divides
 
 
 @torch.no_grad()

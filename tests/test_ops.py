@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from moslora import functional, ops
-from tolerances import RELATIVE, SNR_DB, relative_error, snr_db
+from tolerances import MODEL, RELATIVE, SNR_DB, relative_error, snr_db
 
 NAMES = ("x", "weight", "bias", "A", "M", "B")
 
@@ -192,6 +192,34 @@ def test_no_more_is_kept_for_backward_than_x_and_the_rank_r_product(features: in
         ops.adapted_linear(x, weight, bias, A, M, B, 0.7)
     given_anyway = sum(t.untyped_storage().nbytes() for t in (x, weight, A, M, B))
     assert sum(kept.values()) <= given_anyway + 64 * 4 * 8
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("factors", [torch.float32, torch.float64])
+def test_with_a_frozen_a_nothing_of_the_size_of_x_is_kept_and_gradients_are_the_same(
+    p: float, factors: torch.dtype
+) -> None:
+    inputs = [t.to(torch.float32) for t in draw(0, (64,), 80, 4, 48)]
+    inputs[4] = inputs[4].to(factors)  # M may be wider than the others
+    largest, results = 0, []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        if tensor.shape != (48, 80) and tensor.shape != (80, 48):  # the base weight
+            largest = max(largest, tensor.untyped_storage().nbytes())
+        return tensor
+
+    for wanted in (("x", "M", "B"), ("x", "A", "M", "B")):
+        given = [t.detach().requires_grad_(n in wanted) for n, t in zip(NAMES, inputs, strict=True)]
+        torch.manual_seed(2)
+        largest = 0
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            out = ops.adapted_linear(*given, 0.7, p)
+        assert (largest < 64 * 80 * 4) == ("A" not in wanted)
+        out.square().sum().backward()
+        results.append([out, *(t.grad for n, t in zip(NAMES, given, strict=True) if n in "xMB")])
+    for one, two in zip(*results, strict=True):
+        assert one.dtype == two.dtype and relative_error(one, two) < MODEL
 
 
 def test_sizes_that_disagree_are_named() -> None:

@@ -1,4 +1,4 @@
-"""Starts beyond LoRA's own: principal components of the base weight, and orthogonal."""
+"""Starts beyond LoRA's own: principal components and a QR of the base weight, and orthogonal."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ BUILDERS = {
     "gpt2, Conv1D": (tiny.gpt2, ["c_attn", "c_proj"]),
 }
 PISSA = {"init_lora_weights": "pissa", "r": 4, "lora_alpha": 6}
+OLORA = {**PISSA, "init_lora_weights": "olora"}
+SUBTRACTED = pytest.mark.parametrize("start", ["pissa", "olora"])
 
 
 def run(model: nn.Module) -> Tensor:
@@ -81,13 +83,59 @@ def name_of(model: nn.Module, layer: nn.Module) -> str:
     return next(name for name, m in model.named_modules() if m is layer).removeprefix("base_model.model.")
 
 
-def test_gradients_are_those_of_the_factors_on_the_residual() -> None:
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("mixer", ["identity", "kaiming", torch.eye(4).flip(0)], ids=["I", "kaiming", "own"])
+@torch.no_grad()
+def test_olora_starts_from_a_qr_and_changes_nothing_whatever_m_is(kind: str, mixer: object) -> None:
+    build, targets = BUILDERS[kind]
+    base = build()
+    settings = {**OLORA, "target_modules": targets, "match_scale": mixer == "kaiming"}
+    model = laws.adapt(build, mixer=mixer, **settings)
+    assert torch.equal(run(model), run(base))
+    for layer in layers(model):
+        A, M, B = layer._held("default")
+        weight = layer.get_base_weight()
+        assert torch.equal(weight, base.get_submodule(name_of(model, layer)).weight)
+        Q, R = torch.linalg.qr(weight.T if layer.fan_in_fan_out else weight)
+        assert torch.equal(B, Q[:, :4]) and torch.equal(A, R[:4])
+        assert not layer.get_delta_weight("default").any()
+        if mixer == "identity":
+            assert torch.equal(M, torch.eye(4))
+        elif mixer == "kaiming":
+            assert relative_error((M @ A).norm(), A.norm()) < RELATIVE[torch.float32]
+        else:
+            assert torch.equal(M, mixer)
+
+
+def test_olora_with_m_the_identity_is_pefts() -> None:
+    """PEFT's takes s·B·A out of the base weight; outputs and gradients are equal up to the rounding of that."""
+    settings = {**OLORA, "target_modules": ["q_proj", "down_proj"], "use_rslora": True}
+    ours = laws.adapt(tiny.llama, mixer="identity", **settings)
+    lora = laws.adapt(tiny.llama, LoraConfig, **settings)
+    held, judged = laws.factors_by_key(ours), laws.factors_by_key(lora)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(5)
+        for name, p in judged.items():
+            own = held[name.replace("lora_", "moslora_")]
+            assert torch.equal(own, p)
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+            own.copy_(p)
+    assert relative_error(run(ours), run(tiny.llama())) > 100 * MODEL
+    outs = [run(model) for model in (ours, lora)]
+    assert relative_error(*outs) < MODEL
+    for out in outs:
+        out.square().mean().backward()
+    for name, p in judged.items():
+        assert relative_error(held[name.replace("lora_", "moslora_")].grad, p.grad) < MODEL
+
+
+@SUBTRACTED
+def test_gradients_are_those_of_the_factors_on_the_residual(start: str) -> None:
     """The judge takes the principal part out of the weight, as PiSSA does, and runs A, M and B as a chain."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(7, 5)).double()
-    layer = get_peft_model(
-        copy.deepcopy(base), MoSLoRAConfig(**PISSA, target_modules=["0"])
-    ).base_model.model[0]
+    config = MoSLoRAConfig(**{**PISSA, "init_lora_weights": start}, target_modules=["0"])
+    layer = get_peft_model(copy.deepcopy(base), config).base_model.model[0]
     A, M, B = layer._held("default")
     s = layer.scaling["default"]
     with torch.no_grad():
@@ -106,17 +154,19 @@ def test_gradients_are_those_of_the_factors_on_the_residual() -> None:
 @pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("trainable", [False, True])
+@SUBTRACTED
 def test_it_is_saved_loaded_switched_and_merged_exactly(
-    kind: str, dora: bool, trainable: bool, tmp_path: Path
+    kind: str, dora: bool, trainable: bool, start: str, tmp_path: Path
 ) -> None:
     build, targets = BUILDERS[kind]
-    model = trained(kind, use_dora=dora, train_mixer=trainable)
+    model = trained(kind, use_dora=dora, train_mixer=trainable, init_lora_weights=start)
     with torch.no_grad():
         base, expected = run(build()), run(model)
         assert relative_error(base, expected) > 100 * MODEL
         model.save_pretrained(tmp_path)
         said = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert (said["init_lora_weights"], said["mixer"]) == ("pissa", "singular-values")
+        assert said["init_lora_weights"] == start
+        assert said["mixer"] == ("singular-values" if start == "pissa" else "kaiming")
         for low in (False, True):
             loaded = PeftModel.from_pretrained(
                 build(), tmp_path, low_cpu_mem_usage=low, is_trainable=trainable
@@ -143,10 +193,11 @@ def test_it_is_saved_loaded_switched_and_merged_exactly(
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
+@SUBTRACTED
 @torch.no_grad()
-def test_its_fold_is_a_plain_lora_of_twice_the_rank(kind: str, tmp_path: Path) -> None:
+def test_its_fold_is_a_plain_lora_of_twice_the_rank(kind: str, start: str, tmp_path: Path) -> None:
     build, targets = BUILDERS[kind]
-    model = trained(kind, rank_pattern={targets[1]: 2}, use_rslora=True)
+    model = trained(kind, rank_pattern={targets[1]: 2}, use_rslora=True, init_lora_weights=start)
     expected = run(model)
     model.save_pretrained(tmp_path / "native")
     proof = export_adapter(tmp_path / "native", tmp_path / "lora")
@@ -166,10 +217,11 @@ def test_its_fold_is_a_plain_lora_of_twice_the_rank(kind: str, tmp_path: Path) -
     assert relative_error(run(again), expected) < MODEL
 
 
+@SUBTRACTED
 @torch.no_grad()
-def test_merging_on_disk_and_looking_at_it_know_the_start(tmp_path: Path) -> None:
+def test_merging_on_disk_and_looking_at_it_know_the_start(start: str, tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path / "base")
-    model = trained()
+    model = trained(init_lora_weights=start)
     expected = run(model)
     model.save_pretrained(tmp_path / "native")
     merge(tmp_path / "base", tmp_path / "native", tmp_path / "merged")
@@ -184,8 +236,9 @@ def test_merging_on_disk_and_looking_at_it_know_the_start(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("part", ["moslora_start_A", "moslora_start_M", "moslora_start_B", "moslora_start"])
-def test_a_file_that_lost_its_start_is_refused(part: str, tmp_path: Path) -> None:
-    trained().save_pretrained(tmp_path)
+@SUBTRACTED
+def test_a_file_that_lost_its_start_is_refused(part: str, start: str, tmp_path: Path) -> None:
+    trained(init_lora_weights=start).save_pretrained(tmp_path)
     kept = {name: t for name, t in load_file(tmp_path / WEIGHTS).items() if part not in name}
     save_file(kept, tmp_path / WEIGHTS)
     with pytest.raises(AdapterError, match="have their start whole"):
@@ -208,14 +261,15 @@ def test_a_start_that_the_configuration_does_not_tell_of_is_refused(tmp_path: Pa
 
 @torch.no_grad()
 def test_a_low_precision_base_and_a_randomised_decomposition_lose_nothing() -> None:
-    base = tiny.llama().to(torch.bfloat16)
-    expected = run(base)
-    torch.manual_seed(3)
-    model = get_peft_model(base, MoSLoRAConfig(**PISSA, target_modules=["q_proj"]))
-    for layer in layers(model):
-        assert not layer.get_delta_weight("default").any()
-        assert all(factor.dtype == torch.float32 for factor in layer.factors("default")[:3])
-    assert relative_error(run(model).float(), expected.float()) < 2**-7  # one rounding to bfloat16 on the way
+    for settings in (PISSA, OLORA):
+        base = tiny.llama().to(torch.bfloat16)
+        expected = run(base)
+        torch.manual_seed(3)
+        model = get_peft_model(base, MoSLoRAConfig(**settings, target_modules=["q_proj"]))
+        for layer in layers(model):
+            assert not layer.get_delta_weight("default").any()
+            assert all(factor.dtype == torch.float32 for factor in layer.factors("default")[:3])
+        assert relative_error(run(model).float(), expected.float()) < 2**-7  # one rounding to bfloat16
     state = torch.get_rng_state()
     settings = {**PISSA, "init_lora_weights": "pissa_niter_4"}
     model = laws.adapt(tiny.llama, target_modules=["q_proj"], **settings)
@@ -223,9 +277,10 @@ def test_a_low_precision_base_and_a_randomised_decomposition_lose_nothing() -> N
     assert not torch.equal(torch.get_rng_state(), state)  # A and B drew, as in every other start
 
 
+@SUBTRACTED
 @torch.no_grad()
-def test_a_configuration_of_a_saved_adapter_starts_nothing(tmp_path: Path) -> None:
-    trained().save_pretrained(tmp_path)
+def test_a_configuration_of_a_saved_adapter_starts_nothing(start: str, tmp_path: Path) -> None:
+    trained(init_lora_weights=start).save_pretrained(tmp_path)
     model = get_peft_model(tiny.llama(), MoSLoRAConfig.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match=r"no file was loaded.*new configuration"):
         run(model)
@@ -233,8 +288,11 @@ def test_a_configuration_of_a_saved_adapter_starts_nothing(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "settings",
-    [PISSA, {**PISSA, "use_dora": True}, {"r": 4, "mixer": torch.eye(4).flip(0)}, {"r": 4, "use_dora": True}],
-    ids=["pissa", "pissa, DoRA", "custom", "DoRA"],
+    [
+        *(PISSA, {**PISSA, "use_dora": True}, OLORA, {**OLORA, "mixer": torch.eye(4).flip(0)}),
+        *({"r": 4, "mixer": torch.eye(4).flip(0)}, {"r": 4, "use_dora": True}),
+    ],
+    ids=["pissa", "pissa, DoRA", "olora", "olora, custom", "custom", "DoRA"],
 )
 @torch.no_grad()
 def test_transformers_own_methods_save_and_load_them(settings: dict[str, object], tmp_path: Path) -> None:
@@ -314,6 +372,7 @@ def test_starts_without_a_meaning_are_refused(arguments: dict[str, object], mess
         (nn.Embedding(8, 4), {}, "this is a Embedding"),
         (nn.MultiheadAttention(4, 2), {}, "this is a MultiheadAttention"),
         (nn.Linear(4, 3), {"r": 4}, r"needs 4 components.*\(3, 4\) has 3"),
+        (nn.Linear(4, 3), {"r": 4, "init_lora_weights": "olora"}, r"needs 4 components.*\(3, 4\) has 3"),
         (nn.Linear(4, 3), {"lora_alpha": 0}, "divides by alpha / r"),
     ],
 )

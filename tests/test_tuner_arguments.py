@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as lora_configs
 from torch import Tensor, nn
 
 import laws
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.export import export_adapter
+from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS
 from tolerances import MODEL, relative_error
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -132,3 +137,171 @@ def test_tying_the_adapters_themselves_is_refused_with_the_way_out() -> None:
 def test_target_parameters_that_are_no_list_are_refused() -> None:
     with pytest.raises(ValueError, match="must be a list"):
         MoSLoRAConfig(target_parameters="experts.down_proj")
+
+
+# ---- arguments that LoRA has and MoSLoRA refuses -------------------------------------------------------------
+
+LORA_FIELDS = {field.name: field for field in dataclasses.fields(LoraConfig)}
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+@pytest.mark.parametrize("name", LORA_FIELDS)
+def test_every_field_of_the_installed_lora_config_is_accepted_at_its_default(name: str) -> None:
+    """A field that a new PEFT adds fails here: support it, or give it a row in tuner/refused.py."""
+    config = MoSLoRAConfig(**{name: default_of(LORA_FIELDS[name])})
+    assert (name in config.to_dict()) == (name not in REFUSED_ARGUMENTS)
+
+
+def test_a_whole_lora_configuration_is_accepted_as_it_is_read_from_its_file() -> None:
+    values = LoraConfig(r=4, target_modules=["q_proj"]).to_dict()
+    config = MoSLoRAConfig(**json.loads(json.dumps({**values, "target_modules": ["q_proj"]})))
+    assert (config.r, config.target_modules, config.peft_type.value) == (4, {"q_proj"}, "MOSLORA")
+
+
+def made(kind: str, **arguments: Any) -> Any:
+    """A sub-configuration, or None where the installed PEFT has none of its kind."""
+    known = getattr(lora_configs, kind, None)
+    return known and known(**arguments)
+
+
+SET = {
+    "layer_replication": [(0, 1)],
+    "corda_config": made("CordaConfig", corda_method="kpm"),
+    "lora_ga_config": made("LoraGAConfig", scale="unit"),
+    "runtime_config": made("LoraRuntimeConfig", ephemeral_gpu_offload=True),
+    "velora_config": made("VeloraConfig"),
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "monteclora_config": made("MontecloraConfig"),
+    "use_bdlora": made("BdLoraConfig"),
+    "arrow_config": made("ArrowConfig"),
+    "kasa_config": made("KasaConfig"),
+    "megatron_config": {"hidden_size": 8},
+}
+
+
+def test_every_refused_argument_has_a_value_that_is_refused_here() -> None:
+    ignored = {"qalora_group_size", "megatron_core"}  # what would switch them on is refused
+    assert set(SET) | ignored == set(REFUSED_ARGUMENTS)
+    assert MoSLoRAConfig(qalora_group_size=4, megatron_core="another").r == 8
+
+
+@pytest.mark.parametrize("name", [name for name, value in SET.items() if value is not None])
+def test_an_argument_that_cannot_be_used_is_refused_with_the_reason_and_the_way_out(name: str) -> None:
+    refused = REFUSED_ARGUMENTS[name]
+    with pytest.raises(ValueError, match=f"{name}=.* cannot be used") as caught:
+        MoSLoRAConfig(**{name: SET[name]})
+    assert refused.reason in str(caught.value) and str(caught.value).endswith(refused.instead)
+    late = MoSLoRAConfig(target_modules=ATTENTION)
+    setattr(late, name, SET[name])
+    with pytest.raises(ValueError, match=f"{name}=.* cannot be used"):
+        get_peft_model(tiny.llama(), late)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("corda_config", "CordaConfig"),
+        ("lora_ga_config", "LoraGAConfig"),
+        ("runtime_config", "LoraRuntimeConfig"),
+    ],
+)
+def test_a_sub_configuration_that_changes_nothing_in_lora_is_accepted_at_its_defaults(
+    name: str, kind: str
+) -> None:
+    default = made(kind)
+    for value in (None, {}, default, default and dataclasses.asdict(default)):
+        assert name not in MoSLoRAConfig(**{name: value}).to_dict()
+
+
+@pytest.mark.parametrize("start", REFUSED_STARTS)
+def test_a_start_that_lora_alone_has_is_refused_with_the_reason(start: str) -> None:
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' cannot be used"):
+        MoSLoRAConfig(init_lora_weights=start)
+
+
+# ---- configurations in files ---------------------------------------------------------------------------------
+
+STARTS = (
+    {},
+    {"mixer": "two-subspace"},
+    *({"init_lora_weights": start} for start in ("pissa", "olora", "orthogonal")),
+)
+
+
+@pytest.mark.parametrize("own", STARTS, ids=str)
+@torch.no_grad()
+def test_a_configuration_that_was_saved_alone_starts_what_the_one_in_memory_starts(
+    own: dict[str, object], tmp_path: Path
+) -> None:
+    fresh = MoSLoRAConfig(r=4, target_modules=ATTENTION, **own)
+    fresh.save_pretrained(tmp_path)
+    read = PeftConfig.from_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    by_hand = {"peft_type": "MOSLORA", "r": 4, "target_modules": ATTENTION, **own}
+    states = []
+    for config in (fresh, read, MoSLoRAConfig(**written), MoSLoRAConfig(**by_hand)):
+        torch.manual_seed(1)
+        model = get_peft_model(tiny.llama(), config)
+        assert torch.isfinite(run(model)).all()
+        states.append({n: p for n, p in model.named_parameters() if "moslora_" in n})
+    for other in states[1:]:
+        assert other.keys() == states[0].keys()
+        assert all(torch.equal(other[name], p) for name, p in states[0].items())
+    # One that was used, and whose adapter was not saved, is as fresh as before.
+    fresh.save_pretrained(tmp_path)
+    assert not PeftConfig.from_pretrained(tmp_path).is_saved
+
+
+def test_a_configuration_beside_its_adapters_values_leaves_the_start_to_them(tmp_path: Path) -> None:
+    """Whoever saved it, and as 0.1 wrote it too; the one in memory may start another adapter."""
+    config = MoSLoRAConfig(r=4, target_modules=ATTENTION, init_lora_weights="pissa")
+    get_peft_model(tiny.llama(), config).save_pretrained(tmp_path / "peft")
+    assert not dataclasses.replace(config).is_saved
+    alone = tiny.llama()
+    alone.add_adapter(MoSLoRAConfig(r=4, target_modules=ATTENTION, init_lora_weights="pissa"))
+    alone.save_pretrained(tmp_path / "transformers")
+    for name in ("peft", "transformers"):
+        assert PeftConfig.from_pretrained(tmp_path / name).is_saved
+        path = tmp_path / name / "adapter_config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["values_in_file"]
+        path.write_text(json.dumps(values), encoding="utf-8")
+        assert PeftConfig.from_pretrained(tmp_path / name).is_saved
+        expected = run(alone) if name == "transformers" else run(tiny.llama())
+        assert torch.equal(run(PeftModel.from_pretrained(tiny.llama(), tmp_path / name)), expected)
+
+
+@torch.no_grad()
+def test_ignore_mismatched_sizes_loads_what_fits_and_says_what_does_not(tmp_path: Path) -> None:
+    """As in PEFT's LoRA: a tensor of another size stays as it was. Without the word nothing is loaded."""
+    saved = laws.adapt(tiny.llama, target_modules=["lm_head", "q_proj"], seed=2)
+    saved.save_pretrained(tmp_path, save_embedding_layers=False)
+    longer = lambda: tiny.llama(vocab_size=80)  # noqa: E731
+    for low_cpu_mem_usage in (False, True):
+        fresh = laws.adapt(longer, target_modules=["lm_head", "q_proj"])
+        before = {name: p.clone() for name, p in laws.factors_by_key(fresh).items()}
+        with pytest.raises(ValueError, match=r"nothing was loaded.*\n.*lm_head.*\(64, 4\).*\(80, 4\)"):
+            fresh.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+        assert all(torch.equal(p, before[name]) for name, p in laws.factors_by_key(fresh).items())
+        with pytest.warns(UserWarning, match=r"lm_head.*found shape torch.Size\(\[64, 4\]\)"):
+            fresh.load_adapter(
+                tmp_path, "default", ignore_mismatched_sizes=True, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        loaded, values = laws.factors_by_key(fresh), laws.factors_by_key(saved)
+        for name, p in loaded.items():
+            stayed = "lm_head.moslora_B" in name
+            assert torch.equal(p, before[name] if stayed else values[name])
+        # Once is once: what is loaded afterwards is judged anew.
+        fresh.load_state_dict(fresh.state_dict())
+        with pytest.raises(ValueError, match="nothing was loaded"):
+            fresh.load_adapter(tmp_path, "default")
+
+
+def test_the_status_of_a_model_names_the_method() -> None:
+    assert laws.adapt(tiny.llama, target_modules=ATTENTION).get_model_status().peft_types == {
+        "default": "MOSLORA"
+    }

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -198,6 +199,33 @@ def test_a_quantised_parameter_is_refused_with_the_way_out() -> None:
 
     with pytest.raises(ValueError, match=r"float8_e4m3fn.*16 or 32 bits"):
         laws.adapt(quantised, target_modules=[], target_parameters=BOTH)
+
+
+class Doubled(nn.Module):
+    """A parametrization of what it is given, without a dtype of its own."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.float() * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "match"),
+    [(torch.float32, r"computed, by a parametrization \(Doubled\).*remove_parametrizations"),
+     (torch.uint8, r"quantized \(torch.uint8\).*16 or 32 bits")],
+)  # fmt: skip
+def test_a_computed_parameter_is_called_what_it_is(dtype: torch.dtype, match: str) -> None:
+    """A parametrization stands for a quantized parameter (bitsandbytes' experts) or for anything else."""
+
+    def computed() -> nn.Module:
+        model = build("mixtral")
+        for layer in model.model.layers:
+            experts = layer.mlp.experts
+            experts.down_proj = nn.Parameter(experts.down_proj.to(dtype), requires_grad=False)
+            parametrize.register_parametrization(experts, "down_proj", Doubled(), unsafe=True)
+        return model
+
+    with pytest.raises(ValueError, match=match):
+        laws.adapt(computed, target_modules=[], target_parameters=["model.layers.0.mlp.experts.down_proj"])
 
 
 def test_a_vector_is_refused_with_its_shape() -> None:

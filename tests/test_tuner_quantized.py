@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import quantization_utils
 from torch import Tensor, nn
 
 import laws
 import tiny
+from moslora import MoSLoRAConfig, replace_lora_weights_loftq
+from moslora.export import export_adapter
 from moslora.tuner import kinds, layer
 from moslora.tuner.layer import MoSLoRALinear
 from tolerances import MODEL, RELATIVE, relative_error
@@ -173,6 +175,45 @@ def test_a_language_model_loaded_in_4_bits_trains_and_travels(tmp_path: Path) ->
     loaded = PeftModel.from_pretrained(prepare(base()), tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_base_in_four_bits_begins_nearer_to_the_whole_one_by_loftq(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    source = tiny.llama(hidden_size=64, intermediate_size=64)
+    source.save_pretrained(tmp_path / "base")
+
+    def base() -> nn.Module:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+        )
+
+    ids = tiny.tokens()
+    expected, coarse = source(ids).logits, base()(ids).logits
+    config = MoSLoRAConfig(init_lora_weights="loftq", target_modules="all-linear", r=16, lora_alpha=32)
+    model = get_peft_model(base(), config).eval()
+    replace_lora_weights_loftq(model, str(tmp_path / "base"))
+    found = model(ids).logits
+    assert (found - expected).norm() < 0.9 * (coarse - expected).norm()
+    model.save_pretrained(tmp_path / "native")
+    export_adapter(tmp_path / "native", tmp_path / "lora")
+    plain = PeftModel.from_pretrained(base(), tmp_path / "lora").eval()
+    assert type(plain.peft_config["default"]) is LoraConfig and plain.peft_config["default"].r == 16
+    assert relative_error(plain(ids).logits, found) < MODEL
+
+
+@torch.no_grad()
+def test_a_bias_on_b_is_merged_beside_a_quantized_weight(build: Callable[[], nn.Module]) -> None:
+    model = laws.adapt(build, target_modules=["linear"], lora_bias=True)
+    layer = model.base_model.model["linear"]
+    before, own = layer.get_base_layer().bias.clone(), layer.scaling["default"] * layer.bias_on_B("default")
+    model.merge_adapter(safe_merge=True)
+    assert relative_error(layer.get_base_layer().bias, before + own) < RELATIVE[torch.float32]
+    model.unmerge_adapter()
+    assert relative_error(layer.get_base_layer().bias, before) < RELATIVE[torch.float32]
 
 
 class Packed(nn.Module):

@@ -73,9 +73,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_chat_model(folder: Path, seed: int = 0) -> Path:
+def save_chat_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     """A tiny Llama and its tokenizer as a Hugging Face folder."""
-    model = llama(seed, vocab_size=259, max_position_embeddings=256, bos_token_id=None, eos_token_id=2)
+    settings = {"vocab_size": 259, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 2}
+    model = llama(seed, **{**settings, **changes})
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -28,6 +28,16 @@ MODEL_SNR_DB = {torch.bfloat16: 32.0, torch.float16: 50.0}
 # Whole tiny models in float32, merged against unmerged or folded against live: a few hundred roundings.
 MODEL = 2e-5
 
+# The same after a few steps of AdamW, which divides a gradient by its size: where that is mostly rounding, so is the
+# step.
+TRAINED = 50 * MODEL
+
+# Losses and gradient norms of models that compute in bfloat16: roundings of 2**-9, some dozens of them added as noise.
+LOW_TRAINED = 2**-6
+
+# Shares of some thousand entries that moved: which do is a matter of their sizes, which are drawn, and their gradients.
+SHARE = 0.02
+
 
 # Two QRs, a singular value decomposition and three products in float64: some dozens of roundings of 2e-16, each
 # relative to the norm of the whole.

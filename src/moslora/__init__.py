@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from moslora.formats.pipeline_checkpoint import resume_for_diffusers, save_for_diffusers
     from moslora.optimizer import param_groups
     from moslora.tuner.config import MoSLoRAConfig
+    from moslora.tuner.loftq import replace_lora_weights_loftq
+    from moslora.tuner.lora_fa import create_lorafa_optimizer
     from moslora.tuner.model import MoSLoRAModel
 
 __version__ = "0.1.0"
@@ -29,8 +31,10 @@ __all__ = [
     "Adapter",
     "MoSLoRAConfig",
     "MoSLoRAModel",
+    "create_lorafa_optimizer",
     "param_groups",
     "read_adapter",
+    "replace_lora_weights_loftq",
     "resume_for_diffusers",
     "save_for_diffusers",
 ]
@@ -40,8 +44,10 @@ _PLACES = {
     "Adapter": "moslora.adapter",
     "MoSLoRAConfig": "moslora.tuner.config",
     "MoSLoRAModel": "moslora.tuner.model",
+    "create_lorafa_optimizer": "moslora.tuner.lora_fa",
     "param_groups": "moslora.optimizer",
     "read_adapter": "moslora.formats",
+    "replace_lora_weights_loftq": "moslora.tuner.loftq",
     "resume_for_diffusers": "moslora.formats.pipeline_checkpoint",
     "save_for_diffusers": "moslora.formats.pipeline_checkpoint",
 }

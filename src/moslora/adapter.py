@@ -69,6 +69,7 @@ class Factors:
         magnitude: DoRA's, shape ``(out,)``: the length of each row of the adapted weight, which the factors then only
             turn. None in an adapter without. With it the change of the weight is the base's matter too, so what
             would be ΔW alone is refused.
+        bias: On B, shape ``(out,)``, scaled as B is: ``s·(B·M·A·x + b)``. None in an adapter without.
 
     Raises:
         ValueError: If the sizes disagree.
@@ -80,9 +81,14 @@ class Factors:
     scale: float
     form: Form = LINEAR
     magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         functional.check_factors(self.A, self.M, self.B)
+        if self.bias is not None and self.bias.shape != (self.B.shape[0],):
+            raise ValueError(
+                f"The bias on B is of shape {tuple(self.bias.shape)}, for {self.B.shape[0]} outputs."
+            )
         if self.magnitude is not None and self.magnitude.shape != (self.B.shape[0],):
             raise ValueError(
                 f"The magnitude is of shape {tuple(self.magnitude.shape)}, for {self.B.shape[0]} outputs."
@@ -108,7 +114,8 @@ class Factors:
             Factors of exactly the same ΔW.
         """
         A, M, B = (t.to(torch.promote_types(t.dtype, dtype)) for t in (self.A, self.M, self.B))
-        return replace(self, A=A, M=M, B=B)
+        bias = self.bias if self.bias is None else self.bias.to(torch.promote_types(self.bias.dtype, dtype))
+        return replace(self, A=A, M=M, B=B, bias=bias)
 
     def fold(self) -> Factors:
         """Fold M into A; B and the scale unchanged.
@@ -126,11 +133,21 @@ class Factors:
         Some take alpha to be r, some ignore rsLoRA or per-module alphas; with a scale of 1 all agree.
 
         Returns:
-            Factors of the same ΔW with a scale of 1.
+            Factors of the same ΔW, and bias, with a scale of 1.
         """
         if self.scale == 1:
             return self
-        return replace(self, B=(self.B.double() * self.scale).to(self.B.dtype), scale=1.0)
+        return replace(
+            self, B=(self.B.double() * self.scale).to(self.B.dtype), bias=self.scaled_bias(), scale=1.0
+        )
+
+    def scaled_bias(self) -> Tensor | None:
+        """Return what the bias on B adds to the output.
+
+        Returns:
+            ``s·b``, shape ``(out,)``, in its own dtype; None if there is none.
+        """
+        return None if self.bias is None else (self.bias.double() * self.scale).to(self.bias.dtype)
 
     def delta_weight(self) -> Tensor:
         """Build ΔW.
@@ -192,9 +209,11 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers A, M and B hold, and magnitudes where there are any."""
-        m = sum(0 if f.magnitude is None else f.magnitude.numel() for f in self.modules.values())
-        return m + sum(f.A.numel() + f.M.numel() + f.B.numel() for f in self.modules.values())
+        """How many numbers A, M and B hold, and magnitudes and biases where there are any."""
+        beside = [t for f in self.modules.values() for t in (f.magnitude, f.bias) if t is not None]
+        return sum(t.numel() for t in beside) + sum(
+            f.A.numel() + f.M.numel() + f.B.numel() for f in self.modules.values()
+        )
 
     @property
     def has_magnitudes(self) -> bool:
@@ -214,6 +233,26 @@ class Adapter:
             raise AdapterError(
                 f"The adapter has DoRA's magnitude (use_dora=True). {what}. Export it --to lora, a DoRA adapter that "
                 "PEFT loads; or load it on its base with PEFT and merge_and_unload(), and ship the full weights."
+            )
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether a module has a bias on B."""
+        return any(f.bias is not None for f in self.modules.values())
+
+    def refuse_biases(self, what: str) -> None:
+        """Refuse what is not done, or would be wrong, with a bias on B.
+
+        Args:
+            what: What was asked for, as the beginning of a sentence: ``"A GGUF file cannot hold it"``.
+
+        Raises:
+            AdapterError: If a module has one; with the way out.
+        """
+        if self.has_biases:
+            raise AdapterError(
+                f"The adapter has a bias on B (lora_bias=True). {what}. Export it --to lora, which PEFT loads; or, if "
+                "the base's layers have biases, merge it (moslora merge), and ship the full weights."
             )
 
     def fold(self) -> Adapter:
@@ -300,7 +339,11 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             )
         wide = [(w * f.scale, f.at_least(torch.float32)) for w, f in parts]
         A, M, B = functional.concatenate([(w, f.A, f.M, f.B) for w, f in wide])
-        modules[name] = Factors(A, M, B, 1.0, parts[0][1].form)
+        biases = [w * f.bias for w, f in wide if f.bias is not None]
+        bias = torch.stack(biases).sum(0) if biases else None
+        if bias is None and any(adapter.has_biases for adapter in adapters):
+            bias = B.new_zeros(len(B))  # all of its modules have one, or none
+        modules[name] = Factors(A, M, B, 1.0, parts[0][1].form, bias=bias)
     parameters = {tuple(sorted(a.config.get("target_parameters") or ())) for a in adapters}
     has_experts = any(factors.form.kind == "expert" for factors in modules.values())
     if has_experts and len(parameters) > 1:
@@ -335,7 +378,7 @@ class Comparison:
 
     Attributes:
         max_relative_error: Largest ``‖ΔW1 - ΔW2‖ / ‖ΔW1‖`` over all modules, Frobenius norms in float64. Where there
-            are magnitudes, of ``s·B·M·A`` or of the magnitudes, whichever is larger: equal in both, two adapters do
+            are magnitudes or biases, of ``s·B·M·A`` or of these, whichever is larger: equal in all, two adapters do
             the same to any base.
         worst_module: Where it was found.
         modules: How many modules were compared.
@@ -373,7 +416,12 @@ def compare(before: Adapter, after: Adapter) -> Comparison:
     worst, worst_module = -1.0, ""
     for name, one in before.modules.items():
         two = after.modules[name]
-        for error in (_relative_error(name, one, two), _magnitude_error(name, one, two)):
+        errors = (
+            _relative_error(name, one, two),
+            _magnitude_error(name, one, two),
+            _bias_error(name, one, two),
+        )
+        for error in errors:
             if not (error <= worst or math.isnan(worst)):  # NaN counts as worse than anything
                 worst, worst_module = error, name
     return Comparison(worst, worst_module, len(before.modules))
@@ -397,8 +445,20 @@ def _magnitude_error(name: str, one: Factors, two: Factors) -> float:
         raise AdapterError(f"{name} lost or got DoRA's magnitude.")
     if one.magnitude is None or two.magnitude is None:
         return 0.0
-    difference = float((one.magnitude.double() - two.magnitude.double()).norm())
-    size = float(one.magnitude.double().norm())
+    return _distance(one.magnitude.double(), two.magnitude.double())
+
+
+def _bias_error(name: str, one: Factors, two: Factors) -> float:
+    if (one.bias is None) != (two.bias is None):
+        raise AdapterError(f"{name} lost or got a bias on B.")
+    if one.bias is None or two.bias is None:
+        return 0.0
+    return _distance(one.scale * one.bias.double(), two.scale * two.bias.double())
+
+
+def _distance(one: Tensor, two: Tensor) -> float:
+    """Return ``‖one - two‖ / ‖one‖``; zero twice is equal, once is infinitely wrong."""
+    difference, size = float((one - two).norm()), float(one.norm())
     return difference / size if size else (0.0 if difference == 0 else float("inf"))
 
 

@@ -6,11 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moslora.adapter import AdapterError, add
+from moslora.adapter import AdapterError, Factors, add
 from moslora.export import ProofError, check_format, written
 from moslora.formats import read_adapter
 from moslora.ranks import to_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["CombineProof", "combine"]
 
@@ -23,7 +27,8 @@ class CombineProof:
         weights: What each adapter was multiplied by, in the order given.
         modules: How many modules the sum has.
         rank: Largest rank of a module.
-        max_relative_error: Largest ``‖ΔW - Σ w·ΔW‖`` over the modules, relative to ``Σ ‖w·ΔW‖``; float64.
+        max_relative_error: Largest ``‖ΔW - Σ w·ΔW‖`` over the modules, relative to ``Σ ‖w·ΔW‖``; float64. Of biases on
+            B, where there are any, likewise.
         worst_module: Where it is.
         tolerance: What it was held against.
         reader: Whose reader read it back.
@@ -93,11 +98,15 @@ def combine(
             if ranked is not None:
                 summands = [(1.0, ranked.adapter.modules[name])]
             left, size = factors.delta_weight(), 0.0
+            beside, length = _bias_of(1.0, factors), 0.0
             for weight, part in summands:
-                delta = weight * part.delta_weight()
+                delta, bias = weight * part.delta_weight(), _bias_of(weight, part)
                 left -= delta
                 size += float(delta.norm())
-            error = float(left.norm()) / size if size else float(left.norm())
+                beside -= bias
+                length += float(bias.norm())
+            errors = (float(left.norm()) / (size or 1), float(beside.norm()) / (length or 1))
+            error = math.nan if any(map(math.isnan, errors)) else max(errors)
             if not (error <= worst or math.isnan(worst)):  # NaN counts as worse than anything
                 worst, worst_module = error, name
         proof = CombineProof(
@@ -117,3 +126,10 @@ def combine(
             )
         result.keep(proof)
     return proof
+
+
+def _bias_of(weight: float, factors: Factors) -> Tensor:
+    """Return what a bias on B adds to the output, in float64; zero where there is none."""
+    if factors.bias is None:
+        return factors.B.new_zeros(len(factors.B)).double()
+    return weight * factors.scale * factors.bias.double()

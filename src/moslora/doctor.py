@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.adapter import Adapter, AdapterError
+from moslora.adapter import Adapter, AdapterError, Factors
 from moslora.export import ProofError, check_engine, export_adapter, format_for
 from moslora.formats import FORMATS, comfyui, detect, read_adapter
 from moslora.merge import lay_out
@@ -187,6 +187,12 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
             "It has DoRA's magnitude: the factors turn the rows of the weight, a vector says how long they are. What "
             "is said of ΔW is said of s·B·M·A.",
         )
+    if adapter.has_biases:
+        yield Finding(
+            "note",
+            "bias",
+            "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). What is said of ΔW says nothing of it.",
+        )
     if any(
         "init_lora_weights" in part
         for part in adapter.config.get("components", {"": adapter.config}).values()
@@ -194,13 +200,21 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "note",
             "start",
-            "It started from principal components of its base, and subtracts that start, so its ΔW has twice its rank: "
+            "It started from its base's weights, and subtracts that start, so its ΔW has twice its rank: "
             "what is said here is said of both together, and so it is exported.",
         )
 
 
+def _has_moved_bias(factors: Factors) -> bool:
+    return factors.bias is not None and bool(factors.bias.any())
+
+
 def _trained(adapter: Adapter) -> Iterator[Finding]:
-    zero = [n for n, factors in adapter.modules.items() if factors.norm() == 0 and factors.magnitude is None]
+    zero = [
+        name
+        for name, factors in adapter.modules.items()
+        if factors.norm() == 0 and factors.magnitude is None and not _has_moved_bias(factors)
+    ]
     if len(zero) == len(adapter.modules):
         yield Finding(
             "error", "trained", "ΔW is zero everywhere: it was not trained.", "Take a later checkpoint."
@@ -379,6 +393,9 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
 
 # --- Where it shall run -------------------------------------------------------------------------------------
 
+MERGE_BIAS = (
+    "If the base's layers have biases: moslora merge, and ship the full model. Else set lora_bias=False."
+)
 MERGE_WHOLE = "Load it on its base with PEFT, merge_and_unload(), and ship the full model."
 # vLLM 0.22: vllm.config.lora, MaxLoRARanks, and its default.
 VLLM_RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
@@ -403,6 +420,17 @@ def _no_magnitude(adapter: Adapter) -> Iterator[Finding]:
             "DoRA",
             "Servers run s·B·A and have no place for DoRA's magnitude; they refuse it, or would be wrong without.",
             MERGE_WHOLE,
+        )
+
+
+def _no_bias(adapter: Adapter) -> Iterator[Finding]:
+    """A server's kernels take A and B; nothing in them is known to read a bias."""
+    if adapter.has_biases:
+        yield Finding(
+            "error",
+            "bias on B",
+            "Servers run s·B·A and have no place for a bias on B; they refuse it, or would be wrong without.",
+            MERGE_BIAS,
         )
 
 
@@ -463,7 +491,7 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
             needed = base if FORMATS[wanted].needs_base else None
             proof = export_adapter(path, Path(folder) / f"adapter{suffix}", wanted, base=needed)
         except (AdapterError, ModelError, ProofError) as error:
-            fix = MERGE_WHOLE if adapter.has_magnitudes else ""
+            fix = MERGE_WHOLE if adapter.has_magnitudes else MERGE_BIAS if adapter.has_biases else ""
             yield Finding("error", f"{name}: format", f"It cannot be written as {wanted}. {error}", fix)
             return
     proven = f"ΔW is the same to {proof.max_relative_error:.1e}, read back by {proof.reader}."
@@ -500,8 +528,8 @@ def _known_to_comfyui(adapter: Adapter) -> Iterator[Finding]:
 
 ENGINES: Mapping[str, Engine] = {
     "peft": Engine(),
-    "vllm": Engine((_no_magnitude, _only_factors, _served_layers, _vllm_ranks)),
-    "sglang": Engine((_no_magnitude, _only_factors, _served_layers)),
+    "vllm": Engine((_no_magnitude, _no_bias, _only_factors, _served_layers, _vllm_ranks)),
+    "sglang": Engine((_no_magnitude, _no_bias, _only_factors, _served_layers)),
     "llama.cpp": Engine(),
     "diffusers": Engine(),
     "comfyui": Engine((_known_to_comfyui,)),

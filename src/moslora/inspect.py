@@ -30,8 +30,9 @@ MAGNITUDES = (
     "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; what is said of ΔW is said of s·B·M·A, before "
     "that."
 )
+BIASES = "It has a bias on B, of which the figures say nothing: h = W0·x + s·(B·M·A·x + b)."
 COMPONENTS = (
-    "It started from principal components of its base, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
+    "It started from its base's weights, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
     "at as one product of twice the rank, so the figures of the mixer are of both."
 )
 
@@ -187,7 +188,8 @@ def _note(adapter: Adapter) -> str:
         "init_lora_weights" in part
         for part in adapter.config.get("components", {"": adapter.config}).values()
     )
-    return " ".join([MAGNITUDES] * adapter.has_magnitudes + [COMPONENTS] * begun)
+    notes = ([MAGNITUDES], adapter.has_magnitudes), ([BIASES], adapter.has_biases), ([COMPONENTS], begun)
+    return " ".join(text for note, is_said in notes for text in note * is_said)
 
 
 def _look(name: str, factors: Factors, weights: Weights | None, start: Tensor | None) -> ModuleReport:

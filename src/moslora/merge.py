@@ -181,12 +181,33 @@ def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
             )
         stored = weights.table[weights.find(module)]
         changes.append(lay_out(module, factors, stored, adapter.config, weights.folder))
+        changes += _change_of_bias(module, factors, weights)
     doubled = len(changes) - len({(c.stored.shard, c.stored.start) for c in changes})
     if doubled:
         raise ModelError(
             f"{doubled} modules of the adapter share their weight with others; untie the base first."
         )
     return changes
+
+
+def _change_of_bias(module: str, factors: Factors, weights: Weights) -> list[_Change]:
+    """Return what a bias on B changes; nothing where there is none, or it is zero."""
+    if factors.bias is None or not factors.bias.any():
+        return []
+    name = f"{weights.find(module).removesuffix('weight')}bias"
+    if name not in weights.table:
+        raise AdapterError(
+            f"The adapter has a bias on B of {module} (lora_bias=True), and the base has no {name} to add it to. Keep "
+            "the adapter beside the base, or export it --to lora."
+        )
+    stored = weights.table[name]
+    if stored.dtype not in DTYPES or stored.shape != tuple(factors.bias.shape):
+        raise ModelError(
+            f"{name} is {stored.dtype} of shape {stored.shape}, and the adapter's bias on B of shape "
+            f"{tuple(factors.bias.shape)}. Name the base that the adapter was trained on."
+        )
+    scaled = factors.scale * factors.bias.double()
+    return [_Change(f"{module}.bias", stored, scaled[:, None], scaled.new_ones(1, 1))]
 
 
 def _is_copy_of_base(key: str, tensor: Tensor, weights: Weights) -> bool:

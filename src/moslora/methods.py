@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Method", "find_method"]
 
 # Arguments of MoSLoRAConfig that LoRA has no name for.
-MIXER_ARGUMENTS = ("mixer", "train_mixer", "match_scale", "unlike_lora")
+MIXER_ARGUMENTS = ("mixer", "train_mixer", "match_scale", "unlike_lora", "values_in_file")
 
 
 @dataclass(frozen=True)
@@ -211,5 +211,8 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} holds no configuration of PEFT: it needs peft_type, and what that type takes."
         )
     # What PEFT notes of where an adapter came from, and a flag that would train nothing.
-    left_out = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+    left_out = (
+        *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+        "values_in_file",
+    )
     return {key: item for key, item in value.items() if key not in left_out and item is not None}

@@ -31,7 +31,7 @@ __all__ = ["FrozenProof", "Mix", "arguments_of", "open_mix"]
 # What a recipe may say of the adapter beside what the sources decide.
 KEPT = ("lora_dropout",)
 # Of the adapter section: what would train more than the mixer.
-REFUSED = ("modules_to_save", "trainable_token_indices", "target_parameters")
+REFUSED = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,7 @@ def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = No
     whole = add([read_adapter(path) for path in paths], factors)
     if not whole.modules:
         raise AdapterError("The adapters have no modules, so there is nothing to mix.")
+    whole.refuse_biases("A mix trains mixers and nothing else, and would leave the bias as it is")
     odd = [n for n, f in whole.modules.items() if f.form.kind == "expert" or f.form.groups != 1]
     if odd or whole.config.get("unlike_lora"):
         name = odd[0] if odd else next(iter(whole.config["unlike_lora"]))

@@ -87,7 +87,7 @@ REFUSED: dict[str, str] = {
 REFUSED["zero"] = REFUSED["zeros"]
 REFUSED[SINGULAR_VALUES] = (
     f'mixer="{SINGULAR_VALUES}" is what a start from principal components makes of M. Leave mixer out and set '
-    'init_lora_weights="pissa".'
+    'init_lora_weights="pissa" (or "loftq", on a quantized base).'
 )
 REFUSED[CUSTOM] = (
     f'mixer="{CUSTOM}" stands in saved adapters whose mixer was given as a tensor or a callable; the values it started '

@@ -338,6 +338,24 @@ def _by_torch_alone(
         return out if weight is None else F.linear(x, weight, bias) + out
 
 
+def _without_keeping_x(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    M: Tensor,
+    B: Tensor,
+    scale: float,
+    dropped: Tensor | None,
+) -> Tensor:
+    """Return what ``_MixedUpdate`` does where A is frozen, so that backward needs products of rank r in x's place."""
+    with _without_autocast(x.device.type):
+        H = F.linear(_without(x, dropped), _in(x.dtype, A))  # (..., r)
+        H = _in(x.dtype, F.linear(_in(M.dtype, H), M * scale))  # (..., r)
+        out = F.linear(H, _in(x.dtype, B))  # (..., out)
+        return out if weight is None else F.linear(x, weight, bias) + out
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if is_autocasting(device) else x.dtype
@@ -604,6 +622,8 @@ def adapted_linear(
         positions = draw_dropped(x.numel(), dropout)
         dropped = positions.int() if x.numel() < 2**31 else positions  # half of what is kept for backward
     arguments = (inputs, weight, bias, A, M, B, float(scale) / (1 - dropout), dropped)
+    if torch.is_grad_enabled() and not A.requires_grad and (M.requires_grad or B.requires_grad):
+        return _without_keeping_x(*arguments)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _by_torch_alone(*arguments)
     return _MixedUpdate.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]

@@ -37,13 +37,13 @@ def param_groups(
         model: A model with MoSLoRA adapters, as ``get_peft_model`` returns it.
         lr: Learning rate of A, and of everything that is no factor; positive.
         mixer_lr_ratio: The mixers' rate is this times ``lr``; at least 0.
-        b_lr_ratio: B's rate is this times ``lr``; at least 0.
-        weight_decay: Of all groups but that of vectors, as biases and DoRA's magnitudes are, which have none; at
+        b_lr_ratio: B's rate, and that of a bias on B, is this times ``lr``; at least 0.
+        weight_decay: Of all groups but those of vectors, as biases and DoRA's magnitudes are, which have none; at
             least 0.
 
     Returns:
-        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``: ``A``, ``mixer``, ``B``, ``other`` and
-        ``vectors``, those without a parameter left out. Every trained parameter is in one of them.
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``: ``A``, ``mixer``, ``B``, ``B bias``, ``other``
+        and ``vectors``, those without a parameter left out. Every trained parameter is in one of them.
 
     Raises:
         ValueError: If a number is out of range, or the model trains no MoSLoRA factor.
@@ -63,14 +63,16 @@ def param_groups(
             raise ValueError(f"{name}={value!r} must be a number of at least 0.")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr={lr!r} must be a positive number.")
-    rates = {"A": lr, "mixer": lr * mixer_lr_ratio, "B": lr * b_lr_ratio, "other": lr, "vectors": lr}
+    rates = {"A": lr, "mixer": lr * mixer_lr_ratio, "B": lr * b_lr_ratio, "B bias": lr * b_lr_ratio}
+    rates |= {"other": lr, "vectors": lr}
     members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         factor = _FACTOR.search(name)
         if factor is not None:
-            members[{"A": "A", "M": "mixer", "B": "B"}[factor[1]]].append(parameter)
+            group = "B bias" if name.endswith(".bias") else {"A": "A", "M": "mixer", "B": "B"}[factor[1]]
+            members[group].append(parameter)
         else:
             is_vector = (
                 parameter.ndim < 2 or ".moslora_magnitude_vector." in name
@@ -86,7 +88,7 @@ def param_groups(
             "name": group,
             "params": parameters,
             "lr": rates[group],
-            "weight_decay": 0.0 if group == "vectors" else weight_decay,
+            "weight_decay": 0.0 if group in ("vectors", "B bias") else weight_decay,
         }
         for group, parameters in members.items()
         if parameters

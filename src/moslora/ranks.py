@@ -54,7 +54,8 @@ def nearest(factors: Factors, r: int) -> Factors:
         Bs.append(_taller(((Q_left @ U[:, :part]) * root).T, part).T)  # (rows, part)
     A = torch.cat(As).to(dtype)
     B = torch.block_diag(*Bs).to(dtype)  # type: ignore[no-untyped-call]
-    return Factors(A, torch.eye(part * groups, dtype=dtype), B, 1.0, factors.form)
+    bias = None if wide.bias is None else (wide.scale * wide.bias).to(dtype)
+    return Factors(A, torch.eye(part * groups, dtype=dtype), B, 1.0, factors.form, bias=bias)
 
 
 def pad(factors: Factors, r: int) -> Factors:

@@ -338,6 +338,8 @@ MANAGED: dict[str, str] = {
     "adapter.revision": "set model.revision",
     "adapter.inference_mode": "a run trains",
     "adapter.peft_version": "PEFT sets it",
+    "adapter.unlike_lora": "the model fills it in",
+    "adapter.values_in_file": "saving fills it in",
 }
 
 # Names from older versions, from other programs, or without their section.
@@ -756,6 +758,12 @@ def _adapter_complaint(arguments: dict[str, Any]) -> list[str]:
     """What the configuration itself says to values of the right type."""
     from moslora.tuner.config import MoSLoRAConfig
 
+    init = arguments.get("init_lora_weights")
+    if init in ("eva", "loftq"):
+        return [
+            f"adapter.init_lora_weights={init} cannot be set: a call in a script of yours has to follow it. Use "
+            "get_peft_model there, or choose another start."
+        ]
     try:
         MoSLoRAConfig(**arguments)
     except (ValueError, TypeError) as error:

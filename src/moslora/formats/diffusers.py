@@ -177,6 +177,7 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         AdapterError: If it is of no pipeline, or holds more than factors of linear layers and convolutions.
         OSError: If it cannot be written.
     """
+    adapter.refuse_biases("That diffusers' loader takes it rightly was not verified, so it is not written")
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     for component, part in parts.items():
         if component.startswith("text_encoder"):

@@ -60,6 +60,7 @@ SHARED = (
     "alpha_pattern",
     "use_rslora",
     "use_dora",
+    "lora_bias",
 )
 
 
@@ -171,6 +172,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_dict_of(_is_number), "numbers by regular expression"),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
+    "lora_bias": (_is_flag, "true or false"),
     "mixer": (_is_text, "a name"),
     "unlike_lora": (
         lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
@@ -305,7 +307,8 @@ class Found:
     """Tensors of a file, sorted.
 
     Attributes:
-        modules: Per module path, tensors by ``A``, ``M``, ``B`` and ``magnitude``, as they lie in the file.
+        modules: Per module path, tensors by ``A``, ``M``, ``B``, ``magnitude`` and ``bias`` (on B), as they lie in the
+            file.
         rest: All other tensors, by their full name.
         embeddings: Paths of the modules whose names said that they are embeddings.
     """
@@ -331,13 +334,16 @@ def group_factors(
     found = Found({}, {}, set())
     for key, tensor in tensors.items():
         stem = key.removesuffix(".weight")
-        path, _, part = stem.rpartition(".")
+        is_bias = key.endswith(".bias")
+        path, _, part = (key.removesuffix(".bias") if is_bias else stem).rpartition(".")
         module = path.removeprefix(KEY_PREFIX)
         if path == module:
             found.rest[key] = tensor
+        elif is_bias and parts.get(part) == "B":
+            found.modules.setdefault(module, {})["bias"] = tensor
         elif stem != key and part in parts:
             found.modules.setdefault(module, {})[parts[part]] = tensor
-        elif stem == key and part in (embedding_parts or {}):
+        elif stem == key and not is_bias and part in (embedding_parts or {}):
             found.modules.setdefault(module, {})[(embedding_parts or {})[part]] = tensor
             found.embeddings.add(module)
         else:
@@ -349,11 +355,11 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
     """Lay factors as matrices.
 
     Args:
-        tensors: ``A``, ``B`` and maybe ``M``, as they lie in a file.
+        tensors: ``A``, ``B`` and maybe ``M``, ``magnitude`` and ``bias``, as they lie in a file.
         is_embedding: Whether they adapt an embedding.
 
     Returns:
-        A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and a magnitude ``(out,)``, and how they lay.
+        A ``(r, in)``, M ``(r, r)``, B ``(out, r)``, a magnitude and a bias ``(out,)``, and how they lay.
 
     Raises:
         ValueError: If a convolution's factors do not fit each other.
@@ -363,7 +369,7 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
     if "magnitude" in flat:  # (out,), of a convolution (1, out, 1, …)
         magnitude = flat["magnitude"]
         shape = (B.shape[0],) if A.ndim < 3 else (1, B.shape[0], *(1,) * (A.ndim - 2))
-        if is_embedding or tuple(magnitude.shape) != shape:
+        if tuple(magnitude.shape) != shape:
             raise ValueError(
                 f"a magnitude of shape {tuple(magnitude.shape)} does not fit B {tuple(B.shape)}."
             )
@@ -381,7 +387,8 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
     ):
         raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no factors of one convolution.")
     groups = r // B.shape[1]
-    flat.update({name: tensor.flatten(1) for name, tensor in tensors.items() if name != "magnitude"})
+    vectors = ("magnitude", "bias")
+    flat.update({name: tensor.flatten(1) for name, tensor in tensors.items() if name not in vectors})
     if groups > 1:
         flat["B"] = torch.block_diag(*flat["B"].chunk(groups))  # type: ignore[no-untyped-call]  # (out, r)
     return flat, Form("conv", kernel, groups)
@@ -394,13 +401,14 @@ def as_stored(factors: Factors) -> dict[str, Tensor]:
         factors: Of one module.
 
     Returns:
-        ``A``, ``M`` and ``B``, and ``magnitude`` where there is one.
+        ``A``, ``M`` and ``B``, and ``magnitude`` and ``bias`` where there are such.
     """
     A, M, B, form = factors.A, factors.M, factors.B, factors.form
     beside = {} if factors.magnitude is None else {"magnitude": factors.magnitude}
+    bias = {} if factors.bias is None else {"bias": factors.bias}
     if form.kind != "conv":
-        return {"A": A, "M": M, "B": B, **beside}
-    beside = {name: m.view(1, -1, *(1,) * len(form.kernel)) for name, m in beside.items()}
+        return {"A": A, "M": M, "B": B, **beside, **bias}
+    beside = {name: m.view(1, -1, *(1,) * len(form.kernel)) for name, m in beside.items()} | bias
     ones = (1,) * len(form.kernel)
     if form.groups > 1:
         rows, columns = B.shape[0] // form.groups, B.shape[1] // form.groups
@@ -463,8 +471,12 @@ def name_tensors(
     """
     stored = as_stored(factors)
     if factors.form.kind == "embedding":
-        return {f"{KEY_PREFIX}{module}.{part}": stored[letter] for part, letter in embedding_parts.items()}
-    named = {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
+        named = {f"{KEY_PREFIX}{module}.{part}": stored[letter] for part, letter in embedding_parts.items()}
+    else:
+        named = {f"{KEY_PREFIX}{module}.{part}.weight": stored[letter] for part, letter in parts.items()}
+    if "bias" in stored:
+        (part,) = (part for part, letter in parts.items() if letter == "B")
+        named[f"{KEY_PREFIX}{module}.{part}.bias"] = stored["bias"]
     if "magnitude" in stored:
         named[f"{KEY_PREFIX}{module}.{magnitude_part}"] = stored["magnitude"]
     return named
@@ -541,7 +553,8 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
         if missing:
             raise AdapterError(f"{folder}: {name} lacks its factor {' and '.join(sorted(missing))}.")
         for letter, tensor in found.modules[name].items():
-            if (tensor.ndim < 2 and letter != "magnitude") or not tensor.is_floating_point():
+            is_vector = letter in ("magnitude", "bias")
+            if (tensor.ndim < 2 and not is_vector) or not tensor.is_floating_point():
                 raise AdapterError(
                     f"{folder}: {letter} of {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a "
                     "matrix of floats. The file is damaged, or of another method."
@@ -565,17 +578,20 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
             A, r = tensors["A"], tensors["A"].shape[0]
             M = tensors["M"] if "M" in tensors else torch.eye(r, dtype=A.dtype)
             scale, magnitude = module_scale(config, name, r), tensors.get("magnitude")
-            built[name] = Factors(A, M, tensors["B"], scale, form, magnitude)
+            built[name] = Factors(A, M, tensors["B"], scale, form, magnitude, tensors.get("bias"))
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
         except ValueError as error:
             raise AdapterError(f"{folder}: {name}: {error}") from error
-    having = sum(factors.magnitude is not None for factors in built.values())
-    if having != (len(built) if config.get("use_dora") else 0):
-        raise AdapterError(
-            f"{folder}: its configuration says use_dora={bool(config.get('use_dora'))}, and "
-            f"{having} of {len(built)} modules have a magnitude. All must have one, or none. Save the adapter again."
-        )
+    for argument, what, having in (
+        ("use_dora", "a magnitude", sum(f.magnitude is not None for f in built.values())),
+        ("lora_bias", "a bias on B", sum(f.bias is not None for f in built.values())),
+    ):
+        if having != (len(built) if config.get(argument) else 0):
+            raise AdapterError(
+                f"{folder}: its configuration says {argument}={bool(config.get(argument))}, and {having} of "
+                f"{len(built)} modules have {what}. All must have one, or none. Save the adapter again."
+            )
     return Adapter(built, dict(config), dict(found.rest))
 
 
@@ -591,6 +607,8 @@ def settle(adapter: Adapter) -> dict[str, Any]:
     config = copy.deepcopy(dict(adapter.config))
     if adapter.has_magnitudes:
         config["use_dora"] = True
+    if adapter.has_biases:
+        config["lora_bias"] = True
     if not config.get("target_modules") and not config.get("target_parameters"):
         config["target_modules"] = name_exactly(adapter.modules)
     if any(f.form == experts.EXPERT for f in adapter.modules.values()) and not config.get(

@@ -144,6 +144,7 @@ def write(
     """
     gguf = _need_gguf()
     adapter.refuse_magnitudes("A GGUF file has no place for it")
+    adapter.refuse_biases("A GGUF file has no place for it")
     plain = flatten(adapter)
     name, targets = _targets(plain, base)
     writer = gguf.GGUFWriter(None, name)

@@ -270,6 +270,7 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
     adapter.refuse_magnitudes(
         "This file would be read by programs that do not agree on it, so it is not written"
     )
+    adapter.refuse_biases("A kohya file has no place for it")
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     strange = sorted(parts.keys() - set(PREFIXES.values()))
     if strange:

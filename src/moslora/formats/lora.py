@@ -40,7 +40,7 @@ EMBEDDING_PARTS = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 FOREIGN = {
     "lora_AB": "a mixer in the naming of MoSLoRA's authors; stock PEFT drops it and runs B·A, which is wrong",
     "lora_mixer": "a mixer in the naming of PEFT pull request 2294; stock PEFT drops it and runs B·A",
-    "lora_B.bias": "a bias on B",
+    "lora_A.bias": "a bias on A",
 }
 VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config")
 

@@ -31,7 +31,8 @@ from moslora.formats.directory import (
     settle,
     write_files,
 )
-from moslora.tuner.config import MoSLoRAConfig
+from moslora.mixers import CUSTOM, SINGULAR_VALUES
+from moslora.tuner.config import MoSLoRAConfig, subtracts_start
 
 __all__ = ["PEFT_TYPE", "START", "keep_start", "read", "read_start", "start_of", "write"]
 
@@ -40,7 +41,7 @@ MAGNITUDE = "moslora_magnitude_vector"
 OLD_MAGNITUDE = "moslora_magnitude"  # of moslora 0.1
 PARTS = {"moslora_A": "A", "moslora_M": "M", "moslora_B": "B"}
 EMBEDDING_PARTS = {"moslora_embedding_A": "A", "moslora_embedding_M": "M", "moslora_embedding_B": "B"}
-# Where factors started that began with the principal components of the base: to be subtracted.
+# Where factors started that began from the base weight: to be subtracted.
 STARTS = {"moslora_start_A": "start A", "moslora_start_M": "start M", "moslora_start_B": "start B"}
 # What the mixers started as, beside the adapter that they became; a file of its own, which no loader looks for.
 START = "moslora_start.safetensors"
@@ -78,8 +79,10 @@ def read(folder: Path) -> Adapter:
     if without:
         raise AdapterError(f"{folder / WEIGHTS}: {without[0]} lacks its mixer, moslora_M.")
     kept = {name: config[name] for name in (*SHARED, *OWN) if name in config}
+    if kept.get("mixer") == SINGULAR_VALUES:  # it was at the start
+        kept["mixer"] = CUSTOM
     adapter = build_adapter(folder, kept, found)
-    is_begun = str(config.get("init_lora_weights")).startswith("pissa")
+    is_begun = subtracts_start(config.get("init_lora_weights"))
     whole = [name for name, own in begun.items() if len(own) == len(STARTS)]
     if len(whole) != (len(begun) if is_begun else 0) or any(len(own) % len(STARTS) for own in begun.values()):
         raise AdapterError(
@@ -87,10 +90,12 @@ def read(folder: Path) -> Adapter:
             f"{len(whole)} of {len(begun)} modules have their start whole (moslora_start_A, _M, _B), which is to be "
             "subtracted. Save the adapter again."
         )
-    return _subtract(folder, adapter, begun) if is_begun else adapter
+    return _subtract(folder, adapter, begun, config["init_lora_weights"]) if is_begun else adapter
 
 
-def _subtract(folder: Path, adapter: Adapter, begun: Mapping[str, Mapping[str, torch.Tensor]]) -> Adapter:
+def _subtract(
+    folder: Path, adapter: Adapter, begun: Mapping[str, Mapping[str, torch.Tensor]], init: str
+) -> Adapter:
     """Make factors of ``B·M·A - B0·M0·A0``, of twice the rank, in float32 at least."""
     modules = {}
     for name, factors in adapter.modules.items():
@@ -104,8 +109,8 @@ def _subtract(folder: Path, adapter: Adapter, begun: Mapping[str, Mapping[str, t
             modules[name] = replace(factors, A=A, M=M, B=B)
         except ValueError as error:
             raise AdapterError(f"{folder}: {name}: its start does not fit its factors: {error}") from error
-    # Of what it is now, M is neither the singular values nor anything else that has a name.
-    config = {**adapter.config, "mixer": "custom", "init_lora_weights": "pissa"}
+    # Of what it is now, M is nothing that has a name.
+    config = {**adapter.config, "mixer": CUSTOM, "init_lora_weights": init}
     return replace(adapter, modules=modules, config=config)
 
 

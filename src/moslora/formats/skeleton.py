@@ -136,11 +136,15 @@ def filled_factors(model: nn.Module) -> dict[str, Factors]:
             magnitude = layer.lora_magnitude_vector[name].weight.detach().flatten()
             if magnitude.is_meta:
                 raise AdapterError(f"{path}: the other project's loader left its magnitude empty.")
+        bias: Tensor | None = None if embedding else layer.lora_B[name].bias
+        if bias is not None and bias.is_meta:
+            raise AdapterError(f"{path}: the other project's loader left its bias on B empty.")
         A, B = A.flatten(1), B.flatten(1)
         if form.groups > 1:
             B = torch.block_diag(*B.chunk(form.groups))  # type: ignore[no-untyped-call]
         M, scale = torch.eye(A.shape[0], dtype=A.dtype), float(layer.scaling[name])
-        found[path] = Factors(A, M, B, scale, form, magnitude)
+        bias = bias if bias is None else bias.detach()
+        found[path] = Factors(A, M, B, scale, form, magnitude, bias)
     return found
 
 

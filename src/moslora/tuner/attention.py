@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moslora.tuner import dora, starts
+from moslora.tuner import bias, dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
 from moslora.tuner.reading import check_present, replaced, whole
@@ -72,7 +72,8 @@ class MoSLoRAAttention(MoSLoRALayer):
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
         starts.check(self, config)
-        dora.check(self, config)  # before the attention is changed
+        dora.check(self, config)
+        bias.check(self, config)  # all three before the attention is changed
         base = self.get_base_layer()
         if not isinstance(base.out_proj, MoSLoRALinear):
             base.out_proj = MoSLoRALinear(base.out_proj, adapter_name, config, r, lora_alpha)
@@ -101,6 +102,10 @@ class MoSLoRAAttention(MoSLoRALayer):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer."""
+        return "PEFT's LoRA leaves the one of in_proj out without a word, so no reader would run the adapter"
 
     def why_unlike_lora(self) -> str | None:
         """Tell why PEFT's LoRA of this layer computes another output from the same factors."""

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import enum
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
+from peft import EvaConfig, LoftQConfig
 from peft.config import PeftConfig
+from peft.tuners.lora.config import LoraRuntimeConfig
 from torch import Generator, Tensor
 
 from moslora.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
+from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
 
-__all__ = ["MoSLoRAConfig", "MoSLoRAType"]
+__all__ = ["MoSLoRAConfig", "MoSLoRAType", "subtracts_start"]
 
 
-class MoSLoRAType(enum.StrEnum):
+class MoSLoRAType(str, enum.Enum):  # noqa: UP042  PEFT's get_model_status takes the name off "Type.NAME"
     """The PEFT type. An enum of its own, because PEFT's is closed and transformers asks for ``.value``."""
 
     MOSLORA = "MOSLORA"
 
 
-# LoRA arguments that have no meaning here, or not yet: a script that sets one is told so, never half-obeyed.
-REFUSED_ARGUMENTS: dict[str, str] = {
-    "layer_replication": "Layer replication is not supported. Replicate the layers before adapting them.",
-    "lora_bias": "A bias on B is not supported, because few readers of LoRA files know it.",
-}
+# Values of init_lora_weights, beside True, False and "pissa_niter_N".
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
+
+
+def subtracts_start(init_lora_weights: Any) -> bool:
+    """Tell whether an adapter starts from the base weight, its start to be subtracted from it.
+
+    Args:
+        init_lora_weights: As a configuration has it.
+    """
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
 
 
 @dataclass
@@ -55,9 +65,18 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests). Of linear
             layers also ``"orthogonal"``: A and B random with B·M·A = 0, r even; and ``"pissa"``: the r leading
             singular vectors of the base weight, with M the diagonal of its singular values (arXiv:2404.02948),
-            or ``"pissa_niter_4"``, by that many iterations of a randomised decomposition. The base weight is left
-            as it is; the start is saved with the adapter and subtracted, so its fold has rank 2r. mixer and
-            match_scale must be left at their defaults then, and mixer becomes ``"singular-values"``.
+            or ``"pissa_niter_4"``, by that many iterations of a randomised decomposition; and ``"olora"``: A and B
+            from a QR decomposition of the base weight (arXiv:2406.01775), M as mixer says. The base weight is left
+            as it is by both; the start is saved with the adapter and subtracted, so its fold has rank 2r. With
+            ``"pissa"`` mixer and match_scale must be left at their defaults, and mixer becomes ``"singular-values"``.
+            ``"eva"``: A from what the layers see of your data, B zero (arXiv:2410.07170). Call PEFT's
+            ``initialize_lora_eva_weights(model, dataloader)`` after ``get_peft_model``; until then the adapter does not
+            run.
+            ``"loftq"``, of a quantized base: what quantization took from the weights, with M the diagonal of its
+            singular values (arXiv:2310.08659). Call ``moslora.replace_lora_weights_loftq(model, path)`` after
+            ``get_peft_model``; until then the adapter does not run. mixer and match_scale as with ``"pissa"``.
+        loftq_config: PEFT's ``LoftQConfig``, of one iteration; the bits are the base's own.
+        eva_config: How ``"eva"`` computes and shares out its components: PEFT's ``EvaConfig``, with defaults if None.
         bias: ``"none"``, ``"all"`` or ``"moslora_only"``: which biases of the base are trained.
             ``"lora_only"`` is accepted as the same.
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv:2312.03732).
@@ -73,9 +92,17 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             of a mixture are: a matrix, or one matrix for each expert (which then has its own mixer).
         trainable_token_indices: Token ids whose embeddings are trained in full, as in LoRA; for layers other
             than the input embedding, by the layer's name.
-        use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers and convolutions: the update turns the
-            rows of the weight, and a vector that is learned says how long they are.
-        layer_replication, lora_bias: Arguments of LoRA that are refused with the reason when set.
+        use_dora: DoRA's magnitude on top (arXiv:2402.09353), of linear layers, convolutions and embeddings: the update
+            turns the rows of the weight, and a vector that is learned says how long they are.
+        lora_bias: A trained bias on B, of linear layers and convolutions, which starts at zero. Merging adds it to the
+            base's own bias.
+        values_in_file: Filled in when the adapter is saved: the values of its factors lie in a file beside the
+            configuration, so a start that costs or needs something is left to that file. A configuration that was saved
+            alone says false, and starts as a new one does.
+        layer_replication, corda_config, lora_ga_config, runtime_config,
+            velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, use_bdlora,
+            arrow_config, kasa_config, megatron_config, megatron_core: LoRA's arguments that are accepted where they
+            change nothing and else refused, with the reason and the way out.
 
     Raises:
         ValueError: If a value has no meaning; the message names the way out.
@@ -111,26 +138,78 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     ensure_weight_tying: bool = field(default=False)
     unlike_lora: dict[str, str] = field(default_factory=dict)
     use_dora: bool = field(default=False, metadata={"help": "DoRA's magnitude on top."})
-    layer_replication: Optional[list[tuple[int, int]]] = field(default=None)  # noqa: UP045
-    lora_bias: bool = field(default=False)
+    loftq_config: Union[LoftQConfig, dict[str, int]] = field(default_factory=dict)  # noqa: UP007
+    eva_config: Optional[EvaConfig] = field(default=None)  # noqa: UP045
+    lora_bias: bool = field(default=False, metadata={"help": "A trained bias on B."})
+    values_in_file: Optional[bool] = field(default=None)  # noqa: UP045
+    # Of LoRA alone: see refused.py. They are in no file that is written.
+    layer_replication: Any = field(default=None, repr=False)
+    corda_config: Any = field(default=None, repr=False)
+    lora_ga_config: Any = field(default=None, repr=False)
+    runtime_config: Any = field(default_factory=LoraRuntimeConfig, repr=False)
+    velora_config: Any = field(default=None, repr=False)
+    alora_invocation_tokens: Any = field(default=None, repr=False)
+    use_qalora: Any = field(default=False, repr=False)
+    qalora_group_size: Any = field(default=16, repr=False)
+    monteclora_config: Any = field(default=None, repr=False)
+    use_bdlora: Any = field(default=None, repr=False)
+    arrow_config: Any = field(default=None, repr=False)
+    kasa_config: Any = field(default=None, repr=False)
+    megatron_config: Any = field(default=None, repr=False)
+    megatron_core: Any = field(default="megatron.core", repr=False)
 
     def __post_init__(self) -> None:
         """Check every value, and turn lists of names into sets, as PEFT does."""
         super().__post_init__()
-        # From a file, JSON's text names the type; PEFT's files say inference_mode too, transformers' do not. Such a
-        # configuration brings its values in the file beside it, whatever is done with it later.
         named: Any = getattr(self, "peft_type")  # noqa: B009  mypy knows no type of it here
-        self._is_saved = bool(self.inference_mode) or type(named) is str
+        # Whether it stays so is decided here, whatever is done with the configuration later.
+        self._is_saved = self._brings_values(from_file=type(named) is str)
+        self.values_in_file = self._is_saved
+        self._has_been_saved = False
         self.peft_type = MoSLoRAType.MOSLORA
+        self.check_arguments()
+        if not isinstance(self.runtime_config, LoraRuntimeConfig):
+            self.runtime_config = LoraRuntimeConfig()  # PEFT's from_pretrained writes into it
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self._take_mixer()
         self.bias = "moslora_only" if self.bias == "lora_only" else self.bias
+        self._take_eva_config()
+        self._take_loftq_config()
+        if str(self.init_lora_weights).lower() in ("gaussian", "olora"):  # as PEFT reads them
+            self.init_lora_weights = str(self.init_lora_weights).lower()
         if self.ensure_weight_tying:
             self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
         self._check()
+
+    def _brings_values(self, from_file: bool) -> bool:
+        """Tell whether this is a saved adapter's configuration, and not one that starts an adapter.
+
+        What PEFT saves says inference_mode, and what is saved by any way says values_in_file. Before 0.2 nothing did in
+        what transformers saved; but there an adapter had been put onto a model, which writes the base's name. In doubt
+        it is a new one: that costs a decomposition, and the file's values replace it.
+        """
+        if self.inference_mode or self.values_in_file:
+            return True
+        if not from_file:  # JSON's text names the type, an object has the enum's member
+            return False
+        is_of_old = self.values_in_file is None and self.base_model_name_or_path is not None
+        return self.mixer == CUSTOM or (self.mixer == SINGULAR_VALUES and is_of_old)
+
+    def check_arguments(self) -> None:
+        """Refuse arguments of LoRA's that are set and cannot be used.
+
+        Raises:
+            ValueError: With the reason and the way out.
+        """
+        check_arguments(lambda name: getattr(self, name))
+
+    def note_saving(self) -> None:
+        """Note that the factors' values are being saved, so that what is written of this says so from now on."""
+        self._has_been_saved = True
 
     def _take_mixer(self) -> None:
         """Keep a given mixer beside the fields, which stay such that JSON and ``==`` can have them."""
@@ -148,7 +227,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 self.mixer not in ("kaiming", SINGULAR_VALUES) or self.match_scale
             ):  # kaiming: left at its default
                 raise ValueError(
-                    f"init_lora_weights={self.init_lora_weights!r} makes M the singular values of the base weight, so "
+                    f"init_lora_weights={self.init_lora_weights!r} makes M singular values, so "
                     f"mixer={self.mixer!r} with match_scale={self.match_scale} has no meaning with it. Leave both out."
                 )
             self.mixer = SINGULAR_VALUES
@@ -158,10 +237,49 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         learned = is_custom or find_mixer(str(self.mixer)).learned
         self.train_mixer = learned if self.train_mixer is None else self.train_mixer
 
+    def _take_eva_config(self) -> None:
+        """Make the object of what a file has, or of nothing; a file of LoRA has it at its defaults too."""
+        given: Any = self.eva_config
+        if given and not isinstance(given, dict | EvaConfig):
+            raise ValueError(f"eva_config={given!r} must be a peft.EvaConfig, or a dict of its arguments.")
+        config = EvaConfig(**given) if isinstance(given, dict) else given or EvaConfig()
+        self.eva_config = config if self.init_lora_weights == "eva" else None
+        if self.eva_config is None and config != EvaConfig():
+            warnings.warn(
+                f"eva_config is without effect, for init_lora_weights={self.init_lora_weights!r} is not 'eva'.",
+                stacklevel=4,
+            )
+
+    def _take_loftq_config(self) -> None:
+        """Make the dict that a file has; a file of LoRA may have it at its defaults too."""
+        given: Any = self.loftq_config
+        values = dict(vars(given)) if isinstance(given, LoftQConfig) else given or {}
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"loftq_config={given!r} must be a peft.LoftQConfig, or a dict of its arguments."
+            )
+        self.loftq_config = values if self.init_lora_weights == "loftq" else {}
+        if values and not self.loftq_config and LoftQConfig(**values) != LoftQConfig():
+            warnings.warn(
+                f"loftq_config is without effect, for init_lora_weights={self.init_lora_weights!r} is not 'loftq'.",
+                stacklevel=4,
+            )
+        if self.loftq_config.get("loftq_iter", 1) != 1:
+            raise ValueError(
+                f"loftq_iter={self.loftq_config['loftq_iter']!r}: more iterations quantize the base's weights anew, "
+                "and MoSLoRA leaves the base as it is. Set loftq_iter=1."
+            )
+
     @property
     def starts_from_components(self) -> bool:
-        """Whether A, M and B start as the principal components of the base weight."""
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")
+        """Whether A, M and B start as principal components of the base weight, or of what quantization took from it."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and init.startswith(("pissa", "loftq"))
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether the factors start from the base weight, and what they start as is subtracted from the update."""
+        return subtracts_start(self.init_lora_weights)
 
     @property
     def is_saved(self) -> bool:
@@ -197,15 +315,12 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         return None if self.mixer == CUSTOM else initial_mixer(str(self.mixer), r, generator)
 
     def _check(self) -> None:
-        for name, reason in REFUSED_ARGUMENTS.items():
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used with MoSLoRA. {reason}")
         for place, rank in [
             ("r", self.r),
             *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
         ]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{place}={rank!r} is no rank; it must be an integer of at least 1.")
+                raise ValueError(f"{place}={rank!r} is not a rank; it must be an integer of at least 1.")
             if self.mixer == "two-subspace" and rank % 2:
                 raise ValueError(f'{place}={rank} is odd, but mixer="two-subspace" mixes two halves.')
             if isinstance(self._given_mixer, Tensor):
@@ -217,11 +332,21 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
         if self.bias not in ("none", "all", "moslora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
-        init = self.init_lora_weights
-        if init not in (True, False, "gaussian", "orthogonal", "pissa") and self.component_iterations is None:
+        if self.lora_bias and self.use_dora:
             raise ValueError(
-                f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, 'gaussian', "
-                "'orthogonal', 'pissa' or 'pissa_niter_[number of iterations]'."
+                "lora_bias=True cannot be used with use_dora=True: PEFT's LoRA refuses the two together, so nothing "
+                "would read the adapter once it is folded. Leave one of them out."
+            )
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.lower() in REFUSED_STARTS:
+            refused = REFUSED_STARTS[init.lower()]
+            raise ValueError(
+                f"init_lora_weights={init!r} cannot be used with MoSLoRA. {refused.reason} {refused.instead}"
+            )
+        if init not in (True, False, *STARTS) and self.component_iterations is None:
+            raise ValueError(
+                f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, "
+                f"{', '.join(map(repr, STARTS))} or 'pissa_niter_[number of iterations]'."
             )
         for place, rank in [("r", self.r), *self.rank_pattern.items()] if init == "orthogonal" else ():
             if rank % 2:
@@ -241,6 +366,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON can hold it: sets sorted, refused arguments left out."""
         values: dict[str, Any] = super().to_dict()
+        values["values_in_file"] = self._is_saved or self._has_been_saved
         return {
             name: sorted(value) if isinstance(value, set) else value
             for name, value in values.items()

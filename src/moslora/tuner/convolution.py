@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moslora import ops
+from moslora import functional, ops
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import apply_matrix
 from moslora.tuner.layer import MoSLoRALayer, _without_values
@@ -39,7 +39,7 @@ class MoSLoRAConv(MoSLoRALayer):
                 f"Choose a multiple of {groups} (for this module alone: rank_pattern), or leave the module out."
             )
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         base = self.get_base_layer()
         kind: Any = CONVOLUTIONS[base.weight.ndim]
         A = kind(
@@ -52,7 +52,7 @@ class MoSLoRAConv(MoSLoRALayer):
             padding_mode=base.padding_mode,
             bias=False,
         )
-        B = kind(r, self.out_features, 1, groups=base.groups, bias=False)
+        B = kind(r, self.out_features, 1, groups=base.groups, bias=has_bias)
         self._hold(adapter_name, A, _without_values(kind, r, r, 1, like=A), B)
 
     def why_unlike_lora(self) -> str | None:
@@ -89,11 +89,30 @@ class MoSLoRAConv(MoSLoRALayer):
         return cast(int, self.get_base_layer().weight.ndim)
 
     def why_no_magnitude(self) -> str | None:
-        """Tell why this layer cannot have DoRA's magnitude; None if it can."""
-        groups = self.get_base_layer().groups
-        if groups == 1:
-            return None
-        return f"its {groups} groups leave the update without a place in the weight, whose norm a magnitude needs"
+        """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
+        return None
+
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer; None, for it can."""
+        return None
+
+    def delta_in_norm(self, adapter: str) -> Tensor:
+        """Build what DoRA's norm takes to be added to the base weight; between groups as PEFT's LoRA lays it.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            The shape of the base weight, ``(out, in / groups, *kernel)``; float32 at least.
+        """
+        base = self.get_base_layer()
+        if base.groups == 1:
+            return super().delta_in_norm(adapter)
+        A, M, B = self._held(adapter)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        A, M = A.flatten(1).to(dtype), M.flatten(1).to(dtype)
+        B = B.reshape(-1, len(A)).to(dtype)  # (out / groups, r), rows of several outputs in one
+        return functional.delta_weight(A, M, B, self.scaling[adapter]).view(base.weight.shape)
 
     def base_product(self, x: Tensor) -> Tensor:
         """Return the base layer's output without its bias."""
@@ -104,7 +123,7 @@ class MoSLoRAConv(MoSLoRALayer):
         return self.low_rank(self.moslora_dropout[name](x), name)
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
-        """Return ``s·B·M·A·x``, dropping nothing, shape ``(n, out, *positions)``."""
+        """Return ``s·(B·M·A·x + b)``, dropping nothing, shape ``(n, out, *positions)``; b where B has a bias."""
         if self._is_called(name):
             return self._by_calls(x, name)
         A, M, B = self._held(name)
@@ -120,4 +139,6 @@ class MoSLoRAConv(MoSLoRALayer):
             # Composed first, in the dtype of the mixer: M then costs nothing per position.
             composed = (scaled.flatten(1) @ A.flatten(1).to(scaled.dtype)).view_as(A)  # (r, in, *kernel)
             H = convolve_A._conv_forward(x, composed.to(x.dtype), None)  # (n, r, *positions)
-        return cast(Tensor, convolve_B._conv_forward(H, B.to(H.dtype), None))  # (n, out, *positions)
+        own = self.bias_on_B(name)
+        own = own if own is None else (own * self.scaling[name]).to(H.dtype)
+        return cast(Tensor, convolve_B._conv_forward(H, B.to(H.dtype), own))  # (n, out, *positions)

@@ -7,6 +7,11 @@ LoRA, whose conventions these are, the norm is a constant to the gradient (secti
 is left alone, and in training dropout acts on the input of both terms. M folds into A as ever, m is carried over as it
 is, and what comes out is a DoRA adapter of plain LoRA.
 
+An embedding's rows are tokens, so its m is one for each column of the weight. In a grouped convolution the update mixes
+channels across groups and has no place in the weight. PEFT's LoRA takes a norm all the same, of W0 plus the numbers of
+B·A laid into its shape. What is trained here must be what the exported adapter runs, so the norm here is that one too.
+It is a constant to the gradient and m starts as it, so a fresh adapter changes nothing.
+
 Where several adapters are active, each adds its own ``W' - W0``, whatever the order. (PEFT's LoRA rescales what those
 before have made of the output, so there the order counts.)
 """
@@ -24,6 +29,7 @@ from moslora.tuner.reading import is_called
 __all__ = [
     "Magnitude",
     "begin",
+    "cast_like_factors",
     "check",
     "delta_weight",
     "gain",
@@ -108,7 +114,7 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
         layer.adapter_layer_names = (*layer.adapter_layer_names, HELD)
     spare = (1,) * (layer.weight_dims - 2)  # of a convolution
     shape = (1, layer.out_features, *spare) if spare else (layer.out_features,)
-    A = layer.moslora_A[adapter_name].weight
+    A = _first_factor(layer, adapter_name)
     if A.is_meta:
         values = torch.empty(shape, device="meta")
     elif adapter_name in layer._unfilled:  # comes from the file that fills the rest
@@ -125,11 +131,35 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
     layer._modules[HELD][adapter_name] = Magnitude(values)
 
 
+def cast_like_factors(layer: Any, adapter_name: str) -> torch.dtype | None:
+    """Hold an adapter's magnitude in the dtype of its factors.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+
+    Returns:
+        That dtype; None if the adapter has no magnitude there.
+    """
+    if not has_magnitude(layer, adapter_name):
+        return None
+    magnitude, A = layer._modules[HELD][adapter_name], _first_factor(layer, adapter_name)
+    magnitude.weight.data = magnitude.weight.data.to(A.dtype)
+    dtype: torch.dtype = A.dtype
+    return dtype
+
+
 def _along(values: Tensor, ndim: int, dim: int) -> Tensor:
     """Lay one value for each output along a dimension."""
     shape = [1] * ndim
     shape[dim] = -1
     return values.reshape(shape)
+
+
+def _first_factor(layer: Any, adapter_name: str) -> Tensor:
+    """Return A as it is held."""
+    held = getattr(layer, layer.adapter_layer_names[0])[adapter_name]
+    return held if isinstance(held, Tensor) else held.weight
 
 
 def _out_dim(layer: Any) -> int:
@@ -139,7 +169,7 @@ def _out_dim(layer: Any) -> int:
 
 def _directed(layer: Any, adapter_name: str) -> Tensor:
     """Return ``W0 + s·B·M·A`` as the base weight lies, in float32 at least."""
-    delta: Tensor = layer.low_rank_delta(adapter_name)
+    delta: Tensor = layer.delta_in_norm(adapter_name)
     return unmerged_weight(layer).to(delta.device) + delta
 
 
@@ -210,7 +240,7 @@ def _gain(layer: Any, adapter_name: str, directed: Tensor | None = None) -> Tens
     held = layer._modules[HELD][adapter_name]
     magnitude: Tensor = held.weight
     if is_called(held):
-        A = layer.moslora_A[adapter_name].weight
+        A = _first_factor(layer, adapter_name)
         shape = (1, layer.out_features, *(1,) * (layer.weight_dims - 2))[0 if layer.weight_dims > 2 else 1 :]
         ones = torch.ones(
             shape, dtype=magnitude.dtype, device=layer._device_of_run() if A.is_meta else A.device
@@ -249,7 +279,7 @@ def update(layer: Any, x: Tensor, adapter_name: str, base_out: Tensor) -> Tensor
     out_dim = (
         1 - layer.weight_dims
     )  # counted from the end, for a batch may be missing or have several dimensions
-    if layer.training and isinstance(dropout, nn.Dropout):
+    if layer.training and isinstance(dropout, nn.Dropout) and layer.has_droppable_input:
         x = dropout(x)
         base_out = layer.base_product(x)
     else:

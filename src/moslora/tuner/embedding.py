@@ -23,6 +23,8 @@ class MoSLoRAEmbedding(MoSLoRALayer):
     adapter_layer_names = ("moslora_embedding_A", "moslora_embedding_M", "moslora_embedding_B")
     container = nn.ParameterDict
     quantized_kind = "embedding"
+    fan_in_fan_out = True  # the weight lies as (vocab, dim), and a magnitude is one for each of dim
+    has_droppable_input = False
 
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         max_norm = self.get_base_layer().max_norm
@@ -33,7 +35,7 @@ class MoSLoRAEmbedding(MoSLoRALayer):
                 "module out, or train it whole through modules_to_save."
             )
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         A = torch.randn(r, self.in_features)  # drawn as LoRA draws it, so that later layers start the same
         B = torch.randn(self.out_features, r)
         self._hold(adapter_name, nn.Parameter(A), nn.Parameter(A.new_empty(r, r)), nn.Parameter(B))
@@ -47,7 +49,19 @@ class MoSLoRAEmbedding(MoSLoRALayer):
     def _lay(self, delta: Tensor) -> Tensor:
         return delta.T  # (vocab, dim)
 
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer."""
+        return "its B is a parameter with no module around it, in LoRA too"
+
+    def why_no_magnitude(self) -> str | None:
+        """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
+        return None
+
     def _update(self, x: Tensor, name: str) -> Tensor:
+        return self.low_rank(x, name)
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A`` of the tokens x, shape ``(..., dim)``."""
         base = self.get_base_layer()
         A, M, B, scale = self.factors(name)
         check_present(x, A, M, B)

@@ -18,6 +18,11 @@ from moslora.tuner.reading import check_present, replaced, whole
 __all__ = ["ParamWrapper"]
 
 
+def _bits(tensor: Tensor) -> int:
+    """Return how many bits an entry has; 0 if it is not a floating-point number."""
+    return torch.finfo(tensor.dtype).bits if tensor.is_floating_point() else 0
+
+
 class ParamWrapper(MoSLoRALayer):
     """A module one of whose parameters carries ``ΔW = s·B·M·A``, with a mixer for each expert.
 
@@ -90,11 +95,21 @@ class ParamWrapper(MoSLoRALayer):
                 f"{name} has the shape {self._shape}; a parameter that can be adapted is a matrix or "
                 "a stack of matrices. Name the module in target_modules, or leave the parameter out."
             )
-        stored = torch.finfo(parameter.dtype).bits if parameter.is_floating_point() else 0
-        if stored < 16 or self.parameter_name in getattr(base, "parametrizations", {}):
+        parametrizations = getattr(base, "parametrizations", {})
+        is_computed = self.parameter_name in parametrizations
+        originals = list(parametrizations[self.parameter_name].parameters()) if is_computed else [parameter]
+        if any(_bits(original) < 16 for original in originals):
+            found = ", ".join(sorted({str(original.dtype) for original in originals}))
             raise ValueError(
-                f"{name} is quantised ({parameter.dtype}), and what its values mean is known to its module "
+                f"{name} is quantized ({found}), and what its values mean is known to its module "
                 "alone. Load the base with these weights in 16 or 32 bits, or leave the parameter out."
+            )
+        if is_computed:
+            by = ", ".join(type(part).__name__ for part in parametrizations[self.parameter_name])
+            raise ValueError(
+                f"{name} is not stored but computed, by a parametrization ({by}), so an update cannot be added to it. "
+                "Call torch.nn.utils.parametrize.remove_parametrizations(module, "
+                f"{self.parameter_name!r}) first, or leave the parameter out."
             )
         *_, rows, columns = self._shape
         return (rows, columns) if self._is_in_out else (columns, rows)
@@ -107,7 +122,7 @@ class ParamWrapper(MoSLoRALayer):
                 "target_parameters."
             )
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         rows = r * (self._shape[0] if self._dims == 3 else 1)  # E·r
         A = nn.Linear(self.in_features, rows, bias=False)
         B = nn.Linear(rows, self.out_features, bias=False)
@@ -122,6 +137,10 @@ class ParamWrapper(MoSLoRALayer):
             A, M = A.view(-1, r, A.shape[1]), M.view(-1, r, r)
             B = B.view(len(B), r, -1).permute(2, 0, 1)
         return A, M, B
+
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer."""
+        return f"the update is added to the parameter {self.parameter_name}, and a bias has none to go to"
 
     def _lay(self, delta: Tensor) -> Tensor:
         return delta.mT if self._is_in_out else delta

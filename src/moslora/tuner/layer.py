@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moslora import functional, ops
 from moslora.mixers import forked_generator
-from moslora.tuner import dora, starts
+from moslora.tuner import bias, dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import MixerStarts, is_narrow, matrix, split, take_state
 from moslora.tuner.reading import check_present, is_called, is_present, loaded, read_matrix
@@ -46,8 +46,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     A kind of layer adds how its factors are held (``_make_factors``), how ΔW lies in its base's weight
     (``_lay``), and its ``forward``.
 
-    The factors are bias-free modules, as LoRA's are, so that what finds ``lora_A.NAME.weight`` by its form
-    (hot-swapping, sharding policies) finds ``moslora_A.NAME.weight`` too.
+    The factors are modules as LoRA's are, so that what finds ``lora_A.NAME.weight`` by its form (hot-swapping,
+    sharding policies) finds ``moslora_A.NAME.weight`` too; B has a bias where that is asked for.
 
     Args:
         base_layer: The frozen layer.
@@ -69,6 +69,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     quantized_kind = ""
     # How many dimensions the base weight has, where a layer may have a magnitude.
     weight_dims = 2
+    # Whether the input is numbers, of which dropout can drop some.
+    has_droppable_input = True
     # Whether factors may start from the base weight, or orthogonal.
     takes_starts = False
     # Whether an update is made row by row of the input, so that each row may have an adapter of its own.
@@ -124,7 +126,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.scaling: dict[str, float] = {}
         self._unscaled: dict[str, float] = {}
         self.merged_gains: dict[str, Tensor] = {}  # of adapters with a magnitude, while they are merged
-        self._unfilled: set[str] = set()  # adapters whose start is NaN, until a file's values are put in
+        self._unfilled: dict[str, str] = {}  # adapters whose M is NaN yet, with what has to be done
         # A class attribute in PEFT; an own dict keeps one layer's frozen mixer from freezing another's.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -136,8 +138,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Return the inputs and outputs that A and B have."""
         return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
-        """Put A, M and B in their places. A and B draw what LoRA's draw; M draws nothing."""
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+        """Put A, M and B in their places, B with a bias or without. A and B draw what LoRA's draw; M draws nothing."""
         raise NotImplementedError
 
     def _lay(self, delta: Tensor) -> Tensor:
@@ -145,7 +147,14 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         raise NotImplementedError
 
     def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: float, config: MoSLoRAConfig, **kwargs: Any
+        self,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: MoSLoRAConfig,
+        *,
+        components: Tensor | None = None,
+        **kwargs: Any,
     ) -> None:
         """Add an adapter, or start it anew.
 
@@ -154,10 +163,12 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             r: Rank in this layer.
             lora_alpha: Alpha in this layer.
             config: Everything that does not differ between layers.
+            components: Where A starts, shape ``(r, in)``, if that is not drawn; B is zero then.
             **kwargs: Ignored; PEFT hands over more than is needed.
         """
         dora.check(self, config)
         starts.check(self, config)
+        bias.check(self, config)
         self._check_adapter(r, config)
         starts.forget(self, adapter_name)
         self.r[adapter_name] = r
@@ -167,8 +178,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self.moslora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
-        self._make_factors(adapter_name, r)
-        self._start_factors(adapter_name, config)
+        self._make_factors(adapter_name, r, config.lora_bias)
+        self._start_factors(adapter_name, config, components)
         if config.train_mixer:
             self.frozen_peft_weight_names.pop(adapter_name, None)
         else:
@@ -184,7 +195,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
     def why_no_magnitude(self) -> str | None:
         """Tell why this layer cannot have DoRA's magnitude; None if it can."""
-        return "DoRA's magnitude is there for linear layers and convolutions"
+        return "DoRA's magnitude is there for linear layers, convolutions and embeddings"
+
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer; None if it can."""
+        return "a bias on B is there for linear layers and convolutions"
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return ``s·B·M·A·x``, dropping nothing; of layers that may have a magnitude."""
@@ -219,8 +234,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         return cast("Tensor | None", getattr(self.get_base_layer(), "weight", None))
 
     def _split_mixers(self) -> None:
-        """Split those mixers that are going to be trained in 16 bits."""
-        if torch.compiler.is_compiling():
+        """Split those mixers that are going to be trained in 16 bits.
+
+        Not within FSDP: in a forward its parameters are copies, in 16 bits of float32 shards under mixed precision.
+        """
+        if torch.compiler.is_compiling() or getattr(self, "_is_fsdp_managed_module", False):
             return
         for name in self.scaling:
             if self.mixer_start.get(name) is None:
@@ -232,7 +250,21 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Set the mode. Trainers call it before they shard or copy what is trained."""
         if mode:
             self._split_mixers()
+            self._warn_of_sharded_mixers()
         return super().train(mode)
+
+    def _warn_of_sharded_mixers(self) -> None:
+        """Say that mixers were sharded in 16 bits before they could be split, so that most of their steps are lost."""
+        if not getattr(self, "_is_fsdp_managed_module", False):
+            return
+        for name in self.scaling:
+            weight = self._weight_of_mixer(name)
+            if weight.requires_grad and is_narrow(weight.dtype) and self.mixer_start.get(name) is None:
+                warnings.warn(
+                    f"The mixer of adapter {name!r} was sharded in {weight.dtype}, where most steps of training round "
+                    "to nothing. Call model.train() after casting and before sharding, or keep it in float32.",
+                    stacklevel=3,
+                )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -338,7 +370,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         return cast(Tensor, update * self.scaling[name])
 
     @torch.no_grad()
-    def _start_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+    def _start_factors(self, adapter_name: str, config: MoSLoRAConfig, components: Tensor | None) -> None:
         """Give the factors their initial values.
 
         A and B draw what LoRA's draw, in the same order, from torch's default generator; M draws from a
@@ -347,6 +379,16 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if self._held(adapter_name)[0].is_meta:
             return
         self._start_like_lora(adapter_name, config)
+        if components is not None:
+            held_A, _, held_B = self._held(adapter_name)
+            held_A.copy_(components)
+            nn.init.zeros_(held_B)
+        if config.lora_bias and config.init_lora_weights is not False:
+            nn.init.zeros_(cast(Tensor, bias.bias_of(self, adapter_name)))
+        way_out = starts.why_later(self, config)
+        if way_out is not None:
+            starts.leave_unfilled(self, adapter_name, way_out)
+            return
         A, M, B = self._held(adapter_name)
         M = M.detach().clone()
         matrices = self._as_matrices(adapter_name, A, M, B)
@@ -354,7 +396,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         for one_A, one_M, one_B in zip(*map(_matrices, matrices), strict=True):
             start = config.start_mixer(r, generator)
             if start is None:
-                starts.leave_unfilled(self, adapter_name)
+                starts.leave_unfilled(self, adapter_name, starts.SAVED)
                 return
             one_M.copy_(start)
             if config.match_scale:
@@ -375,9 +417,13 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         if config.init_lora_weights == "orthogonal":
             starts.draw_orthogonal(A, B)
             return
+        if config.init_lora_weights == "olora":
+            if not config.is_saved:
+                starts.take_qr(self, A, B, config)
+            return
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / self.r[adapter_name])
-        elif config.init_lora_weights:
+        elif config.init_lora_weights and config.init_lora_weights != "eva":
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.init_lora_weights:
             nn.init.zeros_(B)
@@ -397,7 +443,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         Returns:
             A ``(r, in)``, M ``(r, r)``, B ``(out, r)`` and the scale; views of the parameters, but for an M that is
             trained in 16 bits, which is a sum in float32. A layer of experts has one more dimension in front. With a
-            start from principal components, which is subtracted, the rank is 2r and they are no views.
+            start from the base weight, which is subtracted, the rank is 2r and they are no views.
 
         Raises:
             KeyError: If the layer has no adapter of this name.
@@ -405,8 +451,21 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         matrices = self._as_matrices(adapter_name, *self._held(adapter_name))
         return *starts.with_start(self, adapter_name, *matrices), self.scaling[adapter_name]
 
+    def bias_on_B(self, adapter_name: str) -> Tensor | None:  # noqa: N802
+        """Return an adapter's bias on B.
+
+        Args:
+            adapter_name: Its name.
+
+        Returns:
+            Shape ``(out,)``, to be scaled as B is; None if it has none.
+        """
+        return bias.bias_of(self, adapter_name)
+
     @torch.no_grad()
-    def set_factors(self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor) -> None:
+    def set_factors(
+        self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor, bias_on_B: Tensor | None = None
+    ) -> None:
         """Put values into an adapter's factors, in the dtype they come in.
 
         Args:
@@ -414,11 +473,15 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             A: Shape ``(r, in)``, as ``factors`` returns it.
             M: Shape ``(r, r)``.
             B: Shape ``(out, r)``.
+            bias_on_B: Shape ``(out,)``, for an adapter that has one.
         """
-        self._unfilled.discard(adapter_name)
+        self._unfilled.pop(adapter_name, None)
         held_A, _, held_B = self._held(adapter_name)
         for held, value in ((held_A, A), (held_B, B)):
-            held.data = value.detach().clone().view(held.shape).to(held.device)
+            held.data = value.detach().contiguous().clone().view(held.shape).to(held.device)
+        own_bias = self.bias_on_B(adapter_name)
+        if own_bias is not None and bias_on_B is not None:
+            own_bias.data = bias_on_B.detach().clone().to(own_bias.device)
         self.set_mixer(adapter_name, M)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -457,6 +520,17 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         ]
         return self._lay(delta[0] if A.ndim == 2 else torch.stack(delta))
 
+    def delta_in_norm(self, adapter: str) -> Tensor:
+        """Build what DoRA's norm takes to be added to the base weight.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            The shape of the base weight; float32 where the factors are of lower precision, else their dtype.
+        """
+        return self.low_rank_delta(adapter)
+
     def get_base_weight(self) -> Tensor:
         """Return the base weight, dequantised if it is quantised."""
         base = self.get_base_layer()
@@ -479,11 +553,11 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Put a base weight in place, quantising it as it was."""
-        bias = getattr(self.get_base_layer(), "bias", None)
+        own_bias = getattr(self.get_base_layer(), "bias", None)
         super().set_base_weight(weight_data)
         base = self.get_base_layer()
-        if bias is not None and base.bias is None:
-            base.bias = bias  # PEFT makes a new layer for HQQ, without it
+        if own_bias is not None and base.bias is None:
+            base.bias = own_bias  # PEFT makes a new layer for HQQ, without it
 
     def _check_mergeable(self) -> None:
         """Refuse what cannot be merged.
@@ -516,7 +590,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
                 f"Merging adapter {adapter!r} would put NaN or infinite values into the weight; nothing was "
                 "changed. Load an earlier checkpoint of the adapter."
             )
+        merged_bias = bias.add_to_base(self, adapter, sign, safe)
         self.set_base_weight(merged)
+        if merged_bias is not None:
+            self.get_base_layer().bias.data = merged_bias
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -532,6 +609,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.scaling:
                 self._check_mergeable()
+                bias.check_mergeable([self], [adapter])
                 gain = dora.gain(self, adapter)  # before, for from the merged weight it cannot be told
                 self._add_to_weight(adapter, 1, safe_merge)
                 self.merged_gains.update({} if gain is None else {adapter: gain})
@@ -682,12 +760,12 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         super().delete_adapter(adapter_name)
         self._unscaled.pop(adapter_name, None)
-        self._unfilled.discard(adapter_name)
+        self._unfilled.pop(adapter_name, None)
         self.mixer_start.pop(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT whether ΔW is of low rank, so that the adapter can be converted to LoRA."""
-        return not dora.has_magnitude(self, adapter_name)
+        """Tell PEFT whether ΔW, of low rank, is all there is, so that the adapter can be converted to LoRA."""
+        return not dora.has_magnitude(self, adapter_name) and not bias.has_bias(self, adapter_name)
 
     def __repr__(self) -> str:
         return f"moslora.{super().__repr__()}"
@@ -725,9 +803,9 @@ class MoSLoRALinear(MoSLoRALayer):
         """Whether the weight lies as ``(in, out)``. The layer knows; a flag in the configuration may be wrong."""
         return isinstance(self.get_base_layer(), Conv1D)
 
-    def _make_factors(self, adapter_name: str, r: int) -> None:
+    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         A = nn.Linear(self.in_features, r, bias=False)
-        B = nn.Linear(r, self.out_features, bias=False)
+        B = nn.Linear(r, self.out_features, bias=has_bias)
         self._hold(adapter_name, A, _without_values(nn.Linear, r, r, like=A), B)
 
     def _lay(self, delta: Tensor) -> Tensor:
@@ -737,8 +815,12 @@ class MoSLoRALinear(MoSLoRALayer):
         """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
         return None
 
+    def why_no_bias(self) -> str | None:
+        """Tell why B cannot have a bias in this layer; None, for it can."""
+        return None
+
     def low_rank(self, x: Tensor, name: str) -> Tensor:
-        """Return ``s·B·M·A·x``, dropping nothing."""
+        """Return ``s·B·M·A·x``, dropping nothing; of an adapter with a magnitude, so there is no bias on B."""
         if self._is_called(name):
             return self._by_calls(x, name)
         return ops.low_rank_update(x, *self._present(x, name))  # (..., out)
@@ -805,7 +887,7 @@ class MoSLoRALinear(MoSLoRALayer):
             if reason is None:
                 weight = base.weight.T if type(base) is Conv1D else base.weight  # (out, in)
                 result = ops.adapted_linear(x, weight, base.bias, *self._present(x, name), dropout=dropout)
-                return self._add_updates(x, result, active[1:])
+                return self._add_updates(x, self._with_bias(result, name), active[1:])
             _tell_once(reason)
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
 
@@ -815,4 +897,10 @@ class MoSLoRALinear(MoSLoRALayer):
         dropout = self._dropout(name)
         if dropout and (not ops.is_fusing() or ops.why_no_fused_dropout(x, dropout) is not None):
             x, dropout = self.moslora_dropout[name](x), 0.0
-        return ops.low_rank_update(x, *self._present(x, name), dropout=dropout)  # (..., out)
+        update = ops.low_rank_update(x, *self._present(x, name), dropout=dropout)  # (..., out)
+        return self._with_bias(update, name)
+
+    def _with_bias(self, out: Tensor, name: str) -> Tensor:
+        """Add an adapter's bias on B, scaled, if it has one."""
+        own = bias.bias_of(self, name)
+        return out if own is None else out + (own * self.scaling[name]).to(out.dtype)

@@ -23,12 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from moslora import compat_diffusers
 from moslora.adapter import exact_pattern
-from moslora.tuner import dora
+from moslora.tuner import bias, dora, loftq, swapping
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
 from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.experts import ParamWrapper
-from moslora.tuner.held_mixer import STARTS, MixerStart, for_file, from_file
+from moslora.tuner.held_mixer import STARTS, MixerStart, for_file, from_file, is_narrow
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.patches import patch
@@ -40,7 +40,7 @@ from moslora.tuner.sharding import (
     sharded_parameters,
     warn_of_whole_factors,
 )
-from moslora.tuner.weighted import combine
+from moslora.tuner.weighted import REFUSED_IN_SUMS, How, combine
 
 __all__ = ["MoSLoRAModel", "register"]
 
@@ -159,6 +159,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             compat_diffusers.install()
         leave_fast_paths(model)
         warn_of_whole_factors(model, adapter_name)
+        loftq.check_base(model, self.peft_config[adapter_name])
         unlike_lora = self.peft_config[adapter_name].unlike_lora
         if unlike_lora:
             name, reason = next(iter(unlike_lora.items()))
@@ -166,6 +167,26 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             warnings.warn(
                 f"{name!r}{more}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
                 "plain LoRA; merge it into the base instead, or leave such modules out.",
+                stacklevel=2,
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Hold an adapter in float32, or all of it in the dtype that its layers gave to its factors.
+
+        Warns:
+            UserWarning: If a magnitude is going to be trained in 16 bits.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        layers = [module for module in self.modules() if isinstance(module, MoSLoRALayer)]
+        held = {dora.cast_like_factors(layer, adapter_name) for layer in layers} - {None}
+        narrow = [dtype for dtype in held if dtype is not None and is_narrow(dtype)]
+        if narrow and not self.peft_config[adapter_name].inference_mode:
+            warnings.warn(
+                f"DoRA's magnitude is held in {narrow[0]}, as autocast_adapter_dtype=False asks for. Its entries are "
+                "about as large as the norms of the base's rows, so most steps of training round to nothing there. "
+                "Leave autocast_adapter_dtype out to train it in float32.",
                 stacklevel=2,
             )
 
@@ -181,9 +202,10 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         """Refuse an adapter whose parameters would be nested otherwise than another's.
 
         Raises:
-            ValueError: If two adapters target different parameters.
+            ValueError: If two adapters target different parameters, or an argument is set that cannot be used.
         """
         super()._check_new_adapter_config(config)
+        config.check_arguments()  # again, for what was set after it was made
         targets = {
             name: sorted(other.target_parameters)
             for name, other in self.peft_config.items()
@@ -216,9 +238,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
 
         Raises:
             RuntimeError: If a parameter is sharded.
-            ValueError: If a target module's weight is tied to the embedding.
+            ValueError: If a target module's weight is tied to the embedding, or a bias has none to go to.
         """
         check_mergeable(self.model)
+        layers = [module for module in self.model.modules() if isinstance(module, MoSLoRALayer)]
+        bias.check_mergeable(layers, self.active_adapters)
         tied = self._get_tied_target_modules(self.model)
         if tied:
             raise ValueError(
@@ -292,6 +316,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         adapter_name: str,
         combination_type: str = "cat",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
         """Add an adapter whose ΔW is the weighted sum of others'.
 
@@ -302,8 +331,17 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             weights: A factor for each, unitless; may be negative.
             adapter_name: Name of the new adapter; it is not made active.
             combination_type: ``"cat"`` (or ``"linear"``, the same here): exact, ranks add up. ``"svd"``: the
-                nearest sum of a rank.
-            svd_rank: Rank for ``"svd"``; the largest of the adapters' if None.
+                nearest sum of a rank. ``"magnitude_prune"``, ``"ties"`` (arXiv:2306.01708), ``"dare_linear"`` and
+                ``"dare_ties"`` (arXiv:2311.03099) prune each ΔW entry by entry first, and take the nearest matrix of
+                a rank to what comes out; with ``"_svd"`` behind them they are the same here. DARE draws from torch's
+                generator.
+            svd_rank: Rank of what is nearest; the largest of the adapters' if None.
+            svd_clamp: Refused unless None, because clipped factors are not the nearest any more.
+            svd_full_matrices: Ignored: singular vectors beyond the rank are not used.
+            svd_driver: Refused unless None; torch chooses.
+            density: Share of the entries of each ΔW that are kept, in (0, 1], for what prunes.
+            majority_sign_method: For ``"ties"`` and ``"dare_ties"``, what elects the sign of an entry: ``"total"``, its
+                sum, or ``"frequency"``, the number of adapters.
 
         Raises:
             ValueError: If the sum cannot be had; the message names the way out. The model is as before then.
@@ -315,7 +353,11 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             raise ValueError(f"The model has an adapter {adapter_name!r} already. Choose another name.")
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, MoSLoRALayer)}
         self._check_summable(adapters, layers)
-        combined = combine(layers, adapters, weights, combination_type, svd_rank)
+        for name, value in (("svd_clamp", svd_clamp), ("svd_driver", svd_driver)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} cannot be used: {REFUSED_IN_SUMS[name]}")
+        how = How(combination_type, svd_rank, density, majority_sign_method)
+        combined = combine(layers, adapters, weights, how)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
         # What is inside an attention is adapted with it, and is no target of its own.
         inside = {
@@ -341,6 +383,9 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             init_lora_weights=True,
             inference_mode=True,
             unlike_lora={},
+            lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
+            eva_config=None,
+            loftq_config={},
         )
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -351,7 +396,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                     "too, so that a configuration cannot tell them apart. Give the module another name."
                 )
             for path, factors in combined.items():
-                layers[path].set_factors(adapter_name, factors.A, factors.M, factors.B)
+                layers[path].set_factors(adapter_name, factors.A, factors.M, factors.B, factors.bias)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
@@ -412,10 +457,14 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         )
         if sharded_parameters(model):
             selected.update(gather(selected, selected))
+        # With bias="all" PEFT takes every bias along, also those on other adapters' B.
+        on_B = re.compile(rf"\.moslora_B\.(?!{re.escape(adapter_name)}\.bias$).*\.bias$")
+        selected = {key: tensor for key, tensor in selected.items() if not on_B.search(key)}
         live = {name: start.weight for name, start in _starts(model).items()}
         selected = for_file(selected, {name: {**live, **state_dict, **selected}[name] for name in live})
         check_whole(selected)
         compat_diffusers.remember(selected, config)
+        config.note_saving()
         return selected
 
     @classmethod
@@ -428,7 +477,9 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         a model that runs and is wrong.
 
         Raises:
-            ValueError: If a factor is missing, left over, of the wrong shape, or not finite.
+            ValueError: If a factor is missing, left over, of the wrong shape, or not finite. A wrong shape is refused
+                when it is loaded, because PEFT takes such tensors out in between for ``ignore_mismatched_sizes=True``,
+                and warns of them.
         """
         state_dict = {
             key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}."): t
@@ -449,28 +500,53 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         expected = {key: value for key, value in model.state_dict().items() if factor.search(key)}
         found = {key: value for key, value in remapped.items() if f".{PREFIX}" in key}
         problems = [f"{key}: missing from the checkpoint" for key in expected.keys() - found.keys()]
+        mismatched: dict[str, str] = {}
         for key, tensor in found.items():
             if key not in expected:
                 near = difflib.get_close_matches(key, expected, n=1)
                 problems.append(f"{key}: fits no adapted module" + (f" (nearest: {near[0]})" if near else ""))
             elif tensor.shape != expected[key].shape:
-                problems.append(
+                mismatched[key] = (
                     f"{key}: is {tuple(tensor.shape)}, the model needs {tuple(expected[key].shape)}"
                 )
             elif not tensor.is_meta and not torch.isfinite(tensor).all():
                 problems.append(f"{key}: has NaN or infinite values")
         if problems:
-            shown = "\n  ".join(sorted(problems)[:5])
-            rest = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(
-                f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
-                "Load it on the base model that its adapter_config.json names."
-            )
+            raise _misfit([*problems, *mismatched.values()])
+        if mismatched:
+            _refuse_to_load(model, mismatched)
         return (
             {**remapped, **shard_like(remapped, sharded)}
             if (sharded := sharded_parameters(model))
             else remapped
         )
+
+
+def _misfit(problems: list[str]) -> ValueError:
+    """Make the error of an adapter that does not fit its model."""
+    shown = "\n  ".join(sorted(problems)[:5])
+    rest = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return ValueError(
+        f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
+        "Load it on the base model that its adapter_config.json names."
+    )
+
+
+def _refuse_to_load(model: nn.Module, mismatched: dict[str, str]) -> None:
+    """Let the next state dict that is loaded fail, before anything is copied, if it has one of these tensors."""
+
+    def refuse(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
+        handle.remove()
+        left = [
+            reason
+            for key, reason in mismatched.items()
+            if key in state_dict or key.removeprefix("base_model.model.") in state_dict
+        ]
+        if left:
+            raise _misfit(left)
+
+    root: Any = model
+    handle = root.register_load_state_dict_pre_hook(refuse)
 
 
 def _starts(model: nn.Module) -> dict[str, MixerStart]:
@@ -486,7 +562,4 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoSLoRAType.MOSLORA] = PREFIX
-    # Ranks and alphas too: PEFT would pad a smaller mixer wrongly, and set_scale go on with the old alpha.
-    hotswap.CONFIG_KEYS_TO_CHECK[MoSLoRAType.MOSLORA] = [
-        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "use_dora")
-    ]
+    hotswap.CONFIG_KEYS_TO_CHECK[MoSLoRAType.MOSLORA] = list(swapping.CHECKED)

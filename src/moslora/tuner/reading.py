@@ -111,16 +111,18 @@ def read_matrix(module: Any, inputs: int, like: Tensor) -> Tensor:
     """Read a factor through its module: what it makes of the identity.
 
     Args:
-        module: A linear layer without a bias, or a mixer, perhaps wrapped or hooked.
+        module: A linear layer, or a mixer, perhaps wrapped or hooked.
         inputs: How many inputs it has.
         like: A tensor of the device and dtype to use.
 
     Returns:
         Its matrix, shape ``(outputs, inputs)``, with its gradient.
     """
-    identity = torch.eye(inputs, device=like.device, dtype=like.dtype)
+    # A row of zeros more, for of zeros a bias is made.
+    rows = torch.eye(inputs + 1, inputs, device=like.device, dtype=like.dtype)
     with torch.autocast(like.device.type, enabled=False):
-        return cast(Tensor, module(identity).T)
+        made = cast(Tensor, module(rows))
+        return (made[:-1] - made[-1]).T
 
 
 @contextlib.contextmanager

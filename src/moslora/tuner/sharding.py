@@ -85,7 +85,8 @@ def check_whole(state_dict: dict[str, Tensor]) -> None:
         RuntimeError: If a factor is empty or is no matrix.
     """
     for name, tensor in state_dict.items():
-        if FACTOR.search(name) and (tensor.ndim < 2 or tensor.numel() == 0):
+        least = 1 if name.endswith(".bias") else 2
+        if FACTOR.search(name) and (tensor.ndim < least or tensor.numel() == 0):
             raise RuntimeError(
                 f"{name} is {tuple(tensor.shape)}: a part of a sharded parameter, so a saved adapter would be empty or "
                 "incomplete; nothing was saved. Gather first: under FSDP pass "

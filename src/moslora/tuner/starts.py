@@ -13,11 +13,17 @@ nearly equal, subtracted as they are, would leave their rounding:
 
     B·M·A - B0·M0·A0 = [B - B0, B0] · blockdiag(M, I) · [A; (M - M0)·A + M0·(A - A0)]
 
+*QR* (OLoRA's idea, arXiv:2406.01775). With ``W0 = Q·R``, A starts as the first r rows of R and B as the first r columns
+of Q. What OLoRA takes out of the base weight is subtracted here as above, so M may start as anything: where it is the
+identity the adapter is OLoRA's.
+
+*Later.* What EVA (``eva.py``) and LoftQ (``loftq.py``) start from is handed over by a call of its own.
+
 *Orthogonal* (PEFT's ``"orthogonal"``). A and B are random, each of rank r/2, with ``B·M·A = 0``: A's columns span half
 of the rank's space, and B's rows lie in what is orthogonal to their image under M.
 
 *From a file.* A saved adapter's file holds the values of a mixer that was given as a tensor or callable, and the start
-of one that began with principal components; its configuration does not. Such a mixer is NaN until the file's values
+of one that began from the base weight; its configuration does not. Such a mixer is NaN until the file's values
 are put in, so that nothing can run in between and be wrong.
 """
 
@@ -43,6 +49,8 @@ __all__ = [
     "leave_unfilled",
     "make_orthogonal",
     "start_by_calls",
+    "take_qr",
+    "why_later",
     "with_start",
 ]
 
@@ -148,7 +156,7 @@ def forget(layer: Any, adapter_name: str) -> None:
         layer: A MoSLoRA layer.
         adapter_name: The adapter's name.
     """
-    layer._unfilled.discard(adapter_name)
+    layer._unfilled.pop(adapter_name, None)
     if has_start(layer, adapter_name):
         for name in HELD:
             del layer._modules[name][adapter_name]
@@ -156,7 +164,7 @@ def forget(layer: Any, adapter_name: str) -> None:
 
 @torch.no_grad()
 def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
-    """Start an adapter from the principal components of the base weight, if its configuration says so.
+    """Keep where an adapter started that began from its base weight; principal components are put in here.
 
     Args:
         layer: A MoSLoRA layer whose factors are made and lie where its base does.
@@ -166,13 +174,13 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
     Raises:
         ValueError: If the base weight has fewer components than the rank, or alpha is 0.
     """
-    if not config.starts_from_components:
+    if not config.subtracts_start:
         return
-    A, _, B = layer._held(adapter_name)
+    A, B = (layer._read(layer.adapter_layer_names[i], adapter_name) for i in (0, 2))
     if A.is_meta or config.is_saved:
         if not A.is_meta:
-            leave_unfilled(layer, adapter_name)
-    else:
+            leave_unfilled(layer, adapter_name, SAVED)
+    elif config.starts_from_components:
         first, middle, last = _components(layer, adapter_name, config)
         A.copy_(first)
         B.copy_(last)
@@ -189,15 +197,8 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
 
 def _components(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose the base weight: A, M and B with ``s·B·M·A`` its principal part."""
-    weight: Tensor = layer.get_base_weight()
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    weight = weight.T if layer.fan_in_fan_out else weight  # (out, in)
     r, scale = layer.r[adapter_name], layer.scaling[adapter_name]
-    if r > min(weight.shape):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} needs {r} components, and a weight of shape "
-            f"{tuple(weight.shape)} has {min(weight.shape)}. Lower r (for such modules alone: rank_pattern)."
-        )
+    weight = _weight(layer, r, config)
     if not scale > 0:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} divides by alpha / r, which is {scale}."
@@ -212,6 +213,37 @@ def _components(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> tuple[T
             U, values, V = torch.svd_lowrank(weight, r, niter=iterations)
         Vh = V.T
     return Vh[:r], torch.diag(values[:r] / scale), U[:, :r]
+
+
+def _weight(layer: Any, r: int, config: MoSLoRAConfig) -> Tensor:
+    """Return the base weight to decompose, ``(out, in)``, float32 at least."""
+    weight: Tensor = layer.get_base_weight()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.T if layer.fan_in_fan_out else weight
+    if r > min(weight.shape):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} needs {r} components, and a weight of shape "
+            f"{tuple(weight.shape)} has {min(weight.shape)}. Lower r (for such modules alone: rank_pattern)."
+        )
+    return weight
+
+
+@torch.no_grad()
+def take_qr(layer: Any, A: Tensor, B: Tensor, config: MoSLoRAConfig) -> None:
+    """Start A and B as the beginnings of R and Q, ``W0 = Q·R``.
+
+    Args:
+        layer: A MoSLoRA layer.
+        A: Shape ``(r, in)``; filled.
+        B: Shape ``(out, r)``; filled.
+        config: The adapter's configuration.
+
+    Raises:
+        ValueError: If the weight has fewer than r rows or columns.
+    """
+    Q, R = torch.linalg.qr(_weight(layer, len(A), config))
+    A.copy_(R[: len(A)])
+    B.copy_(Q[:, : len(A)])
 
 
 @torch.no_grad()
@@ -253,15 +285,47 @@ def make_orthogonal(A: Tensor, M: Tensor, B: Tensor) -> None:
     B.copy_(B.double() @ rows.T @ (U @ Vh @ free))
 
 
-def leave_unfilled(layer: Any, adapter_name: str) -> None:
-    """Leave a mixer to be filled from a file; until then it is NaN.
+# Why a mixer has no values yet, and what to do.
+SAVED = (
+    'its configuration is a saved adapter\'s (mixer="custom", or a start from weights or data), and no file was '
+    "loaded. Load the adapter with PeftModel.from_pretrained; or, to start a new one, set mixer in the configuration "
+    "to a tensor, a callable or a name, or for a start from weights or data make a new configuration with that "
+    "init_lora_weights."
+)
+EVA = (
+    'init_lora_weights="eva" starts from data, and none was given yet. Call '
+    "peft.initialize_lora_eva_weights(model, dataloader) before the adapter is run."
+)
+LOFTQ = (
+    'init_lora_weights="loftq" starts from the weights before quantization, and they were not given yet. Call '
+    "moslora.replace_lora_weights_loftq(model, path) before the adapter is run."
+)
+
+
+def why_later(layer: Any, config: MoSLoRAConfig) -> str | None:
+    """Tell why an adapter begins only after it was made, and what is to be done; None if it begins now.
+
+    Args:
+        layer: A MoSLoRA layer.
+        config: Its adapter's configuration.
+    """
+    way_out = {"eva": EVA, "loftq": LOFTQ}.get(str(config.init_lora_weights))
+    if way_out is not None and config.is_saved:
+        return SAVED
+    is_untouched = config.init_lora_weights == "loftq" and layer.quantization_backend is None
+    return None if is_untouched else way_out
+
+
+def leave_unfilled(layer: Any, adapter_name: str, way_out: str) -> None:
+    """Leave a mixer to be filled later; until then it is NaN.
 
     Args:
         layer: A MoSLoRA layer.
         adapter_name: The adapter's name.
+        way_out: Why it has no values, and what to do, as the end of a sentence.
     """
     layer.set_mixer(adapter_name, torch.full_like(layer._weight_of_mixer(adapter_name), float("nan")))
-    layer._unfilled.add(adapter_name)
+    layer._unfilled[adapter_name] = way_out
 
 
 def check_filled(layer: Any, adapter_name: str, M: Tensor) -> None:
@@ -279,9 +343,6 @@ def check_filled(layer: Any, adapter_name: str, M: Tensor) -> None:
         return  # a look at values has no place in a graph; NaN would show in the output
     if torch.isnan(M.detach()).all():
         raise ValueError(
-            f"The mixer of adapter {adapter_name!r} has no values: its configuration is a saved adapter's "
-            '(mixer="custom" or "singular-values"), and no file was loaded. Load the adapter with '
-            "PeftModel.from_pretrained; or, to start a new one, set mixer in the configuration to a tensor, a callable "
-            'or a name, or for a start from principal components make a new configuration with "pissa".'
+            f"The mixer of adapter {adapter_name!r} has no values: {layer._unfilled[adapter_name]}"
         )
-    layer._unfilled.discard(adapter_name)
+    del layer._unfilled[adapter_name]

@@ -1,0 +1,144 @@
+"""A trained bias on B (``lora_bias=True``), as PEFT's LoRA has it.
+
+    h = W0·x + b0 + s·(B·M·A·x + b)        b: (out,), starts at zero
+
+It is ``moslora_B.NAME.bias``, a parameter of the module that holds B. Merging adds ``s·b`` to the base's bias, so a
+base layer without one cannot be merged into. A and M have none: a bias before B is one after it, ``B·M·a``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.reading import is_called, loaded, whole
+
+__all__ = ["add_to_base", "bias_of", "check", "check_mergeable", "has_bias"]
+
+
+def check(layer: Any, config: MoSLoRAConfig) -> None:
+    """Refuse a bias on B where there is no place for one.
+
+    Args:
+        layer: A MoSLoRA layer.
+        config: Its adapter's configuration.
+
+    Raises:
+        ValueError: With the reason and the way out.
+
+    Warns:
+        UserWarning: If the base layer has no bias, so that the adapter cannot be merged.
+    """
+    if not config.lora_bias:
+        return
+    base, reason = layer.get_base_layer(), layer.why_no_bias()
+    if reason is not None:
+        raise ValueError(
+            f"lora_bias=True has no place in this {type(base).__name__}: {reason}. Leave the module out of "
+            "target_modules (or name it in exclude_modules), or set lora_bias=False."
+        )
+    if getattr(base, "bias", None) is None:
+        warnings.warn(
+            f"lora_bias=True adapts a {type(base).__name__} that has no bias of its own, so the adapter can be run, "
+            "saved and exported, but not merged.",
+            stacklevel=2,
+        )
+
+
+def _holder(layer: Any, adapter_name: str) -> Any:
+    """Return what holds B, and beneath it what has the bias."""
+    entry = getattr(layer, layer.adapter_layer_names[2])[adapter_name]
+    return entry, getattr(entry, "_fsdp_wrapped_module", entry)
+
+
+def has_bias(layer: Any, adapter_name: str) -> bool:
+    """Tell whether an adapter has a bias on B in a layer.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: An adapter of it.
+    """
+    _, inner = _holder(layer, adapter_name)
+    return getattr(inner, "bias", None) is not None
+
+
+def bias_of(layer: Any, adapter_name: str) -> Tensor | None:
+    """Return an adapter's bias on B, by a call where it is not there without one.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: An adapter of it.
+
+    Returns:
+        Shape ``(out,)``, not scaled; None if it has none.
+    """
+    entry, inner = _holder(layer, adapter_name)
+    bias = cast("Tensor | None", getattr(inner, "bias", None))
+    if bias is None:
+        return None
+    is_there = not bias.is_meta and bias.ndim == 1 and bias.numel() == layer.out_features
+    if not is_called(entry) or (is_there and entry is inner):
+        return bias
+    if isinstance(inner, nn.Linear):
+        zero = torch.zeros(1, inner.in_features, dtype=bias.dtype, device=layer._device_of_run())
+        with torch.autocast(zero.device.type, enabled=False):
+            return cast(Tensor, entry(zero))[0]
+    with loaded(entry):
+        return cast(Tensor, inner.bias).clone()
+
+
+def check_mergeable(layers: Iterable[Any], adapter_names: Iterable[str]) -> None:
+    """Refuse to merge a bias on B into a base that has no bias.
+
+    Args:
+        layers: MoSLoRA layers.
+        adapter_names: The adapters to be merged; a layer may have any of them.
+
+    Raises:
+        ValueError: If there is such a layer.
+    """
+    names = set(adapter_names)
+    for layer in layers:
+        base = layer.get_base_layer()
+        if getattr(base, "bias", None) is None and any(
+            has_bias(layer, name) for name in names & set(layer.scaling)
+        ):
+            raise ValueError(
+                f"Cannot merge: the adapter has a bias on B (lora_bias=True), and a {type(base).__name__} of the base "
+                "has no bias to add it to; nothing was changed. Give the base's layers a bias of zeros first, or leave "
+                "the adapter beside the base, or export it as a plain LoRA."
+            )
+
+
+def add_to_base(layer: Any, adapter_name: str, sign: int, safe: bool) -> Tensor | None:
+    """Return the base's bias with ``s·b`` added or taken away, to be put in its place.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: An adapter of it.
+        sign: 1 to add, -1 to take away.
+        safe: Refuse NaN or infinite values.
+
+    Returns:
+        Shape ``(out,)``, in the dtype of the base's bias; None if the adapter has no bias.
+
+    Raises:
+        ValueError: If ``safe`` found NaN or infinite values.
+    """
+    bias = bias_of(layer, adapter_name)
+    if bias is None:
+        return None
+    own = whole(layer.get_base_layer(), "bias")
+    # Summed in the wider of the two dtypes and rounded once.
+    merged: Tensor = (own + sign * layer.scaling[adapter_name] * bias.to(own.device)).to(own.dtype)
+    if safe and not torch.isfinite(merged).all():
+        raise ValueError(
+            f"Merging adapter {adapter_name!r} would put NaN or infinite values into the bias; nothing was changed. "
+            "Load an earlier checkpoint of the adapter."
+        )
+    return merged
