@@ -84,8 +84,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         rank_pattern, alpha_pattern: Ranks and alphas of modules that differ, by name or regular expression.
         layers_to_transform, layers_pattern: Adapt only these layer indices.
         modules_to_save: Modules trained in full and saved with the adapter.
-        ensure_weight_tying: Keep a head that is tied to the embedding so, where either is in modules_to_save or
-            trainable_token_indices. For target_modules it is refused: see MoSLoRAModel.
+        ensure_weight_tying: Keep a head that is tied to the embedding so, where either is in modules_to_save,
+            trainable_token_indices or target_modules: the head's factors are the embedding's, transposed.
         unlike_lora: Filled in by the model: the modules whose update PEFT's LoRA would compute otherwise from
             the same factors, with the reason. Such an adapter can be merged, but is no plain LoRA.
         target_parameters: Names or suffixes of parameters to adapt that are no module's own, as the experts
@@ -182,7 +182,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         if str(self.init_lora_weights).lower() in ("gaussian", "olora"):  # as PEFT reads them
             self.init_lora_weights = str(self.init_lora_weights).lower()
         if self.ensure_weight_tying:
-            self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
+            # Where PEFT keeps the names that it finds.
+            self.modules_to_tie: set[str] | None = None
+            self.target_modules_to_tie: set[str] | None = None
         self._check()
 
     def _brings_values(self, from_file: bool) -> bool:
