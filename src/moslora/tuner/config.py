@@ -272,6 +272,29 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 "and MoSLoRA leaves the base as it is. Set loftq_iter=1."
             )
 
+    def _register_custom_module(self, mapping: Any) -> None:
+        """Refuse layers of a user's own, which PEFT takes for LoRA.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "_register_custom_module cannot be used with MoSLoRA: such a layer is LoRA's, and would have no mixer. "
+            "Leave the module out of target_modules, or adapt its weight through target_parameters."
+        )
+
+    @property
+    def _custom_modules(self) -> None:
+        """Refuse to be taken for a LoRA's configuration: PEFT's LoraModel asks for this first.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "This is a MoSLoRA adapter, and what it was given to (PEFT's LoraModel, as X-LoRA is one) runs plain LoRA, "
+            "without its mixers. Fold it first: moslora export ADAPTER OUT --to lora."
+        )
+
     @property
     def starts_from_components(self) -> bool:
         """Whether A, M and B start as principal components of the base weight, or of what quantization took from it."""
