@@ -1110,9 +1110,10 @@ OTHERS = """
 
 Tested by `tests/test_living_with_others.py` and, with two processes, by `tests/test_distributed.py`.
 
-- **`torch.compile`**: whole graphs, in training too. A hot-swapped adapter compiles nothing anew, whatever its alpha and
-  its rank, for which `prepare_model_for_compiled_hotswap` makes room. `set_adapter` compiles once for each name, the first time only, as with LoRA (four adapters, switched to twice: four
-  compilations with either), because the active name is a constant of the graph. Past torch's limit of eight, swap.
+- **`torch.compile`**: whole graphs, in training too. A hot-swapped adapter compiles nothing anew, whatever its alpha;
+  for other ranks `prepare_model_for_compiled_hotswap` makes room. `set_adapter` compiles once for each name, the first
+  time only, as with LoRA (four adapters, switched to twice: four compilations with either), because the active name is
+  a constant of the graph. Past torch's limit of eight, swap.
 - **DDP, FSDP, FSDP2** (`fully_shard`): two processes have the losses of one. `save_pretrained`, called on every
   process, gathers what `fully_shard` split, and loading splits it again. Flattened or empty parts (FSDP without
   `summon_full_params`, ZeRO-3 without `GatheredParameters`) are refused, and so is merging into shards. Add adapters
