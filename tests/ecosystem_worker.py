@@ -129,7 +129,8 @@ class Case:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return ("lora", "moslora") if "init_lora_weights" in self.more else ("lora", "held", "moslora")
+        has_own_M = "init_lora_weights" in self.more or self.is_cast
+        return ("lora", "moslora") if has_own_M else ("lora", "held", "moslora")
 
 
 DORA, PISSA = {"use_dora": True}, {"init_lora_weights": "pissa"}
@@ -184,6 +185,8 @@ LORA_SAYS = {
     "ZeRO-3, partitioned base, DoRA": "must match the size of tensor",
     "ZeRO-3, partitioned base, PiSSA": "must have at least 2 dimensions",
 }
+# What torch says of a frozen mixer in float32, which shares a group with the base's weights.
+HELD_SAYS = {f"{POLICY}, bfloat16 base": "Must flatten tensors with uniform dtype"}
 # Trainer's own ways, by the version of FSDP; what is logged and saved is compared.
 TRAINERS: dict[str, dict[str, Any]] = {
     "Trainer, DDP": {},
@@ -267,7 +270,10 @@ def run(case: Case, method: str, rank: int, world: int) -> dict[str, Any]:
     found = {"alone": ALONE[key]}
     try:
         spread = case.spread(adapted(case, method))
-        found["together"] = train(kind, spread, rank, world)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found["together"] = train(kind, spread, rank, world)
+        found["warned"] = sorted({str(warning.message) for warning in caught})
         if spread.is_whole:
             found["drift"] = drift(spread.model, world)
     except Exception as error:  # a refusal is a result, too; the tests judge it

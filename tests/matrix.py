@@ -1156,15 +1156,20 @@ the whole model, what they train is the same to the bit:
 def _scripts() -> str:
     """Write what tests/test_ecosystem.py shows, by its tables."""
     from ecosystem_scripts import CASTS, EXAMPLES, NEEDED, SCRIPTS
-    from ecosystem_worker import DEEPSPEED, LORA_SAYS, TORCH, TRAINERS
+    from ecosystem_worker import DEEPSPEED, HELD_SAYS, LORA_SAYS, TORCH, TRAINERS
 
     def needs(name: str) -> str:
         return f" (where {NEEDED[name]} is installed)" if name in NEEDED else ""
 
     scripts = [f"| {name}{needs(name)} | {EXAMPLES[name]} | ✓ | ✓ |" for name in SCRIPTS]
     casts = "\n".join(f"- {name}{needs(name)}" for name in CASTS)
+    warned = [name for name, case in TORCH.items() if case.is_cast]
+    ours = {
+        **{name: f"✓, but not with a frozen mixer: “{said}”" for name, said in HELD_SAYS.items()},
+        **dict.fromkeys(warned, "warns that most steps of M are lost: call train() before sharding"),
+    }
     ways = [
-        f"| {name} | {f'✗ “{LORA_SAYS[name]}”' if name in LORA_SAYS else '✓'} | ✓ |"
+        f"| {name} | {f'✗ “{LORA_SAYS[name]}”' if name in LORA_SAYS else '✓'} | {ours.get(name, '✓')} |"
         for name in [*TORCH, *TRAINERS, *DEEPSPEED]
     ]
     return "\n".join(
