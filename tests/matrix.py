@@ -21,16 +21,34 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from peft.utils.hotswap import hotswap_adapter
+from peft import (
+    ArrowConfig,
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    XLoraConfig,
+    create_arrow_model,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+    save_as_lora,
+    set_peft_model_state_dict,
+)
+from peft.helpers import DoraCaching, rescale_adapter_scale
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import laws
+import tiny
 from kinds import ALL, KINDS, ROWS, Kind
 from moslora import MoSLoRAConfig, replace_lora_weights_loftq
 from moslora.export import export_adapter
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS
+from moslora.tuner.weighted import REFUSED_IN_SUMS
 from tolerances import MODEL, MODEL_SNR_DB, RELATIVE, SNR_DB, relative_error, snr_db
 
 PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
@@ -564,6 +582,233 @@ FEATURES: dict[str, Feature] = {
 }
 
 
+# ---- helpers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Helper:
+    """Something that PEFT or transformers has for LoRA, besides the arguments of its configuration.
+
+    Attributes:
+        test: Does it, with a configuration class and a folder; raises if it cannot be done.
+        says: What MoSLoRA's error says; None if it is done.
+        instead: What to do then, or what else is to be said of it.
+    """
+
+    test: Callable[[type, Path], None]
+    says: str | None = None
+    instead: str = ""
+
+
+HELPED = {"target_modules": ["q_proj", "v_proj"]}
+IDS = tiny.tokens()
+
+
+def helped(cls: type, **changes: Any) -> PeftModel:
+    return laws.adapt(tiny.llama, cls, **{**HELPED, **changes})
+
+
+def saved(cls: type, folder: Path, **changes: Any) -> Path:
+    helped(cls, **changes).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def rescales(cls: type, folder: Path) -> None:
+    model, base = helped(cls), tiny.llama()
+    with rescale_adapter_scale(model, 0.0):
+        hold(relative_error(model(IDS).logits, base(IDS).logits) < MODEL, "at 0 something is left")
+
+
+@torch.no_grad()
+def swaps_a_higher_rank(cls: type, folder: Path) -> None:
+    """And another alpha, after its place was made."""
+    new = helped(cls, r=8, lora_alpha=3, seed=2)
+    new.save_pretrained(folder)
+    model = helped(cls)
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    hotswap_adapter(model, str(folder), adapter_name="default")
+    hold(relative_error(model(IDS).logits, new(IDS).logits) < MODEL, "it gives another output")
+
+
+@torch.no_grad()
+def swaps_in_transformers(cls: type, folder: Path) -> None:
+    new = helped(cls, seed=2)
+    new.save_pretrained(folder / "new")
+    model = tiny.llama()
+    model.load_adapter(str(saved(cls, folder / "old")), adapter_name="default")
+    model.load_adapter(str(folder / "new"), adapter_name="default", hotswap=True)
+    hold(relative_error(model(IDS).logits, new(IDS).logits) < MODEL, "it gives another output")
+
+
+def has_a_rate_for_b(cls: type, folder: Path) -> None:
+    model = helped(cls)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.1, loraplus_lr_ratio=4)
+    of_B = {id(p) for name, p in model.named_parameters() if "lora_B" in name}
+    faster = {id(p) for group in optimizer.param_groups if group["lr"] > 0.1 for p in group["params"]}
+    hold(of_B == faster, "B has not its rate")
+
+
+def finds_targets_in_a_state_dict(cls: type, folder: Path) -> None:
+    model = helped(cls)
+    tensors = {
+        key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()
+    }
+    base = tiny.llama()
+    inject_adapter_in_model(cls(r=4, lora_alpha=8, target_modules=["o_proj"]), base, state_dict=tensors)
+    set_peft_model_state_dict(base, tensors)
+    hold(relative_error(base(IDS).logits, model(IDS).logits) < MODEL, "it gives another output")
+
+
+def converts(cls: type, folder: Path) -> None:
+    model = helped(cls)
+    save_as_lora(folder, model, rank=4)
+    lora = PeftModel.from_pretrained(tiny.llama(), folder)
+    hold(relative_error(lora(IDS).logits, model(IDS).logits) < MODEL, "it gives another output")
+
+
+def caches_norms(cls: type, folder: Path) -> None:
+    model = helped(cls, use_dora=True)
+    expected = model(IDS).logits
+    with DoraCaching():
+        hold(relative_error(model(IDS).logits, expected) < MODEL, "it gives another output")
+
+
+def ties(cls: type, folder: Path) -> None:
+    tied = lambda: tiny.llama(tie_word_embeddings=True)  # noqa: E731
+    model = laws.adapt(tied, cls, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    base = model.get_base_model()
+    deltas = [layer.get_delta_weight("default") for layer in (base.lm_head, base.model.embed_tokens)]
+    hold(relative_error(*deltas) < RELATIVE[torch.float32], "the two differ")
+
+
+def elects_signs(cls: type, folder: Path) -> None:
+    model = helped(cls)
+    model.add_adapter("other", cls(r=4, **HELPED, init_lora_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", "dare_ties_svd", density=0.5)
+
+
+def mixes_methods(cls: type, folder: Path) -> None:
+    get_peft_model(tiny.llama(), cls(**HELPED), mixed=True)
+
+
+def routes(cls: type, folder: Path) -> None:
+    create_arrow_model(tiny.llama(), [str(saved(cls, folder))], ArrowConfig(top_k=1))
+
+
+def weighs_by_input(cls: type, folder: Path) -> None:
+    adapters = {"0": str(saved(cls, folder))}
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=adapters)
+    get_peft_model(tiny.llama(use_cache=False), config)
+
+
+def freezes_a(cls: type, folder: Path) -> None:
+    create_lorafa_optimizer(helped(cls), r=4, lora_alpha=8, lr=1e-3)
+
+
+def preconditions(cls: type, folder: Path) -> None:
+    from peft.optimizers.riemannian import create_riemannian_optimizer
+
+    create_riemannian_optimizer(helped(cls), torch.optim.SGD, lr=0.1)
+
+
+def mitigates(cls: type, folder: Path) -> None:
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    reduce_intruder_dimension(helped(cls), logging_sink=None)
+
+
+def subtracts_a_start(cls: type, folder: Path) -> None:
+    model = helped(cls, init_lora_weights="pissa")
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(folder / "start")
+    model.save_pretrained(folder / "end", path_initial_model_for_weight_conversion=str(folder / "start"))
+
+
+def takes_layers_of_ones_own(cls: type, folder: Path) -> None:
+    cls(**HELPED)._register_custom_module({nn.Bilinear: nn.Bilinear})
+
+
+def sums_with_a_whole_module(cls: type, folder: Path) -> None:
+    model = helped(cls, modules_to_save=["lm_head"])
+    model.add_weighted_adapter(["default"], [2.0], "twice")
+
+
+FOLD = "Fold the adapter (`moslora export --to lora`) and do it with the plain LoRA."
+HELPERS: dict[str, Helper] = {
+    "`peft.helpers.rescale_adapter_scale`": Helper(rescales),
+    "`prepare_model_for_compiled_hotswap`, and adapters of other ranks and alphas": Helper(
+        swaps_a_higher_rank, instead="The scale stays, and the mixer takes the difference."
+    ),
+    "transformers' `load_adapter(hotswap=True)`": Helper(
+        swaps_in_transformers,
+        instead="Of another alpha too, where LoRA goes on with the old one (transformers 5.23).",
+    ),
+    "`create_loraplus_optimizer`": Helper(
+        has_a_rate_for_b, instead="`moslora.param_groups` has a rate for M, too."
+    ),
+    "`inject_adapter_in_model(state_dict=…)`": Helper(finds_targets_in_a_state_dict),
+    "`convert_to_lora`, `save_as_lora`": Helper(converts, instead="`moslora export` does it exactly."),
+    "`peft.helpers.DoraCaching`": Helper(caches_norms, instead="Nothing is cached, so nothing gets faster."),
+    "`ensure_weight_tying=True` for `target_modules`": Helper(
+        ties, instead="Of every adapter, where LoRA leaves the second one untied (PEFT 0.21)."
+    ),
+    "`add_weighted_adapter` with `ties`, `dare_…`, `magnitude_prune`": Helper(
+        elects_signs, instead="On ΔW, with `_svd` in the name or without."
+    ),
+    "`get_peft_model(mixed=True)`, `PeftMixedModel`": Helper(
+        mixes_methods,
+        "'MOSLORA' is not compatible with the `PeftMixedModel`",
+        "Activate several MoSLoRA adapters together (`base_model.set_adapter` with a list). " + FOLD,
+    ),
+    "`XLoraConfig(adapters=…)`": Helper(weighs_by_input, "Fold it first: moslora export", FOLD),
+    "`create_arrow_model`": Helper(routes, "Fold them first: moslora export", FOLD),
+    "`create_lorafa_optimizer` of PEFT's": Helper(
+        freezes_a,
+        "Call moslora.create_lorafa_optimizer(model, lr, weight_decay) instead",
+        "`moslora.create_lorafa_optimizer`.",
+    ),
+    "`create_riemannian_optimizer`": Helper(
+        preconditions,
+        "did not find any trainable lora_A/lora_B parameter pairs",
+        "`moslora.param_groups` with any optimizer.",
+    ),
+    "`reduce_intruder_dimension`": Helper(mitigates, "The provided model is not using LoRA", FOLD),
+    "`save_pretrained(path_initial_model_for_weight_conversion=…)`": Helper(
+        subtracts_a_start,
+        "is not supported for MoSLoRAModel",
+        "Leave it out: the start is saved beside the factors, and folding subtracts it.",
+    ),
+    "`LoraConfig._register_custom_module`": Helper(
+        takes_layers_of_ones_own,
+        "would have no mixer. Leave the module out of target_modules",
+        "`target_parameters`.",
+    ),
+    "`add_weighted_adapter` of an adapter with `modules_to_save`, `bias` or `trainable_token_indices`": Helper(
+        sums_with_a_whole_module,
+        "trains more than factors … of which a weighted sum has no meaning. Combine others",
+        "LoRA leaves what is no factor as it is in the base.",
+    ),
+}
+
+
+def helper_differences(name: str) -> list[tuple[str, Exception | None]]:
+    """Try a helper with MoSLoRA and with LoRA, and tell what is not as declared: who, and what was raised."""
+    found: list[tuple[str, Exception | None]] = []
+    helper = HELPERS[name]
+    for who, cls, expected in (("MoSLoRA", MoSLoRAConfig, helper.says), ("LoRA", LoraConfig, None)):
+        error: Exception | None = None
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                helper.test(cls, Path(folder))
+            except Exception as raised:
+                error = raised
+        if not says(error, expected):
+            found.append((who, error))
+    return found
+
+
 # ---- what is declared ----------------------------------------------------------------------------------------
 
 
@@ -865,16 +1110,17 @@ OTHERS = """
 
 Tested by `tests/test_living_with_others.py` and, with two processes, by `tests/test_distributed.py`.
 
-- **`torch.compile`**: whole graphs, in training too. A hot-swapped adapter of the same rank compiles nothing anew.
-  `set_adapter` compiles once for each name, the first time only, as with LoRA (four adapters, switched to twice: four
-  compilations with either), because the active name is a constant of the graph. Past torch's limit of eight, swap.
+- **`torch.compile`**: whole graphs, in training too. A hot-swapped adapter compiles nothing anew, whatever its alpha;
+  for other ranks `prepare_model_for_compiled_hotswap` makes room. `set_adapter` compiles once for each name, the first
+  time only, as with LoRA (four adapters, switched to twice: four compilations with either), because the active name is
+  a constant of the graph. Past torch's limit of eight, swap.
 - **DDP, FSDP, FSDP2** (`fully_shard`): two processes have the losses of one. `save_pretrained`, called on every
   process, gathers what `fully_shard` split, and loading splits it again. Flattened or empty parts (FSDP without
   `summon_full_params`, ZeRO-3 without `GatheredParameters`) are refused, and so is merging into shards. Add adapters
   before sharding: one that comes later is said not to train.
 - **Gradient checkpointing**: reentrant or not, the same gradients.
 - **transformers**: `add_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`, `save_pretrained` and
-  `load_adapter`.
+  `load_adapter`, with `hotswap=True` too.
 - **diffusers**: its training scripts, with text encoders, checkpoints, resuming: [In diffusers' scripts](diffusers.md).
   What `save_lora_weights` writes is a plain LoRA for `load_lora_weights`, the adapter with its mixers lies beside it.
 - **TRL**: `SFTTrainer` and `DPOTrainer` with `peft_config=`; with M = I held fixed the losses are LoRA's. DPO's
@@ -944,6 +1190,43 @@ def _scripts() -> str:
     )
 
 
+ARGUMENTS = """
+## What else LoRA has
+
+Every field of the installed `LoraConfig` is accepted where it changes nothing (None, False, an empty dictionary, a
+start's configuration at its defaults), which `tests/test_tuner_arguments.py` goes over field by field. Where it would
+change something it works as in LoRA, or it stands here.
+
+| argument | why it is refused | instead |
+|---|---|---|
+"""
+OTHER_ARGUMENTS = """
+PEFT's and transformers' own functions for LoRA, each tried with both by `tests/test_matrix.py`:
+
+| | | what the error says | what to do, or to know |
+|---|:-:|---|---|
+"""
+
+
+def refusals() -> list[str]:
+    """Write what is refused of LoRA, from the tables that refuse it, and what became of the helpers."""
+    lines = ARGUMENTS.rstrip("\n").split("\n")
+    for name, refused in REFUSED_ARGUMENTS.items():
+        if refused.is_neutral(object()):
+            continue  # without effect, as what would switch it on is refused
+        lines.append(f"| `{name}` | {refused.reason} | {refused.instead} |")
+    for name, refused in REFUSED_STARTS.items():
+        lines.append(f'| `init_lora_weights="{name}"` | {refused.reason} | {refused.instead} |')
+    for name, reason in REFUSED_IN_SUMS.items():
+        why, _, instead = reason.partition(". ")
+        lines.append(f"| `add_weighted_adapter({name}=…)` | {why[0].upper()}{why[1:]}. | {instead} |")
+    lines += OTHER_ARGUMENTS.rstrip("\n").split("\n")
+    for name, helper in HELPERS.items():
+        words = f"“{helper.says}”" if helper.says else ""
+        lines.append(f"| {name} | {'✗' if helper.says else '✓'} | {words} | {helper.instead} |")
+    return lines
+
+
 def page() -> str:
     """Write the page, from what is declared."""
     signs = {cell: declared(*cell).sign for cell in CELLS}
@@ -978,7 +1261,7 @@ def page() -> str:
             f"{who}: “{text}”." for who, text in (("MoSLoRA", outcome.ours), ("LoRA", outcome.lora)) if text
         ]
         lines.append(f"{number}. " + " ".join([outcome.because, *words]).strip())
-    return "\n".join(lines) + "\n" + OTHERS + _scripts()
+    return "\n".join([*lines, *refusals()]) + "\n" + OTHERS + _scripts()
 
 
 if __name__ == "__main__":
@@ -987,6 +1270,10 @@ if __name__ == "__main__":
         for who, error in differences(*cell):
             wrong = True
             print(f"{cell}: {who} did {'it' if error is None else repr(error)}; declared: {declared(*cell)}")
+    for name, helper in HELPERS.items():
+        for who, error in helper_differences(name):
+            wrong = True
+            print(f"{name}: {who} did {'it' if error is None else repr(error)}; declared: {helper.says}")
     if wrong:
         raise SystemExit(
             f"{PAGE.name} is as it was: mend the cells above, or what tests/matrix.py declares of them."

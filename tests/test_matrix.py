@@ -15,6 +15,14 @@ def test_a_cell_works_as_with_lora_or_is_refused_as_declared(kind: str, feature:
         raise AssertionError(message) from error
 
 
+@pytest.mark.parametrize("name", matrix.HELPERS)
+def test_a_helper_of_loras_works_as_with_lora_or_is_refused_as_declared(name: str) -> None:
+    for who, error in matrix.helper_differences(name):
+        says = matrix.HELPERS[name].says
+        message = f"{who} {'did it' if error is None else 'raised'}; tests/matrix.py declares {says}"
+        raise AssertionError(message) from error
+
+
 def test_the_page_shows_what_is_declared() -> None:
     text = matrix.PAGE.read_text(encoding="utf-8")
     assert text == matrix.page(), "run: python tests/matrix.py"

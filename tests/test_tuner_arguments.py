@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -11,14 +12,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as lora_configs
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import laws
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.export import export_adapter
+from moslora.merge import merge
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS
-from tolerances import MODEL, relative_error
+from tolerances import MODEL, RELATIVE, relative_error
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -117,21 +121,146 @@ def test_one_side_of_a_tie_is_adapted_as_in_lora_and_the_tie_is_left_alone(
     assert embedding.weight is head.weight
     model.save_pretrained(tmp_path)
     assert torch.equal(run(PeftModel.from_pretrained(tied(), tmp_path)), expected)
-    for merge in (model.merge_adapter, model.merge_and_unload):
+    for act in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"shares its weight.*Untie"):
-            merge()
+            act()
     assert torch.equal(run(model), expected)
     unloaded = model.unload()
     assert unloaded.lm_head.weight is unloaded.model.embed_tokens.weight
 
 
-def test_tying_the_adapters_themselves_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"lm_head.*modules_to_save.*trainable_token_indices"):
-        laws.adapt(
-            lambda: tiny.llama(tie_word_embeddings=True),
-            target_modules=["embed_tokens"],
-            ensure_weight_tying=True,
+# ---- tied adapters -------------------------------------------------------------------------------------------
+
+TIED = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+without_config = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT's
+
+
+def tied_llama() -> nn.Module:
+    return tiny.llama(tie_word_embeddings=True)
+
+
+def trained_tied(cls: type = MoSLoRAConfig, **changes: object) -> nn.Module:
+    model = laws.adapt(tied_llama, cls, **{**TIED, "init_lora_weights": True, **changes}).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for seed in range(3):
+        ids = tiny.tokens(seed=seed)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@without_config
+@torch.no_grad()
+def test_tied_adapters_of_embedding_and_head_are_trained_as_in_lora_and_travel(tmp_path: Path) -> None:
+    with torch.enable_grad():
+        ours = trained_tied(mixer="identity", train_mixer=False)
+        lora = trained_tied(LoraConfig)
+    expected, base = run(ours), run(tied_llama())
+    assert relative_error(expected, run(lora)) < MODEL and relative_error(base, expected) > 100 * MODEL
+    with torch.enable_grad():
+        ours = trained_tied()
+    expected = run(ours)
+    head = ours.get_base_model().lm_head
+    source = ours.get_base_model().model.embed_tokens
+    deltas = [layer.get_delta_weight("default") for layer in (head, source)]
+    assert relative_error(*deltas) < RELATIVE[torch.float32]
+    assert not any("lm_head.moslora" in name for name, _ in ours.named_parameters())
+    twin = copy.deepcopy(ours)
+    for p in laws.factors_by_key(twin).values():
+        p.zero_()
+    assert relative_error(run(twin), base) < MODEL and torch.equal(run(ours), expected)
+    ours.save_pretrained(tmp_path / "native")
+    for low_cpu_mem_usage in (True, False):  # with True, PEFT unties the base (as with LoRA)
+        loaded = PeftModel.from_pretrained(
+            tied_llama(), tmp_path / "native", low_cpu_mem_usage=low_cpu_mem_usage
         )
+        assert torch.equal(run(loaded), expected) and loaded.get_base_model().lm_head.tied
+    alone = tied_llama()
+    alone.load_adapter(str(tmp_path / "native"))
+    assert torch.equal(run(alone), expected)
+    alone.save_pretrained(tmp_path / "alone")
+    assert torch.equal(run(PeftModel.from_pretrained(tied_llama(), tmp_path / "alone")), expected)
+    export_adapter(tmp_path / "native", tmp_path / "lora")
+    with pytest.warns(
+        UserWarning, match="ensure_weight_tying"
+    ):  # PEFT's: in files each has factors of its own
+        plain = PeftModel.from_pretrained(tied_llama(), tmp_path / "lora")
+    assert type(plain.peft_config["default"]) is LoraConfig
+    assert relative_error(run(plain), expected) < MODEL
+    torch._dynamo.reset()
+    compiled = torch.compile(loaded, fullgraph=True, backend="eager")
+    assert relative_error(compiled(tiny.tokens(), use_cache=False).logits, expected) < MODEL
+    loaded.merge_adapter()
+    assert relative_error(run(loaded), expected) < MODEL
+    loaded.unmerge_adapter()
+    assert relative_error(run(loaded), expected) < MODEL
+    merged = loaded.merge_and_unload(safe_merge=True)
+    assert relative_error(run(merged), expected) < MODEL
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+@without_config
+@torch.no_grad()
+def test_tied_adapters_are_merged_on_disk_into_the_weight_that_is_shared(tmp_path: Path) -> None:
+    with torch.enable_grad():
+        ours = trained_tied()
+    ours.save_pretrained(tmp_path / "native")
+    tied_llama().save_pretrained(tmp_path / "base")
+    export_adapter(tmp_path / "native", tmp_path / "lora")
+    for name in ("native", "lora"):
+        merge(str(tmp_path / "base"), tmp_path / name, tmp_path / f"merged-{name}")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{name}")
+        assert relative_error(run(merged), run(ours)) < MODEL
+
+
+@without_config
+@torch.no_grad()
+def test_tied_adapters_are_switched_summed_swapped_widened_and_deleted_as_others_are(tmp_path: Path) -> None:
+    with torch.enable_grad():
+        model = trained_tied()
+    one = run(model)
+    model.add_adapter("other", MoSLoRAConfig(r=2, lora_alpha=3, init_lora_weights=False, **TIED))
+    model.set_adapter("other")
+    other = run(model)
+    mixed = model(tiny.tokens(), adapter_names=["default", "other"]).logits
+    for row, alone in enumerate((one, other)):
+        assert relative_error(mixed[row], alone[row]) < MODEL
+    model.base_model.set_adapter(["default", "other"])
+    both = run(model)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    assert relative_error(run(model), both) < MODEL
+    model.save_pretrained(tmp_path, selected_adapters=["other", "sum"])
+    again = PeftModel.from_pretrained(tied_llama(), tmp_path / "sum")
+    assert relative_error(run(again), both) < MODEL and again.get_base_model().lm_head.tied
+    model.set_adapter("default")
+    for name in ("sum", "other"):
+        model.delete_adapter(name)
+    assert relative_error(run(model), one) < MODEL
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    assert relative_error(run(model), one) < MODEL
+    hotswap_adapter(model, tmp_path / "other", adapter_name="default")
+    assert relative_error(run(model), other) < MODEL
+
+
+@without_config
+def test_a_file_whose_head_is_not_the_embeddings_is_not_loaded_as_tied(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):  # PEFT's, of what is then done
+        apart = laws.adapt(tied_llama, target_modules=["embed_tokens", "lm_head"])
+    apart.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "ensure_weight_tying": True}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"(?s)nothing was loaded.*lm_head.*to which it is tied"):
+        PeftModel.from_pretrained(tied_llama(), tmp_path)
+
+
+def test_tying_is_refused_where_factors_cannot_be_shared() -> None:
+    with pytest.raises(ValueError, match=r"use_dora=True cannot tie.*lm_head"):
+        laws.adapt(tied_llama, use_dora=True, **TIED)
+    with pytest.raises(ValueError, match=r"lm_head cannot be tied.*exclude_modules"):
+        laws.adapt(tied_llama, exclude_modules=["embed_tokens"], **TIED)
 
 
 def test_target_parameters_that_are_no_list_are_refused() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "add",
     "compare",
     "exact_pattern",
+    "tied_heads",
 ]
 
 # Relative error of ΔW that folding in float32 may cost. A and B are each rounded once, by 6e-8 of an entry at most, and
@@ -276,6 +277,38 @@ class Adapter:
             KeyError: If the adapter has no such module.
         """
         return self.modules[module].delta_weight()
+
+
+# Two float32 foldings of one ΔW: a product's roundings, of 6e-8 each.
+SAME_DELTA = 1e-6
+
+
+def tied_heads(modules: Mapping[str, Factors], sharing: Iterable[str]) -> set[str]:
+    """Find the heads whose ΔW is that of the embedding with which they share their weight.
+
+    Args:
+        modules: Factors by path.
+        sharing: Paths of those that share one weight in the base.
+
+    Returns:
+        Their paths. None of them, if the adapter changes one use of the weight otherwise than another.
+    """
+    shared = list(sharing)
+    sources = [name for name in shared if modules[name].form.kind == "embedding"]
+    heads = {name for name in shared if modules[name].form == LINEAR}
+    if len(sources) != 1 or not heads or len(heads) + 1 != len(shared):
+        return set()
+    source = Adapter({"": modules[sources[0]]})
+    for name in heads:
+        head = modules[name]
+        turned = replace(head, A=head.B.T, M=head.M.T, B=head.A.T, form=modules[sources[0]].form)
+        try:
+            error = compare(source, Adapter({"": turned})).max_relative_error
+        except ValueError:  # of other sizes
+            return set()
+        if not error < SAME_DELTA:
+            return set()
+    return heads
 
 
 def exact_pattern(name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.adapter import Adapter, AdapterError, Factors
+from moslora.adapter import Adapter, AdapterError, Factors, tied_heads
 from moslora.export import ProofError, check_engine, export_adapter, format_for
 from moslora.formats import FORMATS, comfyui, detect, read_adapter
 from moslora.merge import lay_out
@@ -331,7 +331,7 @@ def _fits(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
 
 def _tied(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
     tied = [module for module in adapter.modules if weights.is_tied(module)]
-    if tied:
+    if tied and not tied_heads(adapter.modules, tied):
         yield Finding(
             "warning",
             "tied",

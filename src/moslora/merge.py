@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from moslora.adapter import Adapter, AdapterError, Factors
+from moslora.adapter import Adapter, AdapterError, Factors, tied_heads
 from moslora.export import PROOF_FILE, ProofError
 from moslora.formats import read_adapter
 from moslora.formats.directory import KEY_PREFIX, staged
@@ -168,13 +168,15 @@ def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
                 "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
             )
     changes = []
-    for module, factors in sorted(adapter.modules.items()):
+    sharing = {module for module in adapter.modules if weights.is_tied(module)}
+    heads = tied_heads(adapter.modules, sharing)  # merged with the embedding, whose weight they share
+    for module, factors in sorted((n, f) for n, f in adapter.modules.items() if n not in heads):
         if factors.norm() == 0:
             raise AdapterError(
                 f"ΔW of {module} is zero: the adapter was not trained there, so merging would change nothing. Take "
                 "a later checkpoint."
             )
-        if weights.is_tied(module):
+        if module in sharing and not heads:
             raise ModelError(
                 f"{module} shares its weight between embedding and head, so merging would change both. Untie the base "
                 "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
@@ -216,6 +218,11 @@ def _is_copy_of_base(key: str, tensor: Tensor, weights: Weights) -> bool:
 
     name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
     stored = weights.table.get(name)
+    if stored is None and weights.is_tied(name.removesuffix(".weight")):  # stored once, under another's name
+        name = next(
+            (other for other in weights.table if weights.is_tied(other.removesuffix(".weight"))), name
+        )
+        stored = weights.table.get(name)
     if ".base_layer." not in key or stored is None or stored.dtype not in DTYPES:
         return False
     own = weights.read(name)

@@ -592,7 +592,34 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
                 f"{folder}: its configuration says {argument}={bool(config.get(argument))}, and {having} of "
                 f"{len(built)} modules have {what}. All must have one, or none. Save the adapter again."
             )
-    return Adapter(built, dict(config), dict(found.rest))
+    return Adapter(built, _untie(config, built, found.embeddings), dict(found.rest))
+
+
+def _untie(config: Mapping[str, Any], modules: Iterable[str], embeddings: set[str]) -> dict[str, Any]:
+    """Say of a head whose factors are the embedding's that it has its own, as it has in files.
+
+    Folding and scaling leave both the same ΔW, but other factors, which a loader that ties them again would mix up.
+    """
+    config = dict(config)
+    targets = config.get("target_modules")
+    if not config.get("ensure_weight_tying") or not embeddings or not targets:
+        return config
+    is_pattern = isinstance(targets, str)
+    beside = [
+        name
+        for name in modules
+        if not (
+            re.fullmatch(targets, name)
+            if is_pattern
+            else any(name == target or name.endswith(f".{target}") for target in targets)
+        )
+    ]
+    config["ensure_weight_tying"] = False
+    if is_pattern and beside:
+        config["target_modules"] = "|".join(f"(?:{part})" for part in (targets, *map(re.escape, beside)))
+    elif beside:
+        config["target_modules"] = sorted({*targets, *beside})
+    return config
 
 
 def settle(adapter: Adapter) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def has_bias(layer: Any, adapter_name: str) -> bool:
         layer: A MoSLoRA layer.
         adapter_name: An adapter of it.
     """
+    if adapter_name in layer.tied:
+        return False
     _, inner = _holder(layer, adapter_name)
     return getattr(inner, "bias", None) is not None
 
@@ -77,6 +79,8 @@ def bias_of(layer: Any, adapter_name: str) -> Tensor | None:
     Returns:
         Shape ``(out,)``, not scaled; None if it has none.
     """
+    if adapter_name in layer.tied:
+        return None
     entry, inner = _holder(layer, adapter_name)
     bias = cast("Tensor | None", getattr(inner, "bias", None))
     if bias is None:

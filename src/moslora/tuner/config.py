@@ -84,8 +84,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         rank_pattern, alpha_pattern: Ranks and alphas of modules that differ, by name or regular expression.
         layers_to_transform, layers_pattern: Adapt only these layer indices.
         modules_to_save: Modules trained in full and saved with the adapter.
-        ensure_weight_tying: Keep a head that is tied to the embedding so, where either is in modules_to_save or
-            trainable_token_indices. For target_modules it is refused: see MoSLoRAModel.
+        ensure_weight_tying: Keep a head that is tied to the embedding so, where either is in modules_to_save,
+            trainable_token_indices or target_modules: the head's factors are the embedding's, transposed.
         unlike_lora: Filled in by the model: the modules whose update PEFT's LoRA would compute otherwise from
             the same factors, with the reason. Such an adapter can be merged, but is no plain LoRA.
         target_parameters: Names or suffixes of parameters to adapt that are no module's own, as the experts
@@ -182,7 +182,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         if str(self.init_lora_weights).lower() in ("gaussian", "olora"):  # as PEFT reads them
             self.init_lora_weights = str(self.init_lora_weights).lower()
         if self.ensure_weight_tying:
-            self.modules_to_tie: set[str] | None = None  # where PEFT keeps the names that it finds
+            # Where PEFT keeps the names that it finds.
+            self.modules_to_tie: set[str] | None = None
+            self.target_modules_to_tie: set[str] | None = None
         self._check()
 
     def _brings_values(self, from_file: bool) -> bool:
@@ -269,6 +271,29 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 f"loftq_iter={self.loftq_config['loftq_iter']!r}: more iterations quantize the base's weights anew, "
                 "and MoSLoRA leaves the base as it is. Set loftq_iter=1."
             )
+
+    def _register_custom_module(self, mapping: Any) -> None:
+        """Refuse layers of a user's own, which PEFT takes for LoRA.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "_register_custom_module cannot be used with MoSLoRA: such a layer is LoRA's, and would have no mixer. "
+            "Leave the module out of target_modules, or adapt its weight through target_parameters."
+        )
+
+    @property
+    def _custom_modules(self) -> None:
+        """Refuse to be taken for a LoRA's configuration: PEFT's LoraModel asks for this first.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "This is a MoSLoRA adapter, and what it was given to (PEFT's LoraModel, as X-LoRA is one) runs plain LoRA, "
+            "without its mixers. Fold it first: moslora export ADAPTER OUT --to lora."
+        )
 
     @property
     def starts_from_components(self) -> bool:

@@ -127,6 +127,9 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self._unscaled: dict[str, float] = {}
         self.merged_gains: dict[str, Tensor] = {}  # of adapters with a magnitude, while they are merged
         self._unfilled: dict[str, str] = {}  # adapters whose M is NaN yet, with what has to be done
+        # Adapters whose factors are another layer's, as the weights of the two base layers are. In tuples, which hide
+        # that layer from torch: its parameters are counted, moved and saved where they are.
+        self.tied: dict[str, tuple[MoSLoRALayer]] = {}
         # A class attribute in PEFT; an own dict keeps one layer's frozen mixer from freezing another's.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -221,8 +224,66 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         for name, factor in zip(self.adapter_layer_names, factors, strict=False):
             getattr(self, name)[adapter_name] = factor
         self.mixer_start.pop(adapter_name)
+        self.tied.pop(adapter_name, None)
         if len(self.mixer_start._modules):  # TRL copies one adapter into another, parameter by parameter
             self.mixer_start.begin(adapter_name, self._weight_of_mixer(adapter_name), self._weight_beside())
+
+    @torch.no_grad()
+    def tie(self, adapter_name: str, source: MoSLoRALayer, config: MoSLoRAConfig) -> None:
+        """Take another layer's factors for an adapter's, for good: ``ΔW`` is the other's, as the weight is.
+
+        In PEFT's LoRA tied factors start as the later layer's do, a head's: small, as A is elsewhere, and not as large
+        as embeddings are. So they do here.
+
+        Args:
+            adapter_name: Its name, in both layers.
+            source: The layer that holds the factors.
+            config: Its configuration.
+
+        Raises:
+            ValueError: If the two layers' weights are not of one shape.
+        """
+        if self._is_transposed(source):
+            sizes = source.out_features, source.in_features
+        else:
+            sizes = source.in_features, source.out_features
+        if sizes != (self.in_features, self.out_features):
+            raise ValueError(
+                f"A layer of {self.in_features} inputs and {self.out_features} outputs cannot be tied to one of "
+                f"{source.in_features} and {source.out_features}. Set ensure_weight_tying=False."
+            )
+        A, _, B = self._held(adapter_name)
+        if config.init_lora_weights and not A.is_meta and self._is_transposed(source):
+            held_A, M, held_B = source._held(adapter_name)
+            held_A.copy_(B.T)
+            held_B.copy_(A.reshape(held_B.shape))  # drawn into its memory, row after row
+            if config.match_scale:
+                source.set_mixer(adapter_name, M * (held_B.norm() / (held_B.to(M.dtype) @ M).norm()))
+        for name in self.adapter_layer_names:
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+        self.mixer_start.pop(adapter_name)
+        self._unfilled.pop(adapter_name, None)
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        for own, others in (
+            (self.r, source.r),
+            (self.lora_alpha, source.lora_alpha),
+            (self.scaling, source.scaling),
+            (self._unscaled, source._unscaled),
+        ):
+            cast(dict[str, Any], own)[adapter_name] = cast(dict[str, Any], others)[adapter_name]
+        self.tied[adapter_name] = (source,)
+
+    def _is_transposed(self, source: MoSLoRALayer) -> bool:
+        """Tell whether another layer's inputs are this one's outputs: a head's are the embedding's."""
+        return self.adapter_layer_names[:3] != source.adapter_layer_names[:3]
+
+    def _is_merged_with(self, adapter_name: str) -> bool:
+        """Tell whether merging an adapter elsewhere changes this layer's weight, too, because they share it."""
+        if adapter_name not in self.tied:
+            return False
+        source = self.tied[adapter_name][0].get_base_layer()
+        return getattr(self.get_base_layer(), "weight", None) is getattr(source, "weight", None)
 
     def _weight_of_mixer(self, adapter_name: str) -> Any:
         """Return what is trained of an adapter's M."""
@@ -233,6 +294,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """Return the base parameter in whose group a sharded model has the start of a mixer."""
         return cast("Tensor | None", getattr(self.get_base_layer(), "weight", None))
 
+    def _own(self) -> list[str]:
+        """Return the adapters whose factors are held here."""
+        return [name for name in self.scaling if name not in self.tied]
+
     def _split_mixers(self) -> None:
         """Split those mixers that are going to be trained in 16 bits.
 
@@ -240,7 +305,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         if torch.compiler.is_compiling() or getattr(self, "_is_fsdp_managed_module", False):
             return
-        for name in self.scaling:
+        for name in self._own():
             if self.mixer_start.get(name) is None:
                 weight = self._weight_of_mixer(name)
                 if weight.requires_grad and is_narrow(weight.dtype):
@@ -276,7 +341,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
     ) -> None:
         of_M = self.adapter_layer_names[1]
         suffix = ".weight" if self.container is nn.ModuleDict else ""
-        held = {f"{of_M}.{name}{suffix}": self._weight_of_mixer(name) for name in self.scaling}
+        held = {f"{of_M}.{name}{suffix}": self._weight_of_mixer(name) for name in self._own()}
         take_state(state_dict, prefix, held, self.mixer_start, self._weight_beside())
         for key in [key for key in state_dict if key.startswith(f"{prefix}{dora.IN_OLD_FILES}.")]:
             state_dict[key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}.")] = state_dict.pop(key)
@@ -302,6 +367,10 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         Where something hangs on calling what holds them and they are not there without it, they are read by a call.
         A split M is in float32 at least.
         """
+        if adapter_name in self.tied:
+            source = self.tied[adapter_name][0]
+            A, M, B = source._held(adapter_name)
+            return (B.T, M.T, A.T) if self._is_transposed(source) else (A, M, B)
         A, M, B = (self._read(name, adapter_name) for name in self.adapter_layer_names[:3])
         if is_narrow(M.dtype) and torch.is_grad_enabled() and isinstance(M, nn.Parameter) and M.requires_grad:
             self._split_mixers()
@@ -474,7 +543,14 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             M: Shape ``(r, r)``.
             B: Shape ``(out, r)``.
             bias_on_B: Shape ``(out,)``, for an adapter that has one.
+
+        Raises:
+            ValueError: If they are another layer's, to which the adapter is tied.
         """
+        if adapter_name in self.tied:
+            raise ValueError(
+                f"The factors of adapter {adapter_name!r} are tied to another layer's here. Put values into those."
+            )
         self._unfilled.pop(adapter_name, None)
         held_A, _, held_B = self._held(adapter_name)
         for held, value in ((held_A, A), (held_B, B)):
@@ -581,6 +657,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             )
 
     def _add_to_weight(self, adapter: str, sign: int, safe: bool) -> None:
+        if self._is_merged_with(adapter):
+            return  # done in the layer whose weight it is, too
         weight = self.get_base_weight()
         delta = self.get_delta_weight(adapter).to(weight.device)
         # Summed in the wider of the two dtypes and rounded once.
@@ -762,6 +840,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         self._unscaled.pop(adapter_name, None)
         self._unfilled.pop(adapter_name, None)
         self.mixer_start.pop(adapter_name)
+        self.tied.pop(adapter_name, None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT whether ΔW, of low rank, is all there is, so that the adapter can be converted to LoRA."""

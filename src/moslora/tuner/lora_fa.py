@@ -82,6 +82,8 @@ def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0
     pairs: dict[int, tuple[str, Any, str]] = {}
     for path, layer in layers.items():
         for adapter in layer._active_here():
+            if adapter in layer.tied:
+                continue
             B = getattr(layer, layer.adapter_layer_names[2])[adapter]
             weight = B if isinstance(B, Tensor) else B.weight
             if not weight.requires_grad:

@@ -93,6 +93,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         is_around_another = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, MoSLoRALayer) and not is_around_another:
             target.update_layer(adapter_name, r, lora_alpha, config)
+            self._tie(config, adapter_name, current_key, target)
             self._keep_why_unlike_lora(config, current_key, target)
             return
         if isinstance(target, BaseTunerLayer) and not is_around_another:
@@ -118,6 +119,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
         self._replace_module(parent, target_name, new_module, target)
+        self._tie(config, adapter_name, current_key, new_module)
         self._keep_why_unlike_lora(config, current_key, new_module)
 
     @staticmethod
@@ -221,17 +223,37 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     def _add_targets_to_tie(self, peft_config: MoSLoRAConfig, tied_weight_keys: list[str]) -> None:
-        """Refuse to tie the adapters of an embedding and its head.
+        """Let the embedding be adapted, and the modules that share its weight have its factors.
 
         Raises:
-            ValueError: Always.
+            ValueError: If the adapter has what cannot be shared.
         """
-        raise ValueError(
-            f"ensure_weight_tying cannot tie the adapters of the embedding and {sorted(tied_weight_keys)}: the "
-            "head's factors would have to be the embedding's, transposed, the mixer too, which MoSLoRA does not "
-            "do. Adapt one of the two and set ensure_weight_tying=False, train them whole (modules_to_save with "
-            "ensure_weight_tying=True), train single tokens (trainable_token_indices), or untie the base."
-        )
+        if peft_config.use_dora:
+            raise ValueError(
+                "ensure_weight_tying with use_dora=True cannot tie the adapters of the embedding and "
+                f"{sorted(tied_weight_keys)}: a magnitude goes along the outputs, which are the one's inputs. Set "
+                "use_dora=False, or adapt one of the two and set ensure_weight_tying=False."
+            )
+        # Where a former adapter is, PEFT names the layer inside; its LoRA leaves the second adapter untied (seen 0.21).
+        names = [name.removesuffix(".base_layer") for name in tied_weight_keys]
+        LoraModel._add_targets_to_tie(self, peft_config, names)
+
+    def _tie(self, config: MoSLoRAConfig, adapter_name: str, key: str, layer: MoSLoRALayer) -> None:
+        """Tie a layer's adapter to the embedding's, if the configuration has that.
+
+        Raises:
+            ValueError: If the embedding has no such adapter.
+        """
+        ties = getattr(config, "target_modules_to_tie", None) or ()
+        if not any(key == name or key.endswith(f".{name}") for name in ties):
+            return
+        source = self.model.get_input_embeddings()
+        if not isinstance(source, MoSLoRAEmbedding) or adapter_name not in source.scaling:
+            raise ValueError(
+                f"{key} cannot be tied to the adapter of the embedding, a {type(source).__name__} that has none. Take "
+                "the embedding out of exclude_modules, or set ensure_weight_tying=False."
+            )
+        layer.tie(adapter_name, source, config)
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that two modules share, or of which each process holds a part.
@@ -244,12 +266,30 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         layers = [module for module in self.model.modules() if isinstance(module, MoSLoRALayer)]
         bias.check_mergeable(layers, self.active_adapters)
         tied = self._get_tied_target_modules(self.model)
-        if tied:
+        if tied and not self._are_tied():
             raise ValueError(
                 f"Cannot merge: {sorted(tied)} shares its weight with another module, so merging would "
                 "change both, or untie them without a word. Untie the base first (load it with "
                 "tie_word_embeddings=False, copy the embedding into the head), or leave the adapter as it is."
             )
+
+    def _are_tied(self) -> bool:
+        """Tell whether every adapter of the embedding is also the adapter of all that shares its weight."""
+        source = self.model.get_input_embeddings()
+        if not isinstance(source, MoSLoRAEmbedding):
+            return False
+        inside = {id(m.get_base_layer()) for m in self.modules() if isinstance(m, MoSLoRALayer)}
+        sharing = [
+            module
+            for module in self.modules()
+            if getattr(module, "weight", None) is source.weight
+            and module is not source
+            and id(module) not in inside
+        ]
+        return all(
+            isinstance(m, MoSLoRALayer) and m.tied.keys() == m.scaling.keys() == source.scaling.keys()
+            for m in sharing
+        )
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
@@ -366,6 +406,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             if isinstance(layer, MoSLoRAAttention)
         }
         patterns = {exact_pattern(path): r for path, r in ranks.items() if path not in inside}
+        tied = [{path for path, layer in layers.items() if name in layer.tied} for name in adapters]
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             r=max(ranks.values()),
@@ -386,6 +427,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
             eva_config=None,
             loftq_config={},
+            ensure_weight_tying=bool(tied[0]) and all(paths == tied[0] for paths in tied),
         )
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -396,7 +438,8 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                     "too, so that a configuration cannot tell them apart. Give the module another name."
                 )
             for path, factors in combined.items():
-                layers[path].set_factors(adapter_name, factors.A, factors.M, factors.B, factors.bias)
+                if adapter_name not in layers[path].tied:
+                    layers[path].set_factors(adapter_name, factors.A, factors.M, factors.B, factors.bias)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
@@ -463,6 +506,9 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         live = {name: start.weight for name, start in _starts(model).items()}
         selected = for_file(selected, {name: {**live, **state_dict, **selected}[name] for name in live})
         check_whole(selected)
+        for name, source_name, transposed in _ties(model, adapter_name):
+            value = selected[source_name]
+            selected[name] = (value.T if transposed else value).clone(memory_format=torch.contiguous_format)
         compat_diffusers.remember(selected, config)
         config.note_saving()
         return selected
@@ -485,6 +531,13 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}."): t
             for key, t in compat_diffusers.restore_mixers(state_dict).items()
         }
+        differing = _take_ties_out(
+            state_dict,
+            [
+                (*(cls._remove_adapter_name_from_key(name, adapter_name) for name in names), transposed)
+                for *names, transposed in _ties(model, adapter_name)
+            ],
+        )
         own = {cls._remove_adapter_name_from_key(name, adapter_name): s for name, s in _starts(model).items()}
         own = {name: start for name, start in own.items() if name.endswith(f".{STARTS}.weight")}
         weights = (
@@ -500,6 +553,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         expected = {key: value for key, value in model.state_dict().items() if factor.search(key)}
         found = {key: value for key, value in remapped.items() if f".{PREFIX}" in key}
         problems = [f"{key}: missing from the checkpoint" for key in expected.keys() - found.keys()]
+        problems += differing
         mismatched: dict[str, str] = {}
         for key, tensor in found.items():
             if key not in expected:
@@ -520,6 +574,45 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             if (sharded := sharded_parameters(model))
             else remapped
         )
+
+
+def _ties(model: nn.Module, adapter_name: str) -> list[tuple[str, str, bool]]:
+    """Return the tensors that a file has of tied layers: the name, that of the tensor it is, and whether transposed."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, MoSLoRALayer) or adapter_name not in layer.tied:
+            continue
+        source = layer.tied[adapter_name][0]
+        transposed = layer._is_transposed(source)
+        of_source = source.adapter_layer_names[:3]
+        for own, others in zip(
+            layer.adapter_layer_names[:3], reversed(of_source) if transposed else of_source, strict=True
+        ):
+            suffix = "" if layer.container is nn.ParameterDict else ".weight"
+            found.append(
+                (
+                    f"{path}.{own}.{adapter_name}{suffix}",
+                    f"{paths[id(source)]}.{others}.{adapter_name}",
+                    transposed,
+                )
+            )
+    return found
+
+
+def _take_ties_out(tensors: dict[str, Tensor], ties: list[Any]) -> list[str]:
+    """Take tensors of tied layers out of a checkpoint, and tell which are not what they are tied to."""
+    problems = []
+    for name, source_name, transposed in ties:
+        own, source = tensors.pop(name, None), tensors.get(source_name)
+        if own is None or source is None:
+            continue
+        if not torch.equal(own.to(source.dtype), source.T if transposed else source):
+            problems.append(
+                f"{name}: is not {source_name}, to which it is tied; the adapter was saved with "
+                "ensure_weight_tying=False, so load it so"
+            )
+    return problems
 
 
 def _misfit(problems: list[str]) -> ValueError:

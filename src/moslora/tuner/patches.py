@@ -14,7 +14,7 @@ import peft
 import peft.helpers as helpers
 import peft.tuners.lora.eva as theirs
 from peft.optimizers import lorafa
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, arrow
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, loftq_utils
 from peft.utils import transformers_weight_conversion as conversion
@@ -196,6 +196,24 @@ def _start_with_loftq(replace: Any) -> Any:
     return replace_lora_weights_loftq
 
 
+def _refuse_to_route(check: Any) -> Any:
+    """Let PEFT's ``create_arrow_model`` refuse adapters of this type, and say what to do.
+
+    It takes what it does not find of LoRA for None (seen 0.18 to 0.21). It can go when PEFT checks the type.
+    """
+
+    @functools.wraps(check)
+    def check_loaded_lora_compatibility_arrow(model: nn.Module, adapter_names: Any) -> Any:
+        if any(isinstance(module, MoSLoRALayer) for module in model.modules()):
+            raise ValueError(
+                "Arrow routes tokens between plain LoRAs, and these are MoSLoRA adapters. Fold them first: "
+                "moslora export ADAPTER OUT --to lora."
+            )
+        return check(model, adapter_names)
+
+    return check_loaded_lora_compatibility_arrow
+
+
 # Where each change is made: the module or class, and the name.
 CHANGES: tuple[tuple[Any, str, Any], ...] = (
     (hotswap, "hotswap_adapter_from_state_dict", _swap_own),
@@ -207,14 +225,15 @@ CHANGES: tuple[tuple[Any, str, Any], ...] = (
     (theirs, "_load_eva_state_dict", _put_components_of_eva),
     (theirs, "_get_eva_state_dict", _choose_modules_for_eva),
     *((place, "replace_lora_weights_loftq", _start_with_loftq) for place in (peft, peft.utils, loftq_utils)),
+    (arrow, "check_loaded_lora_compatibility_arrow", _refuse_to_route),
 )
 
 
 def patch() -> None:
     """Make the changes; again changes nothing."""
     for place, name, change in CHANGES:
-        now = getattr(place, name)
-        if not getattr(now, "is_by_moslora", False):
+        now = getattr(place, name, None)  # private ones may be gone in another version
+        if now is not None and not getattr(now, "is_by_moslora", False):
             changed = change(now)
             changed.is_by_moslora = True
             setattr(place, name, changed)

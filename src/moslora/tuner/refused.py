@@ -90,11 +90,11 @@ REFUSED_ARGUMENTS: dict[str, Refused] = {
         "It belongs to use_qalora=True.", "Set it as you like: it is ignored, as in LoRA.", _is_unused
     ),
     "monteclora_config": Refused(
-        "MonteCLoRA draws the weights of A at every step, and its sampler does not know M.",
+        "MonteCLoRA draws LoRA's factors anew at every step, and its sampler does not know M.",
         "Leave it out, or use PEFT's LoraConfig.",
     ),
     "use_bdlora": Refused(
-        "BD-LoRA makes A or B block-diagonal, and folding a mixer into A would fill the blocks.",
+        "BD-LoRA makes A or B block-diagonal, and M mixes the blocks.",
         "Leave it out, or use PEFT's LoraConfig.",
     ),
     "arrow_config": Refused(

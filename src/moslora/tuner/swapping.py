@@ -157,6 +157,11 @@ def swap(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, con
         )
     fitted, problems = dict(tensors), list[str]()
     for path, layer in layers.items():
+        if (
+            adapter_name in layer.tied
+        ):  # to a layer that is seen to; the file's are the same, in another order
+            fitted = {key: t for key, t in fitted.items() if not key.startswith(f"{path}.moslora_")}
+            continue
         try:
             fitted |= _fit(path, layer, adapter_name, tensors, config)
         except ValueError as error:
@@ -234,7 +239,10 @@ def widen(model: nn.Module, target_rank: int) -> bool:
                 )
     for layer in layers.values():
         for name in [name for name, r in layer.r.items() if r < target_rank]:
-            _widen_layer(layer, name, target_rank)
+            if name in layer.tied:
+                layer.r[name] = target_rank
+            else:
+                _widen_layer(layer, name, target_rank)
     for name, config in getattr(model, "peft_config", {}).items():
         if isinstance(config, MoSLoRAConfig):
             _describe(config, name, layers)
