@@ -279,10 +279,6 @@ class Adapter:
         return self.modules[module].delta_weight()
 
 
-# Two float32 foldings of one ΔW: a product's roundings, of 6e-8 each.
-SAME_DELTA = 1e-6
-
-
 def tied_heads(modules: Mapping[str, Factors], sharing: Iterable[str]) -> set[str]:
     """Find the heads whose ΔW is that of the embedding with which they share their weight.
 
@@ -306,7 +302,7 @@ def tied_heads(modules: Mapping[str, Factors], sharing: Iterable[str]) -> set[st
             error = compare(source, Adapter({"": turned})).max_relative_error
         except ValueError:  # of other sizes
             return set()
-        if not error < SAME_DELTA:
+        if not error < FOLD_TOLERANCE:
             return set()
     return heads
 

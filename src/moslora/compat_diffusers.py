@@ -182,21 +182,21 @@ def _fetch(call: inspect.BoundArguments, original: Callable[..., Any]) -> Any:
 
 # What stands in the place of a function's code may name nothing but its arguments and what it imports itself.
 def _code_of_convert(*args: Any, **kwargs: Any) -> Any:
-    from moslora.compat_diffusers import _call
+    from importlib import import_module
 
-    return _call("convert_state_dict_to_diffusers", args, kwargs)
+    return import_module("moslora.compat_diffusers")._call("convert_state_dict_to_diffusers", args, kwargs)
 
 
 def _code_of_write(*args: Any, **kwargs: Any) -> Any:
-    from moslora.compat_diffusers import _call
+    from importlib import import_module
 
-    return _call("LoraBaseMixin.write_lora_layers", args, kwargs)
+    return import_module("moslora.compat_diffusers")._call("LoraBaseMixin.write_lora_layers", args, kwargs)
 
 
 def _code_of_fetch(*args: Any, **kwargs: Any) -> Any:
-    from moslora.compat_diffusers import _call
+    from importlib import import_module
 
-    return _call("_fetch_state_dict", args, kwargs)
+    return import_module("moslora.compat_diffusers")._call("_fetch_state_dict", args, kwargs)
 
 
 # By function: where it is, the arguments that are read, what it does now, and its code.
