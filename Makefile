@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 # Small models gain nothing from several threads, and two test workers on two cores lose a lot.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: setup check-install demo check test bench bench-gpu docs clean
+.PHONY: setup check-install demo check test trial bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -58,6 +58,9 @@ check: setup ## format, lint, types, import directions
 
 test: setup ## every test that needs no GPU
 	@$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+trial: setup ## whole scripts and runs that make test leaves out to stay within ten minutes
+	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m trial
 
 # What wants data, other folders or hours is run by its own command: mix, subject, evidence.
 BENCHMARKS := step layer job merge roofline together scale table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -147,7 +149,7 @@ def image_and_text(dtype: torch.dtype) -> dict[str, Any]:
 
 def unet() -> nn.Module:
     torch.manual_seed(0)
-    return tiny_pipelines.sdxl_unet().eval()
+    return tiny_pipelines.sdxl_unet(layers=1).eval()
 
 
 def noise(dtype: torch.dtype) -> dict[str, Any]:
@@ -190,6 +192,21 @@ def packed_is_known() -> Iterator[None]:
         yield
 
 
+def once(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Build a model the first time and copy it after that; random numbers go on as if it had been built again."""
+
+    @functools.cache
+    def first() -> tuple[nn.Module, Tensor]:
+        return build(), torch.get_rng_state()
+
+    def copied() -> nn.Module:
+        model, state = first()
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
+
+    return copied
+
+
 @dataclass(frozen=True)
 class Kind:
     """One column of the matrix.
@@ -207,6 +224,7 @@ class Kind:
         judge: Mends what PEFT's LoRA is known to do wrong.
         known: A context in which the kind can be adapted.
         unrounded: The model before it was quantised; merging rounds to the base's grid again.
+        anew: ``build`` without the copying, for bases that are built without values.
     """
 
     build: Callable[[], nn.Module]
@@ -221,6 +239,11 @@ class Kind:
     judge: Callable[[nn.Module], None] = lambda model: None
     known: Callable[[], contextlib.AbstractContextManager[None]] = field(default=contextlib.nullcontext)
     unrounded: Callable[[], nn.Module] | None = None
+    anew: Callable[[], nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "anew", self.build)
+        object.__setattr__(self, "build", once(self.build))
 
     @property
     def is_quantised(self) -> bool:

@@ -240,7 +240,7 @@ def adapts_a_meta_base(trial: Trial) -> None:
     """A base without values is adapted, and gets all its values at once afterwards."""
     model = trial.adapt()
     with init_empty_weights(include_buffers=False):
-        empty = trial.build()
+        empty = (trial.kind.anew if trial.is_ours else trial.kind.reference or trial.kind.anew)()
     torch.manual_seed(1)
     twin = get_peft_model(empty, trial.config()).eval()
     factors = laws.factors_by_key(twin).values()

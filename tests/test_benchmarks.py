@@ -54,6 +54,7 @@ def test_a_benchmark_writes_a_result_that_says_where_it_was_measured(script: str
         assert all(found["over_floor"] > 0 for found in case["contenders"].values())
 
 
+@pytest.mark.trial
 def test_the_scale_is_measured_along_every_axis_and_drawn(tmp_path: Path) -> None:
     out, figure = tmp_path / "result.json", tmp_path / "scale.svg"
     command = [sys.executable, str(BENCHMARKS / "scale.py"), "--device", "cpu", "--out", str(out)]
@@ -91,6 +92,7 @@ def test_what_a_qlora_moves_is_counted_for_every_factor(tmp_path: Path) -> None:
     assert "QLoRA: entries that moved" in table.measured(tmp_path)
 
 
+@pytest.mark.trial
 def test_trainings_over_one_base_are_timed_beside_one_alone(tmp_path: Path) -> None:
     base, data = tiny.save_chat_model(tmp_path / "base"), tiny.save_chat_data(tmp_path / "data.jsonl")
     out = tmp_path / "result.json"
@@ -119,6 +121,7 @@ def test_trainings_over_one_base_are_timed_beside_one_alone(tmp_path: Path) -> N
     assert {"device_name", "versions", "hardware", "seed"} <= result.keys()
 
 
+@pytest.mark.trial
 def test_a_job_has_the_losses_of_trl_with_peft_lora_when_the_adapter_is_the_same(tmp_path: Path) -> None:
     base, data = tiny.save_chat_model(tmp_path / "base"), tiny.save_chat_data(tmp_path / "data.jsonl")
     out = tmp_path / "result.json"

@@ -18,16 +18,36 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_importing_registers_with_peft(order: str) -> None:
-    script = (
-        f"{ORDERS[order]}\n"
-        "import peft.mapping as m\n"
-        "assert m.PEFT_TYPE_TO_CONFIG_MAPPING['MOSLORA'].__name__ == 'MoSLoRAConfig'\n"
-        "assert m.PEFT_TYPE_TO_TUNER_MAPPING['MOSLORA'].__name__ == 'MoSLoRAModel'\n"
-        "assert m.PEFT_TYPE_TO_PREFIX_MAPPING['MOSLORA'] == 'moslora_'\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+# One process for all, forked where what both need is there, and neither PEFT, transformers nor this package is.
+IN_EACH_ORDER = """
+import os, sys
+import accelerate, torch._dynamo, torch.distributed.tensor
+assert not {'moslora', 'peft', 'transformers'} & sys.modules.keys()
+failed = []
+for order in sys.argv[1:]:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(order)
+            import peft.mapping as m
+            assert m.PEFT_TYPE_TO_CONFIG_MAPPING['MOSLORA'].__name__ == 'MoSLoRAConfig'
+            assert m.PEFT_TYPE_TO_TUNER_MAPPING['MOSLORA'].__name__ == 'MoSLoRAModel'
+            assert m.PEFT_TYPE_TO_PREFIX_MAPPING['MOSLORA'] == 'moslora_'
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(order)
+print(*failed, sep='\\n')
+"""
+
+
+def test_importing_registers_with_peft() -> None:
+    command = [sys.executable, "-c", IN_EACH_ORDER, *ORDERS.values()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not done.stdout.split(), done.stderr
 
 
 def test_importing_alone_loads_nothing_heavy() -> None:

@@ -38,14 +38,14 @@ def clip(tokenizer: Any, projected: bool, hidden: int = 16) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def sdxl_unet() -> Any:
+def sdxl_unet(layers: int = 2) -> Any:
     """A UNet of SDXL's kind with two blocks, the second with attention; weights from the default generator."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
-        layers_per_block=2,
+        layers_per_block=layers,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),

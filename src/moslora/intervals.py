@@ -305,7 +305,6 @@ def student_quantile(probability: float, freedom: int) -> float:
         high *= 2
         if high > 1e12:
             return high
-    for _ in range(100):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:  # until no number lies between
         low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
+    return middle
