@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from moslora import versions
+from upstream import LEFT_OUT, lacking
 
 settings.register_profile(
     "moslora", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("moslora")
+
+collect_ignore = [name for name, (_, least) in LEFT_OUT.items() if lacking(least)]
+
+# What older versions say of LoRA, too, by the first version that does not.
+OF_OLDER = (
+    ("transformers", "5", "ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),  # of untied ones
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for package, version, line in OF_OLDER:
+        if not versions.is_at_least(package, version):
+            config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_report_header() -> list[str]:
+    said: dict[str, list[str]] = {}
+    for name in collect_ignore:
+        said.setdefault(LEFT_OUT[name][0], []).append(name)
+    return [f"left out with these versions: {' '.join(names)}: {reason}" for reason, names in said.items()]

@@ -23,6 +23,8 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import merge_utils
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from moslora import versions
@@ -40,6 +42,7 @@ __all__ = [
     "get_quantization_kwargs",
     "get_state_through_tuner",
     "holders_of",
+    "prune",
     "resolve_quantization_backend",
     "set_state_through_tuner",
 ]
@@ -99,13 +102,15 @@ _PREFIX = "base_model.model."
 _CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
 
+def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with the paths that state dicts have; FSDP takes its wrappers' names out there."""
+    for name, module in model.named_modules():
+        yield name.replace("_fsdp_wrapped_module.", ""), module
+
+
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the adapted layers by the paths that state dicts have; FSDP takes its wrappers' names out."""
-    return {
-        name.replace("_fsdp_wrapped_module.", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, TunerLayer)
-    }
+    """Return the adapted layers by path."""
+    return {path: module for path, module in _paths(model) if isinstance(module, TunerLayer)}
 
 
 def _is_beside(key: str, layers: Mapping[str, nn.Module], adapter_name: str | None = None) -> bool:
@@ -208,15 +213,28 @@ def set_state_through_tuner(put: Any) -> Any:
         tuner = _own_tuner(config)
         if tuner is None:
             return put(model, peft_model_state_dict, adapter_name, *args, **kwargs)
-        named = tuner._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, dict(peft_model_state_dict)
-        )
+        # The tuner sees what is trained whole by its names in the model, as with 0.21, and PEFT renames it again.
+        wrapped = _names_of_wrapped(model, adapter_name)
+        named = {wrapped.get(key, key): tensor for key, tensor in peft_model_state_dict.items()}
+        named = tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         if not any(name.startswith(_PREFIX) for name, _ in model.named_parameters()):
             named = {key.removeprefix(_PREFIX): tensor for key, tensor in named.items()}
+        in_file = {name: key for key, name in wrapped.items()}
+        named = {in_file.get(key, key): tensor for key, tensor in named.items()}
         with _with_nothing_own(model, adapter_name):
             return put(model, named, adapter_name, *args, **kwargs)
 
     return set_peft_model_state_dict
+
+
+def _names_of_wrapped(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the names in the model of what is trained whole, by those in a file."""
+    return {
+        f"{path}.{in_file}": f"{path}.{name}"
+        for path, module in _paths(model)
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for in_file, name in module.adapter_state_dict_load_map(adapter_name).items()
+    }
 
 
 def holders_of(function: Any, name: str) -> Iterable[ModuleType]:
@@ -266,6 +284,28 @@ class _Ties:
         super()._check_tied_modules(model, peft_config)  # type: ignore[misc]
 
 
+class _OneOfParameters:
+    """Refuses a second adapter with ``target_parameters``, for PEFT 0.18 and 0.19: they nest another layer for it."""
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Check an adapter that is added.
+
+        Raises:
+            ValueError: If it is the second that targets parameters.
+        """
+        super()._check_new_adapter_config(config)  # type: ignore[misc]
+        configs: dict[str, Any] = cast(Any, self).peft_config
+        if sum(bool(getattr(other, "target_parameters", None)) for other in configs.values()) > 1:
+            raise ValueError(
+                versions.need(
+                    "peft",
+                    "0.20",
+                    "A second adapter with target_parameters",
+                    "Or load the adapters one at a time.",
+                )
+            )
+
+
 class _Deleting:
     """Refuses to delete an adapter that is merged, as PEFT does since 0.21: what it added would stay for good."""
 
@@ -289,6 +329,7 @@ class _Deleting:
 
 _TUNER_BASES: tuple[type, ...] = (
     *(() if HAS_TIES else (_Ties,)),
+    *(() if versions.is_at_least("peft", "0.20") else (_OneOfParameters,)),
     *(() if hasattr(tuners_utils, "_check_adapters_not_merged") else (_Deleting,)),
     *(() if HAS_STATE_HOOKS else (_StateHooks,)),
     BaseTuner,
@@ -388,6 +429,24 @@ TunerLayer: Any = type(
         "__module__": __name__,
     },
 )
+
+
+# --- Pruning ----------
+
+
+def prune(tensor: Tensor, density: float, method: str | None, rescale: bool = False) -> Tensor:
+    """Prune entries of a tensor, as PEFT's function of this name does.
+
+    Args:
+        tensor: What is pruned.
+        density: Share of its entries that are kept.
+        method: ``"magnitude"`` or ``"random"``.
+        rescale: Divide what is left by the density, so that its mean stays.
+    """
+    pruned = cast(Tensor, merge_utils.prune(tensor, density, method, rescale=rescale))
+    # PEFT 0.18 divides, and drops the result.
+    forgets = not versions.is_at_least("peft", "0.19") and method == "random" and density < 1
+    return pruned / density if rescale and forgets else pruned
 
 
 # --- Quantized bases: PEFT has backends since 0.20 ----------

@@ -1,0 +1,58 @@
+"""What of the tests needs a newer PEFT, transformers or TRL than the oldest that the library supports, and why.
+
+``make test-lowest`` runs all the rest with the oldest. A new file runs there, too, unless ``FILES`` has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moslora import versions
+
+# Whole files, by name: the reason, and the versions that they need.
+FILES: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (
+        "benchmarks cli compare display doctor evaluate evidence full_disk harness home_data image image_fidelity "
+        "image_formats inspect mix models plan ranks ray readme recipe report rundir shapes_image team together "
+        "tokenization train verdict vision vision_families",
+        "the command's tasks, which ask for these versions before they start",
+        versions.FOR_THE_COMMAND,
+    ),
+    ("matrix", "what works with what, helpers of the newest PEFT included", versions.FOR_THE_COMMAND),
+    (
+        "answers constraints intervals kernels records gguf",
+        "nothing of PEFT, transformers or TRL, and runs with the newest",
+        versions.FOR_THE_COMMAND,
+    ),
+    ("tuner_quantized loftq", "quantization through backends, which PEFT has since 0.20", {"peft": "0.20"}),
+    (
+        "experts_at_rest",
+        "PEFT's LoRA of experts has A and B the other way round before 0.19",
+        {"peft": "0.19"},
+    ),
+    ("diffusers_scripts", "diffusers, which is not installed with the oldest", versions.FOR_THE_COMMAND),
+)
+LEFT_OUT = {f"test_{name}.py": (reason, least) for names, reason, least in FILES for name in names.split()}
+
+
+def lacking(least: dict[str, str]) -> list[str]:
+    """Return what is older than a test needs, each as a part of a sentence."""
+    return [
+        f"{package} {version} (installed: {versions.installed(package)})"
+        for package, version in least.items()
+        if not versions.is_at_least(package, version)
+    ]
+
+
+def needs(reason: str, **least: str) -> pytest.MarkDecorator:
+    """Leave a test out with older versions, and say why."""
+    lack = lacking(least)
+    return pytest.mark.skipif(bool(lack), reason=f"{reason}: needs {', '.join(lack)}")
+
+
+def checkpoint_activations(model: Any, **kwargs: Any) -> None:
+    """Switch gradient checkpointing on, by the name that transformers has for it."""
+    new = getattr(model.get_base_model(), "activation_checkpointing_enable", None)
+    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(kwargs)
