@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from moslora import versions
-from upstream import LEFT_OUT, lacking
+from upstream import LEFT_OUT, TESTS, lacking, needs
 
 settings.register_profile(
     "moslora", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
@@ -25,6 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for package, version, line in OF_OLDER:
         if not versions.is_at_least(package, version):
             config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for test, case, reason, least in TESTS:
+            if test in item.nodeid and case in item.nodeid:
+                item.add_marker(needs(reason, **least))
 
 
 def pytest_report_header() -> list[str]:

@@ -201,6 +201,7 @@ def trained_unet() -> Any:
 
 @pytest.mark.filterwarnings("ignore:.*torchvision.*")
 def test_an_adapter_of_diffusers_own_method_is_loaded_by_diffusers_as_it_was_saved(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 

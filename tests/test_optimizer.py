@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -56,11 +57,11 @@ def test_the_trainer_keeps_each_groups_rate_and_scales_it_by_its_schedule(way: s
     run.create_optimizer_and_scheduler(4)
     step = run.optimizer.step
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(_: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append({group["name"]: group["lr"] for group in run.optimizer.param_groups})
         return step(*args, **kwargs)
 
-    run.optimizer.step = watched
+    run.optimizer.step = MethodType(watched, run.optimizer)  # schedules look for a method
     run.train()
     assert len(seen) == 4
     for index, rates in enumerate(seen):  # linearly down to nothing after four steps

@@ -26,7 +26,6 @@ FILES: tuple[tuple[str, str, dict[str, str]], ...] = (
         "nothing of PEFT, transformers or TRL, and runs with the newest",
         versions.FOR_THE_COMMAND,
     ),
-    ("tuner_quantized loftq", "quantization through backends, which PEFT has since 0.20", {"peft": "0.20"}),
     (
         "experts_at_rest",
         "PEFT's LoRA of experts has A and B the other way round before 0.19",
@@ -35,6 +34,31 @@ FILES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("diffusers_scripts", "diffusers, which is not installed with the oldest", versions.FOR_THE_COMMAND),
 )
 LEFT_OUT = {f"test_{name}.py": (reason, least) for names, reason, least in FILES for name in names.split()}
+
+# Single tests, by what their names hold. LoRA, the control, is not as it should be there either, or is not there.
+TESTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    (
+        "test_a_configuration_of_loftq_travels",
+        "",
+        "the command reads a recipe there",
+        versions.FOR_THE_COMMAND,
+    ),
+    ("test_ecosystem", "TRL KTO", "it is in trl.experimental before", {"trl": "1.16"}),
+    ("test_ecosystem", "diffusers", "diffusers is not installed with the oldest", {"transformers": "5"}),
+    ("test_ecosystem", "SDXL", "diffusers is not installed with the oldest", {"transformers": "5"}),
+    (
+        "on_as_if_it_had_not_stopped",
+        "PEFT examples",
+        "LoRA's losses differ, too, before",
+        {"transformers": "5"},
+    ),
+    ("test_however_a_trainer_casts_the_magnitude", "TRL", "TRL casts LoRA's, too, before", {"trl": "1.16"}),
+    ("an_offloaded_model", "Mixtral", "experts are modules before", {"transformers": "5"}),
+    ("an_offloaded_model", "MoE", "experts are modules before", {"transformers": "5"}),
+    ("an_offloaded_model", "gpt-oss", "LoRA reads factors that are not there before", {"peft": "0.20"}),
+    ("test_several_processes", "experts", "experts are modules before", {"transformers": "5"}),
+    ("test_ecosystem", "Trainer, FSDP2", "Trainer wants an accelerator for it before", {"transformers": "5"}),
+)
 
 
 def lacking(least: dict[str, str]) -> list[str]:

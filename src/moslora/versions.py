@@ -10,12 +10,12 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Callable
 from functools import cache
 
 __all__ = [
     "FOR_THE_COMMAND",
     "KNOWN",
+    "VersionError",
     "installed",
     "is_at_least",
     "need",
@@ -123,23 +123,24 @@ def need(package: str, version: str, what: str, instead: str = "") -> str:
     )
 
 
-def require_for_command(found: Callable[[str], str | None] = installed) -> None:
+class VersionError(ImportError):
+    """PEFT, transformers or TRL is older than something needs."""
+
+
+def require_for_command() -> None:
     """Refuse to run the command's tasks with versions that they are not written for.
 
-    Args:
-        found: Returns the version of a package, or None.
-
     Raises:
-        ImportError: With what is installed and what to install.
+        VersionError: With what is installed and what to install.
     """
     missing = [
-        f"{package} {version} or later ({found(package) or 'none'} is installed)"
+        f"{package} {version} or later ({installed(package) or 'none'} is installed)"
         for package, version in FOR_THE_COMMAND.items()
-        if numbers(found(package) or "0") < numbers(version)
+        if not is_at_least(package, version)
     ]
     if missing:
         wanted = " ".join(f"'{package}>={version}'" for package, version in FOR_THE_COMMAND.items())
-        raise ImportError(
+        raise VersionError(
             f"The command needs {', '.join(missing)}. Run pip install {wanted}, or use the library alone, which works "
             "with older ones: get_peft_model(model, moslora.MoSLoRAConfig(...))."
         )
