@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
-from moslora import versions
 from upstream import LEFT_OUT, TESTS, lacking, needs
 
 settings.register_profile(
@@ -15,15 +14,15 @@ settings.load_profile("moslora")
 
 collect_ignore = [name for name, (_, least) in LEFT_OUT.items() if lacking(least)]
 
-# What older versions say of LoRA, too, by the first version that does not.
+# What older versions say of LoRA, too, and the first ones that do not.
 OF_OLDER = (
-    ("transformers", "5", "ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),  # of untied ones
+    ({"transformers": "5", "peft": "0.20"}, "ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for package, version, line in OF_OLDER:
-        if not versions.is_at_least(package, version):
+    for least, line in OF_OLDER:
+        if lacking(least):
             config.addinivalue_line("filterwarnings", line)
 
 
