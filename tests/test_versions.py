@@ -396,7 +396,6 @@ def test_without_backends_merging_is_refused_and_training_works(
     versions_are: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions_are(peft="0.18.1")
-    monkeypatch.setattr(compat, "HAS_BACKENDS", False)
     monkeypatch.setattr(compat, "resolve_quantization_backend", compat._resolve_read_only)
     base = nn.Sequential(nn.Linear(4, 4))
     base[0].weight = Int8Weight(base[0].weight.data, requires_grad=False)

@@ -37,6 +37,7 @@ LEFT_OUT = {f"test_{name}.py": (reason, least) for names, reason, least in FILES
 
 # Single tests, by what their names hold. LoRA, the control, is not as it should be there either, or is not there.
 TESTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    ("test_eva.py", "other_layers_and_recipes", "the command reads a recipe there", versions.FOR_THE_COMMAND),
     (
         "test_a_configuration_of_loftq_travels",
         "",

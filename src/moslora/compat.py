@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from moslora import versions
 
 __all__ = [
-    "HAS_BACKENDS",
     "HAS_CONVERSION",
     "HAS_STATE_HOOKS",
     "HAS_TIES",
+    "ReadOnlyBackend",
     "Tuner",
     "TunerLayer",
     "conversion",
@@ -413,7 +413,8 @@ class _BaseWeight:
         layer: Any = self
         if layer.quantization_backend is not None:
             layer.quantization_backend.set_base_weight(layer, weight_data)
-        layer.get_base_layer().weight.data = weight_data
+        else:
+            layer.get_base_layer().weight.data = weight_data
 
 
 _LAYER_BASES: tuple[type, ...] = (
@@ -451,14 +452,12 @@ def prune(tensor: Tensor, density: float, method: str | None, rescale: bool = Fa
 
 # --- Quantized bases: PEFT has backends since 0.20 ----------
 
-HAS_BACKENDS = hasattr(peft.utils, "resolve_quantization_backend")
-
 # Packages whose layers hold quantized weights, and those whose weights are quantized tensors.
 _QUANTIZERS = ("bitsandbytes", "hqq", "aqlm", "eetq", "gptqmodel", "auto_gptq", "awq", "neural_compressor")
 _QUANTIZED_TENSORS = ("bitsandbytes", "torchao")
 
 
-class _ReadOnlyBackend:
+class ReadOnlyBackend:
     """Stands for PEFT's backend of a quantized layer, for 0.18 and 0.19: it is run, and read where PEFT can.
 
     Lost there: merging into such a layer, which is refused, and unmerging.
@@ -512,7 +511,7 @@ def _quantizer_of(base_layer: nn.Module) -> str | None:
 def _resolve_read_only(base_layer: nn.Module, **_: Any) -> Any:
     """Tell how a layer is quantized, as PEFT's function of 0.20 does; None if it is not."""
     package = _quantizer_of(base_layer)
-    return None if package is None else _ReadOnlyBackend(package)
+    return None if package is None else ReadOnlyBackend(package)
 
 
 resolve_quantization_backend: Callable[..., Any] = getattr(

@@ -643,7 +643,7 @@ class MoSLoRALayer(compat.TunerLayer, nn.Module):  # type: ignore[misc]
         """
         check_mergeable(self.get_base_layer())
         backend = self.quantization_backend
-        if backend is not None and not compat.HAS_BACKENDS:
+        if isinstance(backend, compat.ReadOnlyBackend):
             raise ValueError(backend.why_not_merged(self.get_base_layer()))
         if backend is not None and not (backend.supports_merge and backend.layer_type == self.quantized_kind):
             raise ValueError(
