@@ -72,7 +72,7 @@ FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	@$(PYTHON) -m venv --clear $(LOWEST)
 	@$(LOWEST)/bin/pip $(TAKE) $(FROM) $$(grep '^torch==' constraints-lowest.txt)
-	@$(LOWEST)/bin/pip $(TAKE) -c constraints-lowest.txt -e . hypothesis pytest pytest-xdist
+	@$(LOWEST)/bin/pip $(TAKE) -c constraints-lowest.txt -e '.[gguf]' hypothesis pytest pytest-xdist
 	@touch $@
 
 # It is made anew each time, for what is newest today may not be tomorrow.

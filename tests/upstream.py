@@ -22,7 +22,7 @@ FILES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ),
     ("matrix", "what works with what, helpers of the newest PEFT included", versions.FOR_THE_COMMAND),
     (
-        "answers constraints intervals kernels records gguf",
+        "answers constraints intervals kernels records",
         "nothing of PEFT, transformers or TRL, and runs with the newest",
         versions.FOR_THE_COMMAND,
     ),

@@ -556,9 +556,6 @@ def convert_targets(config: Any, model: nn.Module, model_type: Any) -> None:
         config: An adapter's configuration, changed in place.
         model: The base model.
         model_type: As its configuration has it.
-
-    Raises:
-        ImportError: If transformers renames them, and PEFT does not know.
     """
     if _conversions is None or _conversions.get_checkpoint_conversion_mapping(model_type) is None:
         return
