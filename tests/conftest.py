@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 from hypothesis import HealthCheck, settings
 
-from upstream import LEFT_OUT, TESTS, lacking, needs
+from upstream import LEFT_OUT, TESTS, lacking, needs, skip_if_refused_by_transformers
 
 settings.register_profile(
     "moslora", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
@@ -31,6 +33,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for test, case, reason, least in TESTS:
             if test in item.nodeid and case in item.nodeid:
                 item.add_marker(needs(reason, **least))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    try:
+        return (yield)
+    except ValueError as error:
+        skip_if_refused_by_transformers(error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    try:
+        return (yield)
+    except ValueError as error:
+        skip_if_refused_by_transformers(error)
+        raise
 
 
 def pytest_report_header() -> list[str]:
