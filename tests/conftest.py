@@ -2,9 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from upstream import LEFT_OUT, TESTS, lacking, needs, skip_if_refused_by_transformers
 
 settings.register_profile(
     "moslora", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("moslora")
+
+collect_ignore = [name for name, (_, least) in LEFT_OUT.items() if lacking(least)]
+
+# What older versions say of LoRA, too, and the first ones that do not.
+OF_OLDER = (
+    ({"transformers": "5", "peft": "0.20"}, "ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for least, line in OF_OLDER:
+        if lacking(least):
+            config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for test, case, reason, least in TESTS:
+            if test in item.nodeid and case in item.nodeid:
+                item.add_marker(needs(reason, **least))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    try:
+        return (yield)
+    except ValueError as error:
+        skip_if_refused_by_transformers(error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    try:
+        return (yield)
+    except ValueError as error:
+        skip_if_refused_by_transformers(error)
+        raise
+
+
+def pytest_report_header() -> list[str]:
+    said: dict[str, list[str]] = {}
+    for name in collect_ignore:
+        said.setdefault(LEFT_OUT[name][0], []).append(name)
+    return [f"left out with these versions: {' '.join(names)}: {reason}" for reason, names in said.items()]

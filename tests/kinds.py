@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import test_tuner_experts
 import tiny
 import tiny_pipelines
-from moslora.tuner import kinds as tuner_kinds
-from moslora.tuner import layer as tuner_layer
+from moslora import compat
 from test_tuner_quantized import Packed, PackedBackend
 
 ROWS = 3
@@ -186,8 +185,7 @@ def packed_is_known() -> Iterator[None]:
         return backend if isinstance(base_layer, Packed) else None
 
     with (
-        mock.patch.object(tuner_layer, "resolve_quantization_backend", resolve),
-        mock.patch.object(tuner_kinds, "resolve_quantization_backend", resolve),
+        mock.patch.object(compat, "resolve_quantization_backend", resolve),
     ):
         yield
 

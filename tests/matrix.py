@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft.helpers
 import torch
 from accelerate import init_empty_weights
 from peft import (
@@ -32,10 +33,9 @@ from peft import (
     get_peft_model_state_dict,
     initialize_lora_eva_weights,
     inject_adapter_in_model,
-    save_as_lora,
     set_peft_model_state_dict,
 )
-from peft.helpers import DoraCaching, rescale_adapter_scale
+from peft.helpers import rescale_adapter_scale
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import save_file
@@ -662,7 +662,7 @@ def finds_targets_in_a_state_dict(cls: type, folder: Path) -> None:
 
 def converts(cls: type, folder: Path) -> None:
     model = helped(cls)
-    save_as_lora(folder, model, rank=4)
+    peft.save_as_lora(folder, model, rank=4)
     lora = PeftModel.from_pretrained(tiny.llama(), folder)
     hold(relative_error(lora(IDS).logits, model(IDS).logits) < MODEL, "it gives another output")
 
@@ -670,7 +670,7 @@ def converts(cls: type, folder: Path) -> None:
 def caches_norms(cls: type, folder: Path) -> None:
     model = helped(cls, use_dora=True)
     expected = model(IDS).logits
-    with DoraCaching():
+    with peft.helpers.DoraCaching():
         hold(relative_error(model(IDS).logits, expected) < MODEL, "it gives another output")
 
 

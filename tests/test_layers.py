@@ -15,12 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "src" / "moslora"
 
 # A new file has to be entered here and in README's tree; a folder stands for everything in it.
 FLOORS = {
-    0: ("functional", "mixers", "kernels"),
+    0: ("versions", "functional", "mixers", "kernels"),
     1: ("ops", "adapter", "ranks"),
     2: (
         "tuner",
         "formats",
         "optimizer",
+        "compat",
         "compat_diffusers",
         "__init__",
         "reload_in_stock_peft",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 import laws
 import tiny
+import upstream
 from moslora import MoSLoRAConfig, create_lorafa_optimizer, param_groups
 from tolerances import MODEL, relative_error
 
@@ -55,11 +57,11 @@ def test_the_trainer_keeps_each_groups_rate_and_scales_it_by_its_schedule(way: s
     run.create_optimizer_and_scheduler(4)
     step = run.optimizer.step
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(_: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append({group["name"]: group["lr"] for group in run.optimizer.param_groups})
         return step(*args, **kwargs)
 
-    run.optimizer.step = watched
+    run.optimizer.step = MethodType(watched, run.optimizer)  # schedules look for a method
     run.train()
     assert len(seen) == 4
     for index, rates in enumerate(seen):  # linearly down to nothing after four steps
@@ -93,6 +95,7 @@ def adapted(cls: type, **changes: Any) -> PeftModel:
     return get_peft_model(tiny.llama(), cls(**{**LORA_FA, "modules_to_save": ["norm"], **changes}))
 
 
+@upstream.needs("PEFT's optimizer takes one scale for all ranks before", peft="0.20")
 def test_with_a_fixed_mixer_lora_fa_is_pefts_of_the_folded_adapter() -> None:
     ours = adapted(MoSLoRAConfig, mixer="orthogonal", train_mixer=False, match_scale=True)
     lora = adapted(LoraConfig)

@@ -16,6 +16,7 @@ from torch import nn
 
 import laws
 import tiny
+import upstream
 from moslora import MoSLoRAConfig, param_groups
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
@@ -208,9 +209,12 @@ def test_ties_and_dare_are_those_of_peft_on_delta_weights(kind: str, density: fl
                 density,
                 **PRUNING[kind],
             )
+            if kind.startswith("dare") and upstream.lacking({"peft": "0.19"}):
+                expected = expected / density  # which PEFT computes there, and drops
         assert relative_error(layer.get_delta_weight("sum"), expected) < MODEL
 
 
+@upstream.needs("PEFT scales each sum twice before", peft="0.21")
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["ties_svd", "magnitude_prune_svd"])
 def test_a_pruned_sum_of_a_rank_is_what_peft_makes_of_the_folded_loras(kind: str) -> None:

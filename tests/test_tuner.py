@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
+import upstream
 from moslora import MoSLoRAConfig, functional, ops
 from moslora.mixers import MIXERS
 from moslora.tuner import layer as layer_module
@@ -281,7 +282,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropout() -> None:
     for enabled in (False, True):
         model = adapted(lora_dropout=0.3).train()
         if enabled:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            upstream.checkpoint_activations(model, use_reentrant=False)
             model.enable_input_require_grads()
         torch.manual_seed(4)
         ids = tiny.tokens()

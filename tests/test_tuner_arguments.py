@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import laws
 import tiny
+import upstream
 from moslora import MoSLoRAConfig
 from moslora.export import export_adapter
 from moslora.merge import merge
@@ -131,6 +132,7 @@ def test_one_side_of_a_tie_is_adapted_as_in_lora_and_the_tie_is_left_alone(
 
 # ---- tied adapters -------------------------------------------------------------------------------------------
 
+ties = upstream.needs("PEFT ties no adapters before", peft="0.19")
 TIED = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
 without_config = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT's
 
@@ -150,6 +152,7 @@ def trained_tied(cls: type = MoSLoRAConfig, **changes: object) -> nn.Module:
     return model.eval()
 
 
+@ties
 @without_config
 @torch.no_grad()
 def test_tied_adapters_of_embedding_and_head_are_trained_as_in_lora_and_travel(tmp_path: Path) -> None:
@@ -200,6 +203,7 @@ def test_tied_adapters_of_embedding_and_head_are_trained_as_in_lora_and_travel(t
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
+@ties
 @without_config
 @torch.no_grad()
 def test_tied_adapters_are_merged_on_disk_into_the_weight_that_is_shared(tmp_path: Path) -> None:
@@ -214,6 +218,7 @@ def test_tied_adapters_are_merged_on_disk_into_the_weight_that_is_shared(tmp_pat
         assert relative_error(run(merged), run(ours)) < MODEL
 
 
+@ties
 @without_config
 @torch.no_grad()
 def test_tied_adapters_are_switched_summed_swapped_widened_and_deleted_as_others_are(tmp_path: Path) -> None:
@@ -244,6 +249,7 @@ def test_tied_adapters_are_switched_summed_swapped_widened_and_deleted_as_others
     assert relative_error(run(model), other) < MODEL
 
 
+@ties
 @without_config
 def test_a_file_whose_head_is_not_the_embeddings_is_not_loaded_as_tied(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="ensure_weight_tying"):  # PEFT's, of what is then done
@@ -256,6 +262,7 @@ def test_a_file_whose_head_is_not_the_embeddings_is_not_loaded_as_tied(tmp_path:
         PeftModel.from_pretrained(tied_llama(), tmp_path)
 
 
+@ties
 def test_tying_is_refused_where_factors_cannot_be_shared() -> None:
     with pytest.raises(ValueError, match=r"use_dora=True cannot tie.*lm_head"):
         laws.adapt(tied_llama, use_dora=True, **TIED)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 import laws
@@ -200,7 +200,7 @@ def encoder(norm_first: bool = False) -> nn.Module:
 def encode(model: nn.Module, masked: bool = False) -> Tensor:
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(5))
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
-    inner = model.base_model.model if hasattr(model, "peft_config") else model
+    inner = model.base_model.model if isinstance(model, PeftModel) else model
     out = inner["encoder"](x, src_key_padding_mask=mask)
     return out[:, :3]  # where nothing is masked
 

@@ -21,6 +21,7 @@ from transformers import (
 
 import laws
 import tiny
+import upstream
 from moslora import MoSLoRAConfig
 from moslora.export import export_adapter
 from moslora.mixers import MIXERS
@@ -51,13 +52,25 @@ MODELS = {
         GptOssConfig(**SIZES, num_local_experts=4, layer_types=["full_attention"] * 2)
     ),
 }
+# Of the others, experts were modules of their own before.
+KINDS = [
+    pytest.param(
+        kind, marks=() if kind == "gpt-oss" else upstream.needs("no parameters before", transformers="5")
+    )
+    for kind in MODELS
+]
+ANY = "mixtral" if upstream.versions.is_at_least("transformers", "5") else "gpt-oss"
+as_lora = upstream.needs(
+    "LoRA has A and B the other way round, and other names, before", peft="0.20", transformers="5"
+)
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def build(kind: str, experts: str = "eager") -> PreTrainedModel:
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
-    model.set_experts_implementation(experts)  # the grouped kernels know no float64
+    if upstream.versions.is_at_least("transformers", "5"):
+        model.set_experts_implementation(experts)  # the grouped kernels know no float64
     for p in model.parameters():  # transformers starts some at zero, and routers so that ties are near
         nn.init.normal_(p, std=0.3)
     return model
@@ -67,7 +80,8 @@ def run(model: nn.Module) -> Tensor:
     return model(tiny.tokens(), use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@as_lora
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mixer", ["identity", "kaiming"])
 def test_outputs_and_gradients_are_those_of_lora_with_the_mixers_folded(kind: str, mixer: str) -> None:
     laws.hold_to_lora(
@@ -75,13 +89,14 @@ def test_outputs_and_gradients_are_those_of_lora_with_the_mixers_folded(kind: st
     )
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@upstream.needs("there is one adapter of parameters before", peft="0.20")
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_live_as_a_linear_layer_does(kind: str, tmp_path: Path) -> None:
     settings = {"target_modules": ["q_proj"], "target_parameters": BOTH}
     laws.live_through(lambda: build(kind), run, tmp_path, **settings)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_trains_with_float32_factors(kind: str, dtype: torch.dtype, autocast: bool) -> None:
@@ -147,12 +162,14 @@ def test_each_expert_has_its_own_mixer_in_every_shape(
     assert torch.equal(layer(x), base["experts"].base_layer(x))
 
 
+@as_lora
 def test_a_matrix_that_is_no_modules_own_is_adapted_as_in_lora() -> None:
     settings = {"target_modules": [], "target_parameters": ["gate.weight"]}  # the router
-    laws.hold_to_lora(lambda: build("mixtral"), run, **settings)
-    laws.same_targets(lambda: build("mixtral"), **settings)
+    laws.hold_to_lora(lambda: build(ANY), run, **settings)
+    laws.same_targets(lambda: build(ANY), **settings)
 
 
+@as_lora
 def test_the_same_parameters_are_adapted_as_in_lora() -> None:
     for settings in (
         {"target_modules": ["q_proj"], "target_parameters": BOTH},
@@ -162,15 +179,16 @@ def test_the_same_parameters_are_adapted_as_in_lora() -> None:
         {"target_modules": ["q_proj", "w1", "w2", "w3"]},  # the names before transformers 5
         {"target_modules": r".*\.(v_proj|w2)"},
     ):
-        laws.same_targets(lambda: build("mixtral"), **settings)
+        laws.same_targets(lambda: build(ANY), **settings)
 
 
+@as_lora
 @pytest.mark.filterwarnings(
     "ignore:The following .*_pattern keys did not match:RuntimeWarning"
 )  # PEFT's, of both
 def test_ranks_and_alphas_of_parameters_follow_their_patterns_as_in_lora() -> None:
     laws.same_targets(
-        lambda: build("mixtral"),
+        lambda: build(ANY),
         target_modules=[],
         target_parameters=BOTH,
         rank_pattern={"experts.down_proj": 2},
@@ -178,20 +196,21 @@ def test_ranks_and_alphas_of_parameters_follow_their_patterns_as_in_lora() -> No
     )
 
 
+@upstream.needs("a second one is refused, whatever its parameters, before", peft="0.20")
 def test_adapters_of_other_parameters_are_refused() -> None:
-    model = laws.adapt(lambda: build("mixtral"), target_modules=[], target_parameters=BOTH)
+    model = laws.adapt(lambda: build(ANY), target_modules=[], target_parameters=BOTH)
     with pytest.raises(ValueError, match="must name the same ones"):
         model.add_adapter("other", MoSLoRAConfig(target_modules=[], target_parameters=BOTH[:1]))
 
 
 def test_dropout_on_a_parameter_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match="lora_dropout=0"):
-        laws.adapt(lambda: build("mixtral"), target_parameters=BOTH, lora_dropout=0.1)
+        laws.adapt(lambda: build(ANY), target_parameters=BOTH, lora_dropout=0.1)
 
 
 def test_a_quantised_parameter_is_refused_with_the_way_out() -> None:
     def quantised() -> nn.Module:
-        model = build("mixtral")
+        model = build(ANY)
         for layer in model.model.layers:
             experts = layer.mlp.experts
             experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
@@ -217,7 +236,7 @@ def test_a_computed_parameter_is_called_what_it_is(dtype: torch.dtype, match: st
     """A parametrization stands for a quantized parameter (bitsandbytes' experts) or for anything else."""
 
     def computed() -> nn.Module:
-        model = build("mixtral")
+        model = build(ANY)
         for layer in model.model.layers:
             experts = layer.mlp.experts
             experts.down_proj = nn.Parameter(experts.down_proj.to(dtype), requires_grad=False)
@@ -230,15 +249,16 @@ def test_a_computed_parameter_is_called_what_it_is(dtype: torch.dtype, match: st
 
 def test_a_vector_is_refused_with_its_shape() -> None:
     with pytest.raises(ValueError, match=r"\(16,\).*a matrix or a stack"):
-        laws.adapt(lambda: build("mixtral"), target_modules=[], target_parameters=["norm.weight"])
+        laws.adapt(lambda: build(ANY), target_modules=[], target_parameters=["norm.weight"])
 
 
+@as_lora
 @torch.no_grad()
 def test_an_adapted_matrix_is_exported_for_stock_peft(tmp_path: Path) -> None:
     """Its name is in target_parameters alone; without it PEFT would drop the tensors without a word."""
-    model = laws.adapt(lambda: build("mixtral"), target_modules=["q_proj"], target_parameters=["gate.weight"])
+    model = laws.adapt(lambda: build(ANY), target_modules=["q_proj"], target_parameters=["gate.weight"])
     model.save_pretrained(tmp_path / "native")
     export_adapter(tmp_path / "native", tmp_path / "lora")
-    plain = PeftModel.from_pretrained(build("mixtral"), tmp_path / "lora")
+    plain = PeftModel.from_pretrained(build(ANY), tmp_path / "lora")
     assert type(plain.peft_config["default"]) is LoraConfig
     assert relative_error(run(plain), run(model)) < MODEL

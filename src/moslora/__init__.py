@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from moslora import versions
+
 if TYPE_CHECKING:
     from moslora.adapter import Adapter
     from moslora.formats import read_adapter
@@ -54,9 +56,18 @@ _PLACES = {
 
 
 def _register() -> None:
-    from moslora.tuner.model import register
+    """Register the method with PEFT. A version that is not known may fail at it, but does not fail to be imported."""
+    try:
+        from moslora.tuner.model import register
 
-    register()
+        register()
+    except Exception as error:
+        if not versions.unknown():
+            raise
+        versions.warn_once(
+            f"moslora does not know {' and '.join(versions.unknown())}, and could not register with it "
+            f"({type(error).__name__}: {error}), so MoSLoRA adapters cannot be made or loaded."
+        )
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
@@ -91,6 +102,7 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
         return spec
 
 
+versions.check()
 if "peft" in sys.modules:
     _register()
 else:

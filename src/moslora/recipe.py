@@ -38,6 +38,8 @@ from pydantic import (
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import to_jsonable_python
 
+from moslora import versions
+
 __all__ = [
     "ADAPTER_DEFAULTS",
     "TRAINER_DEFAULTS",
@@ -479,7 +481,9 @@ def load_recipe(arguments: Sequence[str], base: Path | None = None) -> Recipe:
 
     Raises:
         RecipeError: If anything is wrong; all of it is named.
+        VersionError: If PEFT, transformers or TRL is older than the command's tasks are written for.
     """
+    versions.require_for_command()
     here = Path(base) if base is not None else Path.cwd()
     arguments = list(arguments)
     if not arguments:

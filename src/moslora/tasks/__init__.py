@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moslora import versions
+
 if TYPE_CHECKING:
     from moslora.tasks.task import Task
 
@@ -29,7 +31,9 @@ def find_task(kind: str) -> type[Task]:
 
     Raises:
         KeyError: If there is no such task.
+        VersionError: If PEFT, transformers or TRL is older than the tasks are written for.
     """
+    versions.require_for_command()
     module, _, name = TASKS[kind].partition(":")
     found: Any = getattr(importlib.import_module(module), name)
     return found  # type: ignore[no-any-return]

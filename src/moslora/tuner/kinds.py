@@ -5,10 +5,10 @@ A new kind is one entry of ``KINDS``, and a file of its own for the layer.
 
 from __future__ import annotations
 
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from moslora import compat
 from moslora.tuner.attention import MoSLoRAAttention
 from moslora.tuner.convolution import MoSLoRAConv
 from moslora.tuner.embedding import MoSLoRAEmbedding
@@ -43,5 +43,5 @@ def find_layer_class(base_layer: nn.Module) -> type[MoSLoRALayer] | None:
     for base_class, layer_class in KINDS.items():
         if isinstance(base_layer, base_class):
             return layer_class
-    backend = resolve_quantization_backend(base_layer)
+    backend = compat.resolve_quantization_backend(base_layer)
     return None if backend is None else QUANTIZED_KINDS.get(backend.layer_type)

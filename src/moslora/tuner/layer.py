@@ -14,12 +14,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moslora import functional, ops
+from moslora import compat, functional, ops
 from moslora.mixers import forked_generator
 from moslora.tuner import bias, dora, starts
 from moslora.tuner.config import MoSLoRAConfig
@@ -40,7 +39,7 @@ def _tell_once(reason: str) -> None:
         logger.info("MoSLoRA runs base product and update apart: %s.", reason)
 
 
-class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
+class MoSLoRALayer(compat.TunerLayer, nn.Module):  # type: ignore[misc]
     """What every adapted layer has: factors by adapter name, scales, and merging.
 
     A kind of layer adds how its factors are held (``_make_factors``), how ΔW lies in its base's weight
@@ -113,7 +112,7 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
             TypeError: If the sizes of the layer cannot be told.
         """
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
+        self.quantization_backend = compat.resolve_quantization_backend(
             self.get_base_layer(),
             get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass", _unknown_quantization),
         )
@@ -644,6 +643,8 @@ class MoSLoRALayer(BaseTunerLayer, nn.Module):  # type: ignore[misc]
         """
         check_mergeable(self.get_base_layer())
         backend = self.quantization_backend
+        if isinstance(backend, compat.ReadOnlyBackend):
+            raise ValueError(backend.why_not_merged(self.get_base_layer()))
         if backend is not None and not (backend.supports_merge and backend.layer_type == self.quantized_kind):
             raise ValueError(
                 f"Cannot merge into a {type(self.get_base_layer()).__name__}: PEFT's {backend.backend_name} "

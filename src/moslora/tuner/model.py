@@ -12,16 +12,13 @@ from typing import Any, cast
 
 import peft.mapping
 import torch
-from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs, hotswap
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, hotswap
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from peft.utils.transformers_weight_conversion import _convert_peft_config_moe
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from moslora import compat_diffusers
+from moslora import compat, compat_diffusers
 from moslora.adapter import exact_pattern
 from moslora.tuner import bias, dora, loftq, swapping
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
@@ -47,7 +44,7 @@ __all__ = ["MoSLoRAModel", "register"]
 PREFIX = "moslora_"
 
 
-class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
+class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
     """A model whose target modules carry MoSLoRA adapters (arXiv:2406.11909).
 
     It is made by ``peft.get_peft_model(model, MoSLoRAConfig(...))``; use that.
@@ -101,7 +98,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 f"{current_key} already carries an adapter of another method ({type(target).__name__}); a "
                 "second one inside it would see the first one's weights. Merge and unload that adapter first."
             )
-        kwargs = get_quantization_kwargs(self)
+        kwargs = compat.get_quantization_kwargs(self)
         layer_class = find_layer_class(target)
         if parameter_name is not None:
             layer_class, kwargs["parameter_name"] = ParamWrapper, parameter_name
@@ -136,8 +133,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         Transformers 5 holds the experts of some models as parameters. PEFT rewrites the names that older
         scripts use (Mixtral's ``w1``) for its LoRA alone; the rules are the same here.
         """
-        if get_checkpoint_conversion_mapping(model_config.get("model_type")) is not None:
-            _convert_peft_config_moe(peft_config, self.model)
+        compat.convert_targets(peft_config, self.model, model_config.get("model_type"))
         known = model_config.get("model_type") in self.target_module_mapping
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             return peft_config
@@ -197,9 +193,6 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
         restore_fast_paths(model)
         return model
 
-    # BaseTuner's takes every unloaded module to have a ``weight``, and an 8-bit one's adapter to be loaded already.
-    _replace_module = LoraModel._replace_module
-
     def _check_new_adapter_config(self, config: MoSLoRAConfig) -> None:
         """Refuse an adapter whose parameters would be nested otherwise than another's.
 
@@ -219,9 +212,6 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
                 f"the file tells its parameter by the nesting; found {targets}."
             )
 
-    # What is trained whole stays tied as in LoRA: the factors have no part in it.
-    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
-
     def _add_targets_to_tie(self, peft_config: MoSLoRAConfig, tied_weight_keys: list[str]) -> None:
         """Let the embedding be adapted, and the modules that share its weight have its factors.
 
@@ -236,7 +226,7 @@ class MoSLoRAModel(BaseTuner):  # type: ignore[misc]
             )
         # Where a former adapter is, PEFT names the layer inside; its LoRA leaves the second adapter untied (seen 0.21).
         names = [name.removesuffix(".base_layer") for name in tied_weight_keys]
-        LoraModel._add_targets_to_tie(self, peft_config, names)
+        super()._add_targets_to_tie(peft_config, names)
 
     def _tie(self, config: MoSLoRAConfig, adapter_name: str, key: str, layer: MoSLoRALayer) -> None:
         """Tie a layer's adapter to the embedding's, if the configuration has that.

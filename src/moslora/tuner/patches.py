@@ -1,7 +1,8 @@
 """What has to be changed in PEFT for adapters of this type; each with its reason, and when it can go.
 
 All pass every other type through untouched, and are made once, by ``register``. They are made where PEFT itself looks,
-so that scripts may import its functions before or after this package; what could not be is said.
+so that scripts may import its functions before or after this package; what could not be is said. What older versions
+lack is in ``compat``; where a newer one has moved a function, ``patch`` warns.
 """
 
 from __future__ import annotations
@@ -10,17 +11,11 @@ import functools
 import inspect
 from typing import Any
 
-import peft
-import peft.helpers as helpers
-import peft.tuners.lora.eva as theirs
-from peft.optimizers import lorafa
-from peft.tuners.lora import LoraLayer, arrow
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import hotswap, loftq_utils
-from peft.utils import transformers_weight_conversion as conversion
+import peft.utils
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin
 
+from moslora import compat, versions
 from moslora.tuner import dora, eva, loftq, swapping
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
@@ -42,7 +37,7 @@ def _swap_own(swap: Any) -> Any:
     ) -> Any:
         if not isinstance(config, MoSLoRAConfig):
             return swap(model, state_dict, adapter_name, config, *args, **kwargs)
-        name = BaseTuner._remove_adapter_name_from_key
+        name = compat.Tuner._remove_adapter_name_from_key
         return swapping.swap(
             model, {name(key, adapter_name): t for key, t in state_dict.items()}, adapter_name, config
         )
@@ -113,7 +108,7 @@ def _rename_magnitude_after(build: Any) -> Any:
         if not mapping:
             return mapping
         old, new = (rf"\.{name}\.weight$" for name in (dora.IN_OLD_FILES, dora.HELD))
-        return [conversion.WeightRenaming(old, new.replace("\\", "").removesuffix("$")), *mapping]
+        return [compat.conversion.WeightRenaming(old, new.replace("\\", "").removesuffix("$")), *mapping]
 
     return build_peft_weight_mapping
 
@@ -214,29 +209,70 @@ def _refuse_to_route(check: Any) -> Any:
     return check_loaded_lora_compatibility_arrow
 
 
-# Where each change is made: the module or class, and the name.
-CHANGES: tuple[tuple[Any, str, Any], ...] = (
-    (hotswap, "hotswap_adapter_from_state_dict", _swap_own),
-    (hotswap, "_pad_lora_weights", _widen_own),
-    (hotswap, "_convert_scalings_to_tensor", _find_own),
-    (conversion, "build_peft_weight_mapping", _rename_magnitude_after),
-    (PeftAdapterMixin, "load_adapter", _load_in_place),
-    (lorafa, "LoraFAOptimizer", _refuse_own),
-    (theirs, "_load_eva_state_dict", _put_components_of_eva),
-    (theirs, "_get_eva_state_dict", _choose_modules_for_eva),
-    *((place, "replace_lora_weights_loftq", _start_with_loftq) for place in (peft, peft.utils, loftq_utils)),
-    (arrow, "check_loaded_lora_compatibility_arrow", _refuse_to_route),
+HOTSWAP, EVA = "peft.utils.hotswap", "peft.tuners.lora.eva"
+# Where each change is made: the module or class, the name, and whether the supported version that is installed has it.
+CHANGES: tuple[tuple[str, str, Any, bool], ...] = (
+    (HOTSWAP, "hotswap_adapter_from_state_dict", _swap_own, True),
+    (HOTSWAP, "_pad_lora_weights", _widen_own, True),
+    (HOTSWAP, "_convert_scalings_to_tensor", _find_own, True),
+    (
+        "peft.utils.transformers_weight_conversion",
+        "build_peft_weight_mapping",
+        _rename_magnitude_after,
+        compat.HAS_CONVERSION,
+    ),
+    ("transformers.integrations.peft:PeftAdapterMixin", "load_adapter", _load_in_place, True),
+    ("peft.optimizers.lorafa", "LoraFAOptimizer", _refuse_own, True),
+    (EVA, "_load_eva_state_dict", _put_components_of_eva, True),
+    (EVA, "_get_eva_state_dict", _choose_modules_for_eva, True),
+    *(
+        (place, "replace_lora_weights_loftq", _start_with_loftq, True)
+        for place in ("peft", "peft.utils", "peft.utils.loftq_utils")
+    ),
+    ("peft.tuners.lora.arrow", "check_loaded_lora_compatibility_arrow", _refuse_to_route, True),
+)
+# What is changed in every module that has imported it by name, for older versions: scripts import these.
+CHANGES_EVERYWHERE: tuple[tuple[str, Any], ...] = (
+    ()
+    if compat.HAS_STATE_HOOKS
+    else (
+        ("get_peft_model_state_dict", compat.get_state_through_tuner),
+        ("set_peft_model_state_dict", compat.set_state_through_tuner),
+    )
 )
 
 
 def patch() -> None:
-    """Make the changes; again changes nothing."""
-    for place, name, change in CHANGES:
-        now = getattr(place, name, None)  # private ones may be gone in another version
-        if now is not None and not getattr(now, "is_by_moslora", False):
-            changed = change(now)
-            changed.is_by_moslora = True
-            setattr(place, name, changed)
+    """Make the changes; again changes nothing.
+
+    Warns:
+        UserWarning: If a function is not where the supported versions have it.
+    """
+    missing = []
+    for where, name, change, is_there in CHANGES:
+        place = compat.find(where)
+        now = getattr(place, name, None)
+        if now is None:
+            missing += [f"{where}.{name}".replace(":", ".")] if is_there else []
+        elif not getattr(now, "is_by_moslora", False):
+            setattr(place, name, _marked(change(now)))
+    for name, change in CHANGES_EVERYWHERE:
+        now = getattr(peft.utils, name)
+        if not getattr(now, "is_by_moslora", False):
+            changed = _marked(change(now))
+            for holder in compat.holders_of(now, name):
+                setattr(holder, name, changed)
     # ``rescale_adapter_scale`` asks what is a LoraLayer, whose scales these layers have, too.
-    if helpers.LoraLayer is LoraLayer:
+    helpers = compat.find("peft.helpers")
+    if getattr(helpers, "LoraLayer", None) is LoraLayer:
         helpers.LoraLayer = (LoraLayer, MoSLoRALayer)
+    if missing:
+        versions.warn_once(
+            f"moslora changes {', '.join(missing)} so that adapters of its type are known there, and does not find "
+            f"that in peft {versions.installed('peft')} with transformers {versions.installed('transformers')}."
+        )
+
+
+def _marked(changed: Any) -> Any:
+    changed.is_by_moslora = True
+    return changed

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
+from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 from torch import Tensor
 
+from moslora import compat
 from moslora.adapter import Factors
 from moslora.functional import concatenate, delta_weight
 from moslora.ranks import nearest
@@ -173,7 +174,7 @@ def _choose_entries(parts: Sequence[Part], combination: Combination, how: How) -
         dtype = torch.promote_types(torch.promote_types(A.dtype, M.dtype), torch.float32)
         delta = delta_weight(A.to(dtype), M.to(dtype), B.to(dtype), scale)
         if density < 1:
-            delta = prune(delta, density, combination.pruning, rescale=combination.pruning == "random")
+            delta = compat.prune(delta, density, combination.pruning, rescale=combination.pruning == "random")
         deltas.append(delta)
     stacked = torch.stack(deltas)
     weights = torch.tensor([part[0] for part in parts], dtype=stacked.dtype, device=stacked.device)
