@@ -27,6 +27,7 @@ from moslora.merge import merge
 from moslora.tuner import dora
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, SNR_DB, relative_error, snr_db
+from upstream import WHOLE
 
 DORA = {"use_dora": True, "lora_alpha": 6}
 # What PEFT's LoRA says of every such layer.
@@ -246,7 +247,7 @@ def test_a_low_precision_base_starts_exactly_and_trains_in_float32() -> None:
 def test_checkpointing_compiling_and_groups_know_the_magnitude() -> None:
     model = laws.adapt(tiny.llama, target_modules=["q_proj"], **DORA)
     move_magnitudes(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=WHOLE, backend="aot_eager")
     with torch.no_grad():
         found = compiled(tiny.tokens(), use_cache=False).logits
         assert relative_error(found, read(model)) < MODEL

@@ -20,6 +20,7 @@ import upstream
 from moslora import MoSLoRAConfig, param_groups
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
+from upstream import WHOLE
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -341,7 +342,7 @@ def test_ranks_are_raised_before_compiling_so_that_higher_ones_can_be_swapped_in
         return graph.forward
 
     torch._dynamo.reset()
-    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
+    compiled: Any = torch.compile(model, fullgraph=WHOLE, backend=backend)
     for name in ("high", "low", "high"):
         compiled(ids, use_cache=False)
         hotswap_adapter(compiled, tmp_path / name, adapter_name="default")

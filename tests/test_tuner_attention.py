@@ -15,6 +15,7 @@ from moslora.adapter import AdapterError
 from moslora.export import export_adapter
 from moslora.mixers import MIXERS
 from tolerances import MODEL, RELATIVE, relative_error
+from upstream import WHOLE
 
 # What PEFT's LoRA does otherwise is said at every start, and tested once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be exported:UserWarning")
@@ -165,7 +166,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 def test_it_compiles_whole() -> None:
     model = laws.adapt(lambda: Attend().eval(), target_modules=["attention"])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=WHOLE, backend="aot_eager")
     assert relative_error(run(compiled), run(model)) < MODEL
 
 
