@@ -7,12 +7,24 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
+import moslora.proofs
+import warm
 from upstream import LEFT_OUT, TESTS, lacking, needs, skip_if_refused_by_transformers
 
 settings.register_profile(
     "moslora", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("moslora")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def proofs_start_warm() -> Generator[None]:
+    warmed = warm.Warm()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moslora.proofs, "subprocess", warmed)
+        yield
+    warmed.end()
+
 
 collect_ignore = [name for name, (_, least) in LEFT_OUT.items() if lacking(least)]
 

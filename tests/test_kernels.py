@@ -124,9 +124,13 @@ def test_dropout_equals_the_oracle_with_the_same_mask(seed, T, n_in, n_out, r, d
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("T", "n_in", "n_out", "r"), [(300, 24, 16, 3), (3, 300, 290, 33), (33, 20, 18, 256)]
+    ("T", "n_in", "n_out", "r", "dtype"),
+    [
+        *((*sizes, torch.float32) for sizes in ((300, 24, 16, 3), (3, 300, 290, 33), (33, 20, 18, 256))),
+        (300, 24, 16, 3, torch.bfloat16),
+        (33, 20, 18, 256, torch.float16),
+    ],
 )
 def test_sums_split_over_programs_equal_the_oracle(dtype, T, n_in, n_out, r) -> None:  # type: ignore[no-untyped-def]
     inputs = draw(1, T, n_in, n_out, r, dtype)

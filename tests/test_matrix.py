@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from peft import PeftModel
 
 import matrix
+
+
+@pytest.fixture(autouse=True)
+def without_model_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT compiles a template for each, which takes as long as the rest of saving."""
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
 
 
 @pytest.mark.parametrize(("kind", "feature"), matrix.CELLS)

@@ -121,7 +121,7 @@ def test_two_processes_leave_one_run_measured_kept_and_proven_once(together: Pat
     assert sorted(path.suffix for path in (together.parent / "class").iterdir()) == [".json", ".png", ".png"]
 
 
-@pytest.mark.parametrize("settings", [pictures, texts])
+@pytest.mark.parametrize("settings", [pictures, pytest.param(texts, marks=pytest.mark.trial)])
 def test_two_processes_train_as_one_that_takes_twice_as_many_batches_to_a_step(
     settings: object, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
