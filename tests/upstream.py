@@ -54,6 +54,14 @@ TESTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         ("test_living_with_others", name, "PEFT's forward is not one graph before", {"torch": "2.11"})
         for name in ("compiles_nothing_anew", "compiles_once_for_each", "a_compiled_model_trains")
     ),
+    *(
+        (test, case, "torch's own sharding does not run on CPUs before, with LoRA neither", {"torch": "2.11"})
+        for test, case in (
+            ("test_several_processes", "FSDP"),
+            ("test_distributed.py", ""),
+            ("test_fsdp1.py", ""),
+        )
+    ),
     ("test_ecosystem", "TRL KTO", "it is in trl.experimental before", {"trl": "1.16"}),
     ("test_ecosystem", "diffusers", "diffusers is not installed with the oldest", {"transformers": "5"}),
     ("test_ecosystem", "SDXL", "diffusers is not installed with the oldest", {"transformers": "5"}),
