@@ -134,6 +134,25 @@ def test_an_unknown_version_that_cannot_be_registered_with_is_a_warning_and_a_kn
         moslora._register()
 
 
+def test_a_failure_to_register_is_said_beside_the_version_that_is_not_known() -> None:
+    script = """
+import importlib.metadata as m, warnings
+real = m.version
+m.version = lambda name: "0.99" if name == "peft" else real(name)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import peft, peft.tuners.tuners_utils as utils
+    del utils.check_adapters_to_merge
+    import moslora
+print(*(str(w.message) for w in said if "moslora" in str(w.message)), sep="\\n")
+print("MOSLORA" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    unknown, failed, is_known = done.stdout.splitlines()
+    assert "Most things may work" in unknown and is_known == "False"
+    assert "could not register" in failed and "cannot be made or loaded. Install what" in failed
+
+
 def test_a_function_that_is_not_where_it_was_is_a_warning(
     versions_are: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,8 @@ def _register() -> None:
             raise
         versions.warn_once(
             f"moslora does not know {' and '.join(versions.unknown())}, and could not register with it "
-            f"({type(error).__name__}: {error}), so MoSLoRA adapters cannot be made or loaded."
+            f"({type(error).__name__}: {error}), so MoSLoRA adapters cannot be made or loaded.",
+            "Install",
         )
 
 

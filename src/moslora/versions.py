@@ -79,21 +79,21 @@ def unknown() -> list[str]:
     return found
 
 
-def warn_once(reason: str) -> None:
-    """Warn that what is installed may not fit; a second time in a process nothing is said.
+def warn_once(reason: str, outlook: str = "Most things may work. If something does not, install") -> None:
+    """Warn that what is installed may not fit; of one reason once in a process.
 
     Args:
         reason: What was found, a sentence.
+        outlook: What follows for the user, as the beginning of the sentence that names what to install.
     """
-    if _told:
+    if reason in _told:
         return
     _told.append(reason)
     ranges = " ".join(
         f"'{package}>={first},<{beyond}'" for package, (first, beyond) in KNOWN.items() if installed(package)
     )
     warnings.warn(
-        f"{reason} Most things may work. If something does not, install what this version of moslora is tested with: "
-        f"pip install {ranges}, or a newer moslora.",
+        f"{reason} {outlook} what this version of moslora is tested with: pip install {ranges}, or a newer moslora.",
         stacklevel=3,
     )
 
