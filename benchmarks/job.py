@@ -41,8 +41,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     from moslora import MoSLoRAConfig
     from moslora.display import Display
-    from moslora.recipe import build_trainer_config, load_recipe
-    from moslora.tasks.text import TextTask
+    from moslora.recipe.schema import build_trainer_config, load_recipe
+    from moslora.tasks.text.task import TextTask
 
     arguments = [
         f"model={options.model}",
@@ -158,7 +158,7 @@ def main() -> None:
     if options.quick:
         options.steps, options.rows, options.rounds = 2, 2, 1
     if options.device is None:
-        from moslora.models import default_device
+        from moslora.models.loading import default_device
 
         options.device = default_device()
     if options.contender is not None:

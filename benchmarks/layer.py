@@ -21,8 +21,9 @@ import torch
 from measure import SEED, header, interleave, over, place, saved_bytes, write
 from peft import LoraConfig, get_peft_model
 
-from moslora import MoSLoRAConfig, kernels, ops
-from moslora.models import default_device
+from moslora import MoSLoRAConfig
+from moslora.core import kernels, ops
+from moslora.models.loading import default_device
 
 FLOOR = "frozen linear"
 # Small layers are timed more often: up to ten times, until a round is so many floating-point operations.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moslora.rundir import collect_hardware, collect_versions, write_whole
+from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0

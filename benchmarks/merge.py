@@ -43,7 +43,7 @@ def prepare(folder: Path, gigabytes: float, rank: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from moslora import MoSLoRAConfig
-    from moslora.export import export_adapter
+    from moslora.adapters.export import export_adapter
 
     per_layer = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
     layers = max(1, round((gigabytes * 1e9 - 4 * WIDTH * VOCABULARY) / per_layer))
@@ -111,7 +111,7 @@ def main() -> None:
             "cp": ["cp", "-r", base, str(out)],
             "moslora merge": [*python, "-m", "moslora.cli", "merge", base, str(folder / "native"), str(out)],
             "PEFT merge_and_unload": [*python, "-c", WITH_PEFT, base, str(folder / "lora"), str(out)],
-            "imports of moslora merge": [*python, "-c", "import torch, peft, moslora.merge"],
+            "imports of moslora merge": [*python, "-c", "import torch, peft, moslora.adapters.merge"],
         }
         rounds: dict[str, list[tuple[float, float]]] = {contender: [] for contender in contenders}
         order = random.Random(SEED)
@@ -122,7 +122,7 @@ def main() -> None:
                 if number:
                     rounds[contender].append(measured)
                 print(f"round {number} {contender}: {measured[0]:.2f} s, {measured[1]:.0f} MB", flush=True)
-    from moslora.rundir import collect_hardware, collect_versions, write_whole
+    from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
 
     floor = statistics.median(seconds for seconds, _ in rounds["cp"])
     results = {

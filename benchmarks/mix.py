@@ -95,7 +95,7 @@ def settings(folder: Path, name: str, data: str, steps: int, rate: float, seed: 
 def trained(folder: Path, name: str, arguments: list[str]) -> dict[str, Any]:
     """Train, or read what an earlier call has trained."""
     from moslora.display import Display
-    from moslora.train import train
+    from moslora.training.run import train
 
     record = folder / name / "run.json"
     if not (record.exists() and json.loads(record.read_text(encoding="utf-8"))["status"] == "completed"):
@@ -115,8 +115,8 @@ def measured(folder: Path, name: str, adapter: Path | None, heldout: Path) -> di
     from peft import PeftModel
 
     from moslora.display import Display
-    from moslora.recipe import load_recipe
-    from moslora.tasks.text import TextTask
+    from moslora.recipe.schema import load_recipe
+    from moslora.tasks.text.task import TextTask
 
     arguments = [
         *("model=smollm2-135m-instruct", "model.dtype=float32", f"data={folder / 'few.jsonl'}"),
@@ -141,7 +141,7 @@ def one_seed(root: Path, seed: int, examples: int, steps: int, starts: list[str]
     """Train and measure everything of one seed."""
     import torch
 
-    from moslora.combine import combine
+    from moslora.adapters.combine import combine
 
     folder = root / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,8 +208,8 @@ def main() -> None:
     for seed in seeds:
         print(f"seed {seed}", flush=True)
         runs[seed] = one_seed(wanted.folder, seed, wanted.examples, wanted.steps, wanted.starts.split(","))
-    from moslora.answers import wilson_interval
-    from moslora.rundir import collect_hardware, collect_versions, write_whole
+    from moslora.metrics.answers import wilson_interval
+    from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
 
     names = list(runs[seeds[0]]["results"])
     mixed = f"mix from {wanted.starts.split(',')[0]}"

@@ -26,7 +26,7 @@ from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from moslora import MoSLoRAConfig
-from moslora.models import materialise, resolve_model
+from moslora.models.loading import materialise, resolve_model
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "home" / "train.jsonl"
 FACTOR = re.compile(r"lora_(A|M|B|magnitude)")

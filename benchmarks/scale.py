@@ -24,8 +24,9 @@ import torch
 from measure import SEED, header, interleave, over, place, write
 from peft import LoraConfig, get_peft_model
 
-from moslora import MoSLoRAConfig, ops
-from moslora.models import default_device
+from moslora import MoSLoRAConfig
+from moslora.core import ops
+from moslora.models.loading import default_device
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 FLOOR, PEFT, OURS, MIXER = "frozen base", "PEFT LoRA", "MoSLoRA", "mixer alone"

@@ -17,8 +17,9 @@ import torch
 from measure import SEED, header, interleave, over, place, saved_bytes, write
 from peft import LoraConfig, get_peft_model
 
-from moslora import MoSLoRAConfig, ops
-from moslora.models import default_device, load_model, materialise, resolve_model
+from moslora import MoSLoRAConfig
+from moslora.core import ops
+from moslora.models.loading import default_device, load_model, materialise, resolve_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -162,7 +162,7 @@ def measure(
 def trained(folder: Path, world: dict[str, Path], name: str, arguments: list[str], steps: int) -> Path:
     """Train with the command's own code, or find what an earlier call has trained; returns the LoRA file."""
     from moslora.display import Display
-    from moslora.train import train
+    from moslora.training.run import train
 
     record = folder / name / "run.json"
     if not (record.exists() and json.loads(record.read_text(encoding="utf-8"))["status"] == "completed"):
@@ -234,7 +234,7 @@ def compared(
     import transformers
     from diffusers import DiffusionPipeline
 
-    from moslora.intervals import holm, mean_interval, paired_difference
+    from moslora.metrics.intervals import holm, mean_interval, paired_difference
 
     warnings.filterwarnings("ignore", message=".*(fast image processor|torchvision|__array__).*")
     for library in (diffusers, transformers):

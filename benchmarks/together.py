@@ -20,12 +20,12 @@ import torch
 from measure import header, interleave, over, place, write
 from transformers import PrinterCallback, TrainerCallback
 
+from moslora.comparison.methods import METHODS
+from moslora.comparison.together import Surroundings, share, train_together
 from moslora.display import Display
-from moslora.methods import METHODS
-from moslora.models import default_device
-from moslora.recipe import load_recipe
-from moslora.tasks.text import TextTask
-from moslora.together import Surroundings, share, train_together
+from moslora.models.loading import default_device
+from moslora.recipe.schema import load_recipe
+from moslora.tasks.text.task import TextTask
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 HOME = Path(__file__).parents[1] / "recipes" / "home" / "train.jsonl"

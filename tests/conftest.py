@@ -7,7 +7,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
-import moslora.proofs
+import moslora.training.reload_proof.proof
 import warm
 from upstream import LEFT_OUT, TESTS, lacking, needs, skip_if_refused_by_transformers
 
@@ -21,7 +21,7 @@ settings.load_profile("moslora")
 def proofs_start_warm() -> Generator[None]:
     warmed = warm.Warm()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moslora.proofs, "subprocess", warmed)
+        patch.setattr(moslora.training.reload_proof.proof, "subprocess", warmed)
         yield
     warmed.end()
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import test_tuner_experts
 import tiny
 import tiny_pipelines
-from moslora import compat
+from moslora.compat import peft as compat
 from test_tuner_quantized import Packed, PackedBackend
 
 ROWS = 3

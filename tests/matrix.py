@@ -45,7 +45,7 @@ import laws
 import tiny
 from kinds import ALL, KINDS, ROWS, Kind
 from moslora import MoSLoRAConfig, replace_lora_weights_loftq
-from moslora.export import export_adapter
+from moslora.adapters.export import export_adapter
 from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS
 from moslora.tuner.weighted import REFUSED_IN_SUMS

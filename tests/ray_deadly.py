@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moslora.methods import METHODS
+from moslora.comparison.methods import METHODS
 
 
 def die_of_seed_one(model: Any) -> None:

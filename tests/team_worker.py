@@ -12,14 +12,14 @@ import sys
 import time
 from typing import Any
 
-import moslora.train
+import moslora.training.run
 from moslora.display import Display
-from moslora.train import Stopped, train
+from moslora.training.run import Stopped, train
 
 
 def main() -> None:
     rank, step, *arguments = sys.argv[1:]
-    honest = moslora.train._recorder
+    honest = moslora.training.run._recorder
 
     def recorder(run: Any, log: Any) -> Any:
         found = honest(run, log)
@@ -34,7 +34,7 @@ def main() -> None:
         found.on_step_end = on_step_end
         return found
 
-    moslora.train._recorder = recorder
+    moslora.training.run._recorder = recorder
     try:
         train(arguments, Display())
     except Stopped as stopped:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.answers import METRICS, json_equal, text_equal, wilson_interval
+from moslora.metrics.answers import METRICS, json_equal, text_equal, wilson_interval
 
 VALUES = st.recursive(
     st.none()

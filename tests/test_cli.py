@@ -72,17 +72,17 @@ def test_a_stopped_export_leaves_nothing_and_says_so_by_its_exit_code(
     tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     program = (
-        "import os, signal, sys, moslora.cli, moslora.export\n"
+        "import os, signal, sys, moslora.cli, moslora.adapters.export\n"
         "from pathlib import Path\n"
         # A job in the background of a shell ignores SIGINT, and so do those it starts, the tests among them.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from moslora.formats.directory import staged\n"
+        "from moslora.adapters.formats.directory import staged\n"
         "def work(source, out, *_, **__):\n"
         "    with staged(Path(out)) as place:\n"
         "        (place / 'half').write_text('half')\n"
         "        os.kill(os.getpid(), int(sys.argv.pop()))\n"
         "        while True: pass\n"
-        "moslora.export.export_adapter = work\n"
+        "moslora.adapters.export.export_adapter = work\n"
         "number = sys.argv[-1]\n"
         "sys.argv[1:-1] = ['export', 'adapter', sys.argv[1]]\n"
         "app = moslora.cli.app\n"

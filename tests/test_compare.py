@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-import moslora.compare
-import moslora.methods
+import moslora.comparison.compare
+import moslora.comparison.methods
 import tiny
-from moslora.cells import Bench, in_groups, prepare_task
-from moslora.compare import compare
+from moslora.comparison.cells import Bench, in_groups, prepare_task
+from moslora.comparison.compare import compare
+from moslora.comparison.methods import METHODS, find_method
+from moslora.comparison.verdict import Verdict
 from moslora.display import Display
-from moslora.methods import METHODS, find_method
-from moslora.train import Stopped
-from moslora.verdict import Verdict
+from moslora.training.run import Stopped
 from tolerances import MODEL
 
 pytestmark = pytest.mark.filterwarnings(
@@ -144,7 +144,7 @@ def test_a_stopped_comparison_goes_on_and_runs_no_cell_twice(world, tmp_path, mo
 def test_crashed_and_diverged_cells_are_shown_and_the_base_is_whole_after_them(
     world, tmp_path, monkeypatch, together
 ):
-    original = moslora.methods.Method.configure
+    original = moslora.comparison.methods.Method.configure
 
     def configure(self: Any, adapter: Any) -> Any:
         config = original(self, adapter)
@@ -153,7 +153,7 @@ def test_crashed_and_diverged_cells_are_shown_and_the_base_is_whole_after_them(
         return config
 
     armed: list[int] = []
-    monkeypatch.setattr(moslora.methods.Method, "configure", configure)
+    monkeypatch.setattr(moslora.comparison.methods.Method, "configure", configure)
 
     def poison(model: Any) -> None:
         armed.append(1)
@@ -266,7 +266,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(world, tm
 
 
 def test_no_example_serves_two_purposes(world, tmp_path):
-    plan = moslora.compare._plan(
+    plan = moslora.comparison.compare._plan(
         arguments(world), ["lora", "moslora"], 2, [1e-3], None, None, 8, 4, tmp_path / "c"
     )
     task = prepare_task(plan, Display(quiet=True), lambda: None)
@@ -314,8 +314,8 @@ def test_cells_trained_together_give_the_numbers_of_cells_alone(finished, world,
 
 def test_cells_that_cannot_share_a_base_run_alone_and_it_is_said(finished, world, tmp_path, monkeypatch):
     folder, _ = finished
-    monkeypatch.setattr("moslora.together.KNOWN_INPUTS", {"input_ids"})
-    monkeypatch.setattr("moslora.together.BOUNDARIES", set())
+    monkeypatch.setattr("moslora.comparison.together.KNOWN_INPUTS", {"input_ids"})
+    monkeypatch.setattr("moslora.comparison.together.BOUNDARIES", set())
     stream = io.StringIO()
     compare(
         arguments(world), Display(stream), seeds=2, rates=[1e-2], validation=4, out=tmp_path / "c", together=2
@@ -327,7 +327,7 @@ def test_cells_that_cannot_share_a_base_run_alone_and_it_is_said(finished, world
 
 
 def test_groups_are_of_one_method_alike_in_size_and_without_cells_in_which_a_process_died(world, tmp_path):
-    plan = moslora.compare._plan(
+    plan = moslora.comparison.compare._plan(
         arguments(world), ["lora", "full", "moslora"], 5, [1e-3], None, None, 8, 4, tmp_path / "c"
     )
     (tmp_path / "c" / "cells").mkdir(parents=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import laws
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.export import export_adapter
-from moslora.formats import read_adapter
-from moslora.mixers import draw_mixer
+from moslora.adapters.export import export_adapter
+from moslora.adapters.formats import read_adapter
+from moslora.core.mixers import draw_mixer
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
 from upstream import WHOLE

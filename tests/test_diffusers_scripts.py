@@ -44,13 +44,14 @@ from typer.testing import CliRunner
 
 import moslora
 import tiny_pipelines
-from moslora import MoSLoRAConfig, compat_diffusers
-from moslora.adapter import AdapterError, compare
+from moslora import MoSLoRAConfig
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.adapters.factors import AdapterError, compare
+from moslora.adapters.formats import diffusers as diffusers_files
+from moslora.adapters.formats import kohya, read_adapter
+from moslora.adapters.formats.pipeline_checkpoint import FOLDER
 from moslora.cli import app
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.formats import diffusers as diffusers_files
-from moslora.formats import kohya, read_adapter
-from moslora.formats.pipeline_checkpoint import FOLDER
+from moslora.compat import diffusers as compat_diffusers
 from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapter import Adapter, AdapterError, Factors
+from moslora.adapters.doctor import ENGINES, LEVELS, diagnose
+from moslora.adapters.export import ENGINE_FORMATS, export_adapter, format_for
+from moslora.adapters.factors import Adapter, AdapterError, Factors
 from moslora.cli import app
-from moslora.doctor import ENGINES, LEVELS, diagnose
-from moslora.export import ENGINE_FORMATS, export_adapter, format_for
-from moslora.models import fingerprint, resolve_model
+from moslora.models.loading import fingerprint, resolve_model
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -70,7 +70,7 @@ def test_llama_cpp_is_tried_with_a_real_file(tmp_path: Path) -> None:
 
 
 def test_every_engine_loads_a_format_that_is_written() -> None:
-    from moslora.formats import WRITTEN
+    from moslora.adapters.formats import WRITTEN
 
     assert ENGINES.keys() == ENGINE_FORMATS.keys()
     unet = Adapter(

@@ -16,14 +16,14 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 import laws
 import tiny
 from moslora import MoSLoRAConfig, param_groups
-from moslora.adapter import AdapterError
-from moslora.combine import combine
-from moslora.doctor import diagnose
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.formats import read_adapter
-from moslora.formats.directory import CONFIG, WEIGHTS
-from moslora.inspect import inspect_adapter
-from moslora.merge import merge
+from moslora.adapters.combine import combine
+from moslora.adapters.doctor import diagnose
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.adapters.factors import AdapterError
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.inspection import inspect_adapter
+from moslora.adapters.merge import merge
 from moslora.tuner import dora
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, SNR_DB, relative_error, snr_db

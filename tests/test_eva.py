@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import laws
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.recipe import RecipeError, load_recipe
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.recipe.schema import RecipeError, load_recipe
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
 

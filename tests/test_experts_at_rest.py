@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 import laws
 from moslora import MoSLoRAConfig
-from moslora.adapter import Adapter, AdapterError, Factors, compare
-from moslora.combine import combine
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.formats import experts, read_adapter
-from moslora.merge import merge
-from moslora.models import ModelError
+from moslora.adapters.combine import combine
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.adapters.factors import Adapter, AdapterError, Factors, compare
+from moslora.adapters.formats import experts, read_adapter
+from moslora.adapters.merge import merge
+from moslora.models.loading import ModelError
 from test_tuner_experts import BOTH, MODELS, build, run
 from tolerances import MODEL, relative_error
 
@@ -127,7 +127,7 @@ def test_parameters_of_different_ranks_that_a_file_cannot_tell_are_refused(tmp_p
 def test_experts_whose_parameters_are_not_named_are_not_written(tmp_path: Path) -> None:
     saved(tmp_path / "native")
     adapter = read_adapter(tmp_path / "native")
-    from moslora.formats import FORMATS
+    from moslora.adapters.formats import FORMATS
 
     lost = Adapter(adapter.modules, {k: v for k, v in adapter.config.items() if k != "target_parameters"})
     for to in ("lora", "native"):

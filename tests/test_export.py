@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import moslora.export
+import moslora.adapters.export
 import tiny
-from moslora.adapter import Adapter, AdapterError, Factors, compare
-from moslora.export import FOLD_TOLERANCE, ProofError, export_adapter
-from moslora.formats import FORMATS, detect, lora, native, read_adapter
+from moslora.adapters.export import FOLD_TOLERANCE, ProofError, export_adapter
+from moslora.adapters.factors import Adapter, AdapterError, Factors, compare
+from moslora.adapters.formats import FORMATS, detect, lora, native, read_adapter
 from test_tuner import adapted, config, train
 from tolerances import MODEL, RELATIVE, relative_error
 
@@ -210,9 +210,9 @@ def test_a_failed_proof_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch:
 def test_a_nan_in_the_proof_is_a_failure(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nan = moslora.export.compare
+    nan = moslora.adapters.export.compare
     monkeypatch.setattr(
-        moslora.export, "compare", lambda a, b: type(nan(a, b))(float("nan"), "layers.0.q", 1)
+        moslora.adapters.export, "compare", lambda a, b: type(nan(a, b))(float("nan"), "layers.0.q", 1)
     )
     with pytest.raises(ProofError):
         export_adapter(saved, tmp_path / "lora")
@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moslora.formats.directory.save_file", full)
+    monkeypatch.setattr("moslora.adapters.formats.directory.save_file", full)
     with pytest.raises(OSError, match="No space"):
         export_adapter(saved, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]

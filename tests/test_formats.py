@@ -17,11 +17,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from moslora import MoSLoRAConfig
-from moslora.adapter import Adapter, AdapterError, Factors, Form, compare
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.adapters.factors import Adapter, AdapterError, Factors, Form, compare
+from moslora.adapters.formats import FORMATS, WRITTEN, detect, native, read_adapter
+from moslora.adapters.formats.directory import CONFIG, WEIGHTS, as_matrices, as_stored
 from moslora.cli import app
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.formats import FORMATS, WRITTEN, detect, native, read_adapter
-from moslora.formats.directory import CONFIG, WEIGHTS, as_matrices, as_stored
 from tolerances import MODEL, relative_error
 
 

@@ -13,7 +13,7 @@ from peft import get_peft_model
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.export import export_adapter
+from moslora.adapters.export import export_adapter
 
 # Runs commands under a limit on the size of every file that they write, which fails as a full disk does, in an OSError.
 # A process of its own, so that the limit meets nothing else.
@@ -21,7 +21,8 @@ LIMITED = """
 import json, resource, signal, sys
 from typer.testing import CliRunner
 import torch, peft, transformers, gguf
-import moslora.export, moslora.merge, moslora.combine, moslora.inspect, moslora.train
+import moslora.adapters.export, moslora.adapters.merge, moslora.adapters.combine, moslora.adapters.inspection
+import moslora.training.run
 from moslora.cli import app
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

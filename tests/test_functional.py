@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora import functional
+from moslora.core import functional
 from tolerances import RELATIVE, relative_error
 
 SIZES = st.integers(1, 9)

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapter import AdapterError
-from moslora.combine import combine
-from moslora.doctor import diagnose
-from moslora.export import ProofError, export_adapter
-from moslora.inspect import inspect_adapter
-from moslora.merge import merge
-from moslora.models import ModelError
+from moslora.adapters.combine import combine
+from moslora.adapters.doctor import diagnose
+from moslora.adapters.export import ProofError, export_adapter
+from moslora.adapters.factors import AdapterError
+from moslora.adapters.inspection import inspect_adapter
+from moslora.adapters.merge import merge
+from moslora.models.loading import ModelError
 
 COUNT = int(os.environ.get("MOSLORA_FUZZ", "240"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moslora.adapter import Adapter, Factors, Form
-from moslora.formats import FORMATS, WRITTEN, detect, read_adapter
-from moslora.formats.pipeline import join
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import FORMATS, WRITTEN, detect, read_adapter
+from moslora.adapters.formats.pipeline import join
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = {

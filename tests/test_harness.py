@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.choices import score_choices
+from moslora.adapters.export import ProofError
 from moslora.display import Display
-from moslora.evaluate import evaluate, show
-from moslora.export import ProofError
+from moslora.evaluation.evaluate import evaluate, show
+from moslora.metrics.choices import score_choices
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and of what it brings
@@ -93,7 +93,7 @@ def test_a_task_of_the_harness_gives_what_its_definition_gives_with_the_adapter_
 
 
 def test_a_harness_that_ignores_the_adapter_fails(world, monkeypatch):
-    from moslora.harness import Harness
+    from moslora.evaluation.lm_eval import Harness
 
     original = Harness.run
 

@@ -15,16 +15,16 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
-import moslora.proofs
-import moslora.train
+import moslora.training.reload_proof.proof
+import moslora.training.run
 import tiny_pipelines
-from moslora.denoising import Flow, Noising, Shot, seed_of
 from moslora.display import Display
-from moslora.recipe import RecipeError, load_recipe, resolve_trainer_arguments
-from moslora.rundir import RunDirectory
-from moslora.tasks.image import ImageTask
-from moslora.tasks.pictures import Crop, cut, fill, plan_crops, read_folder
-from moslora.train import Stopped, check, resume, train
+from moslora.recipe.schema import RecipeError, load_recipe, resolve_trainer_arguments
+from moslora.tasks.image.denoising import Flow, Noising, Shot, seed_of
+from moslora.tasks.image.folders import Crop, cut, fill, plan_crops, read_folder
+from moslora.tasks.image.task import ImageTask
+from moslora.training.run import Stopped, check, resume, train
+from moslora.training.run_directory import RunDirectory
 from tolerances import MODEL, relative_error
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -148,8 +148,8 @@ def test_the_other_families_learn_and_ship_what_they_learned(
     base: str, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The fresh process costs seconds; here a fresh pipeline stands for it.
-    monkeypatch.setattr(moslora.train, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.train, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
     getattr(tiny_pipelines, base)().save_pretrained(tmp_path / base)
     scopes = {"scopes.text_encoders": "adapter", "task.prompts": "[a cat]"}
     run = train(arguments(tmp_path, tmp_path, base, data=world / "pictures", **scopes), quiet())
@@ -190,8 +190,8 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is proven after training has tests of its own.
-    monkeypatch.setattr(moslora.train, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.train, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
     changes = {
         "trainer.max_steps": 5,
         "trainer.gradient_accumulation_steps": 2,
@@ -201,7 +201,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     }
     whole = train(arguments(world, tmp_path / "whole", **changes), quiet())
     with monkeypatch.context() as patch:
-        patch.setattr(moslora.train, "_recorder", stopping_at(2, moslora.train._recorder))
+        patch.setattr(moslora.training.run, "_recorder", stopping_at(2, moslora.training.run._recorder))
         with pytest.raises(Stopped):
             train(arguments(world, tmp_path / "parts", **changes), quiet())
     parts = RunDirectory.open(tmp_path / "parts" / "run")
@@ -234,8 +234,8 @@ def drawing(monkeypatch: pytest.MonkeyPatch, also: Any = lambda run: None) -> li
 def test_pictures_on_the_way_leave_training_as_it_is_and_none_is_made_twice(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moslora.train, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.train, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
     changes = {"trainer.max_steps": 5, "adapter.lora_dropout": 0.2, "trainer.learning_rate": 0.05}
     shown = {**changes, "task.prompts": "['a {} {} on ice', 'a red {} {}']", "task.pictures_every": 2}
     plain = train(arguments(world, tmp_path / "plain", **changes), quiet())
@@ -635,9 +635,9 @@ def test_files_of_a_variant_are_read_and_the_proof_is_told_of_it(
         commands.append(command)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(moslora.proofs.subprocess, "run", ran)
+    monkeypatch.setattr(moslora.training.reload_proof.proof.subprocess, "run", ran)
     with pytest.raises(KeyboardInterrupt):
-        moslora.proofs.prove_reload(
+        moslora.training.reload_proof.proof.prove_reload(
             *({}, [], task.place, "float32", "cpu", tmp_path, print, task.auto_class, None, "diffusers"),
             variant=task.variant,
         )

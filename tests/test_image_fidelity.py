@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import tiny_pipelines
-from moslora.intervals import mean_interval
-from moslora.models import ModelError
-from moslora.tasks.fidelity import about, find_judge, judge_pictures, paired_change, summarise
+from moslora.metrics.intervals import mean_interval
+from moslora.models.loading import ModelError
+from moslora.tasks.image.fidelity import about, find_judge, judge_pictures, paired_change, summarise
 from tolerances import COSINE
 
 pytestmark = pytest.mark.filterwarnings(
@@ -260,9 +260,9 @@ def test_models_are_called_what_they_are_and_incomplete_folders_are_refused(
 
 
 def test_a_run_records_its_scores_and_says_which_are_absent(clip: Path, tmp_path: Path) -> None:
-    import moslora.train
+    import moslora.training.run
     from moslora.display import Display
-    from moslora.train import train
+    from moslora.training.run import train
 
     tiny_pipelines.sdxl().save_pretrained(tmp_path / "base")
     (tmp_path / "pics").mkdir()
@@ -274,8 +274,8 @@ def test_a_run_records_its_scores_and_says_which_are_absent(clip: Path, tmp_path
         *("task.prompts=[a x cat, a x]", f"task.clip_model={clip}", f"output={tmp_path}/run"),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moslora.train, "_prove_reload", lambda *_: None)
-        patch.setattr(moslora.train, "_show_result", lambda *_: None)
+        patch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
+        patch.setattr(moslora.training.run, "_show_result", lambda *_: None)
         run = train(settings, Display(quiet=True))
     record = run.read()
     fidelity = record["fidelity"]

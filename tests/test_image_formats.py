@@ -15,11 +15,19 @@ from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
 from moslora import MoSLoRAConfig
-from moslora.adapter import Adapter, AdapterError, Factors, Form, compare
-from moslora.doctor import diagnose
-from moslora.export import FOLD_TOLERANCE, TOLERANCES, ProofError, export_adapter
-from moslora.formats import FORMATS, comfyui, detect, diffusers, kohya, read_adapter, through_diffusers
-from moslora.formats.pipeline import join, split
+from moslora.adapters.doctor import diagnose
+from moslora.adapters.export import FOLD_TOLERANCE, TOLERANCES, ProofError, export_adapter
+from moslora.adapters.factors import Adapter, AdapterError, Factors, Form, compare
+from moslora.adapters.formats import (
+    FORMATS,
+    comfyui,
+    detect,
+    diffusers,
+    kohya,
+    read_adapter,
+    through_diffusers,
+)
+from moslora.adapters.formats.pipeline import join, split
 from tolerances import MODEL, relative_error
 
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj", "proj_in", "ff.net.0.proj", "conv_in"]
@@ -810,7 +818,7 @@ def test_a_full_disk_leaves_no_file(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moslora.formats.directory.save_file", full)
+    monkeypatch.setattr("moslora.adapters.formats.directory.save_file", full)
     with pytest.raises(OSError, match="No space"):
         export_adapter(sdxl[0], tmp_path / "a.safetensors", "kohya")
     assert not list(tmp_path.iterdir())

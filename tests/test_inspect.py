@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapter import AdapterError, Factors
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import AdapterError, Factors
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.native import START, keep_start
+from moslora.adapters.inspection import effective_rank, inspect_adapter, write_page
 from moslora.cli import app
-from moslora.export import export_adapter
-from moslora.formats import read_adapter
-from moslora.formats.native import START, keep_start
-from moslora.inspect import effective_rank, inspect_adapter, write_page
-from moslora.models import ModelError
+from moslora.models.loading import ModelError
 from tolerances import MODEL
 
 
@@ -144,6 +144,6 @@ def test_json_has_every_figure(tmp_path: Path) -> None:
 
 
 def test_layers_are_in_their_order(tmp_path: Path) -> None:
-    from moslora.inspect import natural
+    from moslora.adapters.inspection import natural
 
     assert sorted(["a.10.q", "a.9.q", "a.9.k"], key=natural) == ["a.9.k", "a.9.q", "a.10.q"]

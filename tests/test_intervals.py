@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.intervals import (
+from moslora.metrics.intervals import (
     SMALLEST_P,
     detectable_difference,
     holm,

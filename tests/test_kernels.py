@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moslora import MoSLoRAConfig, functional, kernels, ops
+from moslora import MoSLoRAConfig
+from moslora.core import functional, kernels, ops
 from tolerances import INTERPRETED_SNR_DB, RELATIVE, SNR_DB, relative_error, snr_db
 
 pytestmark = [
@@ -471,7 +472,7 @@ def test_asked_for_where_they_cannot_run_torch_is_used_as_ever() -> None:
 @compiled
 def test_without_a_gpu_the_kernels_are_not_for_this_tensor_and_say_so() -> None:
     assert not kernels.is_available(torch.ones(2, 2))
-    with pytest.raises(RuntimeError, match=r"found torch.float32 on cpu, rank 1. Use moslora.ops"):
+    with pytest.raises(RuntimeError, match=r"found torch.float32 on cpu, rank 1. Use moslora.core.ops"):
         kernels.forward(torch.ones(2, 2), None, None, torch.ones(1, 2), torch.ones(2, 1), 1.0)
 
 

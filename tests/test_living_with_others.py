@@ -19,10 +19,10 @@ import tiny
 import upstream
 from ecosystem_scripts import arguments
 from moslora import MoSLoRAConfig
-from moslora.adapter import AdapterError
-from moslora.export import export_adapter
-from moslora.formats import read_adapter
-from moslora.formats.diffusers import METADATA
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import AdapterError
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.diffusers import METADATA
 from tolerances import MODEL, relative_error
 
 ATTENTION = ["q_proj", "v_proj"]

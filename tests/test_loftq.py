@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import kinds
 from moslora import MoSLoRAConfig, replace_lora_weights_loftq
-from moslora.doctor import diagnose
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.recipe import RecipeError, load_recipe
+from moslora.adapters.doctor import diagnose
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.recipe.schema import RecipeError, load_recipe
 from moslora.tuner.layer import MoSLoRALayer
 from test_tuner_quantized import Packed
 from tolerances import MODEL, RELATIVE, relative_error

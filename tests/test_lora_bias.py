@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 import laws
 import tiny
-from moslora import MoSLoRAConfig, ops, param_groups
-from moslora.adapter import AdapterError
-from moslora.combine import combine
-from moslora.doctor import diagnose
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.formats import read_adapter
-from moslora.formats.directory import CONFIG, WEIGHTS
-from moslora.inspect import inspect_adapter
-from moslora.merge import merge
-from moslora.mix import open_mix
+from moslora import MoSLoRAConfig, param_groups
+from moslora.adapters.combine import combine
+from moslora.adapters.doctor import diagnose
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.adapters.factors import AdapterError
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.inspection import inspect_adapter
+from moslora.adapters.merge import merge
+from moslora.core import ops
+from moslora.training.mix import open_mix
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import moslora.merge
+import moslora.adapters.merge
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapter import AdapterError
+from moslora.adapters.export import PROOF_FILE, ProofError, export_adapter
+from moslora.adapters.factors import AdapterError
+from moslora.adapters.merge import merge
 from moslora.cli import app
-from moslora.export import PROOF_FILE, ProofError, export_adapter
-from moslora.merge import merge
-from moslora.models import ModelError
+from moslora.models.loading import ModelError
 from tolerances import MODEL, relative_error
 
 TARGETS = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "c_proj"]}
@@ -104,7 +104,7 @@ def test_a_plain_lora_merges_as_its_native_form_does(tmp_path: Path) -> None:
 def test_small_blocks_write_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = save_pair(tmp_path)
     merge(base, adapter, tmp_path / "one")
-    monkeypatch.setattr(moslora.merge, "BLOCK", 100)
+    monkeypatch.setattr(moslora.adapters.merge, "BLOCK", 100)
     merge(base, adapter, tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(relative_error(two[name], one[name]) < MODEL for name in one)
@@ -218,12 +218,12 @@ def test_a_small_error_in_a_small_delta_fails_the_proof(
     tensors = {n: t * 1e-4 if "moslora_B" in n else t for n, t in tensors.items()}
     save_file(tensors, adapter / "adapter_model.safetensors")
     merge(base, adapter, tmp_path / "right")
-    real = moslora.merge._write
+    real = moslora.adapters.merge._write
 
     def off(source: Path, target: Path, changes: Any) -> None:
         real(source, target, [replace(c, left=c.left * 1.05) for c in changes])
 
-    monkeypatch.setattr(moslora.merge, "_write", off)
+    monkeypatch.setattr(moslora.adapters.merge, "_write", off)
     with pytest.raises(ProofError, match="times what rounding explains"):
         merge(base, adapter, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
@@ -269,10 +269,12 @@ def test_an_interrupted_or_wrong_merge_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(moslora.merge, "_prove", stop)
+        patch.setattr(moslora.adapters.merge, "_prove", stop)
         merge(base, adapter, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(ProofError, match="times what rounding explains"):
-        patch.setattr(moslora.merge, "_write", lambda source, target, _: shutil.copyfile(source, target))
+        patch.setattr(
+            moslora.adapters.merge, "_write", lambda source, target, _: shutil.copyfile(source, target)
+        )
         merge(base, adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -281,7 +283,9 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = save_pair(tmp_path)
-    monkeypatch.setattr(moslora.merge.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        moslora.adapters.merge.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
     with pytest.raises(OSError, match="1,000 are free"):
         merge(base, adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

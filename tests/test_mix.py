@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
-from moslora.adapter import AdapterError, add
+from moslora.adapters.export import ProofError
+from moslora.adapters.factors import AdapterError, add
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.inspection import inspect_adapter
 from moslora.cli import app
-from moslora.export import ProofError
-from moslora.formats import read_adapter
-from moslora.inspect import inspect_adapter
-from moslora.mix import arguments_of, open_mix
-from moslora.rundir import RunDirectory
-from moslora.train import Stopped, resume, train
+from moslora.training.mix import arguments_of, open_mix
+from moslora.training.run import Stopped, resume, train
+from moslora.training.run_directory import RunDirectory
 from test_train import arguments, quiet, stop_at, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -79,9 +79,9 @@ def test_what_is_measured_at_the_start_is_the_weighted_sum(
 ) -> None:
     from peft import PeftModel
 
-    from moslora.combine import combine
-    from moslora.recipe import load_recipe
-    from moslora.tasks.text import TextTask
+    from moslora.adapters.combine import combine
+    from moslora.recipe.schema import load_recipe
+    from moslora.tasks.text.task import TextTask
 
     combine(sources(world), [1.0, 0.5], tmp_path / "sum")
     task = TextTask(load_recipe(arguments(world, tmp_path)), quiet(), lambda: None)

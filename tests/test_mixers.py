@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moslora.mixers import MIXERS, find_mixer, forked_generator, initial_mixer
+from moslora.core.mixers import MIXERS, find_mixer, forked_generator, initial_mixer
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))

@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-import moslora.models as models
-from moslora.models import (
+import moslora.models.loading as models
+from moslora.models.loading import (
     PACKAGED,
     ModelError,
     ModelSource,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from moslora import functional, ops
+from moslora.core import functional, ops
 from tolerances import MODEL, RELATIVE, SNR_DB, relative_error, snr_db
 
 NAMES = ("x", "weight", "bias", "A", "M", "B")

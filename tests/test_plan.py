@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.cli import app
-from moslora.models import ModelError
-from moslora.plan import CARDS, PlanError, Weights, count_step, place, plan, smallest_card
-from moslora.tasks.text import labelled_loss
+from moslora.memory.plan import CARDS, PlanError, Weights, count_step, place, plan, smallest_card
+from moslora.models.loading import ModelError
+from moslora.tasks.text.task import labelled_loss
 
 ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures"
 # What the issue asks for: the count against the measurement.
@@ -172,7 +172,7 @@ def test_a_base_of_4_bits_takes_what_bitsandbytes_stores(tmp_path: Path) -> None
         scales = state.absmax.nbytes
         if double:
             scales += state.state2.absmax.nbytes
-        from moslora.plan import FOUR_BITS
+        from moslora.memory.plan import FOUR_BITS
 
         assert (stored.nbytes + scales) / weight.numel() == pytest.approx(FOUR_BITS[double], abs=1e-3)
     layers = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)

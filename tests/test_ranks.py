@@ -13,11 +13,11 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 import tiny
-from moslora.adapter import Adapter, Factors, Form
+from moslora.adapters.export import FOLD_TOLERANCE
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.ranks import nearest, pad, to_rank
 from moslora.cli import app
-from moslora.export import FOLD_TOLERANCE
-from moslora.formats import read_adapter
-from moslora.ranks import nearest, pad, to_rank
 from test_tuner import adapted
 from tolerances import MODEL, RELATIVE, SVD, relative_error
 

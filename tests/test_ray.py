@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import tiny
-from moslora.compare import compare
+from moslora.comparison.compare import compare
 from moslora.display import Display
-from moslora.train import TrainingError
+from moslora.training.run import TrainingError
 from tolerances import MODEL
 
 ray = pytest.importorskip("ray")
@@ -71,10 +71,10 @@ def test_a_cluster_gives_the_numbers_of_one_process_and_goes_on_where_it_was(wor
 
 
 def test_a_cell_in_which_workers_die_counts_as_crashed_and_the_others_are_whole(world, tmp_path, monkeypatch):
-    import moslora.methods
+    import moslora.comparison.methods
     import ray_deadly
 
-    monkeypatch.setitem(moslora.methods.METHODS, "moslora", ray_deadly.METHOD)
+    monkeypatch.setitem(moslora.comparison.methods.METHODS, "moslora", ray_deadly.METHOD)
     found = run(world, tmp_path / "c", methods=["lora", "moslora"], engine="ray", together=2)
     assert {name: cell["status"] for name, cell in found.items()} == {
         "lora_0.01_0": "done",
@@ -86,7 +86,7 @@ def test_a_cell_in_which_workers_die_counts_as_crashed_and_the_others_are_whole(
 
 
 def test_a_worker_that_finds_another_base_is_refused(world, tmp_path, monkeypatch):
-    from moslora.tasks.text import TextTask
+    from moslora.tasks.text.task import TextTask
 
     hashes = TextTask.hashes  # of this process alone: the workers' have the true ones
     monkeypatch.setattr(TextTask, "hashes", lambda self: {**hashes(self), "base": "another"})

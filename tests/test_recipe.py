@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moslora.recipe as recipes
-from moslora.recipe import (
+import moslora.recipe.schema as recipes
+from moslora.recipe.schema import (
     TRAINER_DEFAULTS,
     Recipe,
     RecipeError,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.records import (
+from moslora.data.records import (
     FORMATS,
     READERS,
     DataError,

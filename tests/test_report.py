@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.report import ALL_SEEN_BYTES, SEEN, SEEN_BYTES, loss_curve, sign_test, write_report
-from moslora.rundir import MetricsLog, RunDirectory
+from moslora.reports.run import ALL_SEEN_BYTES, SEEN, SEEN_BYTES, loss_curve, sign_test, write_report
+from moslora.training.run_directory import MetricsLog, RunDirectory
 
 FETCHING = ("src", "srcset", "poster", "data", "action", "background", "xlink:href", "href")
 

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moslora import rundir
-from moslora.rundir import (
+from moslora.training import run_directory as rundir
+from moslora.training.run_directory import (
     MetricsLog,
     RunDirectory,
     collect_hardware,
@@ -62,7 +62,7 @@ def test_a_run_never_takes_a_directory_that_is_there(tmp_path):
 
 def test_processes_that_start_at_once_get_different_directories(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from moslora.rundir import RunDirectory\n"
+        "import sys; from pathlib import Path; from moslora.training.run_directory import RunDirectory\n"
         "sys.stdin.readline(); print(RunDirectory.create(Path(sys.argv[1]), 'demo').path.name)"
     )
     starts = [
@@ -169,7 +169,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
 def test_the_record_is_whole_at_whatever_moment_the_process_is_killed(tmp_path):
     run = RunDirectory.create(tmp_path, "demo")
     code = (
-        "import sys; from pathlib import Path; from moslora.rundir import RunDirectory\n"
+        "import sys; from pathlib import Path; from moslora.training.run_directory import RunDirectory\n"
         "run = RunDirectory.open(Path(sys.argv[1])); print(flush=True); n = 0\n"
         "while True: n += 1; run.update(n=n, filler=['x' * 100] * 2000)"
     )

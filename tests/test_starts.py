@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import laws
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapter import AdapterError
-from moslora.doctor import diagnose
-from moslora.export import FOLD_TOLERANCE, export_adapter
-from moslora.formats import read_adapter
-from moslora.formats.directory import WEIGHTS
-from moslora.inspect import inspect_adapter
-from moslora.merge import merge
+from moslora.adapters.doctor import diagnose
+from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.adapters.factors import AdapterError
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.directory import WEIGHTS
+from moslora.adapters.inspection import inspect_adapter
+from moslora.adapters.merge import merge
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
 

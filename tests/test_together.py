@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import tiny
+from moslora.comparison.methods import METHODS
+from moslora.comparison.together import CannotShare, Surroundings, share, train_together
 from moslora.display import Display
-from moslora.methods import METHODS
-from moslora.recipe import load_recipe
-from moslora.tasks.text import TextTask
-from moslora.together import CannotShare, Surroundings, share, train_together
+from moslora.recipe.schema import load_recipe
+from moslora.tasks.text.task import TextTask
 from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings(

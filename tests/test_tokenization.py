@@ -4,8 +4,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moslora.records import Example, Message
-from moslora.tokenization import IGNORED, Encoder, EncodingError, encode_all, preview
+from moslora.data.records import Example, Message
+from moslora.data.tokenization import IGNORED, Encoder, EncodingError, encode_all, preview
 
 CORPUS = [
     "turn on the kitchen lamp",

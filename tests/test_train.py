@@ -16,14 +16,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import moslora.proofs
-import moslora.train
+import moslora.training.reload_proof.proof
+import moslora.training.run
 import tiny
+from moslora.adapters.export import ProofError
+from moslora.adapters.formats import read_adapter
 from moslora.display import Display
-from moslora.export import ProofError
-from moslora.formats import read_adapter
-from moslora.rundir import RunDirectory
-from moslora.train import Stopped, StopRequest, TrainingError, check, resume, train
+from moslora.training.run import Stopped, StopRequest, TrainingError, check, resume, train
+from moslora.training.run_directory import RunDirectory
 from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings(
@@ -71,7 +71,7 @@ def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send this process a real signal after a training step, once."""
-    original = moslora.train._recorder
+    original = moslora.training.run._recorder
 
     def recorder(run: Any, log: Any) -> TrainerCallback:
         callback = original(run, log)
@@ -88,7 +88,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return callback
 
     sent: list[str] = []
-    monkeypatch.setattr(moslora.train, "_recorder", recorder)
+    monkeypatch.setattr(moslora.training.run, "_recorder", recorder)
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +205,12 @@ def test_a_completed_run_is_not_resumed(finished: RunDirectory) -> None:
 def test_a_proof_that_fails_fails_the_run_and_ships_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = moslora.proofs.live_logits
+    honest = moslora.training.reload_proof.proof.live_logits
 
     def shifted(*args: Any) -> dict[str, torch.Tensor]:
         return {name: logits + 0.1 for name, logits in honest(*args).items()}
 
-    monkeypatch.setattr(moslora.proofs, "live_logits", shifted)
+    monkeypatch.setattr(moslora.training.reload_proof.proof, "live_logits", shifted)
     with pytest.raises(ProofError, match=r"stock PEFT's logits differ by 1\.00e-01"):
         train(arguments(world, tmp_path, **{"trainer.max_steps": 2}), quiet())
     run = RunDirectory.open(tmp_path / "run")
@@ -221,7 +221,7 @@ def test_a_proof_that_fails_fails_the_run_and_ships_nothing(
 def test_a_tampered_lora_is_caught_by_the_fresh_process(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = moslora.train.export_adapter
+    honest = moslora.training.run.export_adapter
 
     def tampering(source: Path, out: Path, to: str) -> Any:
         proof = honest(source, out, to)
@@ -231,7 +231,7 @@ def test_a_tampered_lora_is_caught_by_the_fresh_process(
         save_file(tensors, path)
         return proof
 
-    monkeypatch.setattr(moslora.train, "export_adapter", tampering)
+    monkeypatch.setattr(moslora.training.run, "export_adapter", tampering)
     with pytest.raises(ProofError):
         train(arguments(world, tmp_path), quiet())
 
@@ -304,8 +304,8 @@ def test_a_killed_process_is_told_apart_and_resumed(world: Path, tmp_path: Path)
 
 def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp_path: Path) -> None:
     from moslora import MoSLoRAConfig
-    from moslora.recipe import load_recipe
-    from moslora.tasks.text import TextTask, labelled_loss, scores_plainly
+    from moslora.recipe.schema import load_recipe
+    from moslora.tasks.text.task import TextTask, labelled_loss, scores_plainly
 
     task = TextTask(load_recipe(arguments(world, tmp_path)), quiet(), lambda: None)
     task.read()
@@ -331,8 +331,8 @@ def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp
 
 def test_mixed_precision_reaches_the_loss_on_labels_only(world: Path, tmp_path: Path) -> None:
     from moslora import MoSLoRAConfig
-    from moslora.recipe import load_recipe
-    from moslora.tasks.text import TextTask
+    from moslora.recipe.schema import load_recipe
+    from moslora.tasks.text.task import TextTask
 
     seen = set()
     for precise in (True, False):
@@ -359,7 +359,7 @@ def test_a_recipe_may_ask_for_dora_and_a_start_from_principal_components(world: 
 
 
 def gradients(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    from moslora.tasks.text import labelled_loss
+    from moslora.tasks.text.task import labelled_loss
 
     total, count = labelled_loss(model.get_base_model(), inputs)
     loss = total / count
@@ -379,7 +379,7 @@ def adapted(model: Any) -> Any:
 def test_rows_laid_end_to_end_have_the_loss_and_gradients_of_padded_ones(make: Any) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from moslora.tasks.text import why_rows_mix
+    from moslora.tasks.text.task import why_rows_mix
 
     base = make()
     assert why_rows_mix(base, 0) is None
@@ -397,7 +397,7 @@ def test_rows_laid_end_to_end_have_the_loss_and_gradients_of_padded_ones(make: A
 def test_an_architecture_that_carries_rows_over_is_found_out() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    from moslora.tasks.text import why_rows_mix
+    from moslora.tasks.text.task import why_rows_mix
 
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
@@ -407,13 +407,13 @@ def test_an_architecture_that_carries_rows_over_is_found_out() -> None:
 def test_runs_lay_rows_end_to_end_unless_told_otherwise(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moslora.tasks.text
+    import moslora.tasks.text.task
     from moslora import MoSLoRAConfig
-    from moslora.recipe import load_recipe
-    from moslora.tasks.text import TextTask
+    from moslora.recipe.schema import load_recipe
+    from moslora.tasks.text.task import TextTask
 
     # So narrow a model spends all on attention, and would be padded.
-    monkeypatch.setattr(moslora.tasks.text, "padding_cost", lambda *_: 2.0)
+    monkeypatch.setattr(moslora.tasks.text.task, "padding_cost", lambda *_: 2.0)
 
     def batch(**changes: object) -> Any:
         task = TextTask(load_recipe(arguments(world, tmp_path, **changes)), quiet(), lambda: None)
@@ -429,7 +429,7 @@ def test_runs_lay_rows_end_to_end_unless_told_otherwise(
 
 
 def test_end_to_end_is_not_chosen_where_attention_would_cost_more_than_padding() -> None:
-    from moslora.tasks.text import padding_cost
+    from moslora.tasks.text.task import padding_cost
 
     model = tiny.llama()
     assert padding_cost(model, [8, 4, 8, 2], 4, 0) > 1
@@ -437,12 +437,12 @@ def test_end_to_end_is_not_chosen_where_attention_would_cost_more_than_padding()
 
 
 def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    import moslora.tasks.text
+    import moslora.tasks.text.task
 
     model = adapted(tiny.llama())
     ids = tiny.tokens(2, 20)
     whole = gradients(model, {"input_ids": ids, "labels": ids})
-    monkeypatch.setattr(moslora.tasks.text, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(moslora.tasks.text.task, "LOGIT_ROWS", 7)
     kept: list[tuple[int, ...]] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -461,8 +461,8 @@ def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pyt
 def test_a_dry_run_counts_what_the_run_trains_from_the_configuration_alone(
     finished: RunDirectory, world: Path, tmp_path: Path
 ) -> None:
-    from moslora.recipe import load_recipe
-    from moslora.tasks.text import TextTask
+    from moslora.recipe.schema import load_recipe
+    from moslora.tasks.text.task import TextTask
 
     ignore = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(world / "base", tmp_path / "configured", ignore=ignore)
@@ -494,7 +494,7 @@ def test_a_run_stopped_after_its_last_step_is_resumed_without_another(
     changes = {"trainer.max_steps": 4, "trainer.lr_scheduler_type": "constant", "task.generate_examples": 0}
     with monkeypatch.context() as patch:
         patch.setattr(
-            moslora.train, "_prove_reload", lambda *_: (_ for _ in ()).throw(Stopped(signal.SIGINT))
+            moslora.training.run, "_prove_reload", lambda *_: (_ for _ in ()).throw(Stopped(signal.SIGINT))
         )
         with pytest.raises(Stopped):
             train(arguments(world, tmp_path, **changes), quiet())
@@ -510,8 +510,8 @@ def test_a_run_stopped_after_its_last_step_is_resumed_without_another(
 def test_what_is_trained_whole_learns_in_float32_on_a_bfloat16_base_and_is_proven(
     loss: str, world: Path, tmp_path: Path
 ) -> None:
-    from moslora.recipe import load_recipe
-    from moslora.tasks.text import TextTask
+    from moslora.recipe.schema import load_recipe
+    from moslora.tasks.text.task import TextTask
 
     changes = {"model.dtype": "bfloat16", "adapter.modules_to_save": "[lm_head,embed_tokens]"}
     changes |= {"trainer.learning_rate": "1e-5", "trainer.max_steps": 2, "trainer.loss_type": loss}

@@ -14,8 +14,9 @@ from torch import nn
 
 import tiny
 import upstream
-from moslora import MoSLoRAConfig, functional, ops
-from moslora.mixers import MIXERS
+from moslora import MoSLoRAConfig
+from moslora.core import functional, ops
+from moslora.core.mixers import MIXERS
 from moslora.tuner import layer as layer_module
 from tolerances import MODEL, MODEL_SNR_DB, RELATIVE, relative_error, snr_db
 from upstream import WHOLE

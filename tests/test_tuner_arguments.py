@@ -20,8 +20,8 @@ import laws
 import tiny
 import upstream
 from moslora import MoSLoRAConfig
-from moslora.export import export_adapter
-from moslora.merge import merge
+from moslora.adapters.export import export_adapter
+from moslora.adapters.merge import merge
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS
 from tolerances import MODEL, RELATIVE, relative_error
 

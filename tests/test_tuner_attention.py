@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import laws
 from moslora import MoSLoRAConfig
-from moslora.adapter import AdapterError
-from moslora.export import export_adapter
-from moslora.mixers import MIXERS
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import AdapterError
+from moslora.core.mixers import MIXERS
 from tolerances import MODEL, RELATIVE, relative_error
 from upstream import WHOLE
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import laws
-from moslora.mixers import MIXERS
+from moslora.core.mixers import MIXERS
 from tolerances import MODEL, RELATIVE, relative_error
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -11,7 +11,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import laws
 import tiny
-from moslora.mixers import MIXERS
+from moslora.core.mixers import MIXERS
 from tolerances import RELATIVE, relative_error
 
 

@@ -23,8 +23,8 @@ import laws
 import tiny
 import upstream
 from moslora import MoSLoRAConfig
-from moslora.export import export_adapter
-from moslora.mixers import MIXERS
+from moslora.adapters.export import export_adapter
+from moslora.core.mixers import MIXERS
 from tolerances import MODEL, RELATIVE, relative_error
 
 # PEFT looks for a pattern's parameter among the modules, with LoRA as with MoSLoRA.

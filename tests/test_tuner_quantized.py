@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import laws
 import tiny
 import upstream
-from moslora import MoSLoRAConfig, compat, replace_lora_weights_loftq
-from moslora.export import export_adapter
+from moslora import MoSLoRAConfig, replace_lora_weights_loftq
+from moslora.adapters.export import export_adapter
+from moslora.compat import peft as compat
 from moslora.tuner.layer import MoSLoRALinear
 from tolerances import MODEL, RELATIVE, relative_error
 

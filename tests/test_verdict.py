@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moslora.verdict import Cell, foresee, judge
+from moslora.comparison.verdict import Cell, foresee, judge
 
 BASE = [2.0] * 4
 

@@ -21,8 +21,9 @@ import laws
 import moslora
 import tiny
 import upstream
-from moslora import MoSLoRAConfig, compat, versions
-from moslora.recipe import load_recipe
+from moslora import MoSLoRAConfig, versions
+from moslora.compat import peft as compat
+from moslora.recipe.schema import load_recipe
 from moslora.tasks import find_task
 from moslora.tuner import held_mixer, patches
 from tolerances import MODEL, relative_error

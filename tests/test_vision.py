@@ -22,18 +22,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from moslora.answers import choice_equal, short_equal
-from moslora.cells import Bench
-from moslora.compare import compare
+from moslora.comparison.cells import Bench
+from moslora.comparison.compare import compare
+from moslora.data.tokenization import Encoded, Encoder, encode_all
 from moslora.display import Display
-from moslora.evaluate import evaluate
-from moslora.models import build_skeleton, quantization_options, resolve_model
-from moslora.recipe import load_recipe
-from moslora.rundir import RunDirectory
-from moslora.tasks.text import scores_plainly
-from moslora.tasks.vision import VisionTask, open_image, scope_of
-from moslora.tokenization import Encoded, Encoder, encode_all
-from moslora.train import Stopped, check, resume, train
+from moslora.evaluation.evaluate import evaluate
+from moslora.metrics.answers import choice_equal, short_equal
+from moslora.models.loading import build_skeleton, quantization_options, resolve_model
+from moslora.recipe.schema import load_recipe
+from moslora.tasks.text.task import scores_plainly
+from moslora.tasks.vision.task import VisionTask, open_image, scope_of
+from moslora.training.run import Stopped, check, resume, train
+from moslora.training.run_directory import RunDirectory
 from tiny_vision import save_llava
 from tolerances import MODEL, relative_error
 
@@ -133,7 +133,7 @@ def test_short_answers_and_choices_are_judged_by_what_they_say() -> None:
 def test_a_family_whose_pictures_were_not_tried_is_refused_with_the_way_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moslora.tasks.vision.FAMILIES", {"another": None})
+    monkeypatch.setattr("moslora.tasks.vision.task.FAMILIES", {"another": None})
     with pytest.raises(ValueError, match=r"family 'llava'; task=vision was tried on another only"):
         check(arguments(world, tmp_path), Display(quiet=True))
 

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import nn
 
 import tiny_vision
-from moslora import proofs
 from moslora.display import Display
-from moslora.models import ModelError, resolve_model
-from moslora.recipe import load_recipe
-from moslora.tasks.processors import FAMILIES, IMAGE, load_processor, parts_of
-from moslora.tasks.vision import VisionTask, scope_of
-from moslora.train import train
+from moslora.models.loading import ModelError, resolve_model
+from moslora.recipe.schema import load_recipe
+from moslora.tasks.vision.processors import FAMILIES, IMAGE, load_processor, parts_of
+from moslora.tasks.vision.task import VisionTask, scope_of
+from moslora.training.reload_proof import proof as proofs
+from moslora.training.run import train
 from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -210,7 +210,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Any]:
     """Stands for ``subprocess.run`` in proofs."""
-    script = str(Path(proofs.__file__).with_name("reload_in_stock_peft.py"))
+    script = str(Path(proofs.__file__).with_name("stock_peft.py"))
     command = [sys.executable, "-P", "-W", "ignore", "-c", READER, script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -232,7 +232,7 @@ def test_a_family_trains_folds_and_ships_what_stock_peft_reads(
     reader: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moslora.proofs.subprocess.run", reader)
+    monkeypatch.setattr("moslora.training.reload_proof.proof.subprocess.run", reader)
     record = train(arguments(family, bases, pictures, tmp_path), Display(quiet=True)).read()
     assert record["status"] == "completed"
     assert record["proofs"]["fold"]["passed"] and record["proofs"]["reload"]["passed"]

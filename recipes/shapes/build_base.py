@@ -131,7 +131,7 @@ def build(folder: Path, say: Any = print) -> None:
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    from moslora.models import load_model, load_tokenizer, materialise, resolve_model
+    from moslora.models.loading import load_model, load_tokenizer, materialise, resolve_model
 
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it to build it anew, or name another folder.")

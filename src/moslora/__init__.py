@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from moslora import versions
 
 if TYPE_CHECKING:
-    from moslora.adapter import Adapter
-    from moslora.formats import read_adapter
-    from moslora.formats.pipeline_checkpoint import resume_for_diffusers, save_for_diffusers
-    from moslora.optimizer import param_groups
+    from moslora.adapters.factors import Adapter
+    from moslora.adapters.formats import read_adapter
+    from moslora.adapters.formats.pipeline_checkpoint import resume_for_diffusers, save_for_diffusers
     from moslora.tuner.config import MoSLoRAConfig
     from moslora.tuner.loftq import replace_lora_weights_loftq
     from moslora.tuner.lora_fa import create_lorafa_optimizer
     from moslora.tuner.model import MoSLoRAModel
+    from moslora.tuner.param_groups import param_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,15 +43,15 @@ __all__ = [
 
 # Where each public name is; it is imported when it is used.
 _PLACES = {
-    "Adapter": "moslora.adapter",
+    "Adapter": "moslora.adapters.factors",
     "MoSLoRAConfig": "moslora.tuner.config",
     "MoSLoRAModel": "moslora.tuner.model",
     "create_lorafa_optimizer": "moslora.tuner.lora_fa",
-    "param_groups": "moslora.optimizer",
-    "read_adapter": "moslora.formats",
+    "param_groups": "moslora.tuner.param_groups",
+    "read_adapter": "moslora.adapters.formats",
     "replace_lora_weights_loftq": "moslora.tuner.loftq",
-    "resume_for_diffusers": "moslora.formats.pipeline_checkpoint",
-    "save_for_diffusers": "moslora.formats.pipeline_checkpoint",
+    "resume_for_diffusers": "moslora.adapters.formats.pipeline_checkpoint",
+    "save_for_diffusers": "moslora.adapters.formats.pipeline_checkpoint",
 }
 
 

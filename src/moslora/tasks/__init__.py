@@ -14,9 +14,9 @@ __all__ = ["TASKS", "find_task"]
 
 # Where each task is; imported when it is used, because each brings its own heavy packages.
 TASKS: dict[str, str] = {
-    "text": "moslora.tasks.text:TextTask",
-    "vision": "moslora.tasks.vision:VisionTask",
-    "image": "moslora.tasks.image:ImageTask",
+    "text": "moslora.tasks.text.task:TextTask",
+    "vision": "moslora.tasks.vision.task:VisionTask",
+    "image": "moslora.tasks.image.task:ImageTask",
 }
 
 

@@ -1,6 +1,6 @@
 """What a modality must bring: data, a base model, a trainer, an evaluation and inputs for the proof.
 
-``train.py`` does the rest for all of them alike: run directory, checkpoints, interruption, saving, folding,
+``training/run.py`` does the rest for all of them alike: run directory, checkpoints, interruption, saving, folding,
 proofs and report.
 """
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
     from moslora.display import Display
-    from moslora.models import ModelSource
-    from moslora.recipe import Recipe
+    from moslora.models.loading import ModelSource
+    from moslora.recipe.schema import Recipe
 
 __all__ = ["Answer", "Count", "Evaluation", "Shown", "Task"]
 

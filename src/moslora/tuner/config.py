@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.tuners.lora.config import LoraRuntimeConfig
 from torch import Generator, Tensor
 
-from moslora.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
+from moslora.core.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
 
 __all__ = ["MoSLoRAConfig", "MoSLoRAType", "subtracts_start"]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moslora import functional, ops
+from moslora.core import functional, ops
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import apply_matrix
 from moslora.tuner.layer import MoSLoRALayer, _without_values

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moslora.adapter import exact_pattern
-from moslora.mixers import forked_generator
+from moslora.adapters.factors import exact_pattern
+from moslora.core.mixers import forked_generator
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
 

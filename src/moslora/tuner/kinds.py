@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from moslora import compat
+from moslora.compat import peft as compat
 from moslora.tuner.attention import MoSLoRAAttention
 from moslora.tuner.convolution import MoSLoRAConv
 from moslora.tuner.embedding import MoSLoRAEmbedding

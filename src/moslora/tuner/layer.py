@@ -18,8 +18,9 @@ from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_mer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moslora import compat, functional, ops
-from moslora.mixers import forked_generator
+from moslora.compat import peft as compat
+from moslora.core import functional, ops
+from moslora.core.mixers import forked_generator
 from moslora.tuner import bias, dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import MixerStarts, is_narrow, matrix, split, take_state

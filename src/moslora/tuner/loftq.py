@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moslora.mixers import SINGULAR_VALUES
+from moslora.core.mixers import SINGULAR_VALUES
 from moslora.tuner import dora
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear

@@ -18,8 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moslora import compat, compat_diffusers
-from moslora.adapter import exact_pattern
+from moslora.adapters.factors import exact_pattern
+from moslora.compat import diffusers as compat_diffusers
+from moslora.compat import peft as compat
 from moslora.tuner import bias, dora, loftq, swapping
 from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
 from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType

@@ -15,7 +15,8 @@ import peft.utils
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from moslora import compat, versions
+from moslora import versions
+from moslora.compat import peft as compat
 from moslora.tuner import dora, eva, loftq, swapping
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moslora import functional
+from moslora.core import functional
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import apply_matrix
 from moslora.tuner.reading import is_called, is_present, read_matrix

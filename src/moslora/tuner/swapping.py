@@ -25,8 +25,8 @@ from peft.utils.hotswap import check_hotswap_configs_compatible
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from moslora import functional
-from moslora.adapter import exact_pattern
+from moslora.adapters.factors import exact_pattern
+from moslora.core import functional
 from moslora.tuner import dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.experts import ParamWrapper

@@ -16,10 +16,10 @@ import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 from torch import Tensor
 
-from moslora import compat
-from moslora.adapter import Factors
-from moslora.functional import concatenate, delta_weight
-from moslora.ranks import nearest
+from moslora.adapters.factors import Factors
+from moslora.adapters.ranks import nearest
+from moslora.compat import peft as compat
+from moslora.core.functional import concatenate, delta_weight
 
 __all__ = ["COMBINATIONS", "REFUSED_IN_SUMS", "Combination", "Combined", "How", "combine"]
 

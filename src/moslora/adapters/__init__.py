@@ -1,0 +1,1 @@
+"""Adapters at rest: their factors, their formats, and the verbs that need no model."""

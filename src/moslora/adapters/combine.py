@@ -1,0 +1,135 @@
+"""Combine: the weighted sum of adapters as one adapter, exact on ΔW and proven on what was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moslora.adapters.export import ProofError, check_format, written
+from moslora.adapters.factors import AdapterError, Factors, add
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.ranks import to_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CombineProof", "combine"]
+
+
+@dataclass(frozen=True)
+class CombineProof:
+    """What combining measured on the files it wrote.
+
+    Attributes:
+        weights: What each adapter was multiplied by, in the order given.
+        modules: How many modules the sum has.
+        rank: Largest rank of a module.
+        max_relative_error: Largest ``‖ΔW - Σ w·ΔW‖`` over the modules, relative to ``Σ ‖w·ΔW‖``; float64. Of biases on
+            B, where there are any, likewise.
+        worst_module: Where it is.
+        tolerance: What it was held against.
+        reader: Whose reader read it back.
+        rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that a change of rank cost, over all modules; None if there was none.
+    """
+
+    weights: tuple[float, ...]
+    modules: int
+    rank: int
+    max_relative_error: float
+    worst_module: str
+    tolerance: float
+    reader: str = "moslora"
+    rank_error: float | None = None
+
+
+def combine(
+    adapters: Sequence[str | Path],
+    weights: Sequence[float],
+    out: str | Path,
+    to: str = "lora",
+    *,
+    rank: int | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+) -> CombineProof:
+    """Write the weighted sum of adapters.
+
+    Args:
+        adapters: Adapters of any format that is read, for one base.
+        weights: A factor for each, unitless; may be negative.
+        out: Directory to write, or file where the format is a single one; must not exist yet.
+        to: A format that is written.
+        rank: Bring every module of the sum to this rank, by its singular values; None keeps it exact.
+        dtype: A key of ``export.TOLERANCES``; None for float32.
+        base: Base model, for formats that need its configuration; None for the one the adapters name.
+
+    Returns:
+        What was measured; where a directory is written it is kept there as ``moslora_proof.json``.
+
+    Raises:
+        AdapterError: If an adapter cannot be read, or they cannot be added.
+        FileExistsError: If something lies at ``out`` already.
+        ProofError: If the proof failed; nothing is left at ``out``.
+        ValueError: If the format is not written.
+    """
+    check_format(to)
+    parts = [read_adapter(path) for path in adapters]
+    whole = add(parts, weights)
+    ranked = to_rank(whole, rank) if rank is not None else None
+    if not whole.modules:
+        raise AdapterError("The adapters have no modules, so there is nothing to combine.")
+    with written(whole if ranked is None else ranked.adapter, Path(out), to, dtype, base) as result:
+        if result.adapter.modules.keys() != whole.modules.keys():
+            lost = sorted(whole.modules.keys() ^ result.adapter.modules.keys())
+            raise ProofError(
+                f"The proof failed: {len(lost)} modules were lost or added on the way, as {lost[0]}. Nothing was "
+                f"left at {out}."
+            )
+        worst, worst_module = -1.0, ""
+        for name, factors in result.adapter.modules.items():
+            # Against the sources, not against the sum that was written: each ΔW on its own, subtracted here. After
+            # a change of rank the sum is what it was brought to, whose distance from the sources is stated beside.
+            summands = [
+                (w, p.modules[name]) for w, p in zip(weights, parts, strict=True) if name in p.modules
+            ]
+            if ranked is not None:
+                summands = [(1.0, ranked.adapter.modules[name])]
+            left, size = factors.delta_weight(), 0.0
+            beside, length = _bias_of(1.0, factors), 0.0
+            for weight, part in summands:
+                delta, bias = weight * part.delta_weight(), _bias_of(weight, part)
+                left -= delta
+                size += float(delta.norm())
+                beside -= bias
+                length += float(bias.norm())
+            errors = (float(left.norm()) / (size or 1), float(beside.norm()) / (length or 1))
+            error = math.nan if any(map(math.isnan, errors)) else max(errors)
+            if not (error <= worst or math.isnan(worst)):  # NaN counts as worse than anything
+                worst, worst_module = error, name
+        proof = CombineProof(
+            tuple(float(weight) for weight in weights),
+            len(result.adapter.modules),
+            max(factors.r for factors in result.adapter.modules.values()),
+            worst,
+            worst_module,
+            result.tolerance,
+            result.reader,
+            None if ranked is None else ranked.overall,
+        )
+        if not worst <= result.tolerance:
+            raise ProofError(
+                f"The proof failed: ΔW of {worst_module} differs from the sum by {worst:.1e}, above "
+                f"{result.tolerance:.0e}. Nothing was left at {out}."
+            )
+        result.keep(proof)
+    return proof
+
+
+def _bias_of(weight: float, factors: Factors) -> Tensor:
+    """Return what a bias on B adds to the output, in float64; zero where there is none."""
+    if factors.bias is None:
+        return factors.B.new_zeros(len(factors.B)).double()
+    return weight * factors.scale * factors.bias.double()

@@ -1,0 +1,339 @@
+"""Export: write an adapter in another format and prove it by reading back what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, AdapterError, compare
+from moslora.adapters.formats import FORMATS, WRITTEN, comfyui, detect, read_adapter
+from moslora.adapters.formats.directory import staged, staged_file
+from moslora.adapters.ranks import to_rank
+
+__all__ = [
+    "ENGINE_FORMATS",
+    "FOLD_TOLERANCE",
+    "TOLERANCES",
+    "ExportProof",
+    "ProofError",
+    "check_engine",
+    "check_format",
+    "export_adapter",
+    "format_for",
+    "written",
+]
+
+# What programs load, of a given adapter.
+ENGINE_FORMATS: Mapping[str, Callable[[Adapter], str]] = {
+    "peft": lambda _: "lora",
+    "vllm": lambda _: "lora",
+    "sglang": lambda _: "lora",
+    "llama.cpp": lambda _: "gguf",
+    "diffusers": lambda _: "diffusers",
+    "comfyui": comfyui.best_format,
+}
+
+# As for FOLD_TOLERANCE, by what the dtype rounds an entry by: 5e-4 or 4e-3.
+TOLERANCES = {"float32": FOLD_TOLERANCE, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+PROOF_FILE = "moslora_proof.json"
+
+
+class ProofError(RuntimeError):
+    """What was written does not say the same as what was read. Nothing is left of it."""
+
+
+@dataclass(frozen=True)
+class ExportProof:
+    """What an export measured on the files it wrote.
+
+    Attributes:
+        source: Format that was read.
+        target: Format that was written.
+        modules: How many modules both have.
+        max_relative_error: Largest relative error of ΔW over them, Frobenius, float64; of what was to be written,
+            so a change of rank has no part in it.
+        worst_module: Where it is.
+        tolerance: What it was held against.
+        reader: Whose reader read it back.
+        dtype: Of what was written.
+        rank: What every module was brought to; None if its own was kept.
+        rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that the change of rank cost, over all modules together.
+        rank_errors: The same by module.
+        has_magnitudes: Whether it is a DoRA adapter, which fewer programs read than plain LoRA.
+    """
+
+    source: str
+    target: str
+    modules: int
+    max_relative_error: float
+    worst_module: str
+    tolerance: float
+    reader: str = "moslora"
+    dtype: str = "float32"
+    rank: int | None = None
+    rank_error: float | None = None
+    rank_errors: Mapping[str, float] = field(default_factory=dict)
+    has_magnitudes: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is a number within the tolerance."""
+        return self.max_relative_error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Written:
+    """What has been written and not yet been put in its place.
+
+    Attributes:
+        adapter: What was read back.
+        reader: Whose reader that was.
+        place: Where it lies for the moment, a directory or a file.
+        tolerance: What a relative error of ΔW may be, in its dtype.
+        dtype: Of its factors.
+    """
+
+    adapter: Adapter
+    reader: str
+    place: Path
+    tolerance: float
+    dtype: str
+
+    def keep(self, proof: Any) -> None:
+        """Write a proof beside the adapter, where the format is a directory."""
+        if self.place.is_dir():
+            text = json.dumps(asdict(proof), indent=2) + "\n"
+            (self.place / PROOF_FILE).write_text(text, encoding="utf-8")
+
+
+def check_format(to: str) -> None:
+    """Refuse a format that is not written.
+
+    Args:
+        to: Its name.
+
+    Raises:
+        ValueError: If it is unknown or only read; the nearest name is in the message.
+    """
+    if to in WRITTEN:
+        return
+    if to in FORMATS:
+        raise ValueError(f"The format {to} is only read; choose one of {', '.join(WRITTEN)}.")
+    near = difflib.get_close_matches(to, WRITTEN, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(f"The format {to} is unknown; choose one of {', '.join(WRITTEN)}.{hint}")
+
+
+def check_engine(engine: str) -> None:
+    """Refuse a program that is not known.
+
+    Args:
+        engine: Its name.
+
+    Raises:
+        ValueError: If it is unknown; the nearest name is in the message.
+    """
+    if engine in ENGINE_FORMATS:
+        return
+    near = difflib.get_close_matches(engine, ENGINE_FORMATS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"The engine {engine!r} is unknown; choose of {', '.join(sorted(ENGINE_FORMATS))}.{hint}"
+    )
+
+
+def format_for(engine: str, adapter: Adapter) -> str:
+    """Return the format that a program loads.
+
+    Args:
+        engine: A key of ``ENGINE_FORMATS``.
+        adapter: What it shall run.
+
+    Returns:
+        One of ``WRITTEN``.
+
+    Raises:
+        AdapterError: If it runs nothing of this adapter's kind.
+        ValueError: If the program is unknown; the nearest name is in the message.
+    """
+    check_engine(engine)
+    return ENGINE_FORMATS[engine](adapter)
+
+
+@contextlib.contextmanager
+def written(
+    adapter: Adapter, out: Path, to: str, dtype: str | None = None, base: str | None = None
+) -> Iterator[Written]:
+    """Write an adapter beside its place, read it back, and put it there if nothing in the block raises.
+
+    Args:
+        adapter: What to write.
+        out: Directory, or file where the format is a single one; must not exist yet.
+        to: One of ``WRITTEN``.
+        dtype: A key of ``TOLERANCES``; None for float32, or natively what the factors have.
+        base: Base model, for formats that need its configuration; None for the one the adapter names.
+
+    Yields:
+        What was read back, through the other project's reader where it is installed.
+
+    Raises:
+        AdapterError: If the adapter has no place in the format, or its base is not known.
+        FileExistsError: If something lies at ``out`` already.
+        ValueError: If the format or dtype is unknown, or the file's ending is another.
+    """
+    import torch
+
+    check_format(to)
+    format_ = FORMATS[to]
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(TOLERANCES)}.")
+    if format_.suffix and out.suffix != format_.suffix:
+        raise ValueError(f"{out} must end in {format_.suffix}: --to {to} writes a single file.")
+    about: dict[str, Any] = {"base": base_config(adapter, base)} if format_.needs_base else {}
+    how = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    assert format_.write is not None, "check_format saw to it"
+    with staged_file(out) if format_.suffix else staged(out) as place:
+        format_.write(adapter, place, **about, **how)
+        if format_.read_back is not None:
+            found, reader = format_.read_back(place, adapter, **about)
+        else:
+            assert format_.read is not None, "a format has a reader, or another project's"
+            found, reader = format_.read(place), "moslora"
+        name = dtype or "float32"
+        yield Written(found, reader, place, TOLERANCES[name], name)
+
+
+def base_config(adapter: Adapter, base: str | None) -> dict[str, Any]:
+    """Find the configuration of the model that an adapter is for.
+
+    Args:
+        adapter: The adapter.
+        base: A model as ``resolve_model`` takes it; None for the one that the adapter names.
+
+    Returns:
+        What its ``config.json`` says.
+
+    Raises:
+        AdapterError: If it is not known or cannot be read.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from moslora.models.loading import quiet_transformers, resolve_model
+
+    name = base or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(
+            "This format needs the configuration of the base, and the adapter does not name one. Give --base MODEL."
+        )
+    try:
+        source = resolve_model(str(name), None if base else adapter.config.get("revision"))
+        options: dict[str, Any] = {"revision": source.revision} if source.revision else {}
+        if source.gguf_file is not None:
+            options["gguf_file"] = source.gguf_file.name
+        with quiet_transformers():
+            found: dict[str, Any] = AutoConfig.from_pretrained(source.path, **options).to_dict()
+    except Exception as error:  # whatever a damaged or unknown configuration raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(
+            f"The configuration of the base {name} cannot be read: {reason} Give --base MODEL, a folder with its "
+            "config.json."
+        ) from error
+    if not found.get("architectures"):  # a GGUF base says its type alone
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(found.get("model_type"))
+        found["architectures"] = [kind] if isinstance(kind, str) else []
+    return found
+
+
+def export_adapter(
+    source: str | Path,
+    out: str | Path,
+    to: str | None = None,
+    *,
+    engine: str | None = None,
+    rank: int | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+    alpha: float | None = None,
+) -> ExportProof:
+    """Write an adapter in another format, and prove it.
+
+    Args:
+        source: Adapter of any format that is read.
+        out: Directory to write, or file where the format is a single one; must not exist yet.
+        to: One of ``WRITTEN``; ``"lora"`` if neither this nor ``engine`` is given. All but ``"native"`` fold the
+            mixers.
+        engine: A key of ``ENGINE_FORMATS``, instead of ``to``: what it loads is written.
+        rank: Bring every module to this rank, by the singular values of ΔW.
+        dtype: A key of ``TOLERANCES``; None for float32, or natively what the factors have.
+        base: Base model, for formats that need its configuration; None for the one the adapter names.
+        alpha: The ``lora_alpha`` that it was trained with, for a file that does not say it.
+
+    Returns:
+        What was measured; where a directory is written it is kept there as ``moslora_proof.json``.
+
+    Raises:
+        AdapterError: If the source cannot be read or trusted, or has no place in the format.
+        FileExistsError: If something lies at ``out`` already.
+        ProofError: If the proof failed; nothing is left at ``out``.
+        ValueError: If an argument makes no sense.
+    """
+    if engine is not None and to is not None:
+        raise ValueError(f"--for {engine} chooses the format, so --to {to} has no place beside it. Give one.")
+    if engine is not None:
+        check_engine(engine)
+    else:
+        to = to or "lora"
+        check_format(to)
+    source = Path(source)
+    found = detect(source)
+    adapter = read_adapter(source, alpha)
+    to = to or format_for(str(engine), adapter)
+    ranked = to_rank(adapter, rank) if rank is not None else None
+    wanted = adapter if ranked is None else ranked.adapter
+    with written(wanted, Path(out), to, dtype, base) as result:
+        proof = _prove(wanted, result, found, to)
+        if ranked is not None:
+            proof = replace(proof, rank=rank, rank_error=ranked.overall, rank_errors=dict(ranked.errors))
+        if not proof.passed:
+            raise ProofError(
+                f"The proof failed: ΔW of {proof.worst_module} has a relative error of "
+                f"{proof.max_relative_error:.1e}, above {proof.tolerance:.0e}. Nothing was left at {out}."
+            )
+        result.keep(proof)
+    return proof
+
+
+def _equal(one: Any, two: Any) -> bool:
+    """Compare two tensors, None standing for one that is missing."""
+    import torch
+
+    return one is not None and two is not None and one.dtype == two.dtype and torch.equal(one, two)
+
+
+def _prove(adapter: Adapter, result: Written, source: str, target: str) -> ExportProof:
+    read = FORMATS[target].read
+    # Tensors beside the factors exist in directories alone, and our own reader sees all of them.
+    extra = read(result.place).extra if read is not None and result.place.is_dir() else result.adapter.extra
+    found = compare(adapter, result.adapter)
+    names = adapter.extra.keys() | extra.keys()
+    changed = sorted(n for n in names if not _equal(adapter.extra.get(n), extra.get(n)))
+    if changed:
+        raise ProofError(f"Tensors beside the factors were lost or changed: {changed[:5]}. Nothing was left.")
+    return ExportProof(
+        source,
+        target,
+        found.modules,
+        found.max_relative_error,
+        found.worst_module,
+        result.tolerance,
+        result.reader,
+        result.dtype,
+        has_magnitudes=adapter.has_magnitudes,
+    )

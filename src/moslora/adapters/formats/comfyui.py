@@ -1,0 +1,93 @@
+"""Which modules ComfyUI applies of the LoRA files that are written here.
+
+Its reader looks for a file's names in a table that it makes of the model (``comfy/lora.py``, ``comfy/utils.py``; seen
+in 0.3.64 and at commit 17358c8), logs what it does not find as "lora key not loaded", and goes on without. In that
+table:
+
+- a **U-Net's** modules have kohya's names, and diffusers' with ``.to_`` turned to ``.processor.to_``, as diffusers
+  called them in 2023. Of a file with today's names every attention projection is left out, without an error;
+- **FLUX's and SD3's** modules have diffusers' names; kohya's are others than diffusers would read;
+- **CLIP's** modules have both; T5's have none of diffusers'.
+
+So files for it are kohya's for U-Nets and diffusers' else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from moslora.adapters.factors import Adapter
+from moslora.adapters.formats.pipeline import by_component
+
+__all__ = ["best_format", "passed_over"]
+
+_ATTENTION = (
+    r"attentions\.\d+\.(proj_in|proj_out"
+    r"|transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))"
+)
+_RESNET = r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)"
+_UNET = re.compile(
+    rf"((down|up)_blocks\.\d+|mid_block)\.({_ATTENTION}|{_RESNET})|down_blocks\.\d+\.downsamplers\.0\.conv"
+    r"|up_blocks\.\d+\.upsamplers\.0\.conv|conv_in|conv_out|(time|add|class)_embedding\.linear_[12]"
+)
+_CLIP = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+_BLOCK = (
+    r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj)|attn2\.(to_[qkv]|to_out\.0)"
+    r"|norm1\.linear|norm1_context\.linear|ff(_context)?\.net\.(0\.proj|2))"
+)
+_SINGLE = r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|norm\.linear|proj_mlp|proj_out)"
+_EMBEDDERS = (
+    r"time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]|x_embedder|context_embedder|proj_out"
+    r"|norm_out\.linear|pos_embed\.proj"
+)
+_FLUX_OR_SD3 = re.compile(rf"{_BLOCK}|{_SINGLE}|{_EMBEDDERS}")
+
+
+def best_format(adapter: Adapter) -> str:
+    """Return the format of which ComfyUI applies most.
+
+    Args:
+        adapter: Of a pipeline, or of one of its models.
+
+    Returns:
+        ``"kohya"`` or ``"diffusers"``.
+
+    Raises:
+        AdapterError: If the modules are not those of a diffusers pipeline.
+    """
+    return "kohya" if "unet" in by_component(adapter) else "diffusers"
+
+
+def passed_over(adapter: Adapter, format_: str) -> Mapping[str, str]:
+    """Say which modules ComfyUI does not apply, or is not known to apply.
+
+    Args:
+        adapter: Of a pipeline, or of one of its models.
+        format_: ``"kohya"`` or ``"diffusers"``: how the file has it.
+
+    Returns:
+        By the path of such a module, why.
+
+    Raises:
+        AdapterError: If the modules are not those of a diffusers pipeline.
+    """
+    found: dict[str, str] = {}
+    for component, part in by_component(adapter).items():
+        for path in part.modules:
+            reason = _reason(component, path, format_)
+            if reason:
+                found[f"{component}.{path}"] = reason
+    return found
+
+
+def _reason(component: str, path: str, format_: str) -> str:
+    if component == "unet":
+        if format_ == "diffusers" and ".to_" in path:
+            return "it looks for attention projections of a U-Net under names that diffusers had in 2023"
+        return "" if _UNET.fullmatch(path) else "it has no name for this module of a U-Net"
+    if component.startswith("text_encoder"):
+        return "" if _CLIP.fullmatch(path) else "of text encoders it has names for CLIP's layers alone"
+    return (
+        "" if _FLUX_OR_SD3.fullmatch(path) else "no module of FLUX or SD3, for which its names were looked up"
+    )

@@ -1,0 +1,243 @@
+"""diffusers' LoRA files: one ``.safetensors`` that ``pipe.load_lora_weights`` reads.
+
+Keys are the model's name, the module's path, ``lora_A`` and ``lora_B``. Alphas are no tensors: they stand in the
+metadata, under ``lora_adapter_metadata``, and where there is none, diffusers takes alpha for r. Older files have
+``to_q_lora.down`` and the like, which are read too; so is a mixer as MoSLoRA's authors saved it, which diffusers drops
+with a warning. Their fork calls it ``lora_AB``, and diffusers, which renames ``lora_A`` wherever it stands in a name,
+made ``lora.downB`` of it, in text encoders ``lora_linear_layer.downB``.
+
+Written are equal ranks, filled up with zeros, and alpha = r: with the metadata and without it means the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moslora.adapters.factors import Adapter, AdapterError, exact_pattern
+from moslora.adapters.formats import through_diffusers
+from moslora.adapters.formats.directory import (
+    SHARED,
+    Found,
+    as_stored,
+    build_adapter,
+    load_tensors,
+    name_exactly,
+    read_header,
+    save_tensors,
+)
+from moslora.adapters.formats.lora import MAGNITUDE, flatten
+from moslora.adapters.formats.official import check_mixers
+from moslora.adapters.formats.pipeline import (
+    COMPONENTS,
+    by_component,
+    check_writable,
+    join,
+    name_clip,
+    own_clip,
+)
+from moslora.adapters.ranks import pad
+
+__all__ = ["is_diffusers", "read", "read_with_diffusers", "write"]
+
+METADATA = "lora_adapter_metadata"
+SIDES = {"down": "A", "up": "B", "downB": "M", "A": "A", "B": "B", "AB": "M", "mixer": "M", "M": "M"}
+SIDES["magnitude_vector"] = "magnitude"
+ENDINGS = (
+    re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B|AB|mixer)\.weight"),
+    re.compile(
+        r"(?P<path>.+)\.moslora_(?P<side>A|M|B)\.weight"
+    ),  # of ``unet.add_adapter``, as its scripts save
+    re.compile(r"(?P<path>.+)\.(?:lora|lora_linear_layer)\.(?P<side>down|up|downB)\.weight"),
+    re.compile(r"(?P<path>.+)\.lora_(?P<side>magnitude_vector)(?:\.weight)?"),
+    re.compile(
+        r"(?P<path>.+?)\.(?:processor\.)?(?P<what>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight"
+    ),
+)
+IN_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def _split_key(key: str) -> tuple[str, str, str] | None:
+    """Return the model, the module's path in it and the letter of a key; None if it is none of diffusers'."""
+    component, _, rest = key.partition(".")
+    if component not in COMPONENTS:
+        return None
+    found = next((m for ending in ENDINGS if (m := ending.fullmatch(rest))), None)
+    if found is None:
+        return None
+    path, what = found["path"], found.groupdict().get("what")
+    if what:
+        inner = IN_CLIP[what] if path.endswith("self_attn") else {"to_out": "to_out.0"}.get(what, what)
+        path = f"{path}.{inner}"
+    return component, own_clip(component, path), SIDES[found["side"]]
+
+
+def is_diffusers(names: list[str]) -> bool:
+    """Tell diffusers' files by the names of their tensors."""
+    return any(_split_key(name) for name in names)
+
+
+def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the configuration that a file carries, by ``MODEL.ARGUMENT``."""
+    try:
+        found = json.loads(metadata.get(METADATA, "{}"))
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{path}: its {METADATA} is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{path}: its {METADATA} is no JSON object.")
+    return found
+
+
+def read(path: Path, alpha: float | None = None) -> Adapter:
+    """Read a diffusers file.
+
+    Args:
+        path: The ``.safetensors`` file.
+        alpha: What it was trained with, where the file does not say it.
+
+    Returns:
+        The adapter, with paths below the names of the models it is for. Without metadata and ``alpha``, alpha is the
+        rank, as diffusers has it.
+
+    Raises:
+        AdapterError: If it is damaged or holds anything but factors, or says its alpha itself and one is given.
+    """
+    _, about = read_header(path)
+    metadata = _read_metadata(path, about)
+    found: dict[str, Found] = {}
+    for key, tensor in load_tensors(path).items():
+        split = _split_key(key)
+        if split is None:
+            raise AdapterError(
+                f"{path}: {key} is no factor that diffusers' files have. Files of other methods (LoKr, biases) are not "
+                "read."
+            )
+        component, module, letter = split
+        own = found.setdefault(component, Found({}, {}, set())).modules.setdefault(module, {})
+        if letter in own or (tensor.ndim < 2 and letter != "magnitude"):
+            raise AdapterError(
+                f"{path}: {key} is a second factor {letter} of its module, or no factor at all."
+            )
+        own[letter] = tensor
+        if ".moslora_" in key and alpha is None and not _says_scale(component, metadata):
+            raise AdapterError(
+                f"{path} does not say rank and alpha of {component}, so the scale of its mixers is not known. Give the "
+                "lora_alpha that it was trained with: --alpha N (with use_rslora, N times the square root of the rank)."
+            )
+    if alpha is not None and all(_says_scale(component, metadata) for component in found):
+        raise AdapterError(f"{path} says its alpha itself, in its metadata. Leave --alpha out.")
+    parts = {name: _part(path, name, own, metadata, alpha) for name, own in found.items()}
+    return join(parts)
+
+
+def _says_scale(component: str, metadata: Mapping[str, Any]) -> bool:
+    return {f"{component}.r", f"{component}.lora_alpha"} <= metadata.keys()
+
+
+def _part(
+    path: Path, component: str, found: Found, metadata: Mapping[str, Any], alpha: float | None
+) -> Adapter:
+    said = {
+        key.removeprefix(f"{component}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{component}.")
+    }
+    if said.get("lora_bias"):
+        raise AdapterError(f"{path}: {component} has a bias on B, whose update is not s·B·A.")
+    ranks = {name: own["A"].shape[0] for name, own in found.modules.items() if "A" in own}
+    if not _says_scale(component, metadata):  # as diffusers: alpha = r, module by module
+        r = max(ranks.values(), default=1)
+        others = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
+        said = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others}
+        if alpha is not None:
+            said.update(lora_alpha=alpha, alpha_pattern={})
+    config = {key: value for key, value in said.items() if key in SHARED}
+    config["target_modules"] = name_exactly(found.modules)
+    if any("magnitude" in own for own in found.modules.values()):
+        config["use_dora"] = True
+    check_mixers(f"{path}: {component}", found.modules)
+    if any("M" in own for own in found.modules.values()):
+        config["mixer"] = said.get("mixer", "kaiming")
+        if config.get("use_dora"):
+            raise AdapterError(
+                f"{path}: {component} has mixers and DoRA's magnitude. The fork that such files are from runs DoRA "
+                "without the mixers, so what it learned there is not s·B·M·A."
+            )
+    return build_adapter(path, config, found)
+
+
+def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a diffusers file, folded.
+
+    Args:
+        adapter: Of a pipeline, or of one of its models.
+        path: The file.
+        dtype: Of its tensors.
+
+    Raises:
+        AdapterError: If it is of no pipeline, or holds more than factors of linear layers and convolutions.
+        OSError: If it cannot be written.
+    """
+    adapter.refuse_biases("That diffusers' loader takes it rightly was not verified, so it is not written")
+    parts = {name: flatten(part) for name, part in by_component(adapter).items()}
+    for component, part in parts.items():
+        if component.startswith("text_encoder"):
+            part.refuse_magnitudes(
+                f"In a {component} diffusers would load it without its magnitude (0.42.1 with transformers 5.23, which "
+                "looks for another name), so it is not written"
+            )
+    check_writable(
+        parts,
+        lambda form: form.kind == "linear" or form.groups == 1 == (form.kind == "conv"),
+        "a diffusers file",
+    )
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for component, part in parts.items():
+        r = max(factors.r for factors in part.modules.values())
+        named = {name_clip(component, module): factors for module, factors in part.modules.items()}
+        for module, factors in named.items():
+            stored = as_stored(pad(factors, r))
+            tensors[f"{component}.{module}.lora_A.weight"] = stored["A"].to(dtype)
+            tensors[f"{component}.{module}.lora_B.weight"] = stored["B"].to(dtype)
+            if "magnitude" in stored:
+                tensors[f"{component}.{module}.{MAGNITUDE}"] = stored["magnitude"].to(dtype)
+        # Suffixes, because transformers 5 takes CLIP's "text_model." away; no two modules share a whole path.
+        targets = sorted(path.removeprefix("text_model.") for path in named)
+        values = {"r": r, "lora_alpha": r, "target_modules": targets, "lora_dropout": 0.0, "bias": "none"}
+        values.update(rank_pattern={}, alpha_pattern={})  # diffusers before 0.42 does not load a file without
+        if part.has_magnitudes:
+            values["use_dora"] = True
+        metadata.update({f"{component}.{key}": value for key, value in values.items()})
+    text = json.dumps(metadata, indent=2, sort_keys=True)
+    save_tensors(path, tensors, {"format": "pt", METADATA: text})
+
+
+def read_with_diffusers(path: Path, like: Adapter) -> tuple[Adapter, str]:
+    """Read a diffusers file as a pipeline's ``load_lora_weights`` does.
+
+    Args:
+        path: The file.
+        like: What was written.
+
+    Returns:
+        What diffusers understood, with the paths of ``like``; and the name of the reader. This package's own reader
+        stands in where diffusers is not installed.
+    """
+    if not through_diffusers.is_installed():
+        return through_diffusers.with_paths_of(read(path), like), "moslora"
+    from diffusers.loaders import lora_pipeline
+
+    is_unet = "unet" in by_component(like) or "transformer" not in by_component(like)
+    name = "StableDiffusionXLLoraLoaderMixin" if is_unet else "FluxLoraLoaderMixin"
+    loader = getattr(lora_pipeline, name)
+    tensors, alphas, metadata = loader.lora_state_dict(
+        str(path), return_lora_metadata=True, **({} if is_unet else {"return_alphas": True})
+    )
+    return through_diffusers.understood(tensors, alphas or None, metadata, like)

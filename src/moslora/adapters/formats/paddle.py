@@ -1,0 +1,67 @@
+"""PaddleNLP's LoRA directories, with or without a mixer (``lora_use_mixer``).
+
+Paddle stores a weight as ``(in, out)``: ``lora_A (in, r)``, ``lora_AB (r, r)`` and ``lora_B (r, out)``, with
+``ΔW = s·A·AB·B`` in that layout (PaddleNLP pull request 9331). Everything is transposed here. Only safetensors are
+read; Paddle's own ``.pdparams`` are pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moslora.adapters.factors import Adapter, AdapterError
+from moslora.adapters.formats.directory import Found, build_adapter, load_tensors
+
+__all__ = ["CONFIG", "read"]
+
+CONFIG = "lora_config.json"
+PARTS = {"lora_A": "A", "lora_AB": "M", "lora_B": "B"}
+
+
+def read(folder: Path) -> Adapter:
+    """Read a directory that PaddleNLP saved with ``safetensors``.
+
+    Args:
+        folder: The directory, with ``lora_config.json`` and one ``.safetensors`` file.
+
+    Returns:
+        The adapter. A first ``llama.`` of a module's path, or another family's name before ``layers.``, becomes
+        transformers' ``model.``.
+
+    Raises:
+        AdapterError: If it is not whole.
+    """
+    try:
+        config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{folder / CONFIG} cannot be read: {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("r"), int):
+        raise AdapterError(f"{folder / CONFIG} has no rank r, so it is no LoRA configuration of PaddleNLP.")
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise AdapterError(
+            f"{folder} has {len(files)} .safetensors files, one is needed. PaddleNLP writes one where it saves with "
+            "safe_serialization; .pdparams files are pickles, which are not opened."
+        )
+    found = Found({}, {}, set())
+    for key, tensor in load_tensors(files[0]).items():
+        path, _, part = key.rpartition(".")
+        if part not in PARTS or tensor.ndim != 2:
+            raise AdapterError(f"{files[0]}: {key} {tuple(tensor.shape)} is no factor of PaddleNLP's LoRA.")
+        module = re.sub(r"^[a-z0-9_]+\.(?=layers\.)", "model.", path)
+        found.modules.setdefault(module, {})[PARTS[part]] = tensor.T.contiguous()
+    without = [name for name, factors in found.modules.items() if "M" not in factors]
+    if without and config.get("lora_use_mixer"):
+        raise AdapterError(f"{files[0]}: {without[0]} lacks its mixer, lora_AB.")
+    shared = {
+        "r": config["r"],
+        "lora_alpha": config.get("lora_alpha", 8),
+        "use_rslora": bool(config.get("rslora")),
+        "lora_dropout": config.get("lora_dropout") or 0.0,
+        "target_modules": sorted({name.rpartition(".")[2] for name in found.modules}),
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+    }
+    return build_adapter(folder, {**shared, "mixer": "kaiming"}, found)

@@ -1,0 +1,180 @@
+"""What another project understood of a file: its own loader fills a model of the adapter's modules alone.
+
+Its base weights are one zero, seen as a whole matrix, so it needs no memory whatever the model's size; only the factors
+are real. What the loader put into its layers, names, ranks and scales, is what it would run.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from moslora.adapters.factors import LINEAR, Adapter, AdapterError, Factors, Form
+from moslora.adapters.formats.experts import EXPERT, owner, separate
+
+__all__ = ["build", "filled_factors", "load_with_peft"]
+
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def _module(factors: Factors) -> nn.Module:
+    n_in, n_out, form = factors.A.shape[1], factors.B.shape[0], factors.form
+    module: Any
+    if form.kind == "embedding":
+        module = nn.Embedding(n_in, n_out, device="meta")
+    elif form.kind == "conv":
+        channels = n_in // torch.Size(form.kernel).numel()
+        kind = CONVOLUTIONS[len(form.kernel)]
+        module = kind(channels, n_out, form.kernel, groups=form.groups, bias=False, device="meta")
+    else:
+        module = nn.Linear(n_in, n_out, bias=False, device="meta")
+    # Not on the meta device: loaders move factors to where the weight is.
+    module.weight = nn.Parameter(torch.zeros(()).expand(module.weight.shape), requires_grad=False)
+    return cast(nn.Module, module)
+
+
+def build(modules: Mapping[str, Factors], root: type[nn.Module] = nn.Module) -> nn.Module:
+    """Build a model of the modules that an adapter has.
+
+    Args:
+        modules: Factors by path.
+        root: Class of the outermost module, called without arguments.
+
+    Returns:
+        The model, without any memory for its weights.
+    """
+    model = root()
+    plain = {path: factors for path, factors in modules.items() if factors.form != EXPERT}
+    for path, factors in plain.items():
+        *parents, name = path.split(".")
+        place = model
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, nn.Module())
+            place = cast(nn.Module, place._modules[parent])
+        place.add_module(name, _module(factors))
+    return model
+
+
+def add_experts(model: nn.Module, modules: Mapping[str, Factors], parameters: Iterable[str]) -> None:
+    """Add the modules whose parameters are experts.
+
+    Args:
+        model: From ``build``; changed in place.
+        modules: Factors by path.
+        parameters: ``target_parameters`` of the configuration.
+    """
+    numbers = Counter(owner(path) for path, factors in modules.items() if factors.form == EXPERT)
+    levels: dict[str, list[str]] = {}
+    for path in sorted(
+        numbers, key=len, reverse=True
+    ):  # the innermost first: one ".base_layer" for each around
+        levels.setdefault(path.replace(".base_layer", ""), []).append(path)
+    for inner, paths in levels.items():
+        names = [name for name in parameters if f".{inner}".endswith(f".{name}".rpartition(".")[0])]
+        if len(names) != len(paths):
+            raise AdapterError(
+                f"{inner} has {len(paths)} adapted parameters, and target_parameters {list(parameters)} name "
+                f"{len(names)}."
+            )
+        place = model
+        for part in inner.split("."):
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = cast(nn.Module, place._modules[part])
+        # PEFT nests them in the order in which a module has them. Which name is whose the base alone knows, and
+        # neither what is loaded nor its scale depends on it, for all have one rank and alpha.
+        for path, name in zip(paths, names, strict=True):
+            factors = modules[f"{path}[0]"]
+            shape = (numbers[path], factors.B.shape[0], factors.A.shape[1])
+            zero = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+            place.register_parameter(name.rpartition(".")[2], zero)
+
+
+def filled_factors(model: nn.Module) -> dict[str, Factors]:
+    """Take from PEFT's layers what was loaded into them.
+
+    Args:
+        model: A skeleton with one LoRA adapter.
+
+    Returns:
+        Factors by path, with the scales that PEFT would use.
+
+    Raises:
+        AdapterError: If a layer got no values.
+    """
+    found: dict[str, Factors] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        (name,) = layer.scaling
+        embedding = name in layer.lora_embedding_A
+        A: Tensor = layer.lora_embedding_A[name] if embedding else layer.lora_A[name].weight
+        B: Tensor = layer.lora_embedding_B[name] if embedding else layer.lora_B[name].weight
+        if A.is_meta or B.is_meta:
+            raise AdapterError(f"{path}: the other project's loader left its factors empty.")
+        A, B, form = A.detach(), B.detach(), LINEAR
+        if layer.r[name] * getattr(layer, "num_experts", 1) != layer.r[name]:
+            for expert, own in separate(path, {"A": A, "B": B}, layer.num_experts).items():
+                eye = torch.eye(layer.r[name], dtype=A.dtype)
+                found[expert] = Factors(own["A"], eye, own["B"], float(layer.scaling[name]), EXPERT)
+            continue
+        if embedding:
+            form = Form("embedding")
+        elif A.ndim > 2:
+            form = Form("conv", tuple(A.shape[2:]), A.shape[0] // B.shape[1])
+        magnitude: Tensor | None = None
+        if name in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[name].weight.detach().flatten()
+            if magnitude.is_meta:
+                raise AdapterError(f"{path}: the other project's loader left its magnitude empty.")
+        bias: Tensor | None = None if embedding else layer.lora_B[name].bias
+        if bias is not None and bias.is_meta:
+            raise AdapterError(f"{path}: the other project's loader left its bias on B empty.")
+        A, B = A.flatten(1), B.flatten(1)
+        if form.groups > 1:
+            B = torch.block_diag(*B.chunk(form.groups))  # type: ignore[no-untyped-call]
+        M, scale = torch.eye(A.shape[0], dtype=A.dtype), float(layer.scaling[name])
+        bias = bias if bias is None else bias.detach()
+        found[path] = Factors(A, M, B, scale, form, magnitude, bias)
+    return found
+
+
+def load_with_peft(config: LoraConfig, tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
+    """Let stock PEFT choose its modules, ranks and scales by a configuration, and load tensors into them.
+
+    Args:
+        config: As read from a file.
+        tensors: By path and part, as ``layers.0.q_proj.lora_A.weight``.
+        like: Whose modules the base has.
+
+    Returns:
+        What PEFT would run.
+
+    Raises:
+        AdapterError: If PEFT passed over a tensor.
+    """
+    config = copy.deepcopy(config)
+    # What is trained whole is no factor, and its modules are not in the skeleton; that PEFT keeps a file's is its law.
+    config.modules_to_save = config.trainable_token_indices = None
+    config.bias, config.ensure_weight_tying = "none", False
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of what merging would need, and of flags for layers that are elsewhere
+        model = build(like.modules)
+        add_experts(model, like.modules, config.target_parameters or ())
+        model = inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+        result = set_peft_model_state_dict(model, dict(tensors), low_cpu_mem_usage=True)
+    passed_over = [key for key in result.unexpected_keys if "lora_" in key]
+    if passed_over:
+        raise AdapterError(f"PEFT would pass over {passed_over[:3]}.")
+    return Adapter(filled_factors(model), like.config, like.extra)

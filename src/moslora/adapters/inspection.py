@@ -1,0 +1,398 @@
+"""Inspect: what an adapter learned, module by module, from its factors alone.
+
+The effective rank is that of Roy and Vetterli (2007): ``exp(-Σ p·log p)`` of the singular values of ΔW, p being their
+shares of the sum; r if all are equal, 1 if one stands alone.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.adapters.factors import Adapter, AdapterError, Factors
+from moslora.adapters.formats import detect, read_adapter
+from moslora.adapters.formats.native import start_of
+from moslora.models.loading import ModelError
+from moslora.models.shards import Weights, open_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NOTHING", "Group", "Inspection", "ModuleReport", "inspect_adapter", "write_page"]
+
+# Below this share of the median ‖ΔW‖ a module has learned nothing beside the others.
+NOTHING = 1e-3
+MAGNITUDES = (
+    "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; what is said of ΔW is said of s·B·M·A, before "
+    "that."
+)
+BIASES = "It has a bias on B, of which the figures say nothing: h = W0·x + s·(B·M·A·x + b)."
+COMPONENTS = (
+    "It started from its base's weights, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
+    "at as one product of twice the rank, so the figures of the mixer are of both."
+)
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What one module learned.
+
+    Attributes:
+        module: Path in the base model.
+        form: ``"linear"``, ``"conv"``, ``"embedding"`` or ``"expert"``.
+        shape: ``(out, in)`` of ΔW as a matrix.
+        rank: r.
+        scale: s of ``ΔW = s·B·M·A``.
+        norm: ``‖ΔW‖``, Frobenius.
+        relative_norm: ``‖ΔW‖ / ‖W0‖``; None without a base, or where its weight is not to be told.
+        effective_rank: Of ΔW, between 1 and r; 0 if ΔW is zero.
+        mixer_values: Singular values of M, largest first.
+        from_identity: ``‖M - I‖ / ‖I‖``.
+        from_orthogonal: Distance of M from the nearest orthogonal matrix, relative to ``‖I‖``.
+        moved: ``‖M - M0‖ / ‖M0‖`` from its start; None where the start was not kept.
+        mixed_scale: ``‖M·A‖ / ‖A‖``; a fresh kaiming mixer has about 0.58.
+    """
+
+    module: str
+    form: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    norm: float
+    relative_norm: float | None
+    effective_rank: float
+    mixer_values: tuple[float, ...]
+    from_identity: float
+    from_orthogonal: float
+    moved: float | None
+    mixed_scale: float
+
+    @property
+    def layer(self) -> str:
+        """The part of the path up to its last number, as ``model.layers.3``; empty if it has none."""
+        found = re.match(r"(.*\.\d+)\.", self.module)
+        return found[1] if found else ""
+
+    @property
+    def kind(self) -> str:
+        """The rest of the path, as ``self_attn.q_proj``; experts of a tensor together."""
+        return re.sub(r"\[\d+\]$", "", self.module.removeprefix(f"{self.layer}."))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules of one kind, by their medians.
+
+    Attributes:
+        kind: Their path within a layer.
+        modules: How many they are.
+        rank: The largest.
+        norm, relative_norm, effective_rank, from_identity, from_orthogonal, moved, mixed_scale: Medians; None where
+            no module has one.
+    """
+
+    kind: str
+    modules: int
+    rank: int
+    norm: float | None
+    relative_norm: float | None
+    effective_rank: float | None
+    from_identity: float | None
+    from_orthogonal: float | None
+    moved: float | None
+    mixed_scale: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter, looked at.
+
+    Attributes:
+        adapter: Where it is.
+        format: A key of ``formats.FORMATS``.
+        base: The base it was compared with; None if with none.
+        mixer: What the configuration names; None for a plain LoRA.
+        parameters: How many numbers A, M and B hold.
+        modules: What each module learned, by path.
+        groups: The same by kind of module.
+        learned_nothing: Modules whose ``‖ΔW‖`` is below ``NOTHING`` of the median.
+        note: What must be known to read the figures; empty if nothing.
+    """
+
+    adapter: str
+    format: str
+    base: str | None
+    mixer: str | None
+    parameters: int
+    modules: tuple[ModuleReport, ...]
+    groups: tuple[Group, ...]
+    learned_nothing: tuple[str, ...]
+    note: str = ""
+
+
+def inspect_adapter(
+    adapter: str | Path, base: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> Inspection:
+    """Look at what an adapter learned.
+
+    Args:
+        adapter: Adapter of any format that is read.
+        base: Base model whose weights to compare with; None to look at the factors alone.
+        say: Receives a line before long work.
+
+    Returns:
+        Every module's figures, in float64.
+
+    Raises:
+        AdapterError: If the adapter cannot be read.
+        ModelError: If the base cannot be read, or has none of the adapter's modules.
+    """
+    found = read_adapter(adapter)
+    if not found.modules:
+        raise AdapterError(f"{adapter} has no modules, so there is nothing to inspect.")
+    weights = open_weights(base, say) if base is not None else None
+    mixer = found.config.get("mixer")
+    # A configuration names how a fresh mixer starts; what was imported, combined or mixed started elsewhere.
+    starts = start_of(Path(adapter)) or {}
+    reports = tuple(
+        _look(name, factors, weights, starts.get(name))
+        for name, factors in sorted(found.modules.items(), key=lambda pair: natural(pair[0]))
+    )
+    if weights is not None and all(report.relative_norm is None for report in reports):
+        raise ModelError(
+            f"{base} has no weight of any module of {adapter}, as {reports[0].module}. Name the base that the adapter "
+            "was trained on."
+        )
+    typical = statistics.median(report.norm for report in reports)
+    return Inspection(
+        str(adapter),
+        detect(Path(adapter)),
+        base,
+        str(mixer) if mixer and not found.is_folded else None,
+        found.parameters,
+        reports,
+        tuple(
+            _group(kind, [r for r in reports if r.kind == kind]) for kind in _unique(r.kind for r in reports)
+        ),
+        tuple(r.module for r in reports if r.norm == 0 or r.norm < NOTHING * typical),
+        _note(found),
+    )
+
+
+def _note(adapter: Adapter) -> str:
+    begun = any(
+        "init_lora_weights" in part
+        for part in adapter.config.get("components", {"": adapter.config}).values()
+    )
+    notes = ([MAGNITUDES], adapter.has_magnitudes), ([BIASES], adapter.has_biases), ([COMPONENTS], begun)
+    return " ".join(text for note, is_said in notes for text in note * is_said)
+
+
+def _look(name: str, factors: Factors, weights: Weights | None, start: Tensor | None) -> ModuleReport:
+    import torch
+
+    values = factors.singular_values()
+    M = factors.M.double()
+    identity = torch.eye(factors.r, dtype=M.dtype)
+    mixing = torch.linalg.svdvals(M)
+    A = factors.A.double()
+    unit = factors.r**0.5  # ‖I‖
+    return ModuleReport(
+        module=name,
+        form=factors.form.kind,
+        shape=(factors.B.shape[0], factors.A.shape[1]),
+        rank=factors.r,
+        scale=factors.scale,
+        norm=float(values.norm()),
+        relative_norm=_relative(name, float(values.norm()), factors, weights),
+        effective_rank=effective_rank(values),
+        mixer_values=tuple(mixing.tolist()),
+        from_identity=float((M - identity).norm()) / unit,
+        from_orthogonal=float((mixing - 1).norm()) / unit,
+        moved=_moved(M, start),
+        mixed_scale=float((M @ A).norm() / A.norm()) if A.any() else 0.0,
+    )
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return the effective rank of a matrix.
+
+    Args:
+        values: Its singular values, shape ``(n,)``.
+
+    Returns:
+        Between 1 and n; 0 if all are zero. (Roy and Vetterli, The effective rank, EUSIPCO 2007.)
+    """
+    total = float(values.sum())
+    if total == 0:
+        return 0.0
+    shares = values[values > 0] / total
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def _moved(M: Tensor, start: Tensor | None) -> float | None:
+    """Return how far a mixer is from its start, where that is known."""
+    if start is None or start.shape != M.shape or not start.any():
+        return None
+    start = start.to(M)
+    return float((M - start).norm() / start.norm())
+
+
+def _relative(name: str, norm: float, factors: Factors, weights: Weights | None) -> float | None:
+    if weights is None or factors.form.kind == "expert":
+        return None
+    try:
+        weight = weights.read(weights.find(name))
+    except ModelError:
+        return None
+    if weight.numel() != factors.B.shape[0] * factors.A.shape[1] // factors.form.groups:
+        return None
+    size = float(weight.double().norm())
+    return norm / size if size else None
+
+
+def _group(kind: str, reports: Sequence[ModuleReport]) -> Group:
+    def median(figure: str) -> float | None:
+        known = [value for report in reports if (value := getattr(report, figure)) is not None]
+        return statistics.median(known) if known else None
+
+    figures = (
+        "norm",
+        "relative_norm",
+        "effective_rank",
+        "from_identity",
+        "from_orthogonal",
+        "moved",
+        "mixed_scale",
+    )
+    return Group(kind, len(reports), max(r.rank for r in reports), *(median(figure) for figure in figures))
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def natural(path: str) -> list[tuple[int, str]]:
+    """Return a key that sorts ``layers.10`` after ``layers.9``.
+
+    Args:
+        path: Of a module.
+    """
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+
+
+# --- The page -----------------------------------------------------------------------------------------------
+
+# What is drawn: the figure's name, its title, and what a reader shall take from it.
+MAPS = (
+    ("relative_norm", "‖ΔW‖ ÷ ‖W0‖", "How much each weight moved, relative to its own size."),
+    ("norm", "‖ΔW‖", "How much each weight moved."),
+    ("effective_rank", "Effective rank of ΔW", "How many directions each update really uses, of at most r."),
+    ("from_identity", "‖M - I‖ ÷ ‖I‖", "0 is plain LoRA: nothing is mixed."),
+    ("from_orthogonal", "Distance of M from orthogonal", "0 mixes without stretching any direction."),
+    ("moved", "‖M - M0‖ ÷ ‖M0‖", "How far the mixer moved from its start."),
+    ("mixed_scale", "‖M·A‖ ÷ ‖A‖", "How the mixer scales A; about 0.58 for a fresh kaiming mixer."),
+)
+
+
+def write_page(inspection: Inspection, out: Path) -> None:
+    """Write the figures as one page of heat maps that opens offline.
+
+    Args:
+        inspection: What to show.
+        out: The ``.html`` file; must not exist yet.
+
+    Raises:
+        FileExistsError: If something lies at ``out`` already.
+    """
+    import jinja2
+
+    from moslora.adapters.formats.directory import staged_file
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "reports" / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    has_mixers = any(report.from_identity > 0 for report in inspection.modules)
+    maps = [
+        drawn
+        for figure, title, meaning in MAPS
+        if (has_mixers or figure in ("relative_norm", "norm", "effective_rank"))
+        and (drawn := _heat_map(inspection, figure, title, meaning)) is not None
+    ]
+    page = environment.get_template("inspection.html.jinja").render(
+        inspection=inspection, maps=maps, spectra=_spectra(inspection) if has_mixers else [], shown=shown
+    )
+    with staged_file(out) as place:
+        place.write_text(page, encoding="utf-8")
+
+
+def _heat_map(inspection: Inspection, figure: str, title: str, meaning: str) -> dict[str, Any] | None:
+    """Lay a figure out as layers × kinds; several modules in a cell (experts) by their median."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for report in inspection.modules:
+        value = getattr(report, figure)
+        if value is not None:
+            cells.setdefault((report.layer, report.kind), []).append(value)
+    if not cells:
+        return None
+    middle = {place: statistics.median(values) for place, values in cells.items()}
+    low, high = min(middle.values()), max(middle.values())
+    layers, kinds = (_unique(place[axis] for place in middle) for axis in (0, 1))
+    start = _shared_beginning(layers)
+
+    def cell(layer: str, kind: str) -> dict[str, Any]:
+        value = middle.get((layer, kind))
+        share = 0.0 if value is None or high == low else (value - low) / (high - low)
+        name = f"{layer}.{kind}".strip(".")
+        return {"value": value, "heat": round(100 * share), "name": name}
+
+    return {
+        "title": title,
+        "meaning": meaning,
+        "low": low,
+        "high": high,
+        "start": start,
+        "kinds": kinds,
+        "rows": [
+            {"layer": layer.removeprefix(start) or "none", "cells": [cell(layer, k) for k in kinds]}
+            for layer in layers
+        ],
+    }
+
+
+def _spectra(inspection: Inspection) -> list[dict[str, Any]]:
+    """Lay out the singular values of the mixers, the median of each by kind of module."""
+    drawn = []
+    for group in inspection.groups:
+        spectra = [
+            r.mixer_values for r in inspection.modules if r.kind == group.kind and r.rank == group.rank
+        ]
+        values = [statistics.median(column) for column in zip(*spectra, strict=True)]
+        drawn.append({"kind": group.kind, "values": values, "high": max(values) or 1.0})
+    return drawn
+
+
+def _shared_beginning(layers: Sequence[str]) -> str:
+    """Return what the layers' names have in common up to a dot, as ``model.layers.``."""
+    stems = {layer.rpartition(".")[0] for layer in layers}
+    stem = stems.pop()
+    return f"{stem}." if stem and not stems else ""
+
+
+def shown(value: float | None) -> str:
+    """Write a figure as people read it.
+
+    Args:
+        value: The figure; None if there is none.
+    """
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"

@@ -1,0 +1,379 @@
+"""Merge: an adapter into the full weights of its base, on disk, without loading the model.
+
+Shards are copied by bytes, but for the adapted tensors, summed a block of rows at a time on the way: sizes and
+offsets do not change, so memory does not grow with the model. ``W + s·B·(M·A)`` is summed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from moslora.adapters.export import PROOF_FILE, ProofError
+from moslora.adapters.factors import Adapter, AdapterError, Factors, tied_heads
+from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.directory import KEY_PREFIX, staged
+from moslora.models.loading import ModelError
+from moslora.models.shards import DTYPES, INDEX, Stored, Weights, open_weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["MergeProof", "merge"]
+
+# Weights in other forms, which would be the unmerged ones. (And moslora.json, a cached folder's own record.)
+LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
+BLOCK = 1 << 19  # entries of a weight in memory at once; small enough for a processor's cache
+PROOF_BLOCKS = 4  # of 1/8 BLOCK, evenly over each weight, that are read again
+KEPT = 0.9  # share of ΔW below which rounding has swallowed enough of it to be said aloud
+
+
+@dataclass(frozen=True)
+class MergeProof:
+    """What a merge measured on the files it wrote.
+
+    Attributes:
+        modules: How many modules the adapter has; each was changed. All else is a copy of the base's bytes.
+        checked: How many entries of their weights were read again and compared, some of every module.
+        error_ratio: Largest error of a written entry against float64, relative to what the one rounding to the
+            weight's dtype and the product's own rounding allow that entry; at most 1.
+        worst_module: Where it is.
+        max_relative_error: Largest error of an entry, relative to the largest entry of its weight.
+        least_kept: Smallest share of ΔW that survived the rounding, over the modules, by the entries that were read
+            again: ``⟨W' - W, ΔW⟩ / ‖ΔW‖²``, 1 if all of it. In 16 bits a small ΔW is lost in part, in any merge.
+        least_kept_module: Where it is.
+        bytes: Size of the weights.
+    """
+
+    modules: int
+    checked: int
+    error_ratio: float
+    worst_module: str
+    max_relative_error: float
+    least_kept: float
+    least_kept_module: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One tensor to change: ``weight += left · right``, the weight seen as a matrix."""
+
+    module: str
+    stored: Stored
+    left: Tensor  # (rows, r), float64
+    right: Tensor  # (r, columns), float64
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's dtype."""
+        import torch
+
+        found = getattr(torch, DTYPES[self.stored.dtype])
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def end(self) -> int:
+        """The first byte after the weight."""
+        return self.stored.start + len(self.left) * self.right.shape[1] * self.dtype.itemsize
+
+    def blocks(self, entries: int) -> Iterator[tuple[int, int]]:
+        """Yield first and last row of each block of about so many entries."""
+        rows, columns = len(self.left), self.right.shape[1]
+        step = max(1, entries // columns)
+        for first in range(0, rows, step):
+            yield first, min(first + step, rows)
+
+    def read(self, file: IO[bytes], first: int, last: int) -> Tensor:
+        """Read a block of rows, in the weight's dtype."""
+        import torch
+
+        columns, size = self.right.shape[1], self.dtype.itemsize
+        file.seek(self.stored.start + first * columns * size)
+        data = bytearray((last - first) * columns * size)
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise ModelError(
+                f"{self.stored.shard} ended in the middle of {self.module}; it changed meanwhile."
+            )
+        return torch.frombuffer(data, dtype=self.dtype).view(last - first, columns)
+
+
+def merge(
+    base: str | Path, adapter: str | Path, out: str | Path, say: Callable[[str], None] = lambda _: None
+) -> MergeProof:
+    """Write the base's weights with an adapter merged into them, and prove it.
+
+    Args:
+        base: Folder, hub id, GGUF file (dequantised to float32 on the way) or packaged model.
+        adapter: Adapter directory of any format that is read.
+        out: Directory to write; must not exist yet, or be empty.
+        say: Receives a line before long work.
+
+    Returns:
+        What was measured; it is kept in ``out`` as ``moslora_proof.json``.
+
+    Raises:
+        AdapterError, ModelError: If adapter and base cannot be read, or do not fit; the message says what to do.
+        FileExistsError: If something lies at ``out`` already.
+        ProofError: If a weight was not changed, or not to what it should be. Nothing is left at ``out``.
+        OSError: If the disk is too small.
+    """
+    found, out = read_adapter(adapter), Path(out)
+    weights = open_weights(base, say)
+    folder, shards = weights.folder, weights.shards
+    if weights.quantisation:
+        raise ModelError(
+            f"{base} has quantised weights ({weights.quantisation}), into "
+            "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantise the result."
+        )
+    changes = _plan(found, weights)
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    with staged(out) as place:
+        free = shutil.disk_usage(place).free
+        if free < size + (1 << 20):
+            raise OSError(f"{out} needs {size:,} bytes, {free:,} are free. Name a place on a larger disk.")
+        say(f"Merging {len(changes)} modules into {len(shards)} shards, {size:,} bytes.")
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.endswith((*LEFT_BEHIND, ".index.json")):
+                shutil.copyfile(path, place / path.name)
+        if (folder / INDEX).is_file():
+            shutil.copyfile(folder / INDEX, place / INDEX)
+        for shard in shards:
+            of_shard = [change for change in changes if change.stored.shard == shard]
+            _write(folder / shard, place / shard, sorted(of_shard, key=lambda change: change.stored.start))
+        proof = _prove(folder, place, changes, size)
+        if not proof.error_ratio <= 1:
+            raise ProofError(
+                f"The proof failed: an entry of {proof.worst_module} is off by {proof.error_ratio:.3g} times what "
+                f"rounding explains. Nothing was left at {out}."
+            )
+        (place / PROOF_FILE).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+    return proof
+
+
+def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
+    """Find the tensor of every module, and refuse what does not fit before anything is written."""
+    adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
+    for key, tensor in sorted(adapter.extra.items()):
+        if not _is_copy_of_base(key, tensor, weights):
+            raise AdapterError(
+                f"The adapter also holds {key}, which is no factor (a bias, or of modules_to_save). Load it with "
+                "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
+            )
+    changes = []
+    sharing = {module for module in adapter.modules if weights.is_tied(module)}
+    heads = tied_heads(adapter.modules, sharing)  # merged with the embedding, whose weight they share
+    for module, factors in sorted((n, f) for n, f in adapter.modules.items() if n not in heads):
+        if factors.norm() == 0:
+            raise AdapterError(
+                f"ΔW of {module} is zero: the adapter was not trained there, so merging would change nothing. Take "
+                "a later checkpoint."
+            )
+        if module in sharing and not heads:
+            raise ModelError(
+                f"{module} shares its weight between embedding and head, so merging would change both. Untie the base "
+                "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
+            )
+        stored = weights.table[weights.find(module)]
+        changes.append(lay_out(module, factors, stored, adapter.config, weights.folder))
+        changes += _change_of_bias(module, factors, weights)
+    doubled = len(changes) - len({(c.stored.shard, c.stored.start) for c in changes})
+    if doubled:
+        raise ModelError(
+            f"{doubled} modules of the adapter share their weight with others; untie the base first."
+        )
+    return changes
+
+
+def _change_of_bias(module: str, factors: Factors, weights: Weights) -> list[_Change]:
+    """Return what a bias on B changes; nothing where there is none, or it is zero."""
+    if factors.bias is None or not factors.bias.any():
+        return []
+    name = f"{weights.find(module).removesuffix('weight')}bias"
+    if name not in weights.table:
+        raise AdapterError(
+            f"The adapter has a bias on B of {module} (lora_bias=True), and the base has no {name} to add it to. Keep "
+            "the adapter beside the base, or export it --to lora."
+        )
+    stored = weights.table[name]
+    if stored.dtype not in DTYPES or stored.shape != tuple(factors.bias.shape):
+        raise ModelError(
+            f"{name} is {stored.dtype} of shape {stored.shape}, and the adapter's bias on B of shape "
+            f"{tuple(factors.bias.shape)}. Name the base that the adapter was trained on."
+        )
+    scaled = factors.scale * factors.bias.double()
+    return [_Change(f"{module}.bias", stored, scaled[:, None], scaled.new_ones(1, 1))]
+
+
+def _is_copy_of_base(key: str, tensor: Tensor, weights: Weights) -> bool:
+    """Tell whether a tensor is the base's own: PEFT saves adapted embeddings and heads with their base weight."""
+    import torch
+
+    name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+    stored = weights.table.get(name)
+    if stored is None and weights.is_tied(name.removesuffix(".weight")):  # stored once, under another's name
+        name = next(
+            (other for other in weights.table if weights.is_tied(other.removesuffix(".weight"))), name
+        )
+        stored = weights.table.get(name)
+    if ".base_layer." not in key or stored is None or stored.dtype not in DTYPES:
+        return False
+    own = weights.read(name)
+    return own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype))
+
+
+def lay_out(
+    module: str,
+    factors: Factors,
+    stored: Stored,
+    adapter_config: Any,
+    folder: Path,
+) -> _Change:
+    """Lay ΔW as the base's weight lies.
+
+    Args:
+        module: Path in the base model.
+        factors: Its factors.
+        stored: Where its weight lies.
+        adapter_config: The adapter's configuration.
+        folder: Of the base.
+
+    Returns:
+        The change; nothing is read or written.
+
+    Raises:
+        ModelError: If it does not fit.
+    """
+    if stored.dtype not in DTYPES:
+        raise ModelError(
+            f"{module} is stored as {stored.dtype}; weights of {', '.join(DTYPES)} can be merged into. Take the base "
+            "in 16 or 32 bits and quantise the result."
+        )
+    composed = factors.M.double() @ factors.A.double()  # (r, in)
+    B = factors.scale * factors.B.double()  # (out, r)
+    shape = (B.shape[0], composed.shape[1])
+    kind, lies = factors.form.kind, stored.shape
+    if kind == "conv":
+        fits = len(lies) == 2 + len(factors.form.kernel) and lies[0] == shape[0] and factors.form.groups == 1
+        if fits and lies[2:] == factors.form.kernel and shape[1] == math.prod(lies[1:]):
+            return _Change(module, stored, B, composed)
+    elif kind == "embedding" and lies == shape[::-1]:
+        return _Change(module, stored, composed.T, B.T)
+    elif kind == "linear":
+        is_transposed = bool(adapter_config.get("fan_in_fan_out")) and lies == shape[::-1]
+        if is_transposed and shape[0] == shape[1]:
+            is_transposed = _is_conv1d(module, folder)
+        if is_transposed:
+            return _Change(module, stored, composed.T, B.T)
+        if lies == shape:
+            return _Change(module, stored, B, composed)
+    raise ModelError(
+        f"{module}: the adapter changes a {kind} weight of (out, in) {shape}, the base's is {lies}. Name the base "
+        "that the adapter was trained on."
+        + (" Convolutions with groups cannot be merged into." if factors.form.groups > 1 else "")
+    )
+
+
+def _is_conv1d(module: str, folder: Path) -> bool:
+    """Tell which way a square weight lies, by the class of its module; no weight is loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return isinstance(model.get_submodule(module), Conv1D)
+
+
+def _write(source: Path, target: Path, changes: Sequence[_Change]) -> None:
+    """Copy a shard with its adapted tensors changed; they are in the order of the file."""
+    import torch
+
+    with source.open("rb") as old_file, target.open("xb") as new_file:
+        for change in changes:
+            _copy(old_file, new_file, change.stored.start)
+            dtype = torch.promote_types(change.dtype, torch.float32)
+            left, right = change.left.to(dtype), change.right.to(dtype)
+            differs = False
+            for first, last in change.blocks(BLOCK):
+                old = change.read(old_file, first, last)
+                new = torch.addmm(old.to(dtype), left[first:last], right).to(change.dtype)
+                if not torch.isfinite(new).all():
+                    raise ProofError(
+                        f"{change.module} would have NaN or infinite values in {change.stored.dtype}; nothing was "
+                        "written. Check the base and the adapter's scale."
+                    )
+                differs = differs or not torch.equal(new, old)
+                new_file.write(new.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+            if not differs:
+                raise ProofError(
+                    f"ΔW of {change.module} is too small to change any entry in {change.stored.dtype}; nothing was "
+                    "written. Merge into a base of higher precision, or keep the adapter beside it."
+                )
+        _copy(old_file, new_file, source.stat().st_size)
+
+
+def _copy(source: IO[bytes], target: IO[bytes], end: int) -> None:
+    """Copy the bytes from where ``target`` is to ``end``."""
+    source.seek(target.tell())
+    while target.tell() < end:
+        piece = source.read(min(1 << 24, end - target.tell()))
+        if not piece:
+            raise ModelError(f"{source.name} ended at byte {target.tell()} of {end}; it changed meanwhile.")
+        target.write(piece)
+
+
+def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> MergeProof:
+    """Read rows of every written weight again and compare them with float64."""
+    checked = 0
+    worst, worst_module, relative, least, least_module = -1.0, "", 0.0, 1.0, ""
+    for change in changes:
+        largest = error = ratio = arrived = size_of_delta = 0.0
+        with (
+            (folder / change.stored.shard).open("rb") as before,
+            (place / change.stored.shard).open("rb") as after,
+        ):
+            for first, last in _evenly(list(change.blocks(BLOCK // 8)), PROOF_BLOCKS):
+                checked += (last - first) * change.right.shape[1]
+                old, found = (change.read(file, first, last).double() for file in (before, after))
+                delta = change.left[first:last] @ change.right
+                off = (found - (old + delta)).abs()
+                allowed = _rounding(old + delta, change.left[first:last].abs() @ change.right.abs(), change)
+                largest = max(largest, float((old + delta).abs().max()))
+                error = max(error, float(off.max()))
+                ratio = max(ratio, float((off / allowed).max()))
+                arrived += float(((found - old) * delta).sum())
+                size_of_delta += float(delta.square().sum())
+        relative = max(relative, error / largest if largest else error)
+        if not ratio <= worst:
+            worst, worst_module = ratio, change.module
+        if size_of_delta and not arrived / size_of_delta >= least:
+            least, least_module = arrived / size_of_delta, change.module
+    return MergeProof(len(changes), checked, worst, worst_module, relative, least, least_module, size)
+
+
+def _evenly(blocks: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Pick blocks from the first to the last, evenly; all, if they are so few."""
+    if len(blocks) <= count:
+        return blocks
+    return [blocks[i * (len(blocks) - 1) // (count - 1)] for i in range(count)]
+
+
+def _rounding(expected: Tensor, sizes: Tensor, change: _Change) -> Tensor:
+    """Return how far each entry may be off: the product and the sum as computed, then one rounding.
+
+    A product of r terms, its factors rounded beforehand, is off by less than ``(r + 4)·ε·Σ|left|·|right|``.
+    """
+    import torch
+
+    info = torch.finfo(change.dtype)
+    computed = torch.finfo(torch.promote_types(change.dtype, torch.float32)).eps
+    product = (change.right.shape[0] + 4) * computed * sizes + computed * expected.abs()
+    return product + info.eps / 2 * (expected.abs() + product) + info.smallest_normal * info.eps

@@ -1,0 +1,1 @@
+"""Methods compared on the user's own data."""

@@ -1,0 +1,337 @@
+"""Compare methods on a user's own data, honestly: paired seeds, tuned learning rates, intervals, and "no difference".
+
+Everything but the method is shared: data, their order, batches, steps, seeds, and the examples that are judged.
+``cells.py`` has the trainings, ``runners.py`` where they run, ``verdict.py`` what follows from them.
+
+```
+runs/compare-NAME/
+├─ compare.json     what is compared: recipe, methods, rates, seeds, hashes; other inputs are refused
+├─ cells/*.json     one per finished cell, written whole; none is run twice
+├─ results.json     the verdict, every seed point included
+└─ report.html      one page, opens offline
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.comparison.cells import DECISIVE, Comparison, prepare_task, read_cells
+from moslora.comparison.methods import find_method
+from moslora.comparison.runners import make_engine, run_all
+from moslora.comparison.verdict import Verdict, judge
+from moslora.models.loading import default_device
+from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
+from moslora.reports.comparison import write_comparison_report
+from moslora.training.run import Stopped, StopRequest
+from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
+
+if TYPE_CHECKING:
+    from moslora.display import Display
+    from moslora.tasks.text.task import TextTask
+
+__all__ = ["compare"]
+
+SCHEMA_VERSION = 1
+# Examples set aside to choose a learning rate by.
+VALIDATION = 64
+# Tried where the user names no rates: these times the recipe's.
+RATE_FACTORS = (1 / 3, 1.0, 3.0)
+
+
+def compare(
+    arguments: Sequence[str],
+    display: Display,
+    *,
+    methods: Sequence[str] = ("lora", "moslora"),
+    seeds: int = 3,
+    rates: Sequence[float] = (),
+    baseline: str | None = None,
+    steps: int | None = None,
+    validation: int = VALIDATION,
+    examples: int | None = None,
+    out: Path | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    together: int = 1,
+    command: str = "",
+    plan_only: bool = False,
+) -> tuple[Path, Verdict | None]:
+    """Compare methods, or go on with a comparison that was stopped.
+
+    Args:
+        arguments: A recipe and/or ``section.key=value``, as for training.
+        display: Where to tell of progress.
+        methods: Keys of ``METHODS`` or paths of PEFT configurations.
+        seeds: How many, at least 2.
+        rates: Learning rates to try for every method; none for a third of the recipe's, the same and three times it.
+        baseline: Compared with all others; the first method if None.
+        steps: Optimiser steps of every cell; None for the recipe's.
+        validation: About how many training examples to set aside for choosing rates.
+        examples: Held-out examples to judge by; None for all.
+        out: The comparison's folder; ``compare-NAME`` beside the recipe's runs if None.
+        engine: A key of ``ENGINES``: processes on this machine, or a Ray cluster.
+        workers: Processes that train cells side by side, each with its own copy of the base; None for one, or with Ray
+            for as many as it has GPUs.
+        together: Cells that a process trains at once over one copy of the base; each gives what it gives alone.
+        command: How it was called, to be kept.
+        plan_only: Only say what would be done, and leave nothing on disk.
+
+    Returns:
+        The folder, and the verdict; None with ``plan_only``.
+
+    Raises:
+        ValueError: If arguments, recipe, data or model cannot be used, or the folder holds another comparison.
+        TrainingError: If the base changes in a way that cannot be undone, or a worker dies.
+        Stopped: If it was asked to stop; the same command goes on.
+    """
+    plan = _plan(arguments, methods, seeds, rates, baseline, steps, validation, examples, out)
+    chosen = make_engine(engine, workers, together)
+    with StopRequest(display) as stop:
+        task = prepare_task(plan, display, stop.check)
+        _say_plan(plan, task, display)
+        if plan_only:
+            return plan.directory, None
+        with _claimed(plan, task, display, command):
+            try:
+                run_all(plan, task, display, stop, chosen)
+            except (Stopped, KeyboardInterrupt) as stopped:
+                number = stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT
+                done = sum(plan.cell_file(*cell).exists() for cell in plan.cells)
+                display.say(
+                    f"Interrupted with {done} of {len(plan.cells)} cells finished; the same command goes on."
+                )
+                raise Stopped(number) from stopped
+            verdict = _conclude(plan, display)
+    return plan.directory, verdict
+
+
+# --- What shall be compared ---------------------------------------------------------------------------------
+
+
+def _plan(
+    arguments: Sequence[str],
+    methods: Sequence[str],
+    seeds: int,
+    rates: Sequence[float],
+    baseline: str | None,
+    steps: int | None,
+    validation: int,
+    examples: int | None,
+    out: Path | None,
+) -> Comparison:
+    recipe = load_recipe(list(arguments))
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1.")
+        recipe = recipe.model_copy(update={"trainer": {**recipe.trainer, "max_steps": steps}})
+    found = [find_method(name) for name in methods]
+    names = [method.name for method in found]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ValueError(f"methods={','.join(names)} must name at least two, none of them twice.")
+    baseline = names[0] if baseline is None else baseline
+    if baseline not in names:
+        raise ValueError(f"baseline={baseline!r} is none of the methods compared: {', '.join(names)}.")
+    if seeds < 2:
+        raise ValueError(f"seeds={seeds} shows no noise between seeds; take at least 2, better 3 to 5.")
+    if validation < 2 or (examples is not None and examples < 2):
+        raise ValueError("At least 2 validation and 2 held-out examples are needed.")
+    if not rates:
+        middle = float(resolve_trainer_arguments(recipe, default_device())["learning_rate"])
+        rates = [float(f"{middle * factor:.2g}") for factor in RATE_FACTORS]
+    if any(not (0 < rate < math.inf) for rate in rates) or len({f"{rate:g}" for rate in rates}) != len(rates):
+        raise ValueError(f"Learning rates {list(rates)} must be positive and all different.")
+    for method in found:
+        method.configure(recipe.adapter)  # says now what it would say after an hour
+    name = recipe.output.name or recipe.task.kind
+    folder = Path(out) if out is not None else Path(recipe.output.dir) / f"compare-{name}"
+    return Comparison(
+        recipe=recipe,
+        methods=found,
+        rates=sorted(rates),
+        seeds=[recipe.seed + index for index in range(seeds)],
+        baseline=baseline,
+        validation=validation,
+        examples=examples,
+        directory=folder.absolute(),
+    )
+
+
+def _say_plan(plan: Comparison, task: TextTask, display: Display) -> None:
+    """Say how much there is to do, and how small a difference it could show, before any of it is done."""
+    from moslora.metrics.intervals import detectable_difference
+
+    seeds, examples = len(plan.seeds), len(task.heldout_set)
+    arguments = resolve_trainer_arguments(plan.recipe, task.device)
+    steps = arguments.get("max_steps", -1)
+    length = f"{steps} steps" if steps > 0 else f"{arguments['num_train_epochs']:g} epochs"
+    names = ", ".join(method.name for method in plan.methods)
+    rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+    display.say(
+        f"Comparing {names}; the baseline is {plan.baseline}. {len(plan.methods)} methods × {len(plan.rates)} learning "
+        f"rates ({rates}) × {seeds} seeds = {len(plan.cells)} cells of {length}. Rates are chosen on "
+        f"{len(task.validation_set)} examples taken out of the training data, methods judged on {examples} held out."
+    )
+    others = len(plan.methods) - 1
+    of_seeds = detectable_difference(1, 0, seeds, examples, comparisons=others)
+    of_examples = detectable_difference(0, 1, seeds, examples, comparisons=others)
+    display.say(
+        f"Such a comparison can show a difference of about {of_seeds:.2g} times what differences vary between seeds, "
+        f"or {of_examples:.2g} times what they vary between examples, whichever is larger. The figure follows when the "
+        "baseline's first seeds are done, and the time it takes after the first cell."
+    )
+
+
+def _identity(plan: Comparison, task: TextTask) -> dict[str, Any]:
+    """Everything on which a cell's numbers depend."""
+    configs = {}
+    for method in plan.methods:
+        config = method.configure(plan.recipe.adapter)
+        configs[method.name] = {"library": method.library, "config": config and config.to_dict()}
+    versions = collect_versions()
+    identity = {
+        "recipe": plan.recipe.model_dump(exclude={"output"}),
+        "trainer": resolve_trainer_arguments(plan.recipe, task.device),
+        "methods": configs,
+        "learning_rates": list(plan.rates),
+        "seeds": list(plan.seeds),
+        "baseline": plan.baseline,
+        "sizes": [len(task.train_set), len(task.validation_set), len(task.heldout_set)],
+        "hashes": task.hashes(),
+        "versions": {name: versions[name] for name in DECISIVE},
+    }
+    return json.loads(json.dumps(identity, default=_as_json))  # type: ignore[no-any-return]
+
+
+def _as_json(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+@contextlib.contextmanager
+def _claimed(plan: Comparison, task: TextTask, display: Display, command: str) -> Iterator[None]:
+    """Make or reopen the folder, as the only process at work in it."""
+    folder, record = plan.directory, plan.directory / "compare.json"
+    identity = _identity(plan, task)
+    if folder.exists() and not record.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something that is no comparison; name another folder with --out.")
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if record.exists():
+            try:
+                old = json.loads(record.read_text(encoding="utf-8"))["identity"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{record} is damaged; name another folder with --out.") from error
+            changed = [name for name in identity if old.get(name) != identity[name]]
+            if changed:
+                raise ValueError(
+                    f"{folder} holds a comparison with other {', '.join(changed)}. Go on with those, or name another "
+                    "folder with --out. (Adding seeds or methods after seeing a result would make findings by chance "
+                    "likelier than the intervals say.)"
+                )
+            done = sum(plan.cell_file(*cell).exists() for cell in plan.cells)
+            display.say(f"Going on with {folder}: {done} of {len(plan.cells)} cells are finished.")
+        else:
+            about = {"schema_version": SCHEMA_VERSION, "command": command, "hardware": collect_hardware()}
+            document = {**about, "versions": collect_versions(), "identity": identity}
+            write_whole(record, json.dumps(document, indent=2, ensure_ascii=False))
+            display.say(f"Comparison: {folder}")
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows; there the user has to see to it
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is at work in {folder}; wait for it, or name another."
+            ) from None
+        except OSError:  # some network file systems cannot lock
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- What came of it ----------------------------------------------------------------------------------------
+
+
+def _conclude(plan: Comparison, display: Display) -> Verdict:
+    """Judge, write results and report, and tell."""
+    base = json.loads((plan.directory / "cells" / "base.json").read_text(encoding="utf-8"))
+    names = [method.name for method in plan.methods]
+    verdict = judge(read_cells(plan), names, plan.baseline, base["validation"], base["test"])
+    write_whole(
+        plan.directory / "results.json",
+        json.dumps(dataclasses.asdict(verdict), indent=2, ensure_ascii=False, allow_nan=False),
+    )
+    try:
+        write_comparison_report(plan.directory, {m.name: m.about for m in plan.methods})
+    except Exception as error:  # it shows a comparison and must not decide one
+        display.warn(f"The report could not be written: {error}")
+    _show(verdict, display)
+    display.say(f"Results, for programs:        {plan.directory / 'results.json'}")
+    display.say(f"Report, opens in a browser:   {plan.directory / 'report.html'}")
+    return verdict
+
+
+def _show(verdict: Verdict, display: Display) -> None:
+    rows = []
+    for result in verdict.methods:
+        interval = "{:.4f} to {:.4f}".format(*result.interval) if result.interval else ""
+        stable = "{:g} to {:g}".format(*result.stable) if result.stable else "–"
+        best = [p for p in result.points if p.learning_rate == result.best_rate]
+        rows.append(
+            [
+                result.name,
+                "–" if result.best_rate is None else f"{result.best_rate:g}",
+                "–" if result.score is None else f"{result.score:.4f}",
+                interval,
+                " ".join(f"{p.test:.4f}" for p in best if p.test is not None),
+                *([] if not _asks(verdict) else [_share(result.exact_match)]),
+                stable,
+                f"{result.diverged} / {result.crashed}",
+                "–" if result.trainable_parameters is None else f"{result.trainable_parameters:,}",
+                "–" if result.seconds is None else f"{result.seconds:.1f} s",
+                "–" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f} GB",
+            ]
+        )
+    asked = ["exact match"] if _asks(verdict) else []
+    columns = ["", "best rate", "held-out loss", "95 % over seeds", "each seed", *asked, "stable rates"]
+    columns += ["diverged / crashed", "trained", "time", "peak memory"]
+    display.say()
+    display.table(f"Base without training: held-out loss {verdict.base_loss:.4f}", columns, rows)
+    for contrast in verdict.contrasts:
+        if contrast.measure == "exact_match":
+            found = contrast.difference
+            display.say(
+                f"Exact match, {contrast.method} less {contrast.baseline}: {found.mean:+.1%} (95 % interval "
+                f"{found.low:+.1%} to {found.high:+.1%}, corrected p = {contrast.p_corrected:.2g})."
+            )
+    for sentence in verdict.sentences:
+        display.say(sentence, style="bold")
+    for caution in verdict.cautions:
+        display.say(f"Note: {caution}")
+
+
+def _asks(verdict: Verdict) -> bool:
+    return any(result.exact_match is not None for result in verdict.methods)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"

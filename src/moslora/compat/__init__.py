@@ -1,0 +1,1 @@
+"""Private names and patches of upstream libraries, one file for each library."""

@@ -1,0 +1,1 @@
+"""The method: pure functions (start at functional.py), the table of mixers, and the fast operators."""

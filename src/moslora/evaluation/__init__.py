@@ -1,0 +1,1 @@
+"""A base and its adapter side by side on the same items."""

@@ -1,0 +1,1 @@
+"""The memory that a fine-tune takes of each GPU."""

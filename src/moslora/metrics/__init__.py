@@ -1,0 +1,1 @@
+"""What is measured on answers and choices, and how sure it is."""

@@ -1,0 +1,1 @@
+"""Base models: names, files on disk, loading."""

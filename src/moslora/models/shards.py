@@ -1,0 +1,192 @@
+"""The weights of a base model as they lie on disk: which shard and bytes. Nothing is loaded before it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.adapters.formats import experts
+from moslora.models.loading import ModelError, ModelSource, materialise, read_json, resolve_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DTYPES", "EMBEDDINGS", "HEADS", "INDEX", "Stored", "Weights", "open_weights"]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+HEADS = ("lm_head", "embed_out", "output")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its shard, dtype, shape, and first byte in the file."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A base model's weights on disk.
+
+    Attributes:
+        folder: Where they lie.
+        config: The model's ``config.json``.
+        shards: Names of the files.
+        table: Where each tensor lies, by its name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shards: tuple[str, ...]
+    table: Mapping[str, Stored]
+
+    def find(self, module: str) -> str:
+        """Return the name of a module's weight in the files, which may have another prefix.
+
+        Args:
+            module: Path in the base model.
+
+        Returns:
+            A key of ``table``.
+
+        Raises:
+            ModelError: If there is none, or several; the nearest name is in the message.
+        """
+        table = self.table
+        if experts.PLACE.fullmatch(module):
+            raise ModelError(
+                f"{module} is one of several experts in a tensor, whose place only the model's own code knows. Load "
+                "the adapter with PeftModel.from_pretrained, call merge_and_unload() and save the model."
+            )
+        wanted = f"{module}.weight"
+        fitting = [wanted] if wanted in table else []
+        fitting = fitting or [n for n in table if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
+        if len(fitting) != 1:
+            near = difflib.get_close_matches(wanted, table, n=1)
+            hint = f" Nearest: {near[0]}." if near else ""
+            count = "no weight" if not fitting else f"{len(fitting)} weights"
+            raise ModelError(
+                f"The base has {count} for {module}.{hint} Name the base that the adapter was trained on."
+            )
+        return fitting[0]
+
+    @property
+    def quantisation(self) -> str | None:
+        """What quantised the weights; None if nothing did."""
+        about = self.config.get("quantization_config")
+        if not about:
+            return None
+        return str(about.get("quant_method", "unknown")) if isinstance(about, dict) else "unknown"
+
+    def is_tied(self, module: str) -> bool:
+        """Tell whether a module is an embedding or a head that share one weight.
+
+        Args:
+            module: Path in the base model.
+        """
+        if module.rpartition(".")[2] not in HEADS + EMBEDDINGS:
+            return False
+        return bool(self.config.get("tie_word_embeddings", not any("lm_head" in name for name in self.table)))
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Args:
+            name: A key of ``table``.
+
+        Returns:
+            The tensor, in its own dtype.
+
+        Raises:
+            ModelError: If its dtype is not one of ``DTYPES``.
+        """
+        import torch
+
+        stored = self.table[name]
+        if stored.dtype not in DTYPES:
+            raise ModelError(f"{name} is stored as {stored.dtype}; read are {', '.join(DTYPES)}.")
+        dtype: torch.dtype = getattr(torch, DTYPES[stored.dtype])
+        if 0 in stored.shape:
+            return torch.empty(stored.shape, dtype=dtype)
+        with (self.folder / stored.shard).open("rb") as file:
+            file.seek(stored.start)
+            data = bytearray(file.read(math.prod(stored.shape) * dtype.itemsize))
+        return torch.frombuffer(data, dtype=dtype).view(stored.shape)
+
+
+def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) -> Weights:
+    """Find out where a base model's weights lie.
+
+    Args:
+        base: Folder, hub id, GGUF file (dequantised to float32 on the way) or packaged model.
+        say: Receives a line before long work.
+
+    Returns:
+        Its weights; no tensor is read.
+
+    Raises:
+        ModelError: If it cannot be read.
+    """
+    folder = _folder(resolve_model(str(base)), say)
+    shards = _shards(folder)
+    table = {name: stored for shard in shards for name, stored in _header(folder / shard).items()}
+    return Weights(folder, read_json(folder / "config.json"), tuple(shards), table)
+
+
+def _folder(source: ModelSource, say: Callable[[str], None]) -> Path:
+    """Find the folder that holds the base's weights."""
+    if source.kind != "hub":
+        return Path(materialise(source, "float32", say=say).path)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted))
+
+
+def _shards(folder: Path) -> list[str]:
+    shards = [SINGLE]
+    if (folder / INDEX).is_file():  # resolve_model saw to its form
+        shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    for name in shards:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} lacks {name}. Merging reads safetensors; load and save the base with transformers if "
+                "it has its weights in another form, or complete the download."
+            )
+    return shards
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """Read where a shard's tensors lie, checking that they lie inside the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # its own checks: no gaps, no tensor over another, all bytes there
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            if length > min(size, 100_000_000):
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(length))
+        found = {}
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                if not 8 + length <= start <= end <= size:
+                    raise ValueError(f"{name} lies outside of the file")
+                found[name] = Stored(path.name, entry["dtype"], tuple(entry["shape"]), start)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
+        raise ModelError(f"{path} is damaged or cut off: {error}. Download the base again.") from error
+    return found

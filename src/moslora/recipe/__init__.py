@@ -1,0 +1,1 @@
+"""Recipes: the schema, its YAML, overrides and the trainer's arguments."""

@@ -1,0 +1,178 @@
+"""The report of a comparison: one HTML file that opens offline, made only from what the comparison left on disk.
+
+The verdict comes first, in words; then the paired differences, every seed point, and the learning-rate curves. What
+diverged or crashed is drawn as a cross at the top, so that it cannot be overlooked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.reports.run import INKS, drawing
+from moslora.training.run_directory import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["write_comparison_report"]
+
+INK, MUTED, LINE, _, _ = INKS
+# Readable on white and on black; a method keeps its colour on the whole page.
+COLOURS = (
+    "#2f7ed8",
+    "#e0662b",
+    "#1d9a6c",
+    "#b657c9",
+    "#c79a1b",
+    "#d6446a",
+    "#5b6fd6",
+    "#6f8f2d",
+    "#20a4b8",
+    "#9a6b4f",
+)
+
+
+def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
+    """Write ``report.html`` of a comparison, replacing an older one.
+
+    Args:
+        folder: The comparison's, with ``compare.json`` and ``results.json``.
+        about: What each method is, by name.
+
+    Returns:
+        Path of the report. The same files in give the same bytes out.
+    """
+    import jinja2
+
+    record = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    colours = {m["name"]: COLOURS[i % len(COLOURS)] for i, m in enumerate(results["methods"])}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawings = []
+    if any(c["measure"] == "loss" for c in results["contrasts"]):
+        drawings.append(
+            {
+                "title": f"Paired differences from {results['baseline']}",
+                "text": "Held-out loss, method less baseline, same seed and same examples: left of zero is better than "
+                "the baseline. Dots are seeds, bars the mean with its 95 % interval for new seeds and new examples.",
+                "svg": _draw(
+                    "Paired differences with intervals",
+                    1.2 + 0.55 * len(results["methods"]),
+                    lambda axes: _differences(axes, results, colours),
+                ),
+            }
+        )
+    drawings.append(
+        {
+            "title": "Every seed at the best rate",
+            "text": "Held-out loss of each seed, rates chosen on validation examples. Lines join equal seeds.",
+            "svg": _draw("Seed points by method", 3.4, lambda axes: _seeds(axes, results, colours)),
+        }
+    )
+    drawings.append(
+        {
+            "title": "Learning rates",
+            "text": "Validation loss by learning rate; dots are seeds, lines their means where every seed finished. "
+            "Crosses at the top diverged or crashed.",
+            "svg": _draw(
+                "Validation loss by learning rate", 3.8, lambda axes: _rates(axes, results, colours)
+            ),
+        }
+    )
+    page = environment.get_template("comparison.html.jinja").render(
+        name=folder.name,
+        results=results,
+        record=record,
+        about=about,
+        colours=colours,
+        drawings=drawings,
+        points=[(m["name"], p) for m in results["methods"] for p in m["points"]],
+        asks=any(m["exact_match"] is not None for m in results["methods"]),
+    )
+    write_whole(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _draw(description: str, height: float, paint: Callable[[Axes], None]) -> str:
+    return drawing(description, (7.2, height), lambda figure: paint(figure.subplots()))
+
+
+def _differences(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    contrasts = [c for c in results["contrasts"] if c["measure"] == "loss"]
+    axes.axvline(0, color=MUTED, linewidth=1)
+    for row, contrast in enumerate(contrasts):
+        found, colour = contrast["difference"], colours[contrast["method"]]
+        axes.plot(
+            [found["low"], found["high"]], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt"
+        )
+        axes.plot([found["mean"]], [row], "D", color=colour, markersize=7)
+        axes.plot(
+            contrast["by_seed"], [row + 0.18] * len(contrast["by_seed"]), "o", color=colour, alpha=0.6, ms=4
+        )
+    axes.set_yticks(range(len(contrasts)), [c["method"] for c in contrasts])
+    axes.set_ylim(len(contrasts) - 0.5, -0.5)
+    axes.set_xlabel("difference in held-out loss, nats per token")
+    axes.grid(axis="x", linewidth=0.8)
+
+
+def _seeds(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    lines: dict[int, list[tuple[int, float]]] = {}
+    for column, method in enumerate(results["methods"]):
+        best = [p for p in method["points"] if p["learning_rate"] == method["best_rate"]]
+        for point in best:
+            lines.setdefault(point["seed"], []).append((column, point["test"]))
+    for points in lines.values():
+        axes.plot(*zip(*points, strict=True), color=LINE, linewidth=1, zorder=1)
+        for column, value in points:
+            name = results["methods"][column]["name"]
+            axes.plot([column], [value], "o", color=colours[name], markersize=6, zorder=2)
+    axes.set_xticks(range(len(results["methods"])), [m["name"] for m in results["methods"]], rotation=20)
+    axes.set_xlim(-0.5, len(results["methods"]) - 0.5)
+    axes.set_ylabel("held-out loss")
+    axes.grid(axis="y", linewidth=0.8)
+
+
+def _rates(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    lost: list[tuple[float, str]] = []
+    values: list[float] = []
+    for method in results["methods"]:
+        colour, means = colours[method["name"]], []
+        for rate in sorted({p["learning_rate"] for p in method["points"]}):
+            points = [p["validation"] for p in method["points"] if p["learning_rate"] == rate]
+            known: Sequence[float] = [value for value in points if value is not None]
+            values += known
+            axes.plot([rate] * len(known), known, "o", color=colour, alpha=0.55, markersize=4)
+            if len(known) == len(points):
+                means.append((rate, sum(known) / len(known)))
+            lost += [(rate, colour)] * (len(points) - len(known))
+        label = method["name"]
+        axes.plot(
+            *(zip(*means, strict=True) if means else ([], [])), color=colour, linewidth=1.8, label=label
+        )
+    axes.set_xscale("log")
+    if values and min(values) > 0 and max(values) / min(values) > 10:
+        axes.set_yscale("log")
+    for index, (rate, colour) in enumerate(lost):
+        axes.annotate(
+            "✕",
+            (rate, 1),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            xytext=(0, -8 - 9 * (index % 6)),
+            ha="center",
+            color=colour,
+        )
+        axes.plot([rate], [min(values) if values else 1.0], alpha=0)  # the axis reaches as far
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss")
+    axes.grid(axis="y", linewidth=0.8)
+    axes.legend(frameon=False)

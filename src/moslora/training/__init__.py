@@ -1,0 +1,1 @@
+"""A run: its stages, its directory, and the proof at its end."""

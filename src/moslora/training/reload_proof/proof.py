@@ -1,0 +1,231 @@
+"""Proof that the shipped adapter is what was trained: fresh process, another's loader, the same outputs.
+
+Language models are loaded by stock PEFT and compared by their logits, pipelines by diffusers and what their denoiser
+and adapted text encoders give.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.adapters.export import ProofError
+from moslora.distributed import environment_alone
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = [
+    "READERS",
+    "RELOAD_TOLERANCE",
+    "Reader",
+    "ReloadProof",
+    "live_logits",
+    "live_outputs",
+    "prove_reload",
+]
+
+# Largest difference of a logit, relative to the largest logit. Folding reorders the sums of every adapted
+# layer, so the rounding of the dtype accumulates over the depth; a dropped adapter costs orders more.
+RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who loads what was shipped.
+
+    Attributes:
+        name: As messages have it.
+        script: The program that is run.
+        what: What is compared.
+    """
+
+    name: str
+    script: str
+    what: str
+
+
+READERS = {
+    "peft": Reader("stock PEFT", "stock_peft.py", "logit"),
+    "diffusers": Reader("diffusers", "stock_diffusers.py", "output"),
+}
+
+
+@dataclass(frozen=True)
+class ReloadProof:
+    """What a fresh process found. "Logit" stands for the denoiser's output where the base is a pipeline.
+
+    Attributes:
+        max_logit_difference: Largest difference between the logits of the live model and of the adapter
+            that the reader loaded, on the input where it is largest for the size of the logits.
+        max_logit: Largest logit of that input, to judge it by.
+        adapter_effect: Largest difference that the adapter makes to the base's logits.
+        tolerance: Largest difference allowed: the dtype's share of the largest logit.
+        inputs: How many held-out inputs were compared.
+        reader: Who loaded it, a key of ``READERS``.
+    """
+
+    max_logit_difference: float
+    max_logit: float
+    adapter_effect: float
+    tolerance: float
+    inputs: int
+    reader: str = "peft"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is a number within the tolerance."""
+        return self.max_logit_difference <= self.tolerance
+
+
+def _named(inputs: Any) -> Mapping[str, Tensor]:
+    """Return a model's arguments by name; bare token ids are ``input_ids``."""
+    return inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
+
+
+def live_logits(model: nn.Module, inputs: Sequence[Any], device: str) -> dict[str, Tensor]:
+    """Run the trained model.
+
+    Args:
+        model: The adapted model.
+        inputs: Token ids ``(1, length)``, or all arguments by name, each.
+        device: Where the model is.
+
+    Returns:
+        Float32 logits on the CPU by name.
+    """
+    import torch
+
+    model.eval()
+    with torch.inference_mode():
+        return {
+            f"input{index}": model(**{name: tensor.to(device) for name, tensor in _named(given).items()})
+            .logits.float()
+            .cpu()
+            for index, given in enumerate(inputs)
+        }
+
+
+def live_outputs(pipeline: Any, inputs: Sequence[Mapping[str, Tensor]], device: str) -> dict[str, Tensor]:
+    """Run models of a pipeline that has been trained.
+
+    Args:
+        pipeline: With the native adapters in it.
+        inputs: Arguments by name, as ``unet.sample``, each.
+        device: Where the pipeline is.
+
+    Returns:
+        Float32 outputs on the CPU by name.
+    """
+    from moslora.training.reload_proof.stock_diffusers import outputs
+
+    return {
+        f"input{index}": outputs(pipeline, {name: tensor.to(device) for name, tensor in given.items()})
+        for index, given in enumerate(inputs)
+    }
+
+
+def prove_reload(
+    live: dict[str, Tensor],
+    inputs: Sequence[Any],
+    base: str,
+    dtype: str,
+    device: str,
+    adapter: Path,
+    say: Callable[[str], None],
+    auto_class: str = "AutoModelForCausalLM",
+    quantization: Mapping[str, Any] | None = None,
+    reader: str = "peft",
+    variant: str | None = None,
+) -> ReloadProof:
+    """Load ``adapter`` in a fresh process in which nothing of this package is imported, and compare logits.
+
+    Args:
+        live: What ``live_logits`` gave, or ``live_outputs``.
+        inputs: The same inputs.
+        base: Folder or hub id of the base model.
+        dtype: Its dtype, as ``float32``.
+        device: Where the live model ran.
+        adapter: Directory or file of the plain LoRA.
+        say: Told when the adapter has no effect.
+        auto_class: Class of transformers or diffusers that loads the base.
+        quantization: Arguments of ``BitsAndBytesConfig`` for the base, if it is quantised.
+        reader: A key of ``READERS``.
+        variant: Of the base's files, as ``fp16``; for pipelines.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ProofError: If the process failed, or the logits differ.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory(prefix="moslora-proof-") as folder:
+        asked, answered = Path(folder) / "inputs.safetensors", Path(folder) / "logits.safetensors"
+        save_file(
+            {
+                f"input{index}.{name}": tensor.contiguous()
+                for index, given in enumerate(inputs)
+                for name, tensor in _named(given).items()
+            },
+            asked,
+        )
+        script = Path(__file__).with_name(READERS[reader].script)
+        # -P keeps this folder, whose modules share names with the standard library's, off the path.
+        arguments = [base, dtype, device, str(adapter), str(asked), str(answered), auto_class]
+        if quantization:
+            arguments.append(json.dumps(dict(quantization)))
+        if variant:
+            arguments.append(variant)
+        command = [sys.executable, "-P", str(script), *arguments]
+        environment = {**environment_alone(), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if result.returncode != 0 or not answered.exists():
+            last = "\n  ".join(result.stderr.strip().splitlines()[-4:])
+            name = READERS[reader].name
+            raise ProofError(
+                f"{name[0].upper()}{name[1:]} could not run the exported adapter {adapter}:\n  {last}"
+            )
+        found = load_file(answered)
+
+    def largest(two: Callable[[str], Tensor]) -> Tensor:
+        # max() of a tensor keeps NaN, so a broken logit cannot pass.
+        return torch.stack([(live[name] - two(name)).abs().max() for name in live])
+
+    differences, sizes = largest(lambda name: found[name]), largest(lambda name: torch.zeros_like(live[name]))
+    # Inputs may be of models whose outputs are of other sizes; argmax takes NaN for the largest.
+    worst = int((differences / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).argmax())
+    proof = ReloadProof(
+        max_logit_difference=float(differences[worst]),
+        max_logit=float(sizes[worst]),
+        adapter_effect=float(largest(lambda name: found[f"base.{name}"]).max()),
+        tolerance=RELOAD_TOLERANCE[dtype] * float(sizes[worst]),
+        inputs=len(inputs),
+        reader=reader,
+    )
+    if not proof.passed:
+        name, what = READERS[reader].name, READERS[reader].what
+        raise ProofError(
+            f"The proof failed: {name}'s {what}s differ by "
+            f"{proof.max_logit_difference:.2e}, more than the {proof.tolerance:.1e} that rounding explains "
+            f"(largest {what} {proof.max_logit:.1f})."
+        )
+    if proof.adapter_effect <= proof.tolerance:
+        what = READERS[reader].what
+        say(
+            f"The adapter changes the base's {what}s by no more than rounding: it has learned next to nothing."
+        )
+    return proof
+
+
+def dtype_name(model: Any) -> str:
+    """Return the dtype of a model's weights, as ``float32``."""
+    return str(model.dtype).removeprefix("torch.")

@@ -1,0 +1,99 @@
+"""Load an exported adapter as anyone would, with diffusers and without this package, and write what its models give.
+
+Run as a program of its own by ``proofs.py``: what it shows must not depend on anything of ours, so it
+imports nothing of ours and fails if something else did.
+
+    python -P stock_diffusers.py BASE DTYPE DEVICE ADAPTER INPUTS OUTPUTS CLASS [VARIANT]
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def outputs(pipeline: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Run one model of a pipeline.
+
+    Args:
+        pipeline: The pipeline.
+        given: The model's arguments, as ``unet.sample``; one inside a dictionary as
+            ``unet.added_cond_kwargs.time_ids``.
+
+    Returns:
+        Float32 on the CPU: a denoiser's prediction, or all hidden states of a text encoder, stacked.
+    """
+    arguments: dict[str, Any] = {}
+    component = ""
+    for name, tensor in given.items():
+        component, *keys = name.split(".")
+        place = arguments
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = tensor
+    model = getattr(pipeline, component)
+    model.eval()
+    with torch.inference_mode():
+        if component.startswith("text_encoder"):
+            states = model(**arguments, output_hidden_states=True).hidden_states
+            return torch.stack(states).float().cpu()
+        found: torch.Tensor = model(**arguments, return_dict=False)[0]
+        return found.float().cpu()
+
+
+def main(
+    base: str,
+    dtype: str,
+    device: str,
+    adapter: str,
+    inputs: str,
+    results: str,
+    kind: str,
+    variant: str | None = None,
+) -> None:
+    """Write what the adapted models give.
+
+    Args:
+        base: Folder or hub id of the pipeline.
+        dtype: Of its weights, as ``float32``.
+        device: Where to run, as ``cpu``.
+        adapter: File of the plain LoRA.
+        inputs: Safetensors file of arguments, as ``input0.unet.sample``.
+        results: Safetensors file to write: outputs under the same names, and under ``base.NAME`` those of the
+            base alone.
+        kind: The pipeline's class.
+        variant: Which files of the base, as ``fp16``.
+    """
+    import diffusers
+    import peft
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline = getattr(diffusers, kind).from_pretrained(
+        base,
+        torch_dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        **({"variant": variant} if variant else {}),
+    )
+    pipeline.to(device)
+    asked: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(inputs).items():
+        asked.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = tensor.to(device)
+    found = {f"base.{name}": outputs(pipeline, given) for name, given in asked.items()}
+    folder, file = os.path.split(adapter)
+    pipeline.load_lora_weights(folder, weight_name=file)
+    for component in {name.partition(".")[0] for given in asked.values() for name in given}:
+        config = getattr(getattr(pipeline, component), "peft_config", {})
+        if not config or any(type(one) is not peft.LoraConfig for one in config.values()):
+            raise SystemExit(f"{component} has no plain LoRA")
+    found |= {name: outputs(pipeline, given) for name, given in asked.items()}
+    if "moslora" in sys.modules:
+        raise SystemExit("moslora was imported; the proof would prove nothing")
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
