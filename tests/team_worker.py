@@ -14,7 +14,8 @@ from typing import Any
 
 import moslora.training.run
 from moslora.display import Display
-from moslora.training.run import Stopped, train
+from moslora.errors import Stopped
+from moslora.training.run import train
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.combine import combine
-from moslora.adapters.export import PROOF_FILE, ProofError
-from moslora.adapters.factors import Adapter, AdapterError, Factors, Form, add
+from moslora.adapters.export import PROOF_FILE
+from moslora.adapters.factors import Adapter, Factors, Form, add
 from moslora.adapters.formats import FORMATS, lora, read_adapter
 from moslora.cli import app
+from moslora.errors import AdapterError, ProofError
 from tolerances import MODEL, RELATIVE, relative_error
 
 

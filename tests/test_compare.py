@@ -18,7 +18,7 @@ from moslora.comparison.compare import compare
 from moslora.comparison.methods import METHODS, find_method
 from moslora.comparison.verdict import Verdict
 from moslora.display import Display
-from moslora.training.run import Stopped
+from moslora.errors import Stopped
 from tolerances import MODEL
 
 pytestmark = pytest.mark.filterwarnings(

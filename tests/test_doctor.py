@@ -18,8 +18,9 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.doctor import ENGINES, LEVELS, diagnose
 from moslora.adapters.export import ENGINE_FORMATS, export_adapter, format_for
-from moslora.adapters.factors import Adapter, AdapterError, Factors
+from moslora.adapters.factors import Adapter, Factors
 from moslora.cli import app
+from moslora.errors import AdapterError
 from moslora.models.loading import fingerprint, resolve_model
 
 TARGETS = ["q_proj", "down_proj"]

@@ -24,7 +24,8 @@ import laws
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.recipe.schema import RecipeError, load_recipe
+from moslora.errors import RecipeError
+from moslora.recipe.schema import load_recipe
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
 

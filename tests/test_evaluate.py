@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapters.export import ProofError
 from moslora.display import Display
+from moslora.errors import ProofError
 from moslora.evaluation.commonsense import eval_prompt, extract, read_questions, write_training_file
 from moslora.evaluation.evaluate import PROTOCOLS, evaluate, show
 from moslora.metrics.choices import score_choices

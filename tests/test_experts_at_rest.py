@@ -17,10 +17,10 @@ import laws
 from moslora import MoSLoRAConfig
 from moslora.adapters.combine import combine
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, AdapterError, Factors, compare
+from moslora.adapters.factors import Adapter, Factors, compare
 from moslora.adapters.formats import experts, read_adapter
 from moslora.adapters.merge import merge
-from moslora.models.loading import ModelError
+from moslora.errors import AdapterError, ModelError
 from test_tuner_experts import BOTH, MODELS, build, run
 from tolerances import MODEL, relative_error
 

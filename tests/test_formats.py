@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, AdapterError, Factors, Form, compare
+from moslora.adapters.factors import Adapter, Factors, Form, compare
 from moslora.adapters.formats import FORMATS, WRITTEN, detect, native, read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS, as_matrices, as_stored
 from moslora.cli import app
+from moslora.errors import AdapterError
 from tolerances import MODEL, relative_error
 
 

@@ -22,11 +22,10 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.combine import combine
 from moslora.adapters.doctor import diagnose
-from moslora.adapters.export import ProofError, export_adapter
-from moslora.adapters.factors import AdapterError
+from moslora.adapters.export import export_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
-from moslora.models.loading import ModelError
+from moslora.errors import AdapterError, ModelError, ProofError
 
 COUNT = int(os.environ.get("MOSLORA_FUZZ", "240"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, AdapterError, Factors, Form, compare
+from moslora.adapters.factors import Adapter, Factors, Form, compare
 from moslora.adapters.formats import FORMATS, gguf
 from moslora.cli import app
+from moslora.errors import AdapterError
 from tolerances import MODEL, relative_error
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapters.export import ProofError
 from moslora.display import Display
+from moslora.errors import ProofError
 from moslora.evaluation.evaluate import evaluate, show
 from moslora.metrics.choices import score_choices
 

@@ -19,11 +19,12 @@ import moslora.training.reload_proof.proof
 import moslora.training.run
 import tiny_pipelines
 from moslora.display import Display
-from moslora.recipe.schema import RecipeError, load_recipe, resolve_trainer_arguments
+from moslora.errors import RecipeError, Stopped
+from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
 from moslora.tasks.image.denoising import Flow, Noising, Shot, seed_of
 from moslora.tasks.image.folders import Crop, cut, fill, plan_crops, read_folder
 from moslora.tasks.image.task import ImageTask
-from moslora.training.run import Stopped, check, resume, train
+from moslora.training.run import check, resume, train
 from moslora.training.run_directory import RunDirectory
 from tolerances import MODEL, relative_error
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import tiny_pipelines
+from moslora.errors import ModelError
 from moslora.metrics.intervals import mean_interval
-from moslora.models.loading import ModelError
 from moslora.tasks.image.fidelity import about, find_judge, judge_pictures, paired_change, summarise
 from tolerances import COSINE
 

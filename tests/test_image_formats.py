@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import tiny_pipelines
 from moslora import MoSLoRAConfig
 from moslora.adapters.doctor import diagnose
-from moslora.adapters.export import FOLD_TOLERANCE, TOLERANCES, ProofError, export_adapter
-from moslora.adapters.factors import Adapter, AdapterError, Factors, Form, compare
+from moslora.adapters.export import FOLD_TOLERANCE, TOLERANCES, export_adapter
+from moslora.adapters.factors import Adapter, Factors, Form, compare
 from moslora.adapters.formats import (
     FORMATS,
     comfyui,
@@ -28,6 +28,7 @@ from moslora.adapters.formats import (
     through_diffusers,
 )
 from moslora.adapters.formats.pipeline import join, split
+from moslora.errors import AdapterError, ProofError
 from tolerances import MODEL, relative_error
 
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj", "proj_in", "ff.net.0.proj", "conv_in"]

@@ -20,12 +20,12 @@ from moslora import MoSLoRAConfig, param_groups
 from moslora.adapters.combine import combine
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import AdapterError
 from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
 from moslora.core import ops
+from moslora.errors import AdapterError
 from moslora.training.mix import open_mix
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error

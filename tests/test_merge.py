@@ -18,11 +18,10 @@ from typer.testing import CliRunner
 import moslora.adapters.merge
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapters.export import PROOF_FILE, ProofError, export_adapter
-from moslora.adapters.factors import AdapterError
+from moslora.adapters.export import PROOF_FILE, export_adapter
 from moslora.adapters.merge import merge
 from moslora.cli import app
-from moslora.models.loading import ModelError
+from moslora.errors import AdapterError, ModelError, ProofError
 from tolerances import MODEL, relative_error
 
 TARGETS = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "c_proj"]}

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
-from moslora.adapters.export import ProofError
-from moslora.adapters.factors import AdapterError, add
+from moslora.adapters.factors import add
 from moslora.adapters.formats import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.cli import app
+from moslora.errors import AdapterError, ProofError, Stopped
 from moslora.training.mix import arguments_of, open_mix
-from moslora.training.run import Stopped, resume, train
+from moslora.training.run import resume, train
 from moslora.training.run_directory import RunDirectory
 from test_train import arguments, quiet, stop_at, weights
 

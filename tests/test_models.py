@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import moslora.models.loading as models
+from moslora.errors import ModelError
 from moslora.models.loading import (
     PACKAGED,
-    ModelError,
     ModelSource,
     fingerprint,
     load_model,

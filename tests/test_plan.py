@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.cli import app
-from moslora.memory.plan import CARDS, PlanError, Weights, count_step, place, plan, smallest_card
-from moslora.models.loading import ModelError
+from moslora.errors import ModelError, PlanError
+from moslora.memory.plan import CARDS, Weights, count_step, place, plan, smallest_card
 from moslora.tasks.text.task import labelled_loss
 
 ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures"

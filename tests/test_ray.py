@@ -12,7 +12,7 @@ import pytest
 import tiny
 from moslora.comparison.compare import compare
 from moslora.display import Display
-from moslora.training.run import TrainingError
+from moslora.errors import TrainingError
 from tolerances import MODEL
 
 ray = pytest.importorskip("ray")

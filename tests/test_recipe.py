@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moslora.recipe.schema as recipes
+from moslora.errors import RecipeError
 from moslora.recipe.schema import (
     TRAINER_DEFAULTS,
     Recipe,
-    RecipeError,
     build_trainer_config,
     load_recipe,
     resolve_trainer_arguments,

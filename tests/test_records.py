@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from moslora.data.records import (
     FORMATS,
     READERS,
-    DataError,
     Example,
     Message,
     Records,
@@ -20,6 +19,7 @@ from moslora.data.records import (
     split_heldout,
     to_examples,
 )
+from moslora.errors import DataError
 
 ROWS = [
     {"prompt": "turn on the lamp", "completion": "on", "kind": "simple"},

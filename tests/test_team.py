@@ -22,7 +22,8 @@ import tiny_pipelines
 from moslora.cli import app
 from moslora.display import Display
 from moslora.distributed import Team, environment_alone, launched, refuse_sharding
-from moslora.training.run import Stopped, StopRequest, resume, train
+from moslora.errors import Stopped
+from moslora.training.run import StopRequest, resume, train
 from moslora.training.run_directory import RunDirectory
 from tolerances import MODEL, relative_error
 

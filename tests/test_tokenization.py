@@ -5,7 +5,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moslora.data.records import Example, Message
-from moslora.data.tokenization import IGNORED, Encoder, EncodingError, encode_all, preview
+from moslora.data.tokenization import IGNORED, Encoder, encode_all, preview
+from moslora.errors import EncodingError
 
 CORPUS = [
     "turn on the kitchen lamp",

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import moslora.training.reload_proof.proof
 import moslora.training.run
 import tiny
-from moslora.adapters.export import ProofError
 from moslora.adapters.formats import read_adapter
 from moslora.display import Display
-from moslora.training.run import Stopped, StopRequest, TrainingError, check, resume, train
+from moslora.errors import ProofError, Stopped, TrainingError
+from moslora.training.run import StopRequest, check, resume, train
 from moslora.training.run_directory import RunDirectory
 from tolerances import MODEL, relative_error
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import laws
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import AdapterError
 from moslora.core.mixers import MIXERS
+from moslora.errors import AdapterError
 from tolerances import MODEL, RELATIVE, relative_error
 from upstream import WHOLE
 

@@ -21,7 +21,7 @@ import laws
 import moslora
 import tiny
 import upstream
-from moslora import MoSLoRAConfig, versions
+from moslora import MoSLoRAConfig, errors, versions
 from moslora.compat import peft as compat
 from moslora.recipe.schema import load_recipe
 from moslora.tasks import find_task
@@ -181,7 +181,7 @@ def test_the_command_says_which_versions_it_needs_before_anything_else(versions_
     match = (
         r"peft 0\.21 or later \(0\.18\.1 is installed\), transformers 5\.20.*trl 1\.16.*pip install.*library"
     )
-    with pytest.raises(versions.VersionError, match=match):
+    with pytest.raises(errors.VersionError, match=match):
         use()
 
 

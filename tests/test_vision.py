@@ -26,13 +26,14 @@ from moslora.comparison.cells import Bench
 from moslora.comparison.compare import compare
 from moslora.data.tokenization import Encoded, Encoder, encode_all
 from moslora.display import Display
+from moslora.errors import Stopped
 from moslora.evaluation.evaluate import evaluate
 from moslora.metrics.answers import choice_equal, short_equal
 from moslora.models.loading import build_skeleton, quantization_options, resolve_model
 from moslora.recipe.schema import load_recipe
 from moslora.tasks.text.task import scores_plainly
 from moslora.tasks.vision.task import VisionTask, open_image, scope_of
-from moslora.training.run import Stopped, check, resume, train
+from moslora.training.run import check, resume, train
 from moslora.training.run_directory import RunDirectory
 from tiny_vision import save_llava
 from tolerances import MODEL, relative_error

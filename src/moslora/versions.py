@@ -12,10 +12,11 @@ import re
 import warnings
 from functools import cache
 
+from moslora.errors import VersionError
+
 __all__ = [
     "FOR_THE_COMMAND",
     "KNOWN",
-    "VersionError",
     "installed",
     "is_at_least",
     "need",
@@ -121,10 +122,6 @@ def need(package: str, version: str, what: str, instead: str = "") -> str:
         f"{what} needs {package} {version} or later, and {installed(package)} is installed. Install a newer one: "
         f"pip install '{package}>={version}'.{f' {instead}' if instead else ''}"
     )
-
-
-class VersionError(ImportError):
-    """PEFT, transformers or TRL is older than something needs."""
 
 
 def require_for_command() -> None:

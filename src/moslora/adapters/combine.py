@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moslora.adapters.export import ProofError, check_format, written
-from moslora.adapters.factors import AdapterError, Factors, add
+from moslora.adapters.export import check_format, written
+from moslora.adapters.factors import Factors, add
 from moslora.adapters.formats import read_adapter
 from moslora.adapters.ranks import to_rank
+from moslora.errors import AdapterError, ProofError
 
 if TYPE_CHECKING:
     from torch import Tensor

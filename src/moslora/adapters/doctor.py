@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.export import ProofError, check_engine, export_adapter, format_for
-from moslora.adapters.factors import Adapter, AdapterError, Factors, tied_heads
+from moslora.adapters.export import check_engine, export_adapter, format_for
+from moslora.adapters.factors import Adapter, Factors, tied_heads
 from moslora.adapters.formats import FORMATS, comfyui, detect, read_adapter
 from moslora.adapters.merge import lay_out
-from moslora.models.loading import ModelError, fingerprint, load_tokenizer, resolve_model
+from moslora.errors import AdapterError, ModelError, ProofError
+from moslora.models.loading import fingerprint, load_tokenizer, resolve_model
 from moslora.models.shards import EMBEDDINGS, HEADS, Weights, open_weights
 
 __all__ = ["ENGINES", "LEVELS", "Diagnosis", "Engine", "Finding", "diagnose"]

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, AdapterError, compare
+from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, compare
 from moslora.adapters.formats import FORMATS, WRITTEN, comfyui, detect, read_adapter
 from moslora.adapters.formats.directory import staged, staged_file
 from moslora.adapters.ranks import to_rank
+from moslora.errors import AdapterError, ProofError
 
 __all__ = [
     "ENGINE_FORMATS",
     "FOLD_TOLERANCE",
     "TOLERANCES",
     "ExportProof",
-    "ProofError",
     "check_engine",
     "check_format",
     "export_adapter",
@@ -42,10 +42,6 @@ ENGINE_FORMATS: Mapping[str, Callable[[Adapter], str]] = {
 TOLERANCES = {"float32": FOLD_TOLERANCE, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 PROOF_FILE = "moslora_proof.json"
-
-
-class ProofError(RuntimeError):
-    """What was written does not say the same as what was read. Nothing is left of it."""
 
 
 @dataclass(frozen=True)

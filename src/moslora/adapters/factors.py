@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from moslora.core import functional
+from moslora.errors import AdapterError
 
 __all__ = [
     "FOLD_TOLERANCE",
     "Adapter",
-    "AdapterError",
     "Comparison",
     "Factors",
     "Form",
@@ -33,10 +33,6 @@ __all__ = [
 # Relative error of ΔW that folding in float32 may cost. A and B are each rounded once, by 6e-8 of an entry at most, and
 # what they lose may add up. A dropped mixer or scale costs about 1.
 FOLD_TOLERANCE = 1e-6
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read, written or trusted. The message says what to do."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.adapters.factors import Adapter, AdapterError, Factors
+from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats import detect, read_adapter
 from moslora.adapters.formats.native import start_of
-from moslora.models.loading import ModelError
+from moslora.errors import AdapterError, ModelError
 from moslora.models.shards import Weights, open_weights
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from moslora.adapters.export import PROOF_FILE, ProofError
-from moslora.adapters.factors import Adapter, AdapterError, Factors, tied_heads
+from moslora.adapters.export import PROOF_FILE
+from moslora.adapters.factors import Adapter, Factors, tied_heads
 from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import KEY_PREFIX, staged
-from moslora.models.loading import ModelError
+from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.models.shards import DTYPES, INDEX, Stored, Weights, open_weights
 
 if TYPE_CHECKING:

@@ -98,9 +98,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _run(action: Callable[[], None], debug: bool, together: bool = False) -> None:
     """Run a verb, and turn what it raises into a message and an exit code; ``together`` knows of other processes."""
-    from moslora.adapters.export import ProofError
     from moslora.distributed import launched
-    from moslora.training.run import Stopped, TrainingError
+    from moslora.errors import ProofError, Stopped, TrainingError
 
     # PEFT asks transformers 5 for a property under its old name: news for PEFT, not for who runs this.
     warnings.filterwarnings(

@@ -25,9 +25,10 @@ from moslora.comparison.methods import Method
 from moslora.comparison.together import CannotShare, Surroundings, share, train_together
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
+from moslora.errors import Stopped, TrainingError
 from moslora.recipe.schema import Recipe
 from moslora.tasks import find_task
-from moslora.training.run import Stopped, StopRequest, TrainingError
+from moslora.training.run import StopRequest
 from moslora.training.run_directory import write_whole
 
 if TYPE_CHECKING:

@@ -28,10 +28,11 @@ from moslora.comparison.cells import DECISIVE, Comparison, prepare_task, read_ce
 from moslora.comparison.methods import find_method
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
+from moslora.errors import Stopped
 from moslora.models.loading import default_device
 from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
 from moslora.reports.comparison import write_comparison_report
-from moslora.training.run import Stopped, StopRequest
+from moslora.training.run import StopRequest
 from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from moslora.comparison.cells import (
 )
 from moslora.comparison.methods import find_method
 from moslora.comparison.verdict import Cell, foresee
-from moslora.training.run import StopRequest, TrainingError
+from moslora.errors import TrainingError
+from moslora.training.run import StopRequest
 from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
 
 if TYPE_CHECKING:

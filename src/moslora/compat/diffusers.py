@@ -30,10 +30,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moslora.adapters.factors import AdapterError
 from moslora.adapters.formats import pipeline_checkpoint
 from moslora.adapters.formats.directory import save_tensors
 from moslora.adapters.formats.pipeline_checkpoint import Part
+from moslora.errors import AdapterError
 from moslora.tuner.config import MoSLoRAConfig
 
 __all__ = ["install", "is_of_diffusers", "remember", "restore_mixers"]

@@ -19,9 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moslora.errors import DataError
+
 __all__ = [
     "FORMATS",
-    "DataError",
     "Example",
     "Message",
     "Records",
@@ -63,28 +64,6 @@ UNREAD_COLUMNS = {
     "images": "images need task=vision: remove the column to train on the text alone",
 }
 UNREAD_IN_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight", "train")
-
-
-class DataError(ValueError):
-    """Data that cannot be used: which file, where in it, what was found, and what to do.
-
-    Args:
-        source: The file, folder or hub id, as the user wrote it.
-        faults: One text per fault, place first; the first few are enough.
-        advice: What to do about it, one sentence.
-        further: How many more faults there are.
-    """
-
-    def __init__(self, source: str, faults: Sequence[str], advice: str, further: int = 0) -> None:
-        super().__init__(source, tuple(faults), advice, further)  # args, so that it survives pickling
-        self.source, self.faults, self.advice, self.further = source, tuple(faults), advice, further
-
-    def __str__(self) -> str:
-        if len(self.faults) == 1 and not self.further:
-            return f"{self.source}: {self.faults[0]}. {self.advice}"
-        count = len(self.faults) + self.further
-        more = [f"and {self.further} more"] if self.further else []
-        return "\n  ".join([f"{self.source}: {count} faults", *self.faults, *more]) + f"\n{self.advice}"
 
 
 class _FieldError(ValueError):

@@ -19,11 +19,12 @@ from itertools import accumulate, groupby, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from moslora.data.records import Example, Message
+from moslora.errors import EncodingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "EncodingError", "Summary", "encode_all", "preview"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "Summary", "encode_all", "preview"]
 
 IGNORED = -100  # torch's cross entropy and every Trainer skip this label
 
@@ -36,10 +37,6 @@ OTHER_WAYS = (
     "Set data.train_on=all, or, if earlier answers are the trouble, give prompt (a list of messages) and "
     "completion, so that only the last answer is learned."
 )
-
-
-class EncodingError(ValueError):
-    """An example that this tokenizer or template cannot turn into tokens rightly."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from moslora.adapters.export import ProofError
 from moslora.display import Display
+from moslora.errors import ProofError
 from moslora.evaluation.commonsense import (
     BEAMS,
     NEW_TOKENS,
@@ -375,8 +375,8 @@ def _as_inputs(prompts: Sequence[Sequence[int]]) -> list[Any]:
 
 
 def _learned(adapter: Path) -> bool | None:
-    from moslora.adapters.factors import AdapterError
     from moslora.adapters.formats import read_adapter
+    from moslora.errors import AdapterError
 
     try:
         found = read_adapter(adapter)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moslora.errors import PlanError
 from moslora.models.loading import load_config, quiet_transformers, resolve_model
 from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from moslora.recipe.schema import Recipe
 
-__all__ = ["CARDS", "Placement", "Plan", "PlanError", "count_step", "plan", "smallest_card"]
+__all__ = ["CARDS", "Placement", "Plan", "count_step", "plan", "smallest_card"]
 
 # Memory of common cards, in GB of 10⁹ bytes: a vendor's 80 GB are a little more than that.
 CARDS = (24, 40, 48, 80, 141)
@@ -58,10 +59,6 @@ TILE_TOKENS, TILE_WORDS = 4096, 32768
 # bitsandbytes' 4-bit storage: half a byte, and a float32 for each block of 64; or, of two levels, one byte for each
 # block and a float32 for each 256 blocks.
 FOUR_BITS = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
-
-
-class PlanError(ValueError):
-    """The memory of a fine-tune cannot be counted; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

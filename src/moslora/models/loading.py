@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moslora.distributed import launched
+from moslora.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "PACKAGED",
-    "ModelError",
     "ModelSource",
     "PackagedModel",
     "build_skeleton",
@@ -46,10 +46,6 @@ __all__ = [
     "quiet_transformers",
     "resolve_model",
 ]
-
-
-class ModelError(ValueError):
-    """A base model cannot be found or trusted; the message says what to do."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.adapters.formats import experts
-from moslora.models.loading import ModelError, ModelSource, materialise, read_json, resolve_model
+from moslora.errors import ModelError
+from moslora.models.loading import ModelSource, materialise, read_json, resolve_model
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -39,6 +39,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import to_jsonable_python
 
 from moslora import versions
+from moslora.errors import RecipeError
 
 __all__ = [
     "ADAPTER_DEFAULTS",
@@ -48,24 +49,11 @@ __all__ = [
     "ModelSection",
     "OutputSection",
     "Recipe",
-    "RecipeError",
     "TaskSection",
     "build_trainer_config",
     "load_recipe",
     "resolve_trainer_arguments",
 ]
-
-
-class RecipeError(ValueError):
-    """Something in a recipe is wrong. The message names every problem, one per line.
-
-    Attributes:
-        problems: The lines.
-    """
-
-    def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 # --- What a recipe says -------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.adapters.export import ProofError
-from moslora.adapters.factors import Adapter, AdapterError, add
+from moslora.adapters.factors import Adapter, add
 from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.errors import AdapterError, ProofError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,12 +25,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moslora.adapters.export import ProofError, export_adapter
+from moslora.adapters.export import export_adapter
 from moslora.adapters.formats.directory import staged
 from moslora.adapters.formats.native import keep_start, read_start
 from moslora.adapters.formats.pipeline import folders
 from moslora.distributed import Team, is_first, refuse_sharding
-from moslora.models.loading import ModelError, default_device
+from moslora.errors import ModelError, ProofError, Stopped, TrainingError
+from moslora.models.loading import default_device
 from moslora.recipe.schema import Recipe, load_recipe, resolve_trainer_arguments
 from moslora.reports.run import write_report
 from moslora.tasks import find_task
@@ -52,27 +53,11 @@ if TYPE_CHECKING:
 
     from moslora.display import Display
 
-__all__ = ["StopRequest", "Stopped", "TrainingError", "check", "resume", "train"]
+__all__ = ["StopRequest", "check", "resume", "train"]
 
 
 # Small copies of the pictures that questions are about: how many at most, and their longer side in pixels.
 SMALL_COPIES, SMALL = 200, 320
-
-
-class TrainingError(RuntimeError):
-    """A run that failed. The message says why and what to do."""
-
-
-class Stopped(Exception):  # noqa: N818 - it is no error
-    """The run was asked to stop, and did so where it can go on.
-
-    Args:
-        signal_number: Who asked: SIGINT or SIGTERM.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
 
 
 class StopRequest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.factors import Adapter, AdapterError
+from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import (
     diffusers,
     gguf,
@@ -21,6 +21,7 @@ from moslora.adapters.formats import (
     pipeline_checkpoint,
 )
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS, read_config, read_header
+from moslora.errors import AdapterError
 
 __all__ = ["FORMATS", "WRITTEN", "Format", "detect", "read_adapter"]
 

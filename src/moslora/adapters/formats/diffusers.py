@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moslora.adapters.factors import Adapter, AdapterError, exact_pattern
+from moslora.adapters.factors import Adapter, exact_pattern
 from moslora.adapters.formats import through_diffusers
 from moslora.adapters.formats.directory import (
     SHARED,
@@ -43,6 +43,7 @@ from moslora.adapters.formats.pipeline import (
     own_clip,
 )
 from moslora.adapters.ranks import pad
+from moslora.errors import AdapterError
 
 __all__ = ["is_diffusers", "read", "read_with_diffusers", "write"]
 

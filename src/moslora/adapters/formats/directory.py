@@ -26,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moslora.adapters.factors import LINEAR, Adapter, AdapterError, Factors, Form, exact_pattern
+from moslora.adapters.factors import LINEAR, Adapter, Factors, Form, exact_pattern
 from moslora.adapters.formats import experts
 from moslora.adapters.formats.experts import owner
 from moslora.core.functional import scaling
+from moslora.errors import AdapterError
 
 __all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "staged", "write_files"]
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moslora.adapters.factors import AdapterError, Factors, Form
+from moslora.adapters.factors import Factors, Form
+from moslora.errors import AdapterError
 
 __all__ = ["EXPERT", "count", "gather", "owner", "separate"]
 

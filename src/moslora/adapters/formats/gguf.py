@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moslora.adapters.factors import Adapter, AdapterError, Factors
+from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats.lora import flatten
+from moslora.errors import AdapterError
 
 __all__ = ["ARCHITECTURES", "read_with_gguf", "write"]
 

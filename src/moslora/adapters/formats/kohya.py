@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moslora.adapters.factors import LINEAR, Adapter, AdapterError, Factors, Form
+from moslora.adapters.factors import LINEAR, Adapter, Factors, Form
 from moslora.adapters.formats import through_diffusers
 from moslora.adapters.formats.directory import as_stored, load_tensors, read_header, save_tensors
 from moslora.adapters.formats.lora import flatten
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import by_component, check_writable, join, name_clip, own_clip
 from moslora.adapters.ranks import pad
+from moslora.errors import AdapterError
 
 __all__ = ["is_kohya", "read", "read_with_diffusers", "write"]
 

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.save_and_load import load_peft_weights
 
-from moslora.adapters.factors import Adapter, AdapterError
+from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import skeleton
 from moslora.adapters.formats.directory import (
     KEY_PREFIX,
@@ -28,6 +28,7 @@ from moslora.adapters.formats.directory import (
     settle,
     write_files,
 )
+from moslora.errors import AdapterError
 
 __all__ = ["PEFT_TYPE", "flatten", "read", "read_with_peft", "write"]
 

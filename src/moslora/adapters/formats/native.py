@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moslora.adapters.factors import Adapter, AdapterError
+from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.directory import (
     SHARED,
     WEIGHTS,
@@ -32,6 +32,7 @@ from moslora.adapters.formats.directory import (
 )
 from moslora.core import functional
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES
+from moslora.errors import AdapterError
 from moslora.tuner.config import MoSLoRAConfig, subtracts_start
 
 __all__ = ["PEFT_TYPE", "START", "keep_start", "read", "read_start", "start_of", "write"]

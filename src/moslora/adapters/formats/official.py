@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moslora.adapters.factors import Adapter, AdapterError
+from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.directory import (
     SHARED,
     WEIGHTS,
@@ -30,6 +30,7 @@ from moslora.adapters.formats.directory import (
     read_config,
     read_tensors,
 )
+from moslora.errors import AdapterError
 
 __all__ = ["WARNING", "carries_mixer", "check_mixers", "read"]
 

@@ -12,8 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.factors import Adapter, AdapterError
+from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.directory import Found, build_adapter, load_tensors
+from moslora.errors import AdapterError
 
 __all__ = ["CONFIG", "read"]
 

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moslora.adapters.factors import Adapter, AdapterError, Form
+from moslora.adapters.factors import Adapter, Form
+from moslora.errors import AdapterError
 
 __all__ = [
     "COMPONENTS",

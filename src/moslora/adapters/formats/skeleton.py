@@ -17,8 +17,9 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from moslora.adapters.factors import LINEAR, Adapter, AdapterError, Factors, Form
+from moslora.adapters.factors import LINEAR, Adapter, Factors, Form
 from moslora.adapters.formats.experts import EXPERT, owner, separate
+from moslora.errors import AdapterError
 
 __all__ = ["build", "filled_factors", "load_with_peft"]
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.errors import ModelError
 from moslora.metrics.intervals import mean_interval
 from moslora.models.loading import (
     HUB_ID,
-    ModelError,
     ModelSource,
     _call,
     _check_loaded,

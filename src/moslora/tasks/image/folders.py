@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.records import DataError
+from moslora.errors import DataError
 from moslora.tasks.vision.task import open_image
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.distributed import launched
+from moslora.errors import ModelError
 from moslora.models.loading import (
     HASH_LIMIT,
     HUB_ID,
-    ModelError,
     ModelSource,
     _call,
     _check_loaded,

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.records import DataError, Example, Records, prompt_of, read_records, to_examples
+from moslora.data.records import Example, Records, prompt_of, read_records, to_examples
 from moslora.data.tokenization import Encoded, Encoder, Summary, encode_all
+from moslora.errors import DataError
 from moslora.metrics.answers import METRICS, wilson_interval
 from moslora.models.loading import _call, materialise, resolve_model
 from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.adapters.export import ProofError
 from moslora.distributed import environment_alone
+from moslora.errors import ProofError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

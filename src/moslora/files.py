@@ -1,0 +1,291 @@
+"""Files written whole or not at all, locks between processes, and the header of safetensors files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moslora.errors import ExistsError, UsageError
+
+__all__ = [
+    "Header",
+    "StoredTensor",
+    "is_running",
+    "locked",
+    "new_directory",
+    "new_file",
+    "process_start",
+    "read_header",
+    "replaced_file",
+    "write_text",
+]
+
+LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library takes
+# Bits of an element. A file with another dtype is read, and its tensors' sizes are not compared with their shapes.
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+
+
+# --- Written whole or not at all ----------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it into place, so that a reader sees the old or the new content.
+
+    Args:
+        path: The file to write or to replace.
+        text: Its content; written as UTF-8.
+    """
+    with replaced_file(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Write a file beside ``path`` and rename it into place when the block ends well.
+
+    Args:
+        path: The file to write or to replace. Its directory must exist.
+
+    Yields:
+        A path beside it, with the same suffix. If the block raises, nothing is left there and ``path`` stays as it was.
+    """
+    path = Path(path)
+    part = _beside(path, path.suffix)
+    try:
+        yield part
+        # Without this a power cut can leave the new name on an empty file.
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Write a directory beside its place and rename it into place when the block ends well.
+
+    Args:
+        out: The new directory; must not exist, or be an empty directory.
+
+    Yields:
+        A temporary directory beside ``out``. If the block raises, it is removed and ``out`` stays as it was.
+
+    Raises:
+        ExistsError: If something exists at ``out``.
+    """
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise ExistsError(f"{out} exists already. Name a new directory, or remove that one first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(out)
+    temporary.mkdir()  # tempfile's would not follow the umask
+    try:
+        yield temporary
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """Write a file beside its place and rename it into place when the block ends well.
+
+    Args:
+        out: The new file; must not exist.
+
+    Yields:
+        A path of the same name in a temporary directory beside ``out``. If the block raises, nothing is left of it.
+
+    Raises:
+        ExistsError: If something exists at ``out``.
+    """
+    out = Path(out)
+    if out.is_symlink() or out.exists():
+        raise ExistsError(f"{out} exists already. Name a new file, or remove that one first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(out)
+    temporary.mkdir()
+    try:
+        yield temporary / out.name
+        (temporary / out.name).replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path, suffix: str = "") -> Path:
+    """Return a new hidden name in the same directory."""
+    return path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part{suffix}")
+
+
+# --- Other processes ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(directory: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a directory; the kernel releases it if its holder dies.
+
+    Windows and some network file systems cannot lock; there the block runs without.
+
+    Args:
+        directory: The directory, which must exist.
+        wait: Wait for another holder; otherwise refuse.
+
+    Raises:
+        UsageError: If another process holds the lock and ``wait`` is false.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UsageError(
+                f"Another process is working in {directory}. Wait for it, or name another directory."
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def process_start(pid: int) -> float | None:
+    """Return when a process of this machine began, in seconds since 1970; None if there is none.
+
+    Args:
+        pid: Its id. Ids are used again, which the time tells apart.
+    """
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
+    except psutil.AccessDenied:  # it exists, and is another user's
+        return math.nan
+
+
+def is_running(pid: int, started: float | None = None) -> bool:
+    """Return whether a process of this machine is running.
+
+    Args:
+        pid: Its id.
+        started: When it began, if known, to tell it from a later process with the same id.
+    """
+    found = process_start(pid)
+    return found is not None and (started is None or not abs(found - started) >= 1)
+
+
+# --- safetensors --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is in a safetensors file.
+
+    Attributes:
+        dtype: The format's name, such as ``"BF16"``.
+        shape: Its shape.
+        start: Offset of its first byte from the beginning of the file.
+        end: Offset after its last byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        tensors: By name, in the file's order.
+        metadata: Its free text.
+        length: Bytes of the header's JSON.
+    """
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    length: int
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a safetensors file, and check that every byte it names is there.
+
+    Args:
+        path: The file. Its tensors are not read.
+
+    Raises:
+        ValueError: If it is damaged or cut off; the message says how, without the path.
+        OSError: If it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"its header would be {length} bytes long, and the file has {size}")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", None) or {}
+        tensors = {
+            name: StoredTensor(
+                str(entry["dtype"]),
+                tuple(int(extent) for extent in entry["shape"]),
+                *(8 + length + int(offset) for offset in entry["data_offsets"]),
+            )
+            for name, entry in entries.items()
+        }
+        metadata = {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header cannot be read ({type(error).__name__}: {error})") from None
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != end or tensor.end < tensor.start:
+            raise ValueError(f"{name} begins at byte {tensor.start} instead of {end}")
+        bits = BITS.get(tensor.dtype)
+        if bits and (
+            min(tensor.shape, default=1) < 0 or math.prod(tensor.shape) * bits != 8 * (tensor.end - end)
+        ):
+            raise ValueError(
+                f"{name} has {tensor.end - end} bytes, which are not {tensor.dtype} of shape {tensor.shape}"
+            )
+        end = tensor.end
+    if end != size:
+        raise ValueError(f"it has {size} bytes, and its header says {end}")
+    return Header(tensors, metadata, length)

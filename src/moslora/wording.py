@@ -1,0 +1,84 @@
+"""Words of messages: the nearest valid name, the first line of an error, durations and figures."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+__all__ = ["did_you_mean", "duration", "evenly_spaced", "figure", "first_line", "nearest", "one_line"]
+
+T = TypeVar("T")
+
+
+def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like ``word``, or None.
+
+    Args:
+        word: What was written.
+        known: Valid names.
+        cutoff: The least likeness, from 0 to 1.
+    """
+    return next(iter(difflib.get_close_matches(str(word), [str(name) for name in known], 1, cutoff)), None)
+
+
+def did_you_mean(word: object, known: Iterable[object], cutoff: float = 0.6) -> str:
+    """Return `` Did you mean 'x'?`` with the nearest known name, to add to a sentence; empty if none is near.
+
+    Args:
+        word: What was written.
+        known: Valid names.
+        cutoff: The least likeness, from 0 to 1.
+
+    Example:
+        >>> "No task is named 'vison'." + did_you_mean("vison", ["text", "vision"])
+        "No task is named 'vison'. Did you mean 'vision'?"
+    """
+    name = nearest(word, known, cutoff)
+    return "" if name is None else f" Did you mean {name!r}?"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(text: object, length: int = 160) -> str:
+    """Return a text on one line, cut to ``length`` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words.
+
+    Example:
+        >>> duration(3.14159), duration(75), duration(4000)
+        ('3.1 s', '1 min 15 s', '1 h 6 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def figure(value: float) -> str:
+    """Return a number with three significant digits, without an exponent where that is readable.
+
+    Example:
+        >>> figure(0.01234), figure(123456.0), figure(0.0)
+        ('0.0123', '1.23e+05', '0')
+    """
+    if value == 0 or 0.001 <= abs(value) < 100_000:
+        digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:.{min(digits, 5)}f}"
+    return f"{value:.2e}"
+
+
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` items at even distances, the first and the last among them."""
+    if count <= 0 or len(items) <= count:
+        return list(items)[: max(count, 0)]
+    return [items[round(k * (len(items) - 1) / max(count - 1, 1))] for k in range(count)]
