@@ -41,7 +41,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     from moslora import MoSLoRAConfig
     from moslora.display import Display
-    from moslora.recipe.schema import build_trainer_config, load_recipe
+    from moslora.recipe.loading import load_recipe
+    from moslora.recipe.trainer_arguments import build_trainer_config
     from moslora.tasks.text.task import TextTask
 
     arguments = [

@@ -115,7 +115,7 @@ def measured(folder: Path, name: str, adapter: Path | None, heldout: Path) -> di
     from peft import PeftModel
 
     from moslora.display import Display
-    from moslora.recipe.schema import load_recipe
+    from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask
 
     arguments = [

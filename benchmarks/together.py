@@ -24,7 +24,7 @@ from moslora.comparison.methods import METHODS
 from moslora.comparison.together import Surroundings, share, train_together
 from moslora.display import Display
 from moslora.models.loading import default_device
-from moslora.recipe.schema import load_recipe
+from moslora.recipe.loading import load_recipe
 from moslora.tasks.text.task import TextTask
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

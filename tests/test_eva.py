@@ -25,7 +25,7 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
 from moslora.errors import RecipeError
-from moslora.recipe.schema import load_recipe
+from moslora.recipe.loading import load_recipe
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error
 

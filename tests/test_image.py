@@ -20,7 +20,8 @@ import moslora.training.run
 import tiny_pipelines
 from moslora.display import Display
 from moslora.errors import RecipeError, Stopped
-from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
+from moslora.recipe.loading import load_recipe
+from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.tasks.image.denoising import Flow, Noising, Shot, seed_of
 from moslora.tasks.image.folders import Crop, cut, fill, plan_crops, read_folder
 from moslora.tasks.image.task import ImageTask
@@ -658,7 +659,7 @@ def test_epochs_count_pictures_and_a_kind_has_its_own_defaults() -> None:
     assert "max_length" not in arguments
     counted = load_recipe(["task=image", "model=org/x", "data=pics", "trainer.num_train_epochs=3"])
     assert "max_steps" not in resolve_trainer_arguments(counted, "cpu")
-    with pytest.raises(RecipeError, match="'text' or 'vision' or 'image'; did you mean image"):
+    with pytest.raises(RecipeError, match=r"'text' or 'vision' or 'image'\. Did you mean 'image'"):
         load_recipe(["task=imago", "model=org/x", "data=pics"])
 
 

@@ -19,7 +19,7 @@ from moslora import MoSLoRAConfig, replace_lora_weights_loftq
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
 from moslora.errors import RecipeError
-from moslora.recipe.schema import load_recipe
+from moslora.recipe.loading import load_recipe
 from moslora.tuner.layer import MoSLoRALayer
 from test_tuner_quantized import Packed
 from tolerances import MODEL, RELATIVE, relative_error

@@ -80,7 +80,7 @@ def test_what_is_measured_at_the_start_is_the_weighted_sum(
     from peft import PeftModel
 
     from moslora.adapters.combine import combine
-    from moslora.recipe.schema import load_recipe
+    from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask
 
     combine(sources(world), [1.0, 0.5], tmp_path / "sum")

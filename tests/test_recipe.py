@@ -12,15 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moslora.recipe.schema as recipes
 from moslora.errors import RecipeError
-from moslora.recipe.schema import (
-    TRAINER_DEFAULTS,
-    Recipe,
-    build_trainer_config,
-    load_recipe,
-    resolve_trainer_arguments,
-)
+from moslora.recipe import checking, field_types, schema, trainer_arguments, yaml_core
+from moslora.recipe.loading import load_recipe
+from moslora.recipe.schema import Recipe
+from moslora.recipe.trainer_arguments import TRAINER_DEFAULTS, build_trainer_config, resolve_trainer_arguments
 
 MINIMUM = ["model=org/base", "data=org/examples"]
 
@@ -31,8 +27,8 @@ def _adapter_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"r": int, "lora_alpha": float, "lora_dropout": float, "mixer": str}
     names = list[str] | set[str] | str | None
     every = {**fields, "target_modules": names, "rank_pattern": dict[str, int], "train_mixer": bool | None}
-    monkeypatch.setattr(recipes, "_adapter_fields", lambda: every)
-    monkeypatch.setattr(recipes, "_adapter_complaint", lambda arguments: [])
+    monkeypatch.setattr(checking, "_adapter_fields", lambda: every)
+    monkeypatch.setattr(checking, "_adapter_complaint", lambda arguments: [])
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> str:
@@ -122,7 +118,7 @@ def test_paths_in_a_file_are_beside_it_and_paths_in_overrides_are_in_the_current
     ],
 )
 def test_values_are_yaml_1_2(text: str, value: Any) -> None:
-    found = recipes._parse(text, "here")
+    found = yaml_core.parse_yaml(text, "here")
     assert found == value and type(found) is type(value)
 
 
@@ -186,7 +182,7 @@ def test_what_is_written_reads_back_equal(
             "seed": seed,
         }
     )
-    assert Recipe.model_validate(recipes._parse(recipe.to_yaml(), "here")) == recipe
+    assert Recipe.model_validate(yaml_core.parse_yaml(recipe.to_yaml(), "here")) == recipe
 
 
 def test_a_written_recipe_is_complete_and_loads_from_anywhere(tmp_path: Path) -> None:
@@ -217,14 +213,14 @@ def test_every_problem_is_named_at_once_with_its_place_and_the_nearest_name() ->
         "word",
     )
     expected = {
-        "adapter.lora_aplha is unknown; did you mean lora_alpha?",
+        "adapter.lora_aplha is unknown. Did you mean 'lora_alpha'?",
         "adapter.r is 'many' (a text), but must be a whole number.",
-        "task.metric is 'jsno' (a text), but must be 'none', 'json' or 'text'; did you mean json?",
+        "task.metric is 'jsno' (a text), but must be 'none', 'json' or 'text'. Did you mean 'json'?",
         "data.heldout_fraction is 0.9 (a number); it should be less than 0.5.",
-        "data.tran is unknown; did you mean train?",
+        "data.tran is unknown. Did you mean 'train'?",
         "seed is True (a truth value); it should be a valid integer.",
         "lr is unknown; set trainer.learning_rate.",
-        "trainr is unknown; did you mean trainer?",
+        "trainr is unknown. Did you mean 'trainer'?",
     }
     assert expected <= set(found)
     assert len(found) == len(expected) + 2, "and the two not spelled out here"
@@ -237,8 +233,8 @@ def test_every_problem_is_named_at_once_with_its_place_and_the_nearest_name() ->
         ("# only a remark", "is empty"),
         ("- model: a", "holds a list"),
         ("just words", "the single value"),
-        ("model: a\nmodel: b", "line 2, column 1: model stands here again; it was set in line 1"),
-        ("model: a/b\ndata: c/d\nadapter: {r: 1, r: 2}", "line 3, column 17: r stands here again"),
+        ("model: a\nmodel: b", "line 2, column 1: model occurs twice; it was set in line 1"),
+        ("model: a/b\ndata: c/d\nadapter: {r: 1, r: 2}", "line 3, column 17: r occurs twice"),
         ("model: [a", "line 1, column 10"),
         ("model:\n\t- a", "line 2, column 1"),
         ("1: a", "a key must be a plain name"),
@@ -297,7 +293,7 @@ def test_the_adapters_arguments_are_the_configurations(monkeypatch: pytest.Monke
     assert "orthogonal" in problems(*MINIMUM, "adapter.mixer=ortogonal")[0]
     assert problems(*MINIMUM, "adapter.r=true", "adapter.mixr=x") == [
         "adapter.r is True (a truth value), but must be a whole number.",
-        "adapter.mixr is unknown; did you mean mixer?",
+        "adapter.mixr is unknown. Did you mean 'mixer'?",
     ]
 
 
@@ -315,8 +311,8 @@ def test_the_trainers_arguments_are_trls() -> None:
         "trainer.warmup_ratio=0.1",
     )
     assert found[0] == "trainer.learning_rate is 'fast' (a text), but must be a number."
-    assert found[1] == "trainer.max_stpes is unknown; did you mean max_steps?"
-    assert found[2].endswith("did you mean cosine?")
+    assert found[1] == "trainer.max_stpes is unknown. Did you mean 'max_steps'?"
+    assert found[2].endswith("Did you mean 'cosine'?")
     assert found[3] == "trainer.max_steps is True (a truth value), but must be a whole number."
     assert "moslora train --resume RUN" in found[6]
     assert "secret'" not in found[7], "and its value is not repeated"
@@ -325,12 +321,12 @@ def test_the_trainers_arguments_are_trls() -> None:
 
 def test_every_default_of_ours_is_a_field_of_trls_and_trls_accepts_it(tmp_path: Path) -> None:
     recipe = load_recipe([*MINIMUM, "seed=5"])
-    known = recipes._trainer_fields()
+    known = trainer_arguments.trainer_fields()
     assert all(default.reason for default in TRAINER_DEFAULTS.values())
     assert resolve_trainer_arguments(recipe, "cpu").keys() <= known.keys()
     for default, name in ((d, n) for n, d in TRAINER_DEFAULTS.items() if n in known):
         for value in (default.cpu, default.gpu):
-            assert recipes._convert(value, known[name]) == value
+            assert field_types.convert(value, known[name]) == value
     config = build_trainer_config(recipe, "cpu", tmp_path / "checkpoints")
     assert (config.seed, config.data_seed, config.bf16, config.use_cpu) == (5, 5, False, True)
     assert not config.gradient_checkpointing and config.warmup_steps == 0.03
@@ -365,7 +361,7 @@ def test_numbers_are_finite() -> None:
 
 def test_the_reference_names_every_key() -> None:
     reference = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
-    sections = [section for kind in recipes.SECTIONS_OF.values() for section in kind.values()]
+    sections = [section for kind in schema.SECTIONS_OF.values() for section in kind.values()]
     keys = {key for section in sections for key in section.model_fields} - {"dir", "name"}
     missing = sorted(key for key in (keys | TRAINER_DEFAULTS.keys()) if f"`{key}`" not in reference)
     assert not missing

@@ -13,7 +13,7 @@ import tiny
 from moslora.comparison.methods import METHODS
 from moslora.comparison.together import CannotShare, Surroundings, share, train_together
 from moslora.display import Display
-from moslora.recipe.schema import load_recipe
+from moslora.recipe.loading import load_recipe
 from moslora.tasks.text.task import TextTask
 from tolerances import MODEL, relative_error
 

@@ -304,7 +304,7 @@ def test_a_killed_process_is_told_apart_and_resumed(world: Path, tmp_path: Path)
 
 def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp_path: Path) -> None:
     from moslora import MoSLoRAConfig
-    from moslora.recipe.schema import load_recipe
+    from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask, labelled_loss, scores_plainly
 
     task = TextTask(load_recipe(arguments(world, tmp_path)), quiet(), lambda: None)
@@ -331,7 +331,7 @@ def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp
 
 def test_mixed_precision_reaches_the_loss_on_labels_only(world: Path, tmp_path: Path) -> None:
     from moslora import MoSLoRAConfig
-    from moslora.recipe.schema import load_recipe
+    from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask
 
     seen = set()
@@ -409,7 +409,7 @@ def test_runs_lay_rows_end_to_end_unless_told_otherwise(
 ) -> None:
     import moslora.tasks.text.task
     from moslora import MoSLoRAConfig
-    from moslora.recipe.schema import load_recipe
+    from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask
 
     # So narrow a model spends all on attention, and would be padded.
@@ -461,7 +461,7 @@ def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pyt
 def test_a_dry_run_counts_what_the_run_trains_from_the_configuration_alone(
     finished: RunDirectory, world: Path, tmp_path: Path
 ) -> None:
-    from moslora.recipe.schema import load_recipe
+    from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask
 
     ignore = shutil.ignore_patterns("*.safetensors")
@@ -510,7 +510,7 @@ def test_a_run_stopped_after_its_last_step_is_resumed_without_another(
 def test_what_is_trained_whole_learns_in_float32_on_a_bfloat16_base_and_is_proven(
     loss: str, world: Path, tmp_path: Path
 ) -> None:
-    from moslora.recipe.schema import load_recipe
+    from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask
 
     changes = {"model.dtype": "bfloat16", "adapter.modules_to_save": "[lm_head,embed_tokens]"}

@@ -23,7 +23,7 @@ import tiny
 import upstream
 from moslora import MoSLoRAConfig, errors, versions
 from moslora.compat import peft as compat
-from moslora.recipe.schema import load_recipe
+from moslora.recipe.loading import load_recipe
 from moslora.tasks import find_task
 from moslora.tuner import held_mixer, patches
 from tolerances import MODEL, relative_error

@@ -19,7 +19,7 @@ import tiny_vision
 from moslora.display import Display
 from moslora.errors import ModelError
 from moslora.models.loading import resolve_model
-from moslora.recipe.schema import load_recipe
+from moslora.recipe.loading import load_recipe
 from moslora.tasks.vision.processors import FAMILIES, IMAGE, load_processor, parts_of
 from moslora.tasks.vision.task import VisionTask, scope_of
 from moslora.training.reload_proof import proof as proofs

@@ -792,7 +792,3 @@ def _convert(
 def main() -> None:
     """Run the command; what the shell calls."""
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -30,7 +30,8 @@ from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
 from moslora.errors import Stopped
 from moslora.models.loading import default_device
-from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
+from moslora.recipe.loading import load_recipe
+from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.comparison import write_comparison_report
 from moslora.training.run import StopRequest
 from moslora.training.run_directory import collect_hardware, collect_versions, write_whole

@@ -33,7 +33,7 @@ from moslora.evaluation.commonsense import (
 from moslora.metrics.answers import wilson_interval
 from moslora.metrics.intervals import paired_examples
 from moslora.models.loading import default_device, load_model, load_tokenizer, materialise, resolve_model
-from moslora.recipe.schema import load_recipe
+from moslora.recipe.loading import load_recipe
 from moslora.training.run_directory import write_whole
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.errors import PlanError
 from moslora.models.loading import load_config, quiet_transformers, resolve_model
-from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
+from moslora.recipe.loading import load_recipe
+from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 
 if TYPE_CHECKING:
     import torch

@@ -32,7 +32,9 @@ from moslora.adapters.formats.pipeline import folders
 from moslora.distributed import Team, is_first, refuse_sharding
 from moslora.errors import ModelError, ProofError, Stopped, TrainingError
 from moslora.models.loading import default_device
-from moslora.recipe.schema import Recipe, load_recipe, resolve_trainer_arguments
+from moslora.recipe.loading import load_recipe
+from moslora.recipe.schema import Recipe
+from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.run import write_report
 from moslora.tasks import find_task
 from moslora.tasks.task import Answer, Count, Evaluation, Shown, Task

@@ -34,7 +34,7 @@ from moslora.models.loading import (
     quiet_transformers,
     read_json,
 )
-from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments
+from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.image.fidelity import SCORES, Judge, about, find_judge, judge_pictures, open_made
 from moslora.tasks.image.folders import (
     SUFFIXES,

@@ -21,7 +21,7 @@ from moslora.models.loading import (
     quantization_options,
     resolve_model,
 )
-from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments
+from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from moslora.data.tokenization import Encoded, Encoder, Summary, encode_all
 from moslora.errors import DataError
 from moslora.metrics.answers import METRICS, wilson_interval
 from moslora.models.loading import _call, materialise, resolve_model
-from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments
+from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.task import Answer, Evaluation
 from moslora.tasks.text.task import (
     TextTask,

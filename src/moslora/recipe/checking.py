@@ -1,0 +1,107 @@
+"""Checking a recipe as a whole, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moslora.errors import RecipeError
+from moslora.recipe.field_types import check_fields, explain, fields_of, shown
+from moslora.recipe.keys import UNFIT
+from moslora.recipe.paths import user_path
+from moslora.recipe.schema import (
+    ADAPTER_DEFAULTS,
+    RECIPES,
+    ImageRecipe,
+    Recipe,
+)
+from moslora.recipe.trainer_arguments import trainer_fields
+from moslora.wording import did_you_mean
+
+__all__ = ["check_recipe"]
+
+# Those that a kind has otherwise. A denoiser's are the method's paper's, on SDXL.
+ADAPTER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "image": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
+        "mixer": "orthogonal",
+    }
+}
+
+
+def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe:
+    """Check a recipe as a whole; ``problems`` are those found before."""
+    task = raw.get("task")
+    kind = task.get("kind", "text") if isinstance(task, dict) else "text"
+    defaults = ADAPTER_DEFAULTS | ADAPTER_DEFAULTS_OF.get(kind if isinstance(kind, str) else "", {})
+    raw = {**raw, "adapter": _with_defaults(raw.get("adapter"), defaults), "trainer": raw.get("trainer", {})}
+    if not isinstance(kind, str) or kind not in RECIPES:
+        kinds = " or ".join(map(repr, RECIPES))
+        problems.append(f"task.kind is {shown(kind)}, but must be {kinds}.{did_you_mean(kind, RECIPES)}")
+        raw["task"] = {**raw["task"], "kind": "text"}
+        kind = "text"
+    recipe = None
+    try:
+        recipe = RECIPES[kind].model_validate(raw)
+    except ValidationError as error:
+        problems.extend(explain(found, kind) for found in error.errors())
+    for section, unfit in UNFIT.get(kind, {}).items():
+        values = raw[section] if isinstance(raw[section], dict) else {}
+        problems.extend(
+            f"{section}.{key} cannot be set for task={kind}: {why}."
+            for key, why in unfit.items()
+            if values.get(key) not in (None, False, 0, "none", [])
+        )
+    adapter = raw["adapter"]
+    if kind == "vision" and isinstance(adapter, dict) and adapter.get("target_modules") != "all-linear":
+        problems.append("adapter.target_modules cannot be set: set scopes.language, .vision and .projector.")
+    if kind == "image" and raw.get("mix") is not None:
+        problems.append("mix cannot be set for task=image: adapters of pipelines are not mixed.")
+    checked: dict[str, dict[str, Any]] = {}
+    for section, fields in (("adapter", _adapter_fields()), ("trainer", trainer_fields(kind))):
+        if isinstance(raw[section], dict) and raw[section]:
+            checked[section] = check_fields(section, raw[section], fields, problems)
+    if not any(problem.startswith("adapter.") for problem in problems) and "adapter" in checked:
+        problems.extend(_adapter_complaint(checked["adapter"]))
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    folder = str((here / user_path(recipe.output.dir)).absolute())
+    output = recipe.output.model_copy(update={"dir": folder})
+    changed: dict[str, Any] = {**checked, "output": output}
+    if isinstance(recipe, ImageRecipe) and recipe.data.class_images is not None:
+        # It may be made by the run, and is then found from anywhere.
+        place = str((here / user_path(recipe.data.class_images)).absolute())
+        changed["data"] = recipe.data.model_copy(update={"class_images": place})
+    return recipe.model_copy(update=changed)
+
+
+def _with_defaults(adapter: Any, defaults: Mapping[str, Any]) -> Any:
+    return {**defaults, **(adapter or {})} if isinstance(adapter, dict | None) else adapter
+
+
+def _adapter_fields() -> dict[str, Any]:
+    from moslora.tuner.config import MoSLoRAConfig
+
+    return {**fields_of(MoSLoRAConfig), "mixer": str}  # a tensor or callable has no place in YAML
+
+
+def _adapter_complaint(arguments: dict[str, Any]) -> list[str]:
+    """What the configuration itself says to values of the right type."""
+    from moslora.tuner.config import MoSLoRAConfig
+
+    init = arguments.get("init_lora_weights")
+    if init in ("eva", "loftq"):
+        return [
+            f"adapter.init_lora_weights={init} cannot be set: a call in a script of yours has to follow it. Use "
+            "get_peft_model there, or choose another start."
+        ]
+    try:
+        MoSLoRAConfig(**arguments)
+    except (ValueError, TypeError) as error:
+        return [f"adapter: {error}"]
+    return []

@@ -1,0 +1,148 @@
+"""The trainer's arguments: our defaults, and the configuration that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from moslora.errors import RecipeError
+from moslora.recipe.field_types import fields_of
+from moslora.recipe.schema import Recipe
+
+__all__ = ["TRAINER_DEFAULTS", "build_trainer_config", "resolve_trainer_arguments"]
+
+
+def trainer_config(kind: str) -> Any:
+    """Return the class that holds a trainer's arguments."""
+    if kind == "image":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    from trl import SFTConfig
+
+    return SFTConfig
+
+
+def trainer_fields(kind: str = "text") -> dict[str, Any]:
+    return fields_of(trainer_config(kind))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerDefault:
+    """A default of ours for a field of SFTConfig.
+
+    Attributes:
+        cpu: Value on a CPU.
+        gpu: Value on any other device.
+        reason: Why it is not TRL's.
+    """
+
+    cpu: Any
+    gpu: Any
+    reason: str
+
+
+def _default(value: Any, reason: str) -> TrainerDefault:
+    return TrainerDefault(value, value, reason)
+
+
+TRAINER_DEFAULTS: dict[str, TrainerDefault] = {
+    "learning_rate": _default(2e-4, "adapters want ten times the rate of full fine-tuning"),
+    "lr_scheduler_type": _default("cosine", "ends at zero, so the last steps do not add noise"),
+    "warmup_steps": _default(0.03, "a fraction of all steps: Adam's first steps have no history"),
+    "num_train_epochs": _default(1, "what small data sets need is for the held-out loss to say"),
+    "per_device_train_batch_size": _default(8, "TRL's own, written out because runs are compared by it"),
+    "max_length": _default(1024, "TRL's own, written out because examples are cut by it"),
+    "bf16": TrainerDefault(False, True, "TRL turns it on everywhere, and fails on a CPU"),
+    "fp16": _default(False, "bf16 needs no loss scaling; who has an older GPU asks for it"),
+    "use_cpu": TrainerDefault(True, False, "the device is chosen once, for the model and the trainer"),
+    "activation_checkpointing": TrainerDefault(False, True, "saves GPU memory for a third more time"),
+    "dataloader_pin_memory": TrainerDefault(False, True, "pinning helps copies to a GPU, and warns without"),
+    "logging_steps": _default(10, "1 where a run is so short that ten would leave no curve"),
+    "save_strategy": _default("steps", "an interrupted run goes on from the last checkpoint"),
+    "save_steps": _default(50, "a killed run loses minutes, not hours"),
+    "save_total_limit": _default(2, "the newest may be cut off by a full disk; the one before is whole"),
+    "eval_strategy": _default("no", "the run evaluates before and after by itself"),
+    "report_to": _default("none", "nothing leaves the machine unasked"),
+    "disable_tqdm": _default(True, "the run prints its own progress"),
+}
+# Those that a kind has otherwise: few pictures are seen often, and the paper's runs did not decay the rate.
+TRAINER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "image": {
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 1,
+        "max_steps": 500,
+    }
+}
+FEW_STEPS = 200  # below, every step is logged
+# transformers 5.23 renamed these; whichever is given, the one that this version has is set.
+CHECKPOINTING = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def resolve_trainer_arguments(recipe: Recipe, device: str, steps: int | None = None) -> dict[str, Any]:
+    """Put our defaults under the recipe's ``trainer`` section.
+
+    Args:
+        recipe: A checked recipe.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:0"``, ...
+        steps: How many optimiser steps the run will take, if known.
+
+    Returns:
+        Arguments of the trainer's configuration, all but ``output_dir``.
+    """
+    given = dict(recipe.trainer)
+    on_cpu = device.startswith("cpu") or bool(given.get("use_cpu"))
+    arguments = {name: d.cpu if on_cpu else d.gpu for name, d in TRAINER_DEFAULTS.items()}
+    own = TRAINER_DEFAULTS_OF.get(recipe.task.kind, {})
+    # Who counts epochs wants no other number of steps.
+    arguments |= {n: v for n, v in own.items() if n != "max_steps" or "num_train_epochs" not in given}
+    arguments |= {"seed": recipe.seed, "data_seed": recipe.seed}
+    arguments["bf16"] = arguments["bf16"] and not given.get("fp16") and _has_bf16(device)
+    planned = steps if steps is not None else given.get("max_steps", arguments.get("max_steps", -1))
+    if 0 < planned <= FEW_STEPS:
+        arguments["logging_steps"] = 1
+    # Both to the new name, so that the user's replaces ours; then to the one that this version has.
+    arguments |= {CHECKPOINTING.get(name, name): value for name, value in given.items()}
+    known = trainer_fields(recipe.task.kind)
+    older = {new: old for old, new in CHECKPOINTING.items() if new not in known}
+    named = {older.get(name, name): value for name, value in arguments.items()}
+    return {name: value for name, value in named.items() if name in known}
+
+
+def _has_bf16(device: str) -> bool:
+    if not device.startswith("cuda"):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_bf16_supported())
+
+
+def build_trainer_config(
+    recipe: Recipe, device: str, output_dir: str | Path, steps: int | None = None, **changes: Any
+) -> Any:
+    """Make the trainer's configuration: TRL's, or transformers' own for pictures.
+
+    Args:
+        recipe: A checked recipe.
+        device: Where the run trains.
+        output_dir: Where checkpoints go.
+        steps: How many optimiser steps the run will take, if known.
+        **changes: Fields that the run decides, over all others.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        RecipeError: With the configuration's own complaint, for values that do not go together or not on this device.
+    """
+    arguments = resolve_trainer_arguments(recipe, device, steps) | changes
+    try:
+        return trainer_config(recipe.task.kind)(output_dir=str(output_dir), **arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"trainer: {' '.join(str(error).split())}") from error
