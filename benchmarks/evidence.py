@@ -25,7 +25,8 @@ from moslora.comparison.compare import compare
 from moslora.comparison.verdict import Cell, judge
 from moslora.display import Display
 from moslora.evaluation.commonsense import read_questions, write_answer_texts
-from moslora.training.run_directory import collect_hardware, write_whole
+from moslora.files import write_text
+from moslora.training.provenance import collect_hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = RESULTS / "evidence"
@@ -103,17 +104,17 @@ def keep(task: str, directory: Path) -> None:
     }
     target = KEPT / task
     target.mkdir(parents=True, exist_ok=True)
-    write_whole(target / "results.json", json.dumps(record, indent=1) + "\n")
+    write_text(target / "results.json", json.dumps(record, indent=1) + "\n")
     rounded = [
         {k: [round(x, 5) for x in v] if k in ("validation", "test") and v else v for k, v in cell.items()}
         for cell in stored
     ]
     lines = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in rounded)
-    write_whole(target / "cells.json", f"[\n{lines}\n]\n")
+    write_text(target / "cells.json", f"[\n{lines}\n]\n")
     # Places on the machine that ran it say nothing to a reader.
     page = (directory / "report.html").read_text(encoding="utf-8")
     page = page.replace(str(directory.parent), "runs/evidence")
-    write_whole(target / "report.html", re.sub(r"/[^\s\"'<>]*/recipes/", "recipes/", page))
+    write_text(target / "report.html", re.sub(r"/[^\s\"'<>]*/recipes/", "recipes/", page))
 
 
 def signed(low: float, high: float) -> str:
@@ -185,7 +186,7 @@ def write_table(readme: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{readme} lacks the marks {BEGIN} and {END}.")
-    write_whole(readme, f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    write_text(readme, f"{before}{BEGIN}\n{table()}\n{END}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
+from moslora.files import write_text
+from moslora.training.provenance import collect_hardware, collect_versions
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
@@ -116,6 +117,6 @@ def header(question: str, device: str, **settings: Any) -> dict[str, Any]:
 def write(result: dict[str, Any], out: Path, say: bool = True) -> None:
     """Write a result, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps(result, indent=2) + "\n")
+    write_text(out, json.dumps(result, indent=2) + "\n")
     if say:
         print(f"Wrote {out}")

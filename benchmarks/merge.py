@@ -122,7 +122,8 @@ def main() -> None:
                 if number:
                     rounds[contender].append(measured)
                 print(f"round {number} {contender}: {measured[0]:.2f} s, {measured[1]:.0f} MB", flush=True)
-    from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
+    from moslora.files import write_text
+    from moslora.training.provenance import collect_hardware, collect_versions
 
     floor = statistics.median(seconds for seconds, _ in rounds["cp"])
     results = {
@@ -145,7 +146,7 @@ def main() -> None:
         "versions": collect_versions(),
     }
     wanted.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(wanted.out, json.dumps(record, indent=2) + "\n")
+    write_text(wanted.out, json.dumps(record, indent=2) + "\n")
     for contender, figures in results.items():
         print(
             f"{contender:<26} {figures['seconds']:8.2f} s {figures['ratio_to_cp']:7.2f} × cp "

@@ -208,8 +208,9 @@ def main() -> None:
     for seed in seeds:
         print(f"seed {seed}", flush=True)
         runs[seed] = one_seed(wanted.folder, seed, wanted.examples, wanted.steps, wanted.starts.split(","))
+    from moslora.files import write_text
     from moslora.metrics.answers import wilson_interval
-    from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
+    from moslora.training.provenance import collect_hardware, collect_versions
 
     names = list(runs[seeds[0]]["results"])
     mixed = f"mix from {wanted.starts.split(',')[0]}"
@@ -244,7 +245,7 @@ def main() -> None:
         "versions": collect_versions(),
     }
     wanted.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(wanted.out, json.dumps(record, indent=2) + "\n")
+    write_text(wanted.out, json.dumps(record, indent=2) + "\n")
     for name, figures in table.items():
         print(
             f"{name:<28} loss {figures['loss']:.4f} ({', '.join(f'{v:.4f}' for v in figures['losses'])})  exact match "

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-import moslora.training.run
+import moslora.training.callbacks
 from moslora.display import Display
 from moslora.errors import Stopped
 from moslora.training.run import train
@@ -20,7 +20,7 @@ from moslora.training.run import train
 
 def main() -> None:
     rank, step, *arguments = sys.argv[1:]
-    honest = moslora.training.run._recorder
+    honest = moslora.training.callbacks.Recorder
 
     def recorder(run: Any, log: Any) -> Any:
         found = honest(run, log)
@@ -35,7 +35,7 @@ def main() -> None:
         found.on_step_end = on_step_end
         return found
 
-    moslora.training.run._recorder = recorder
+    moslora.training.callbacks.Recorder = recorder
     try:
         train(arguments, Display())
     except Stopped as stopped:

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
+import moslora.training.callbacks
 import moslora.training.reload_proof.proof
 import moslora.training.run
 import tiny_pipelines
@@ -150,8 +151,8 @@ def test_the_other_families_learn_and_ship_what_they_learned(
     base: str, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The fresh process costs seconds; here a fresh pipeline stands for it.
-    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
     getattr(tiny_pipelines, base)().save_pretrained(tmp_path / base)
     scopes = {"scopes.text_encoders": "adapter", "task.prompts": "[a cat]"}
     run = train(arguments(tmp_path, tmp_path, base, data=world / "pictures", **scopes), quiet())
@@ -192,8 +193,8 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is proven after training has tests of its own.
-    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
     changes = {
         "trainer.max_steps": 5,
         "trainer.gradient_accumulation_steps": 2,
@@ -203,7 +204,9 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     }
     whole = train(arguments(world, tmp_path / "whole", **changes), quiet())
     with monkeypatch.context() as patch:
-        patch.setattr(moslora.training.run, "_recorder", stopping_at(2, moslora.training.run._recorder))
+        patch.setattr(
+            moslora.training.callbacks, "Recorder", stopping_at(2, moslora.training.callbacks.Recorder)
+        )
         with pytest.raises(Stopped):
             train(arguments(world, tmp_path / "parts", **changes), quiet())
     parts = RunDirectory.open(tmp_path / "parts" / "run")
@@ -236,8 +239,8 @@ def drawing(monkeypatch: pytest.MonkeyPatch, also: Any = lambda run: None) -> li
 def test_pictures_on_the_way_leave_training_as_it_is_and_none_is_made_twice(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
     changes = {"trainer.max_steps": 5, "adapter.lora_dropout": 0.2, "trainer.learning_rate": 0.05}
     shown = {**changes, "task.prompts": "['a {} {} on ice', 'a red {} {}']", "task.pictures_every": 2}
     plain = train(arguments(world, tmp_path / "plain", **changes), quiet())

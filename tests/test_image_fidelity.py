@@ -274,8 +274,8 @@ def test_a_run_records_its_scores_and_says_which_are_absent(clip: Path, tmp_path
         *("task.prompts=[a x cat, a x]", f"task.clip_model={clip}", f"output={tmp_path}/run"),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
-        patch.setattr(moslora.training.run, "_show_result", lambda *_: None)
+        patch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+        patch.setattr(moslora.training.run, "show_result", lambda *_: None)
         run = train(settings, Display(quiet=True))
     record = run.read()
     fidelity = record["fidelity"]

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moslora.reports.run import ALL_SEEN_BYTES, SEEN, SEEN_BYTES, loss_curve, sign_test, write_report
-from moslora.training.run_directory import MetricsLog, RunDirectory
+from moslora.training.metrics_log import MetricsLog
+from moslora.training.run_directory import RunDirectory
 
 FETCHING = ("src", "srcset", "poster", "data", "action", "background", "xlink:href", "href")
 

@@ -19,16 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from moslora import files
 from moslora.training import run_directory as rundir
-from moslora.training.run_directory import (
-    MetricsLog,
-    RunDirectory,
-    collect_hardware,
-    collect_versions,
-    is_alive,
-    read_metrics,
-    write_whole,
-)
+from moslora.training.metrics_log import MetricsLog, read_metrics
+from moslora.training.provenance import collect_hardware, collect_versions
+from moslora.training.run_directory import RunDirectory, is_alive
 
 
 def write_record(run: RunDirectory, **fields: Any) -> None:
@@ -154,14 +149,14 @@ def test_a_status_is_one_of_four_and_all_but_running_end_the_run(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
     file = tmp_path / "run.json"
-    write_whole(file, "old")
+    files.write_text(file, "old")
 
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
-        write_whole(file, "new")
+        files.write_text(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -242,17 +237,17 @@ def test_a_run_is_alive_while_its_process_is(tmp_path):
     run = RunDirectory.create(tmp_path, "demo")
     assert not is_alive(run), "this process may go on with its own run"
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    write_record(run, pid=other.pid, process_started=rundir._process_started(other.pid))
+    write_record(run, pid=other.pid, process_started=files.process_start(other.pid))
     assert is_alive(run)
     with pytest.raises(RuntimeError, match=f"still in progress: process {other.pid}"):
         run.claim()
-    write_record(run, process_started=rundir._process_started(other.pid) - 3600)
+    write_record(run, process_started=files.process_start(other.pid) - 3600)
     assert not is_alive(run), "the id came again for another process"
-    write_record(run, process_started=rundir._process_started(other.pid), status="interrupted")
+    write_record(run, process_started=files.process_start(other.pid), status="interrupted")
     assert not is_alive(run)
     write_record(run, status="running")
     other.kill()
-    while rundir._process_started(other.pid) is not None:  # a zombie counts as gone
+    while files.process_start(other.pid) is not None:  # a zombie counts as gone
         time.sleep(0.01)
     assert not is_alive(run)
     other.communicate()

@@ -23,8 +23,9 @@ from moslora.cli import app
 from moslora.display import Display
 from moslora.distributed import Team, environment_alone, launched, refuse_sharding
 from moslora.errors import Stopped
-from moslora.training.run import StopRequest, resume, train
+from moslora.training.run import resume, train
 from moslora.training.run_directory import RunDirectory
+from moslora.training.stop import StopRequest
 from tolerances import MODEL, relative_error
 
 WORKER = Path(__file__).with_name("team_worker.py")
@@ -129,8 +130,8 @@ def test_two_processes_train_as_one_that_takes_twice_as_many_batches_to_a_step(
     assert callable(settings)
     done = launch("-m", "moslora", "train", *settings(world, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
     changes = {"trainer.gradient_accumulation_steps": 2}
     one = train(settings(world, tmp_path / "one", **changes), Display(quiet=True))
     half = train(settings(world, tmp_path / "half"), Display(quiet=True))
@@ -162,8 +163,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_go_on_to_the_sam
     for place in ("adapter", "checkpoints/checkpoint-4"):
         (run.path / place).rename(tmp_path / place.replace("/", "-"))
     run.update(status="interrupted")
-    monkeypatch.setattr(moslora.training.run, "_prove_reload", lambda *_: None)
-    monkeypatch.setattr(moslora.training.run, "_show_result", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
     said: list[str] = []
     monkeypatch.setattr(Display, "warn", lambda _, text: said.append(text))
     resume(run.path, Display(quiet=True))

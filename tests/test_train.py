@@ -16,14 +16,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import moslora.training.callbacks
 import moslora.training.reload_proof.proof
 import moslora.training.run
+import moslora.training.saving
 import tiny
 from moslora.adapters.formats import read_adapter
 from moslora.display import Display
 from moslora.errors import ProofError, Stopped, TrainingError
-from moslora.training.run import StopRequest, check, resume, train
+from moslora.training.run import check, resume, train
 from moslora.training.run_directory import RunDirectory
+from moslora.training.stop import StopRequest
 from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings(
@@ -71,7 +74,7 @@ def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send this process a real signal after a training step, once."""
-    original = moslora.training.run._recorder
+    original = moslora.training.callbacks.Recorder
 
     def recorder(run: Any, log: Any) -> TrainerCallback:
         callback = original(run, log)
@@ -88,7 +91,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return callback
 
     sent: list[str] = []
-    monkeypatch.setattr(moslora.training.run, "_recorder", recorder)
+    monkeypatch.setattr(moslora.training.callbacks, "Recorder", recorder)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +224,7 @@ def test_a_proof_that_fails_fails_the_run_and_ships_nothing(
 def test_a_tampered_lora_is_caught_by_the_fresh_process(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = moslora.training.run.export_adapter
+    honest = moslora.training.saving.export_adapter
 
     def tampering(source: Path, out: Path, to: str) -> Any:
         proof = honest(source, out, to)
@@ -231,7 +234,7 @@ def test_a_tampered_lora_is_caught_by_the_fresh_process(
         save_file(tensors, path)
         return proof
 
-    monkeypatch.setattr(moslora.training.run, "export_adapter", tampering)
+    monkeypatch.setattr(moslora.training.saving, "export_adapter", tampering)
     with pytest.raises(ProofError):
         train(arguments(world, tmp_path), quiet())
 
@@ -494,7 +497,7 @@ def test_a_run_stopped_after_its_last_step_is_resumed_without_another(
     changes = {"trainer.max_steps": 4, "trainer.lr_scheduler_type": "constant", "task.generate_examples": 0}
     with monkeypatch.context() as patch:
         patch.setattr(
-            moslora.training.run, "_prove_reload", lambda *_: (_ for _ in ()).throw(Stopped(signal.SIGINT))
+            moslora.training.run, "prove_reloaded", lambda *_: (_ for _ in ()).throw(Stopped(signal.SIGINT))
         )
         with pytest.raises(Stopped):
             train(arguments(world, tmp_path, **changes), quiet())

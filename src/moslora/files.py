@@ -27,6 +27,8 @@ __all__ = [
     "write_text",
 ]
 
+# Seconds. Two readings of one process's start differ by corrections of the clock, never by this much.
+START_TOLERANCE = 5.0
 LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library takes
 # Bits of an element. A file with another dtype is read, and its tensors' sizes are not compared with their shapes.
 BITS = {
@@ -206,7 +208,7 @@ def is_running(pid: int, started: float | None = None) -> bool:
         started: When it began, if known, to tell it from a later process with the same id.
     """
     found = process_start(pid)
-    return found is not None and (started is None or not abs(found - started) >= 1)
+    return found is not None and (started is None or not abs(found - started) >= START_TOLERANCE)
 
 
 # --- safetensors --------------------------------------------------------------------------------------------

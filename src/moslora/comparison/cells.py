@@ -26,10 +26,10 @@ from moslora.comparison.together import CannotShare, Surroundings, share, train_
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
+from moslora.files import write_text
 from moslora.recipe.schema import Recipe
 from moslora.tasks import find_task
-from moslora.training.run import StopRequest
-from moslora.training.run_directory import write_whole
+from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from moslora.tasks.text.task import TextTask
@@ -493,7 +493,7 @@ def begin(plan: Comparison, cell: Planned) -> None:
         plan: What is compared.
         cell: Which.
     """
-    write_whole(plan.mark(cell), str(_begun(plan, cell) + 1))
+    write_text(plan.mark(cell), str(_begun(plan, cell) + 1))
 
 
 def _begun(plan: Comparison, cell: Planned) -> int:
@@ -509,7 +509,7 @@ def keep(plan: Comparison, cell: Cell) -> None:
         cell: Finished.
     """
     file = plan.file_of(cell.method, cell.learning_rate, cell.seed)
-    write_whole(file, json.dumps(dataclasses.asdict(cell), allow_nan=False))
+    write_text(file, json.dumps(dataclasses.asdict(cell), allow_nan=False))
     file.with_suffix(".started").unlink(missing_ok=True)
 
 

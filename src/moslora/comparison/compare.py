@@ -29,12 +29,13 @@ from moslora.comparison.methods import find_method
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
 from moslora.errors import Stopped
+from moslora.files import write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.comparison import write_comparison_report
-from moslora.training.run import StopRequest
-from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
+from moslora.training.provenance import collect_hardware, collect_versions
+from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -243,7 +244,7 @@ def _claimed(plan: Comparison, task: TextTask, display: Display, command: str) -
         else:
             about = {"schema_version": SCHEMA_VERSION, "command": command, "hardware": collect_hardware()}
             document = {**about, "versions": collect_versions(), "identity": identity}
-            write_whole(record, json.dumps(document, indent=2, ensure_ascii=False))
+            write_text(record, json.dumps(document, indent=2, ensure_ascii=False))
             display.say(f"Comparison: {folder}")
         yield
 
@@ -278,7 +279,7 @@ def _conclude(plan: Comparison, display: Display) -> Verdict:
     base = json.loads((plan.directory / "cells" / "base.json").read_text(encoding="utf-8"))
     names = [method.name for method in plan.methods]
     verdict = judge(read_cells(plan), names, plan.baseline, base["validation"], base["test"])
-    write_whole(
+    write_text(
         plan.directory / "results.json",
         json.dumps(dataclasses.asdict(verdict), indent=2, ensure_ascii=False, allow_nan=False),
     )

@@ -34,8 +34,9 @@ from moslora.comparison.cells import (
 from moslora.comparison.methods import find_method
 from moslora.comparison.verdict import Cell, foresee
 from moslora.errors import TrainingError
-from moslora.training.run import StopRequest
-from moslora.training.run_directory import collect_hardware, collect_versions, write_whole
+from moslora.files import write_text
+from moslora.training.provenance import collect_hardware, collect_versions
+from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -106,7 +107,7 @@ def run_all(plan: Comparison, task: TextTask, display: Display, stop: StopReques
     bench = Bench(plan, task, display, stop)
     _check_room(plan, bench, task.device)
     if not base.exists():
-        write_whole(base, json.dumps(bench.measure_base()))
+        write_text(base, json.dumps(bench.measure_base()))
     ENGINES[engine.name](bench, in_groups(plan, left, engine.together), engine)
 
 

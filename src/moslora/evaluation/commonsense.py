@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.training.run_directory import write_whole
+from moslora.files import write_text
 
 __all__ = [
     "PUBLISHED",
@@ -258,7 +258,7 @@ def write_answer_texts(questions: Sequence[Question], out: Path) -> int:
         if text != question.answer:
             example = {"prompt": answer_text_prompt(question), "completion": f" {text}"}
             lines.append(json.dumps(example, ensure_ascii=False) + "\n")
-    write_whole(Path(out), "".join(lines))
+    write_text(Path(out), "".join(lines))
     return len(lines)
 
 
@@ -279,5 +279,5 @@ def write_training_file(source: Path, out: Path) -> int:
         prompt, _, _ = form.partition("{output}")
         prompt = prompt.format(instruction=row["instruction"], input=row.get("input", ""))
         lines.append(json.dumps({"prompt": prompt, "completion": row["output"]}, ensure_ascii=False) + "\n")
-    write_whole(Path(out), "".join(lines))
+    write_text(Path(out), "".join(lines))
     return len(lines)

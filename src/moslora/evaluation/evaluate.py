@@ -30,11 +30,11 @@ from moslora.evaluation.commonsense import (
     extract,
     read_questions,
 )
+from moslora.files import write_text
 from moslora.metrics.answers import wilson_interval
 from moslora.metrics.intervals import paired_examples
 from moslora.models.loading import default_device, load_model, load_tokenizer, materialise, resolve_model
 from moslora.recipe.loading import load_recipe
-from moslora.training.run_directory import write_whole
 
 if TYPE_CHECKING:
     from moslora.evaluation.lm_eval import TaskScores
@@ -176,7 +176,7 @@ def evaluate(
         report = _by_data(model, display, adapter, recipe, data, settings, limit)
     if predictions is not None:
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in report.predictions)
-        write_whole(predictions, "".join(lines))
+        write_text(predictions, "".join(lines))
     return report
 
 

@@ -263,9 +263,6 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
 }
 
 
-# --- YAML ---------------------------------------------------------------------------------------------------
-
-
 for _class in (Loader, Dumper):
     _class.yaml_implicit_resolvers = {}  # PyYAML's own, which are YAML 1.1
     for _tag, _pattern, _first in CORE_SCHEMA:
@@ -274,8 +271,6 @@ for _class in (Loader, Dumper):
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_core_int)
 Dumper.add_representer(str, Dumper.represent_text)
 
-
-# --- Checking -----------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "task": TaskSection,

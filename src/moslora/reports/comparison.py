@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.files import write_text
 from moslora.reports.run import INKS, drawing
-from moslora.training.run_directory import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
         points=[(m["name"], p) for m in results["methods"] for p in m["points"]],
         asks=any(m["exact_match"] is not None for m in results["methods"]),
     )
-    write_whole(folder / "report.html", page)
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moslora.files import write_text
 from moslora.metrics.answers import wilson_interval
 from moslora.tasks.image.fidelity import SCORES
-from moslora.training.run_directory import RunDirectory, read_metrics, write_whole
+from moslora.training.metrics_log import read_metrics
+from moslora.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,7 +169,7 @@ def write_report(run_dir: Path) -> Path:
             for title in ("Timing", "Versions", "Hardware", "Hashes")
         },
     )
-    write_whole(run.report, page)
+    write_text(run.report, page)
     return run.report
 
 

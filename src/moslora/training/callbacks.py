@@ -1,0 +1,108 @@
+"""What a run does at the trainer's steps: metrics, progress, pictures, and obeying a request to stop.
+
+Import this module inside functions: it needs transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from transformers import TrainerCallback
+
+from moslora.errors import Stopped
+from moslora.tasks.task import Task
+from moslora.training.artifacts import save_shown
+from moslora.training.context import RunContext
+from moslora.training.metrics_log import MetricsLog
+
+__all__ = ["Painter", "Recorder"]
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics, shows progress and obeys a request to stop.
+
+    Args:
+        run: The run.
+        log: Where metrics go; None in processes that do not keep the run.
+    """
+
+    def __init__(self, run: RunContext, log: MetricsLog | None) -> None:
+        self.run = run
+        self.log = log
+        self.stack = contextlib.ExitStack()
+        self.progress: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the progress bar."""
+        steps = state.max_steps - state.global_step
+        self.progress = self.stack.enter_context(self.run.display.progress("Training", steps))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write one line of metrics."""
+        if self.log is not None:
+            self.log.append(state.global_step, **{k: v for k, v in (logs or {}).items() if k != "step"})
+        if "loss" in (logs or {}):
+            self.progress.note = f"loss {float(logs['loss']):.4f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Advance the bar, and stop with a checkpoint if any process was asked to."""
+        self.progress.advance()
+        if self.run.stop.agreed():
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the progress bar."""
+        self.stack.close()
+
+
+class Painter(TrainerCallback):  # type: ignore[misc]
+    """Keeps the pictures that the model makes during training, where the recipe asks for them.
+
+    A request to stop is obeyed between two pictures. The missing ones are made when the run is resumed from that very
+    step, before it takes another.
+
+    Args:
+        run: The run.
+        task: Makes the pictures.
+    """
+
+    def __init__(self, run: RunContext, task: Task) -> None:
+        self.run = run
+        self.task = task
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Make the pictures that an interrupted run did not get to."""
+        self.paint(state, model)
+        if number := self.run.stop.agreed():
+            raise Stopped(number)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+        """Make the pictures of this step, if any."""
+        if self.paint(state, model) and self.run.stop.agreed():
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def paint(self, state: Any, model: Any) -> bool:
+        """Make what is due, in the first process; return in all of them whether anything was."""
+        run, step = self.run, state.global_step
+        due = (
+            self.task.shows_at(step) and 0 < step < state.max_steps
+        )  # the run measures after the last step anyway
+        if not due or not run.team.first or run.stop.received is not None:
+            return due
+        during = run.directory.read().get("pictures", {}).get("during", {})
+        records = list(during.get(str(step), []))
+        with contextlib.suppress(Stopped), run.stage("pictures", f"making pictures after step {step}"):
+            for shown in self.task.show(model, len(records)):
+                record = dataclasses.asdict(save_shown(run, f"{len(records):03d}-step-{step}", shown))
+                del record["data"]
+                records.append(record)
+                run.directory.update(pictures={"during": {str(step): records}})
+                if run.stop.received is not None:
+                    break
+        return True

@@ -1,0 +1,81 @@
+"""What every stage of a run needs, and the time that stages take."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moslora.distributed import Team, is_first
+from moslora.recipe.schema import Recipe
+from moslora.training.mix import Mix
+from moslora.training.run_directory import RunDirectory
+from moslora.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from moslora.display import Display
+
+
+@dataclass
+class RunContext:
+    """A run in progress: what every stage needs.
+
+    Attributes:
+        directory: Where the run is kept.
+        recipe: What the user asked for, with the trainer's defaults resolved.
+        display: Where progress goes.
+        stop: Whether Ctrl-C or SIGTERM came in.
+        mix: The adapters whose common mixer is learned, if any.
+        team: The processes that train together.
+    """
+
+    directory: RunDirectory
+    recipe: Recipe
+    display: Display
+    stop: StopRequest
+    mix: Mix | None = None
+    team: Team = field(default_factory=Team)
+    _inner_seconds: float = 0.0  # of the stages that ended inside the current one
+    _stage: str | None = None  # the current stage, in words
+
+    @property
+    def start(self) -> Path:
+        """The file that holds the mixers' initial values until the adapter is saved."""
+        return self.directory.path / "start.safetensors"
+
+    @contextlib.contextmanager
+    def stage(self, name: str, doing: str) -> Iterator[None]:
+        """Record a stage and the seconds it took in ``run.json``.
+
+        Seconds of a stage inside it are not counted twice; seconds of earlier attempts of the run are added to.
+
+        Args:
+            name: Its key under ``timing``: ``name`` gives ``name_seconds``.
+            doing: The stage in words, which ``run.json`` has under ``stage`` while it lasts.
+        """
+        self.stop.check()
+        outer, self._stage = self._stage, doing
+        outer_seconds, self._inner_seconds = self._inner_seconds, 0.0
+        self.directory.update(stage=doing)
+        started = time.monotonic()
+        try:
+            yield
+            if outer is not None:
+                self.directory.update(stage=outer)
+        finally:
+            elapsed = time.monotonic() - started
+            earlier = self.directory.read().get("timing", {}).get(f"{name}_seconds", 0.0)
+            seconds = round(earlier + elapsed - self._inner_seconds, 3)
+            self.directory.update(timing={f"{name}_seconds": seconds})
+            self._stage, self._inner_seconds = outer, outer_seconds + elapsed
+
+
+def only_of_first(display: Display) -> Display:
+    """Return the display of the first of several processes, and a silent one in the others."""
+    from moslora.display import Display as AnyDisplay
+
+    return display if is_first() else AnyDisplay(io.StringIO(), quiet=True)

@@ -1,0 +1,98 @@
+"""Training itself: the trainer, its callbacks, and the checkpoint it resumes from."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.errors import Stopped
+from moslora.tasks.task import Task
+from moslora.training.checkpoints import Checkpoint
+from moslora.training.context import RunContext
+from moslora.training.measuring import measure
+from moslora.training.metrics_log import MetricsLog
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
+    """Train, from the newest complete checkpoint if there is one."""
+    from transformers import PrinterCallback
+
+    from moslora.training import callbacks
+
+    directory, team = run.directory, run.team
+    config: Any = task.adapter_config(model)
+    checkpoint = team.share(directory.latest_checkpoint(run.display.warn) if team.first else None)
+    _warn_of_world_size(run, checkpoint)
+    with contextlib.ExitStack() as open_files:
+        log = None
+        if team.first:
+            log = open_files.enter_context(
+                MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0)
+            )
+        with run.stage("train", "preparing to train"):
+            recorders = [callbacks.Recorder(run, log), callbacks.Painter(run, task)]
+            trainer = task.build_trainer(model, config, directory.checkpoints, recorders)
+            trainer.remove_callback(PrinterCallback)
+            adapted: Any = trainer.model
+            if run.mix is not None:
+                run.mix.put_into(adapted)
+            if team.first and not run.start.exists() and checkpoint is None:
+                save_start(run, adapted)
+            trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            total = sum(p.numel() for p in adapted.parameters())
+            directory.update(
+                trainable_parameters=trainable,
+                total_parameters=total,
+                trainer=trainer.args.to_dict(),  # with every default of the installed version
+            )
+        if run.mix is not None and team.first:
+            measure(run, task, adapted, "start", "weighted sum")
+        team.wait()
+        with run.stage("train", "training"):
+            what = f"mixer {config.mixer!r}" if run.mix is None else "the mixers alone"
+            run.display.say(
+                f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {what}, r {config.r}, "
+                f"learning rate {trainer.args.learning_rate:g}."
+            )
+            if team.size > 1:
+                a_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+                run.display.say(f"{team.size} processes train together: {a_step * team.size} rows to a step.")
+            if checkpoint and 0 < trainer.args.max_steps <= checkpoint.step:
+                # The trainer would take one more step before it looks whether enough were taken.
+                trainer._load_from_checkpoint(str(checkpoint.path))
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        if number := run.stop.agreed():
+            raise Stopped(number)
+    return trainer
+
+
+def _warn_of_world_size(run: RunContext, checkpoint: Checkpoint | None) -> None:
+    """Say where a run cannot go on to the weights of an uninterrupted one."""
+    if checkpoint is None:
+        return
+    team = run.team
+    name = "rng_state.pth" if team.size == 1 else f"rng_state_{team.rank}.pth"
+    if team.largest(int(not (checkpoint.path / name).exists())):
+        run.display.warn(
+            f"{checkpoint.path.name} was written by another number of processes than the {team.size} of today, or not "
+            "by all: from here on random numbers, and maybe rows to a step, are others than without the interruption."
+        )
+
+
+def save_start(run: RunContext, adapted: Any) -> None:
+    """Keep what the mixers start as: no seed gives it again in another version of torch."""
+    from safetensors.torch import save_file
+
+    from moslora.adapters.formats import read_adapter
+
+    with tempfile.TemporaryDirectory(prefix=".start.", dir=run.directory.path) as folder:
+        adapted.save_pretrained(folder)  # whose names are those of what is saved in the end
+        mixers = {name: f.M.contiguous() for name, f in read_adapter(folder).modules.items()}
+        save_file(mixers, Path(folder) / run.start.name)
+        (Path(folder) / run.start.name).replace(run.start)

@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: remembered until the run reaches a place from which it can be resumed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from moslora.distributed import Team
+from moslora.errors import Stopped
+
+if TYPE_CHECKING:
+    from moslora.display import Display
+
+__all__ = ["StopRequest"]
+
+
+class StopRequest:
+    """Remembers Ctrl-C and SIGTERM until the run reaches a place where it can go on later.
+
+    Used as a context manager it takes the two signals over. The second one ends the run at once.
+
+    Args:
+        display: Told when a request comes in.
+        team: The processes of the run.
+    """
+
+    def __init__(self, display: Display, team: Team | None = None) -> None:
+        self.display = display
+        self.team = team or Team()
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        self.display.say("Stopping at the next safe place. Once more stops at once.", style="yellow")
+
+    def check(self) -> None:
+        """Stop here if asked to; of several processes the first alone, the others where all agree.
+
+        Raises:
+            Stopped: If a signal came in.
+        """
+        if self.received is not None and self.team.first:
+            raise Stopped(self.received)
+
+    def agreed(self) -> int | None:
+        """Return the signal that any of the run's processes was sent; all of them have to ask at the same place."""
+        return self.team.largest(self.received or 0) or None

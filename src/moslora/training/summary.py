@@ -1,0 +1,130 @@
+"""Tables and samples that a run shows on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moslora.tasks.task import Answer, Count, Evaluation, Task
+from moslora.training.context import RunContext
+from moslora.training.measuring import read_evaluation
+from moslora.wording import one_line
+
+if TYPE_CHECKING:
+    from moslora.display import Display
+
+
+def show_counts(counts: Sequence[Count], display: Display) -> None:
+    """Show parameters of the base and of what is trained, part by part."""
+    if not counts:
+        return
+    rows = [[c.part, f"{c.base:,}", f"{c.trained:,}"] for c in counts]
+    base, trained = sum(c.base for c in counts), sum(c.trained for c in counts)
+    if len(counts) > 1:
+        rows.append(["all", f"{base:,}", f"{trained:,}"])
+    display.table("Parameters, counted from the configuration", ["", "base", "trained"], rows)
+    display.say(f"Training {trained:,} parameters beside a base of {base:,} ({trained / base:.2%}).")
+
+
+def show_result(run: RunContext, task: Task, before: Evaluation, after: Evaluation, display: Display) -> None:
+    """Show measurements, samples of answers, proofs and where everything was written."""
+    from moslora.training.reload_proof.proof import READERS
+
+    record = run.directory.read()
+    columns = {"base": before, "tuned": after}
+    if run.mix is not None:
+        start = read_evaluation(run, "start")
+        assert start is not None, "a mix is measured before it is trained"
+        columns = {"base": before, "weighted sum": start, "mixed": after}
+    rows = []
+    for key in after.metrics:
+        show = "{:.1%}" if key in after.intervals else "{:.4f}"
+        rows.append([key.replace("_", " "), *(show.format(e.metrics[key]) for e in columns.values())])
+        if key in after.intervals:
+            cells = ["{:.1%} to {:.1%}".format(*e.intervals[key]) for e in columns.values()]
+            rows.append(["  95 % interval", *cells])
+    display.say()
+    some = f", {len(after.answers)} of them answered" if 0 < len(after.answers) < after.examples else ""
+    display.table(f"{after.examples} {after.unit}{some}", ["", *columns], rows)
+    if after.fidelity:
+        _show_fidelity(run, before.fidelity, after.fidelity)
+    if after.answers:
+        _show_samples(choose_samples(before.answers, after.answers, run.recipe.task.samples), display)
+    fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
+    reader = READERS[reload["reader"]]
+    display.say(
+        f"Proven: fold, largest relative error of ΔW {fold['max_relative_error']:.1e} over {fold['modules']} "
+        f"modules; reload in {reader.name}, largest {reader.what} difference {reload['max_logit_difference']:.1e} "
+        f"(the adapter moves {reader.what}s by up to {reload['adapter_effect']:.2g}).",
+        style="green",
+    )
+    if "frozen" in record["proofs"]:
+        frozen = record["proofs"]["frozen"]
+        display.say(
+            f"Proven: the {frozen['tensors']} A and B of {frozen['modules']} modules are the sources', bit for bit; "
+            f"the mixers moved by up to {frozen['moved']:.0%} of their start.",
+            style="green",
+        )
+    path = run.directory.path
+    for place, format_ in task.exports.values():
+        what = {"kohya": "For ComfyUI and A1111:       "}.get(format_, "Plain LoRA, loads anywhere:  ")
+        display.say(f"{what} {path / place}")
+    display.say(f"Native, to train further:     {path / 'adapter'}")
+    display.say(f"Report, opens in a browser:   {path / 'report.html'}")
+
+
+def _show_fidelity(run: RunContext, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Show scores of pictures, and which are absent and why."""
+    from moslora.tasks.image.fidelity import SCORES
+
+    changes = run.directory.read().get("fidelity", {}).get("change", {})
+    rows = []
+    for name in SCORES:
+        if name in after:
+            one, two, change = before[name]["mean"], after[name]["mean"], changes[name]
+            ends = " ({:+.3f} to {:+.3f})".format(*change["interval"]) if change["interval"] else ""
+            model = f"{after[name]['title']}, {after[name]['model']}"
+            rows.append([name, f"{one:.3f}", f"{two:.3f}", f"{change['mean']:+.3f}{ends}", model])
+    if rows:
+        columns = ["", "base", "tuned", "change, 95 % over prompts", "model"]
+        run.display.table("Fidelity: mean cosine", columns, rows)
+    for name, why in after.get("absent", {}).items():
+        run.display.say(f"{name} is not computed: {why}.")
+
+
+def choose_samples(
+    before: Sequence[Answer], after: Sequence[Answer], count: int
+) -> list[tuple[Answer, Answer]]:
+    """Choose examples to show: mostly typical ones, and failures in their share, at least one if any."""
+    pairs = list(zip(before, after, strict=True))
+    if count <= 0 or not pairs:
+        return []
+    wrong = [p for p in pairs if p[1].correct is False]
+    right = [p for p in pairs if p[1].correct is not False]
+    share = min(len(wrong), max(1, round(count * len(wrong) / len(pairs)))) if wrong else 0
+    chosen = _spread(right, count - share) + _spread(wrong, share)
+    return chosen or _spread(pairs, count)
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Take ``count`` items at even distances."""
+    if count <= 0 or not items:
+        return []
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _show_samples(pairs: Sequence[tuple[Answer, Answer]], display: Display) -> None:
+    from rich.text import Text
+
+    marks = {True: ("✓", "green"), False: ("✗", "red"), None: (" ", "")}
+    for base, tuned in pairs:
+        text = Text()
+        text.append(f"{one_line(tuned.prompt, 300)}\n", "bold")
+        for name, answer in (("base ", base), ("tuned", tuned)):
+            mark, style = marks[answer.correct]
+            text.append(f"  {name} {mark} ", style)
+            text.append(f"{one_line(answer.text, 200) or '(nothing)'}\n")
+        if tuned.correct is False:
+            text.append(f"  right   {one_line(tuned.reference, 200)}\n", "dim")
+        display.show(text)
