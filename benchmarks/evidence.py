@@ -24,7 +24,7 @@ from measure import RESULTS
 from moslora.comparison.compare import compare
 from moslora.comparison.verdict import Cell, judge
 from moslora.display import Display
-from moslora.evaluation.commonsense import read_questions, write_answer_texts
+from moslora.evaluation.commonsense.questions import read_questions, write_answer_texts
 from moslora.files import write_text
 from moslora.training.provenance import collect_hardware
 

@@ -20,8 +20,9 @@ import torch
 from measure import header, interleave, over, place, write
 from transformers import PrinterCallback, TrainerCallback
 
+from moslora.comparison.lanes import Surroundings
 from moslora.comparison.methods import METHODS
-from moslora.comparison.together import Surroundings, share, train_together
+from moslora.comparison.together import share, train_together
 from moslora.display import Display
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe

@@ -13,7 +13,8 @@ import torch
 import moslora.comparison.compare
 import moslora.comparison.methods
 import tiny
-from moslora.comparison.cells import Bench, in_groups, prepare_task
+from moslora.comparison.bench import Bench
+from moslora.comparison.cells import in_groups, prepare_task
 from moslora.comparison.compare import compare
 from moslora.comparison.methods import METHODS, find_method
 from moslora.comparison.verdict import Verdict
@@ -314,8 +315,8 @@ def test_cells_trained_together_give_the_numbers_of_cells_alone(finished, world,
 
 def test_cells_that_cannot_share_a_base_run_alone_and_it_is_said(finished, world, tmp_path, monkeypatch):
     folder, _ = finished
-    monkeypatch.setattr("moslora.comparison.together.KNOWN_INPUTS", {"input_ids"})
-    monkeypatch.setattr("moslora.comparison.together.BOUNDARIES", set())
+    monkeypatch.setattr("moslora.comparison.joint_batch.KNOWN_INPUTS", {"input_ids"})
+    monkeypatch.setattr("moslora.comparison.joint_batch.BOUNDARIES", set())
     stream = io.StringIO()
     compare(
         arguments(world), Display(stream), seeds=2, rates=[1e-2], validation=4, out=tmp_path / "c", together=2

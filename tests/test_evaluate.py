@@ -14,8 +14,10 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.display import Display
 from moslora.errors import ProofError
-from moslora.evaluation.commonsense import eval_prompt, extract, read_questions, write_training_file
-from moslora.evaluation.evaluate import PROTOCOLS, evaluate, show
+from moslora.evaluation.commonsense.protocols import PROTOCOLS
+from moslora.evaluation.commonsense.questions import eval_prompt, extract, read_questions, write_training_file
+from moslora.evaluation.evaluate import evaluate
+from moslora.evaluation.results import show
 from moslora.metrics.choices import score_choices
 from tolerances import MODEL
 

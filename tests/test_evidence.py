@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from moslora.evaluation.commonsense import read_questions, write_answer_texts
+from moslora.evaluation.commonsense.questions import read_questions, write_answer_texts
 
 ROOT = Path(__file__).parents[1]
 FACTS = ROOT / "recipes" / "facts"

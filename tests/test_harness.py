@@ -15,7 +15,8 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.display import Display
 from moslora.errors import ProofError
-from moslora.evaluation.evaluate import evaluate, show
+from moslora.evaluation.evaluate import evaluate
+from moslora.evaluation.results import show
 from moslora.metrics.choices import score_choices
 
 pytest.importorskip("lm_eval")
@@ -93,7 +94,7 @@ def test_a_task_of_the_harness_gives_what_its_definition_gives_with_the_adapter_
 
 
 def test_a_harness_that_ignores_the_adapter_fails(world, monkeypatch):
-    from moslora.evaluation.lm_eval import Harness
+    from moslora.evaluation.lm_eval_harness import Harness
 
     original = Harness.run
 

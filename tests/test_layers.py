@@ -50,6 +50,7 @@ ALSO = {
     # These are imported inside functions only.
     "tasks.image.denoising": {"torch"},
     "training.callbacks": {"transformers"},
+    "comparison.junction": {"torch"},
     # Scripts, which a process of their own runs and nothing imports.
     "training.reload_proof.stock_peft": {"torch", "safetensors", "peft", "transformers"},
     "training.reload_proof.stock_diffusers": {"torch", "safetensors", "peft", "diffusers"},

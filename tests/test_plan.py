@@ -18,7 +18,9 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.cli import app
 from moslora.errors import ModelError, PlanError
-from moslora.memory.plan import CARDS, Weights, count_step, place, plan, smallest_card
+from moslora.memory.counting import count_step
+from moslora.memory.placement import CARDS, Weights, place, smallest_card
+from moslora.memory.plan import plan
 from moslora.tasks.text.task import labelled_loss
 
 ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures"
@@ -172,7 +174,7 @@ def test_a_base_of_4_bits_takes_what_bitsandbytes_stores(tmp_path: Path) -> None
         scales = state.absmax.nbytes
         if double:
             scales += state.state2.absmax.nbytes
-        from moslora.memory.plan import FOUR_BITS
+        from moslora.memory.four_bit import FOUR_BITS
 
         assert (stored.nbytes + scales) / weight.numel() == pytest.approx(FOUR_BITS[double], abs=1e-3)
     layers = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)

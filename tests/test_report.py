@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.reports.run import ALL_SEEN_BYTES, SEEN, SEEN_BYTES, loss_curve, sign_test, write_report
+from moslora.reports.drawing import loss_curve
+from moslora.reports.metric_rows import sign_test
+from moslora.reports.pictures import ALL_SEEN_BYTES, SEEN, SEEN_BYTES
+from moslora.reports.run import write_report
 from moslora.training.metrics_log import MetricsLog
 from moslora.training.run_directory import RunDirectory
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import tiny
+from moslora.comparison.lanes import CannotShare, Surroundings
 from moslora.comparison.methods import METHODS
-from moslora.comparison.together import CannotShare, Surroundings, share, train_together
+from moslora.comparison.together import share, train_together
 from moslora.display import Display
 from moslora.recipe.loading import load_recipe
 from moslora.tasks.text.task import TextTask

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from moslora.comparison.cells import Bench
+from moslora.comparison.bench import Bench
 from moslora.comparison.compare import compare
 from moslora.data.tokenization import Encoded, Encoder, encode_all
 from moslora.display import Display

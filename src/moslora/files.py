@@ -74,10 +74,11 @@ def replaced_file(path: Path) -> Iterator[Path]:
         path: The file to write or to replace. Its directory must exist.
 
     Yields:
-        A path beside it, with the same suffix. If the block raises, nothing is left there and ``path`` stays as it was.
+        A hidden path beside it that ends in ``.part``. If the block raises, it is removed and ``path``
+        stays as it was.
     """
     path = Path(path)
-    part = _beside(path, path.suffix)
+    part = _beside(path)
     try:
         yield part
         # Without this a power cut can leave the new name on an empty file.
@@ -142,9 +143,9 @@ def new_file(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _beside(path: Path, suffix: str = "") -> Path:
+def _beside(path: Path) -> Path:
     """Return a new hidden name in the same directory."""
-    return path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part{suffix}")
+    return path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 # --- Other processes ----------------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ def evaluate(
     def action() -> None:
         from moslora.display import Display
         from moslora.evaluation.evaluate import evaluate as evaluate_model
-        from moslora.evaluation.evaluate import show
+        from moslora.evaluation.results import show
 
         display = Display(sys.stderr if as_json else sys.stdout)
         report = evaluate_model(

@@ -24,8 +24,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.comparison.cells import DECISIVE, Comparison, prepare_task, read_cells
+from moslora.comparison.cell_files import read_cells
+from moslora.comparison.cells import prepare_task
 from moslora.comparison.methods import find_method
+from moslora.comparison.plan import DECISIVE, Comparison
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
 from moslora.errors import Stopped

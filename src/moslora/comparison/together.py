@@ -17,35 +17,22 @@ so is proven in the first step: each cell's loss, gradients and stream are compa
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+from moslora.comparison.joint_batch import Layout, concatenate_batches
+from moslora.comparison.lanes import CannotShare, Lane, Surroundings
 
-__all__ = ["CannotShare", "Surroundings", "share", "train_together"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["share", "train_together"]
 
 # Largest difference of a cell's gradients to those alone, relative to their norm: only the order of sums differs, and
 # in low precision where they are rounded. A mask, row or scale that is not its own is off by tenths.
 SAME_GRADIENTS = {"float32": 1e-3, "float64": 1e-9, "float16": 2e-2, "bfloat16": 5e-2}
-# What a batch may hold; anything else has a meaning that is not known here.
-KNOWN_INPUTS = {"input_ids", "labels", "attention_mask", "position_ids"}
-# Where examples begin in rows that hold several, for kernels that read nothing else; position ids say it too.
-BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-
-
-class CannotShare(Exception):  # noqa: N818 - it is no error: the cells run alone
-    """Trainings cannot share their base, or not be proven to; the message says why."""
-
-
-class _Abandoned(BaseException):
-    """Ends a trainer's thread from within."""
 
 
 def share(model: nn.Module) -> Any:
@@ -88,7 +75,7 @@ def train_together(
         reason = _why_alone(base, trainer)
         if reason is not None:
             raise CannotShare(reason)
-    lanes = [_Lane(*pair) for pair in zip(trainers, surroundings, strict=True)]
+    lanes = [Lane(*pair) for pair in zip(trainers, surroundings, strict=True)]
     outside = Surroundings.now()
     conductor = _Conductor(base, lanes)
     try:
@@ -130,333 +117,7 @@ def _why_alone(base: Any, trainer: Any) -> str | None:
     return None
 
 
-# --- Whose turn it is ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Surroundings:
-    """What a training finds outside itself, and changes: random streams, and accelerate's state of accumulation."""
-
-    torch_state: Tensor
-    cuda_states: list[Tensor]
-    python_state: Any
-    numpy_state: Any
-    accumulation: dict[str, Any]
-
-    @classmethod
-    def now(cls) -> Surroundings:
-        """Take note of the present ones."""
-        import random
-
-        import numpy
-        import torch
-        from accelerate.state import GradientState
-
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return cls(
-            torch.get_rng_state(),
-            cuda,
-            random.getstate(),
-            numpy.random.get_state(),
-            dict(GradientState._shared_state),
-        )
-
-    def install(self) -> None:
-        """Make these the present ones."""
-        import random
-
-        import numpy
-        import torch
-        from accelerate.state import GradientState
-
-        torch.set_rng_state(self.torch_state)
-        if self.cuda_states:
-            torch.cuda.set_rng_state_all(self.cuda_states)
-        random.setstate(self.python_state)
-        numpy.random.set_state(self.numpy_state)
-        GradientState._shared_state.clear()
-        GradientState._shared_state.update(self.accumulation)
-
-    @contextlib.contextmanager
-    def stream(self, device: torch.device) -> Iterator[None]:
-        """Draw torch's random numbers for ``device`` from this training's stream."""
-        import torch
-
-        if device.type == "cuda":
-            index = device.index if device.index is not None else torch.cuda.current_device()
-            torch.cuda.set_rng_state(self.cuda_states[index], index)
-            yield
-            self.cuda_states[index] = torch.cuda.get_rng_state(index)
-        else:
-            torch.set_rng_state(self.torch_state)
-            yield
-            self.torch_state = torch.get_rng_state()
-
-    def copy(self) -> Surroundings:
-        """Return one that goes its own way."""
-        return Surroundings(
-            self.torch_state.clone(),
-            [state.clone() for state in self.cuda_states],
-            self.python_state,
-            self.numpy_state,
-            dict(self.accumulation),
-        )
-
-
-class _Lane:
-    """One training: its trainer, its thread and what it asks of the base.
-
-    Its trainer's loss is asked for in two halves. ``compute_loss`` hands the batch over, waits, and returns a leaf with
-    the loss's value; whatever the trainer multiplies it by before going backward (accumulation, a scaler for float16)
-    is then the leaf's gradient, with which the true loss goes backward together with the others'.
-
-    Args:
-        trainer: Not run yet.
-        surroundings: Those that it goes on from.
-    """
-
-    def __init__(self, trainer: Any, surroundings: Surroundings) -> None:
-        self.trainer = trainer
-        self.surroundings = surroundings.copy()
-        self.inputs: Mapping[str, Tensor] = {}
-        self.denominator: Any = None
-        self.loss: Tensor | None = None
-        self.leaf: Tensor | None = None
-        self.error: Exception | None = None
-        self.ended = False
-        self.abandoned = False
-        self.may_run = threading.Semaphore(0)
-        self.has_stopped = threading.Semaphore(0)
-        self._step, self._loss = trainer.training_step, trainer.compute_loss
-        trainer.training_step, trainer.compute_loss = self._training_step, self._compute_loss
-        self.thread = threading.Thread(target=self._live, daemon=True)
-
-    def _live(self) -> None:
-        self.may_run.acquire()
-        try:
-            if not self.abandoned:
-                self.trainer.train()
-        except _Abandoned:
-            pass
-        except Exception as error:
-            self.error = error
-        finally:
-            self.ended = True
-            self.has_stopped.release()
-
-    def _wait(self) -> None:
-        """Let others run, until it is this one's turn again."""
-        self.has_stopped.release()
-        self.may_run.acquire()
-        if self.abandoned:
-            raise _Abandoned
-
-    def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        loss = self._step(model, inputs, num_items_in_batch)
-        self._wait()  # for the gradients
-        return loss
-
-    def _compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if return_outputs:
-            return self._loss(model, inputs, return_outputs, num_items_in_batch)
-        self.inputs, self.denominator = inputs, num_items_in_batch
-        self._wait()  # for the loss
-        assert self.loss is not None
-        self.leaf = self.loss.detach().requires_grad_()
-        return self.leaf
-
-    def run(self) -> None:
-        """Let it run until it waits or ends."""
-        self.surroundings.install()
-        if not self.thread.is_alive() and not self.ended:
-            self.thread.start()
-        self.may_run.release()
-        self.has_stopped.acquire()
-        self.surroundings = Surroundings.now()
-
-    def end(self) -> None:
-        """End it wherever it is, and give the trainer its own methods back."""
-        self.abandoned = True
-        if self.thread.is_alive():
-            self.may_run.release()
-            self.thread.join()
-        del self.trainer.training_step, self.trainer.compute_loss
-        self.loss = self.leaf = None
-        self.inputs = {}
-
-    def alone(self) -> Tensor:
-        """Compute its loss as it would be alone."""
-        return self._loss(self.trainer.model, self.inputs, num_items_in_batch=self.denominator)  # type: ignore[no-any-return]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what it trains."""
-        return [p for p in self.trainer.model.parameters() if p.requires_grad]
-
-
 # --- One forward for all ------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Span:
-    """Where a lane's batch lies in the joint one: ``rows`` rows in its turn, the first ``length`` places of each."""
-
-    lane: _Lane
-    rows: int
-    length: int
-
-
-@dataclass
-class _Layout:
-    """How the present joint batch is laid out."""
-
-    spans: list[_Span] = field(default_factory=list)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and places per row."""
-        return sum(s.rows for s in self.spans), max(s.length for s in self.spans)
-
-
-def _lay(lanes: Sequence[_Lane]) -> tuple[dict[str, Tensor], _Layout]:
-    """Lay batches one upon the other, short rows filled up behind.
-
-    Causal models see nothing of what stands behind, and where a batch has a mask it says so. In rows that hold several
-    examples end to end, told by position ids, the filling is one example more.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    keys = {frozenset(name for name in lane.inputs if lane.inputs[name] is not None) for lane in lanes}
-    names = next(iter(keys))
-    names, boundaries = names - BOUNDARIES, names & BOUNDARIES
-    unknown = names - KNOWN_INPUTS
-    if boundaries and "position_ids" not in names:
-        unknown = unknown | boundaries
-    if len(keys) > 1 or unknown:
-        differing = ", ".join(sorted(unknown)) or " and ".join(str(sorted(key)) for key in keys)
-        raise CannotShare(f"their batches cannot be laid together: {differing}")
-    layout = _Layout([_Span(lane, *lane.inputs["input_ids"].shape) for lane in lanes])
-    _, longest = layout.shape
-    joint = {}
-    for name in sorted(names - {"labels"}):
-        parts = []
-        for span in layout.spans:
-            part, missing = span.lane.inputs[name], longest - span.length
-            if name == "position_ids":
-                filling = torch.arange(missing, device=part.device, dtype=part.dtype).expand(span.rows, -1)
-                parts.append(torch.cat([part.expand(span.rows, -1), filling], dim=1))
-            else:
-                parts.append(F.pad(part, (0, missing)))  # token 0, or a mask's 0
-        joint[name] = torch.cat(parts)  # (all rows, longest)
-    return joint, layout
-
-
-def _make_precomputed(layer: nn.Module) -> nn.Module:
-    """Stand in for a base layer whose output is known already.
-
-    Whatever the adapter's layer does with it, its output is the base layer's: for the input that it was computed from
-    it is handed out, for any other one it is computed.
-    """
-    from torch import nn
-
-    class Precomputed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base_layer = layer  # PEFT finds the true one behind this name
-            self.given: tuple[Any, Any] | None = None
-
-        def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.given is not None and self.given[0] is x:
-                return self.given[1]
-            return self.base_layer(x, *args, **kwargs)
-
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(super().__getattr__("base_layer"), name)
-
-    return Precomputed()
-
-
-def _make_junction(
-    path: str, base: nn.Module, own: Mapping[int, nn.Module], conductor: _Conductor
-) -> nn.Module:
-    """Make the module that runs the base's over all rows, and each lane's own over its rows.
-
-    Args:
-        path: Where it stands, for messages.
-        base: The base's module.
-        own: By the lane's ``id`` the module that stands there in its model; lanes without one keep the base's output.
-        conductor: Who knows the layout.
-    """
-    import torch
-    from torch import nn
-
-    class Junction(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base = base
-            # Out of sight: their parameters belong to the lanes.
-            object.__setattr__(self, "own", dict(own))
-            random = {
-                key: any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
-                for key, module in own.items()
-            }
-            object.__setattr__(self, "random", random)
-
-        def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-            out = self.base(x, *args, **kwargs)
-            layout = conductor.layout
-            if tuple(x.shape[:2]) != layout.shape or tuple(out.shape[:2]) != layout.shape:
-                raise CannotShare(f"{path} does not see whole rows (its input is {tuple(x.shape)})")
-            rows = [span.rows for span in layout.spans]
-            parts = []
-            for span, ins, outs in zip(layout.spans, x.split(rows), out.split(rows), strict=True):
-                mine = self.own.get(id(span.lane))
-                if mine is None:
-                    parts.append(outs)
-                    continue
-                short, known = ins[:, : span.length], outs[:, : span.length]  # its own shape, as alone
-                stand_in: Any = getattr(mine, "base_layer", None)
-                if hasattr(stand_in, "given"):
-                    stand_in.given = (short, known)
-                try:
-                    drawing = span.lane.surroundings.stream(x.device) if self.random[id(span.lane)] else None
-                    with drawing or contextlib.nullcontext():
-                        made = mine(short, *args, **kwargs)
-                finally:
-                    if hasattr(stand_in, "given"):
-                        stand_in.given = None
-                # What fills a row up is the base's; nothing that counts sees it.
-                parts.append(made if span.length == x.shape[1] else _fill(made, outs, span.length))
-            return torch.cat(parts)
-
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(super().__getattr__("base"), name)
-
-    return Junction()
-
-
-def _fill(made: Tensor, outs: Tensor, length: int) -> Tensor:
-    import torch
-
-    return torch.cat([made, outs[:, length:]], dim=1)
-
-
-def _replaced(base: nn.Module, own: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Name the places where ``own`` has another kind of module than ``base``."""
-    if type(base) is not type(own):
-        yield prefix
-        return
-    theirs = dict(own.named_children())
-    for name, child in base.named_children():
-        yield from _replaced(child, theirs[name], f"{prefix}.{name}" if prefix else name)
 
 
 class _Conductor:
@@ -467,20 +128,21 @@ class _Conductor:
         lanes: The trainings.
     """
 
-    def __init__(self, base: nn.Module, lanes: Sequence[_Lane]) -> None:
+    def __init__(self, base: nn.Module, lanes: Sequence[Lane]) -> None:
         from torch import nn
 
+        from moslora.comparison.junction import Junction, Precomputed, replaced_modules
         from moslora.tasks.text.task import unwrapped
 
         self.lanes = list(lanes)
-        self.layout = _Layout()
+        self.layout = Layout()
         self.models = {id(lane): unwrapped(lane.trainer.model) for lane in lanes}
         self.carrier: Any = share(base)
         self.carrier.train()
         self.stand_ins: list[tuple[nn.Module, nn.Module, nn.Module]] = []
         own: dict[str, dict[int, nn.Module]] = {}
         for key, model in self.models.items():
-            for path in _replaced(self.carrier, model):
+            for path in replaced_modules(self.carrier, model):
                 own.setdefault(path, {})[key] = model.get_submodule(path)
         head = _path_of(self.carrier, self.carrier.get_output_embeddings())
         own.pop(head, None)  # each lane runs its own, on the places that are scored
@@ -490,8 +152,9 @@ class _Conductor:
         for path, modules in own.items():
             for module in modules.values():
                 if isinstance(layer := module._modules.get("base_layer"), nn.Module):
-                    self.stand_ins.append((module, layer, _make_precomputed(layer)))
-            junction = _make_junction(path, self.carrier.get_submodule(path), modules, self)
+                    self.stand_ins.append((module, layer, Precomputed(layer)))
+            base_module = self.carrier.get_submodule(path)
+            junction = Junction(path, base_module, modules, lambda: self.layout)
             self.carrier.set_submodule(path, junction)
         self._stand_in(True)
 
@@ -523,13 +186,13 @@ class _Conductor:
             for lane in live:
                 lane.loss = lane.leaf = None
 
-    def _autocast(self, lane: _Lane) -> Any:
+    def _autocast(self, lane: Lane) -> Any:
         return lane.trainer.compute_loss_context_manager()
 
-    def _forward(self, lanes: Sequence[_Lane]) -> None:
+    def _forward(self, lanes: Sequence[Lane]) -> None:
         from moslora.tasks.text.task import score_labels
 
-        joint, self.layout = _lay(lanes)
+        joint, self.layout = concatenate_batches(lanes)
         with self._autocast(lanes[0]):
             hidden = self.carrier.base_model(**joint, use_cache=False).last_hidden_state
             parts = hidden.split([span.rows for span in self.layout.spans])  # (rows, longest, d) each
@@ -540,12 +203,12 @@ class _Conductor:
                     total, count = score_labels(head, part[:, : span.length], lane.inputs["labels"])
                 lane.loss = total / (count if lane.denominator is None else lane.denominator)
 
-    def _backward(self, lanes: Sequence[_Lane]) -> None:
+    def _backward(self, lanes: Sequence[Lane]) -> None:
         import torch
 
         torch.autograd.backward([lane.loss for lane in lanes], [lane.leaf.grad for lane in lanes])  # type: ignore[union-attr, arg-type]
 
-    def _prove(self, lanes: Sequence[_Lane], before: Mapping[int, Surroundings]) -> None:
+    def _prove(self, lanes: Sequence[Lane], before: Mapping[int, Surroundings]) -> None:
         """Compare the first step of each lane with the same step alone: loss, gradients and random stream.
 
         Raises:
@@ -602,7 +265,7 @@ class _Conductor:
         for lane in self.lanes:
             lane.end()
         self._stand_in(False)
-        self.layout = _Layout()
+        self.layout = Layout()
 
 
 def _path_of(model: nn.Module, module: nn.Module | None) -> str:

@@ -1,219 +1,117 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (``lm_eval``), base and adapter side by side on the same items.
-
-The harness loads no model here: it is handed the one whose adapter was proven to take part, because an evaluation that
-loads the base alone looks like an adapter without effect.
-"""
+"""EleutherAI's tasks on base and adapted model."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Harness", "TaskScores"]
+from moslora.display import Display
+from moslora.errors import ProofError
+from moslora.evaluation.active import PROBES, as_inputs, prove_active, with_adapter
+from moslora.evaluation.judge import load_judge
+from moslora.evaluation.own_data import compare_shares
+from moslora.evaluation.results import Activity, Measure, Report
+from moslora.metrics.intervals import paired_examples
 
-# Requests that the harness sends to the model at once.
-BATCH = 8
-
-
-class TaskScores:
-    """What the harness found in one task.
-
-    Args:
-        name: Of the task.
-        metrics: Value by name, of those that are numbers.
-        errors: The harness's own standard errors, by the same names.
-        samples: One per item, as the harness logs them.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        metrics: Mapping[str, float],
-        errors: Mapping[str, float],
-        samples: Sequence[Mapping[str, Any]],
-    ) -> None:
-        self.name, self.metrics, self.errors = name, dict(metrics), dict(errors)
-        filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
-        self.samples = sorted(samples, key=lambda s: (filters.index(str(s["filter"])), int(s["doc_id"])))
-
-    def items(self, metric: str) -> list[Mapping[str, Any]]:
-        """Return the items that a metric was taken over; a task with several filters logs each item for each of them.
-
-        Args:
-            metric: A key of ``metrics``, ``NAME,FILTER``.
-        """
-        return [sample for sample in self.samples if sample["filter"] == metric.partition(",")[2]]
-
-    def per_item(self, metric: str) -> list[float] | None:
-        """Return the metric of every item; None where it is not the mean of single items' numbers, as a perplexity.
-
-        Args:
-            metric: A key of ``metrics``.
-        """
-        found = []
-        for sample in self.items(metric):
-            value: Any = sample.get(metric.partition(",")[0])
-            if not hasattr(value, "__float__"):
-                return None
-            found.append(float(value))
-        if not found or not math.isclose(fmean(found), self.metrics[metric], rel_tol=1e-6, abs_tol=1e-9):
-            return None
-        return found
-
-    def outputs(self) -> list[Any]:
-        """Return what the model gave for each item: likelihoods, or text."""
-        return [sample["resps"] for sample in self.samples]
-
-    def answers(self) -> list[tuple[str, str]]:
-        """Return for each item, in words, what is right and what the model chose or wrote.
-
-        Of several continuations the likeliest is what the model chose (as ``acc`` has it; ``acc_norm`` divides by
-        their lengths).
-        """
-        found = []
-        for sample in self.samples:
-            target, given = sample.get("target"), sample["filtered_resps"]
-            choices = _continuations(sample)
-            if len(choices) == len(given) > 1 and all(_is_likelihood(one) for one in given):
-                best = max(range(len(given)), key=lambda n: float(given[n][0]))
-                if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(choices):
-                    target = choices[target].strip()
-                given = choices[best].strip()
-            elif isinstance(given, list) and len(given) == 1 and isinstance(given[0], str):
-                given = given[0]
-            found.append((str(target), str(given)))
-        return found
-
-    def prompts(self) -> list[str]:
-        """Return what the model was asked for each item."""
-        return [_context(sample) for sample in self.samples]
+if TYPE_CHECKING:
+    from moslora.evaluation.lm_eval_harness import TaskScores
 
 
-def _requests(sample: Mapping[str, Any]) -> list[list[Any]]:
-    """Return what each request was made of; the harness logs lists, or dictionaries in its files."""
+def evaluate_lm_eval(
+    model: str, display: Display, adapter: Path | None, tasks: Sequence[str], limit: int | None
+) -> Report:
+    """Run EleutherAI's tasks on the base and on the adapted model."""
+    from moslora.evaluation.lm_eval_harness import Harness
 
-    def values(of: Any) -> list[Any]:
-        return list(of) if isinstance(of, list | tuple) else list(of.values())
-
-    return [values(request) for request in values(sample["arguments"])]
-
-
-def _context(sample: Mapping[str, Any]) -> str:
-    """Return the first request's text."""
-    return str(_requests(sample)[0][0])
-
-
-def _continuations(sample: Mapping[str, Any]) -> list[str]:
-    """Return what followed each request's text, where all share one; else nothing."""
-    requests = _requests(sample)
-    if len({str(request[0]) for request in requests}) != 1 or any(len(request) < 2 for request in requests):
-        return []
-    return [str(request[1]) for request in requests]
-
-
-def _is_likelihood(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], float)
+    harness = Harness(tasks, limit)
+    judge, base = load_judge(model, display)
+    before = harness.run(base, judge.tokenizer)
+    after, activity = None, None
+    if adapter is not None:
+        adapted = with_adapter(base, adapter)
+        prompts = [text for task in before for text in task.prompts() if text][:PROBES]
+        probes = [judge.tokenizer(text, verbose=False)["input_ids"] for text in prompts or ["The"]]
+        activity = prove_active(adapted, adapter, as_inputs(probes), judge.device)
+        after = harness.run(adapted, judge.tokenizer)
+        _check_felt(before, after, adapter, activity)
+    measures, lines = [], []
+    for index, task in enumerate(before):
+        tuned = None if after is None else after[index]
+        for metric in task.metrics:
+            measures.append(_of_harness(task, tuned, metric))
+        lines += _items(task, tuned)
+    return Report(model, None if adapter is None else str(adapter), "lm-eval", activity, measures, lines)
 
 
-class Harness:
-    """Tasks, found and ready to be run on several models.
-
-    Args:
-        tasks: Names that the harness knows, groups among them, or paths of its YAML files.
-        limit: Items at most, of each task; the harness takes the first.
+def _check_felt(
+    before: Sequence[TaskScores], after: Sequence[TaskScores], adapter: Path, activity: Activity
+) -> None:
+    """Fail if the harness got the very same likelihoods with the adapter as without, though it moves logits.
 
     Raises:
-        ValueError: If ``lm_eval`` is not installed, or a task is unknown to it.
+        ProofError: Then.
     """
-
-    def __init__(self, tasks: Sequence[str], limit: int | None) -> None:
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise ValueError(f"Tasks of lm-eval need it ({error}): pip install 'moslora[lm-eval]'") from error
-        self.limit = limit
-        files = {name: Path(name) for name in tasks if Path(name).suffix in (".yaml", ".yml")}
-        for name, file in files.items():
-            if not file.is_file():
-                raise ValueError(f"{name} is not there; name a YAML file of lm-eval, or a task.")
-        folders = sorted({str(file.absolute().parent) for file in files.values()})
-        own = {name: _task_of(file) for name, file in files.items()}
-        # Thousands of the harness's own files need not be read where none is asked for; a group may name some.
-        needs_own = any(name not in own or own[name][1] == "group" for name in tasks)
-        self.manager = TaskManager(include_path=folders or None, include_defaults=needs_own)
-        self.names = [own[name][0] if name in own else name for name in tasks]
-        known = set(self.manager.all_tasks)
-        for name in self.names:
-            if name not in known:
-                import difflib
-
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise ValueError(f"lm-eval knows no task {name!r}.{hint}")
-
-    def run(self, model: Any, tokenizer: Any) -> list[TaskScores]:
-        """Run the tasks on a model.
-
-        Args:
-            model: A causal language model, with its adapter or without.
-            tokenizer: Its tokenizer.
-
-        Returns:
-            What was found, per task, and per group without items.
-
-        Raises:
-            ValueError: If a task's data cannot be had.
-        """
-        import logging
-
-        from lm_eval import evaluator, simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being handed a model
-        # It asks git for a hash, unused here, and git complains aloud outside a repository.
-        evaluator.get_git_commit_hash = lambda: None
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-        if lm.model is not model:
-            raise ValueError(
-                "lm-eval runs another model than it was given; this version of it is not usable."
-            )
-        try:
-            found = simple_evaluate(
-                lm, tasks=list(self.names), limit=self.limit, task_manager=self.manager, log_samples=True
-            )
-        except (OSError, ConnectionError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"lm-eval could not get the data of {', '.join(self.names)}: {first}") from error
-        samples = found.get("samples", {})
-        return [_scores(name, values, samples.get(name, [])) for name, values in found["results"].items()]
+    one, other = [task.outputs() for task in before], [task.outputs() for task in after]
+    if activity.effect > 0 and one == other and _has_number(one):
+        raise ProofError(
+            f"lm-eval's likelihoods are the same with {adapter} as without, though it moves logits by "
+            f"{activity.effect:.3g}: the adapter was not applied in the evaluation."
+        )
 
 
-def _scores(name: str, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> TaskScores:
-    numbers = {key: float(v) for key, v in values.items() if "," in key and isinstance(v, int | float)}
-    errors = {key.replace("_stderr,", ","): v for key, v in numbers.items() if "_stderr," in key}
-    metrics = {key: v for key, v in numbers.items() if "_stderr," not in key}
-    return TaskScores(name, metrics, errors, samples)
+def _has_number(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_number, value))
+    return isinstance(value, float)
 
 
-def _task_of(file: Path) -> tuple[str, str]:
-    """Return what a file defines, and whether it is a task or a group."""
-    import yaml
+def _of_harness(task: TaskScores, tuned: TaskScores | None, metric: str) -> Measure:
+    """Compare one metric, paired over items where it has a value for each."""
+    name = f"{task.name} {metric.removesuffix(',none')}"
+    one, other = task.per_item(metric), None if tuned is None else tuned.per_item(metric)
+    shares = all(
+        values is not None and set(values) <= {0.0, 1.0} for values in (one, other if tuned else one)
+    )
+    if one is not None and shares:
+        return compare_shares(name, [v == 1 for v in one], None if other is None else [v == 1 for v in other])
+    measure = Measure(name, len(task.items(metric)), task.metrics[metric])
+    if tuned is None:
+        return measure
+    differences = [] if one is None or other is None else [b - a for a, b in zip(one, other, strict=True)]
+    found = paired_examples(differences) if len(differences) > 1 else None
+    return dataclasses.replace(
+        measure,
+        tuned=tuned.metrics[metric],
+        difference=tuned.metrics[metric] - task.metrics[metric],
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        p=None if found is None else found.p,
+    )
 
-    try:
-        # The harness's own tags (!function) name code; here only the name is read.
-        found = yaml.safe_load(_without_tags(file.read_text(encoding="utf-8")))
-        for kind in ("group", "task"):
-            if isinstance(found.get(kind), str):
-                return found[kind], kind
-    except (OSError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
-    raise ValueError(f"{file} is no task of lm-eval: it names none (task: NAME).")
 
+def _items(task: TaskScores, tuned: TaskScores | None) -> list[dict[str, Any]]:
+    def right(scores: TaskScores | None, index: int) -> bool | None:
+        value = (
+            None
+            if scores is None
+            else scores.samples[index].get("acc", scores.samples[index].get("exact_match"))
+        )
+        return bool(value) if value in (0, 1) else None
 
-def _without_tags(text: str) -> str:
-    import re
-
-    return re.sub(r"!\w+\s+", "", text)
+    answers = task.answers()
+    others = None if tuned is None else tuned.answers()
+    return [
+        {
+            "place": f"{task.name}:{sample['doc_id']}",
+            "filter": sample["filter"],
+            "prompt": prompt,
+            "reference": answers[index][0],
+            "base": answers[index][1],
+            "base_ok": right(task, index),
+            "tuned": None if others is None else others[index][1],
+            "tuned_ok": right(tuned, index),
+        }
+        for index, (sample, prompt) in enumerate(zip(task.samples, task.prompts(), strict=True))
+    ]

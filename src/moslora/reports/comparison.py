@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.files import write_text
-from moslora.reports.run import INKS, drawing
+from moslora.reports.drawing import INKS, drawing
+from moslora.reports.page import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,18 +46,9 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
     Returns:
         Path of the report. The same files in give the same bytes out.
     """
-    import jinja2
-
     record = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     colours = {m["name"]: COLOURS[i % len(COLOURS)] for i, m in enumerate(results["methods"])}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawings = []
     if any(c["measure"] == "loss" for c in results["contrasts"]):
         drawings.append(
@@ -88,7 +80,8 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
             ),
         }
     )
-    page = environment.get_template("comparison.html.jinja").render(
+    page = render(
+        "comparison",
         name=folder.name,
         results=results,
         record=record,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.training.context import RunContext
 from moslora.training.measuring import read_evaluation
-from moslora.wording import one_line
+from moslora.wording import evenly_spaced, one_line
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -102,16 +102,8 @@ def choose_samples(
     wrong = [p for p in pairs if p[1].correct is False]
     right = [p for p in pairs if p[1].correct is not False]
     share = min(len(wrong), max(1, round(count * len(wrong) / len(pairs)))) if wrong else 0
-    chosen = _spread(right, count - share) + _spread(wrong, share)
-    return chosen or _spread(pairs, count)
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Take ``count`` items at even distances."""
-    if count <= 0 or not items:
-        return []
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
+    chosen = evenly_spaced(right, count - share) + evenly_spaced(wrong, share)
+    return chosen or evenly_spaced(pairs, count)
 
 
 def _show_samples(pairs: Sequence[tuple[Answer, Answer]], display: Display) -> None:

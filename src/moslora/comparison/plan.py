@@ -1,0 +1,77 @@
+"""What is compared: methods, rates and seeds, and the files of its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moslora.comparison.methods import Method
+from moslora.recipe.schema import Recipe
+
+__all__ = ["Comparison", "Planned"]
+
+
+# Versions on which a cell's numbers depend; with others a comparison does not go on.
+DECISIVE = ("torch", "transformers", "peft", "trl", "moslora")
+Planned = tuple[Method, float, int]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        recipe: With the steps asked for.
+        methods: In the order asked for, the baseline first in the order of running.
+        rates: Learning rates, rising.
+        seeds: Shared by all methods.
+        baseline: The method that the others are compared with.
+        validation: Examples to set aside for choosing rates.
+        examples: Held-out examples to judge by; None for all.
+        directory: Where it is kept.
+    """
+
+    recipe: Recipe
+    methods: Sequence[Method]
+    rates: Sequence[float]
+    seeds: Sequence[int]
+    baseline: str
+    validation: int
+    examples: int | None
+    directory: Path
+
+    @property
+    def cells(self) -> list[Planned]:
+        """Every cell in the order of running: the baseline's middle rate first, as its seeds show the noise."""
+        middle = self.rates[len(self.rates) // 2]
+        methods = sorted(self.methods, key=lambda m: m.name != self.baseline)
+        rates = sorted(self.rates, key=lambda rate: rate != middle)
+        return [(m, rate, seed) for m in methods for rate in rates for seed in self.seeds]
+
+    def cell_file(self, method: Method, rate: float, seed: int) -> Path:
+        """Where a cell's result is kept."""
+        return self.file_of(method.name, rate, seed)
+
+    def file_of(self, name: str, rate: float, seed: int) -> Path:
+        """The same by the method's name."""
+        return self.directory / "cells" / f"{name}_{rate:g}_{seed}.json"
+
+    def mark(self, cell: Planned) -> Path:
+        """Where it is noted that a cell was begun, and how often."""
+        return self.cell_file(*cell).with_suffix(".started")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How cells are run.
+
+    Attributes:
+        name: A key of ``ENGINES``.
+        workers: Processes side by side; None for the engine's own choice.
+        together: Cells that a process trains at once over one base, at most.
+    """
+
+    name: str = "local"
+    workers: int | None = None
+    together: int = 1

@@ -1,0 +1,1 @@
+"""The eight commonsense tasks, by the published protocol and by likelihood."""

@@ -1,0 +1,149 @@
+"""Loss and answers on the user's own examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from moslora.display import Display
+from moslora.evaluation.active import prove_active, with_adapter
+from moslora.evaluation.results import Measure, Report
+from moslora.metrics.answers import wilson_interval
+from moslora.metrics.intervals import paired_examples
+from moslora.recipe.loading import load_recipe
+
+
+def evaluate_own_data(
+    model: str,
+    display: Display,
+    adapter: Path | None,
+    recipe: str | None,
+    data: str | None,
+    settings: Sequence[str],
+    limit: int | None,
+) -> Report:
+    """Measure loss and answers on the user's own examples, for base and adapted model."""
+    from moslora.tasks import find_task
+    from moslora.tasks.text.task import TextTask, question
+
+    # Nothing is trained on, so a file of examples serves as both halves of a recipe.
+    given = [] if data is None else [f"data={data}", f"data.heldout={data}"]
+    wanted = load_recipe([*([recipe] if recipe else []), f"model={model}", *given, *settings])
+    kind = find_task(wanted.task.kind)
+    if not issubclass(kind, TextTask):
+        raise ValueError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
+    task = kind(wanted, Display(quiet=True), lambda: None)
+    task.measures_only = True
+    task.read()
+    if limit is not None:
+        every = len(task.heldout_examples)
+        count = min(limit, every)
+        task.heldout_examples = [task.heldout_examples[i * every // count] for i in range(count)]
+    task.prepare()
+    task.display = display
+    base = task.load()
+    judges = wanted.task.metric != "none"
+
+    def measured(of: Any, label: str) -> tuple[list[float], list[Any], list[Any]]:
+        losses = task.score(of, task.heldout_set, label)
+        answers = task.ask(of, task.asked, label) if len(task.asked) else []
+        return losses, answers, task.ask_shuffled(of, label) if answers and judges else []
+
+    losses, answers, shuffled = measured(base, "base")
+    tuned_losses: list[float] | None = None
+    tuned_answers: list[Any] = []
+    tuned_shuffled: list[Any] = []
+    activity = None
+    if adapter is not None:
+        adapted = with_adapter(base, adapter)
+        activity = prove_active(adapted, adapter, task.probe(), task.device)
+        tuned_losses, tuned_answers, tuned_shuffled = measured(adapted, "tuned")
+    measures = [_loss(losses, tuned_losses)]
+    shares = {task.share: (answers, tuned_answers)}
+    shares |= {f"{task.share}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
+    if answers and judges:
+        for name, (before, after) in shares.items():
+            right = [[bool(a.correct) for a in of] for of in (before, after)]
+            measures.append(compare_shares(name, right[0], right[1] if adapter is not None else None))
+    asked, strange = (
+        {a.place: (a, b) for a, b in itertools.zip_longest(one, two)}
+        for one, two in ((answers, tuned_answers), (shuffled, tuned_shuffled))
+    )
+    lines = []
+    for index, encoded in enumerate(task.heldout_set):
+        was, now = asked.get(encoded.place, (None, None))
+        line = {
+            "place": encoded.place,
+            "prompt": question(task.by_place[encoded.place]),
+            "reference": encoded.answer,
+            "base_loss": losses[index],
+            "tuned_loss": None if tuned_losses is None else tuned_losses[index],
+            "base": None if was is None else was.text,
+            "tuned": None if now is None else now.text,
+            "base_ok": None if was is None else was.correct,
+            "tuned_ok": None if now is None else now.correct,
+        }
+        pictures = task.pictures_of(task.by_place[encoded.place])
+        if pictures:
+            line["pictures"] = pictures
+        if encoded.place in strange:
+            was, now = strange[encoded.place]
+            line["other_pictures"] = list(was.pictures)
+            line |= {
+                "base_shuffled": was.text,
+                "tuned_shuffled": None if now is None else now.text,
+                "base_shuffled_ok": was.correct,
+                "tuned_shuffled_ok": None if now is None else now.correct,
+            }
+        lines.append(line)
+    return Report(model, None if adapter is None else str(adapter), "data", activity, measures, lines)
+
+
+def _loss(base: Sequence[float], tuned: Sequence[float] | None) -> Measure:
+    if tuned is None:
+        return Measure("loss", len(base), fmean(base))
+    differences = [b - a for a, b in zip(base, tuned, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        raise ValueError(
+            "A held-out loss is NaN or infinite: the adapter or the base is broken (moslora doctor)."
+        )
+    found = paired_examples(differences) if len(differences) > 1 else None
+    return Measure(
+        "loss",
+        len(base),
+        fmean(base),
+        tuned=fmean(tuned),
+        difference=fmean(differences),
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        p=None if found is None else found.p,
+    )
+
+
+def compare_shares(name: str, base: Sequence[bool], tuned: Sequence[bool] | None, **more: Any) -> Measure:
+    """Compare shares of right items; p is McNemar's exact one, as the report of a run has it."""
+    from moslora.reports.metric_rows import sign_test
+
+    measure = Measure(name, len(base), fmean(base), wilson_interval(sum(base), len(base)), **more)
+    if tuned is None:
+        return measure
+    fixed = sum(b and not a for a, b in zip(base, tuned, strict=True))
+    broken = sum(a and not b for a, b in zip(base, tuned, strict=True))
+    differences = [float(b) - float(a) for a, b in zip(base, tuned, strict=True)]
+    found = paired_examples(differences) if len(differences) > 1 else None
+    return dataclasses.replace(
+        measure,
+        tuned=fmean(tuned),
+        tuned_interval=wilson_interval(sum(tuned), len(tuned)),
+        difference=fmean(differences),
+        low=None if found is None else max(-1.0, found.low),
+        high=None if found is None else min(1.0, found.high),
+        p=sign_test(fixed, broken) if fixed + broken else 1.0,
+        fixed=fixed,
+        broken=broken,
+    )

@@ -1,0 +1,230 @@
+"""What a run measured, as rows of a table and one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moslora.metrics.answers import wilson_interval
+from moslora.reports.formatting import UNIT, number, percent, section_of
+from moslora.tasks.image.fidelity import SCORES
+from moslora.wording import figure
+
+__all__ = ["sign_test"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: as a share of the examples or as a number, and which way is up."""
+
+    label: str
+    form: Literal["number", "share"] = "number"
+    better: Literal["higher", "lower", "unknown"] = "unknown"
+
+
+METRICS = {
+    "loss": Metric("Held-out loss", "number", "lower"),
+    "perplexity": Metric("Perplexity", "number", "lower"),
+    "exact_match": Metric("Exact match", "share", "higher"),
+    "accuracy": Metric("Accuracy", "share", "higher"),
+    "accuracy_shuffled_images": Metric("Accuracy with images shuffled", "share", "unknown"),
+    "valid_json": Metric("Valid JSON", "share", "higher"),
+}
+# How an answer changed, with how many examples are shown. The mistakes come right after the successes.
+CHANGES = {
+    (False, True): ("Fixed by tuning", 4),
+    (True, False): ("Broken by tuning", 4),
+    (False, False): ("Still wrong", 4),
+    (True, True): ("Right before and after", 2),
+}
+
+
+def sign_test(fixed: int, broken: int) -> float:
+    """Return the two-sided p-value of ``fixed`` against ``broken`` (McNemar's exact test).
+
+    Examples that were right or wrong both times say nothing about a change and are not counted.
+
+    Args:
+        fixed: Examples that went from wrong to right.
+        broken: Examples that went from right to wrong.
+
+    Returns:
+        Probability, in (0, 1], of a split at least this uneven if both were equally likely.
+
+    Example:
+        >>> sign_test(5, 1)
+        0.21875
+    """
+    changed = fixed + broken
+    tail = sum(math.comb(changed, k) for k in range(min(fixed, broken) + 1))
+    return min(1.0, float(2 * tail / 2**changed))
+
+
+def metric_rows(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    before, after = section_of(metrics, "before"), section_of(metrics, "after")
+    intervals = section_of(metrics, "intervals")
+    rows = []
+    for key in {**before, **after}:
+        metric = METRICS.get(key, Metric(key.replace("_", " ").capitalize()))
+        values = {"before": number(before.get(key)), "after": number(after.get(key))}
+        label = metric.label
+        unit = str(metrics.get("unit") or UNIT)
+        if key == "loss" and not unit.startswith("held-out"):
+            label = f"Loss on {unit}"
+        row: dict[str, Any] = {"key": key, "label": label, "form": metric.form, "change": None}
+        for phase, value in values.items():
+            given = section_of(intervals, phase).get(key)
+            interval = given if given else _counted_interval(value, phase, metric, predictions)
+            row[phase] = _shown(value, metric)
+            row[f"{phase}_interval"] = _shown_interval(interval, metric) if interval else None
+        if values["before"] is not None and values["after"] is not None:
+            difference = values["after"] - values["before"]
+            sign = "+" if difference > 0 else "−" if difference < 0 else "±"
+            size = abs(difference)
+            row["change"] = sign + (f"{percent(size)} points" if metric.form == "share" else figure(size))
+            improved = difference > 0 if metric.better == "higher" else difference < 0
+            judged = metric.better != "unknown" and difference != 0
+            row["direction"] = ("better" if improved else "worse") if judged else ""
+        rows.append(row)
+    return rows
+
+
+def _counted_interval(
+    value: float | None, phase: str, metric: Metric, predictions: Sequence[Mapping[str, Any]]
+) -> tuple[float, float] | None:
+    """Return the interval of a share that the right-or-wrong marks of the predictions add up to."""
+    marks = _marks(predictions, "base_ok" if phase == "before" else "tuned_ok")
+    if value is None or metric.form != "share" or not marks:
+        return None
+    return wilson_interval(sum(marks), len(marks)) if abs(sum(marks) / len(marks) - value) < 1e-9 else None
+
+
+def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
+    return [mark for line in predictions if isinstance(mark := line.get(key), bool)]
+
+
+def fidelity_rows(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return scores of pictures, base and tuned side by side, with what they are means of; and what is absent."""
+    before, after, change = (section_of(found, stage) for stage in ("before", "after", "change"))
+    rows, tables = [], []
+    for name, score in SCORES.items():
+        one, two, moved = (section_of(stage, name) for stage in (before, after, change))
+        about = one or two
+        if not about:
+            continue
+        count = len(about.get("prompts", ()))
+        real = len(about.get("real", ()))
+        rows.append(
+            {
+                "name": name,
+                "base": _cosine(one.get("mean"), one.get("interval")),
+                "tuned": _cosine(two.get("mean"), two.get("interval")),
+                "change": _cosine(moved.get("mean"), moved.get("interval"), signed=True),
+                "of": f"{about.get('pictures')} pictures of {count} prompts"
+                + (f", each with {real} real ones" if real else ", each with its prompt"),
+                "model": f"{about.get('title')}, {about.get('model')}",
+                "published": None if about.get("title") == score.published else score.published,
+            }
+        )
+        for key, field, title in (("prompts", "prompt", "by prompt"), ("real", "picture", "by real picture")):
+            tuned = {line[field]: line["mean"] for line in two.get(key, ())}
+            lines = [
+                (line[field], _cosine(line["mean"])[0], _cosine(tuned.get(line[field]))[0])
+                for line in one.get(key, ())
+            ]
+            if lines:
+                tables.append({"title": f"{name} {title}", "lines": lines})
+    return {
+        "rows": rows,
+        "tables": tables,
+        "absent": section_of(after, "absent") or section_of(before, "absent"),
+    }
+
+
+def _cosine(value: Any, interval: Any = None, signed: bool = False) -> tuple[str, str | None]:
+    """Show a cosine, or a difference of two, with its interval."""
+    cosine = number(value)
+    if cosine is None:
+        return "—", None
+    form = "{:+.3f}" if signed else "{:.3f}"
+    ends = " to ".join(form.format(end) for end in interval) if interval else None
+    return form.format(cosine).replace("-", "−"), ends.replace("-", "−") if ends else None
+
+
+def verdict_sentence(
+    rows: Sequence[Mapping[str, Any]], count: int, answered: int, unit: str = UNIT
+) -> str | None:
+    """Say in one sentence what tuning did: the loss first, then the first share."""
+    said = [row for row in rows if row["key"] == "loss"] + [row for row in rows if row["form"] == "share"][:1]
+    parts: list[str] = []
+    for row in said or rows[:1]:
+        interval = f" (95\u00a0% interval {row['after_interval']})" if row["after_interval"] else ""
+        course = (
+            f"{row['before']} → {row['after']}{interval}"
+            if row["change"]
+            else f"{row['before']} before tuning"
+        )
+        parts.append(f"{row['label'].lower() if parts else row['label']} {course}")
+    if not parts:
+        return None
+    some = f", {answered} of which were answered" if 0 < answered < count else ""
+    where = f" on {count} {unit}{some}" if count and unit.startswith("held-out") else ""
+    worse = [row["label"].lower() for row in said if row.get("direction") == "worse"]
+    also = f" Tuning made the {' and the '.join(worse)} worse." if worse else ""
+    if all(row["after"] == "—" for row in rows):
+        also = " Nothing was measured after it."
+    return f"{'; '.join(parts)}{where}.{also}"
+
+
+def chance_sentence(predictions: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say how many single answers changed, and whether that could be chance."""
+    pairs = [(line.get("base_ok"), line.get("tuned_ok")) for line in predictions]
+    fixed, broken = pairs.count((False, True)), pairs.count((True, False))
+    if not any(isinstance(base, bool) and isinstance(tuned, bool) for base, tuned in pairs):
+        return None
+    if not fixed + broken:
+        return "Tuning turned no answer from wrong to right or back."
+    p = sign_test(fixed, broken)
+    judged = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    close = f"Chance alone would often do that: no difference shown ({judged})."
+    clear = f"Chance alone would rarely do that ({judged}, exact sign test)."
+    return f"Tuning fixed {fixed} answers and broke {broken}. {close if p >= 0.05 else clear}"
+
+
+def kind_rows(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for line in predictions:
+        if line.get("kind") is not None:
+            kinds.setdefault(str(line["kind"]), []).append(line)
+    rows = []
+    for kind, lines in kinds.items():
+        row: dict[str, Any] = {"kind": kind, "count": len(lines)}
+        for phase, key in (("before", "base_ok"), ("after", "tuned_ok")):
+            marks = _marks(lines, key)
+            row[phase] = _shown(sum(marks) / len(marks), _SHARE) if marks else "—"
+            row[f"{phase}_interval"] = (
+                _shown_interval(wilson_interval(sum(marks), len(marks)), _SHARE) if marks else None
+            )
+            row[f"{phase}_share"] = sum(marks) / len(marks) if marks else None
+        rows.append(row)
+    return rows
+
+
+_SHARE = Metric("", "share", "higher")
+
+
+def _shown(value: float | None, metric: Metric) -> str:
+    if value is None:
+        return "—"
+    return f"{percent(value)}\u00a0%" if metric.form == "share" else figure(value)
+
+
+def _shown_interval(interval: Sequence[float], metric: Metric) -> str:
+    low, high = interval  # U+2060 keeps a line from ending between the two
+    if metric.form == "number":
+        return f"{figure(low)}–\u2060{figure(high)}"
+    if high - low < 0.05:
+        return f"{percent(low)}–\u2060{percent(high)}\u00a0%"
+    return f"{100 * low:.0f}–\u2060{100 * high:.0f}\u00a0%"
