@@ -1,0 +1,163 @@
+"""The verbs that judge: compare, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moslora.cli.options import Debug, Json
+from moslora.cli.running import run_verb
+
+
+def compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|KEY=VALUE...", help="A recipe and/or settings, as for training."),
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Names separated by commas, or paths of adapter_config.json.")
+    ] = "lora,moslora",
+    seeds: Annotated[int, typer.Option(help="How many; the same for every method.")] = 3,
+    learning_rates: Annotated[
+        str,
+        typer.Option(
+            help="Tried for every method, separated by commas; a third, one and three times the recipe's."
+        ),
+    ] = "",
+    baseline: Annotated[str | None, typer.Option(help="Compared with all others; the first method.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps of every training; the recipe's.")
+    ] = None,
+    validation: Annotated[int, typer.Option(help="Training examples set aside to choose rates by.")] = 64,
+    examples: Annotated[int | None, typer.Option(help="Held-out examples to judge by; all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep it in; one that is there goes on.")] = None,
+    together: Annotated[
+        int, typer.Option(help="Cells trained at once over one base; each gives what it gives alone.")
+    ] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes side by side, each with its own base; 1, or Ray's GPUs.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the cluster that Ray finds.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on your data: tuned learning rates, paired seeds, intervals, a verdict.
+
+    [bold]moslora compare recipes/compare-demo.yaml[/]
+    [bold]moslora compare my.yaml --methods lora,lora-matched,moslora --seeds 5 --learning-rates 2e-4,6e-4,2e-3[/]
+
+    Methods: lora, lora-matched, frozen-mixer, moslora, moslora-orthogonal, two-subspace, dora, rslora, pissa, recipe,
+    full. Data, order, steps and seeds are shared; a learning rate is chosen for each method on validation examples, and
+    judged on held-out ones. "No difference could be shown" is an answer. The same command goes on where it was stopped.
+    Exit code 1 says that a method has no result.
+    """
+
+    def action() -> None:
+        from moslora.comparison.compare import compare as compare_methods
+        from moslora.display import Display
+
+        try:
+            rates = [float(rate) for rate in learning_rates.split(",") if rate]
+        except ValueError:
+            raise ValueError(
+                f"--learning-rates {learning_rates} is no list of numbers, as 1e-4,1e-3 is."
+            ) from None
+        folder, verdict = compare_methods(
+            arguments,
+            Display(sys.stderr if as_json else sys.stdout),
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            seeds=seeds,
+            rates=rates,
+            baseline=baseline,
+            steps=steps,
+            validation=validation,
+            examples=examples,
+            out=out,
+            engine=engine,
+            workers=workers,
+            together=together,
+            command=shlex.join(["moslora", *sys.argv[1:]]),
+            plan_only=dry_run,
+        )
+        if verdict is None:
+            return
+        if as_json:
+            print(json.dumps({"comparison": str(folder), **dataclasses.asdict(verdict)}, indent=2))
+        if not verdict.complete:
+            raise typer.Exit(1)
+
+    run_verb(action, debug)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Base model: folder, hub id, GGUF file or packaged name.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Over the recipe.", show_default=False),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter directory, judged beside the base.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Whose held-out data and metric are used.")] = None,
+    data: Annotated[str | None, typer.Option(help="File of examples; with --task the tasks' folder.")] = None,
+    task: Annotated[
+        str,
+        typer.Option(help="Commonsense tasks separated by commas, or [bold]commonsense[/] for all eight."),
+    ] = "",
+    protocol: Annotated[
+        str,
+        typer.Option(help="For tasks: [bold]answer-text[/], [bold]label[/], [bold]published[/], or several."),
+    ] = "answer-text",
+    lm_eval: Annotated[
+        str,
+        typer.Option(help="Tasks of EleutherAI's lm-eval separated by commas, or paths of its YAML files."),
+    ] = "",
+    limit: Annotated[int | None, typer.Option(help="Items at most, of each task.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="JSONL to write every item to.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate base and adapter side by side on the same items, with intervals.
+
+    [bold]moslora evaluate smollm2-135m-instruct --adapter runs/demo/adapter --recipe recipes/demo.yaml[/]
+    [bold]moslora evaluate my-model --adapter my-lora --data heldout.jsonl --predictions items.jsonl[/]
+    [bold]moslora evaluate my-model --adapter my-lora --task ARC-Easy,boolq --data commonsense --protocol published[/]
+    [bold]moslora evaluate my-model --adapter my-lora --lm-eval arc_easy,gsm8k --limit 200[/]
+    [bold]moslora evaluate my-llava --adapter my-lora --recipe recipes/shapes-vision.yaml[/]
+
+    First it is proven that the adapter takes part: logits with and without it must differ. One that learned nothing is
+    said to; one that is not felt ends with exit code 1.
+    """
+
+    def action() -> None:
+        from moslora.display import Display
+        from moslora.evaluation.evaluate import evaluate as evaluate_model
+        from moslora.evaluation.results import show
+
+        display = Display(sys.stderr if as_json else sys.stdout)
+        report = evaluate_model(
+            model,
+            display,
+            adapter=adapter,
+            recipe=recipe,
+            data=data,
+            settings=settings or (),
+            tasks=[name.strip() for name in task.split(",") if name.strip()],
+            protocol=protocol,
+            harness=[name.strip() for name in lm_eval.split(",") if name.strip()],
+            limit=limit,
+            predictions=predictions,
+        )
+        if as_json:
+            print(json.dumps(dataclasses.asdict(report), indent=2))
+        else:
+            show(report, display)
+        if predictions is not None:
+            display.say(f"Wrote {predictions}.")
+
+    run_verb(action, debug)
