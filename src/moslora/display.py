@@ -1,20 +1,31 @@
-"""What a person sees while something runs: colour and a moving bar on a terminal, plain lines elsewhere."""
+"""What a person sees while something runs.
+
+``Display`` writes colors and a moving bar on a terminal, plain lines elsewhere; ``NotebookDisplay`` draws in a
+notebook; ``Silence`` is what the Python API has by default, and raises warnings as Python's own.
+"""
 
 from __future__ import annotations
 
+import html
+import io
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from moslora.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["Display", "Progress"]
+__all__ = ["Display", "NotebookDisplay", "Progress", "Silence", "as_text", "find_display"]
 
 # Seconds between plain progress lines, so that a log file stays readable.
 PLAIN_INTERVAL = 10.0
+# Seconds between redrawings of a notebook's bar, each of which is a message to the browser.
+NOTEBOOK_INTERVAL = 0.2
 
 
 class Progress:
@@ -62,7 +73,7 @@ class Display:
         self.quiet = quiet
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """Write a line as it is; brackets in it are no markup.
+        """Write a line as it is; brackets in it are not markup.
 
         Args:
             text: The line.
@@ -153,3 +164,91 @@ class _PlainProgress(Progress):
             self.last = now
             note = f"  {self.note}" if self.note else ""
             self.display.say(f"{self.description} {self.done}/{self.total}{note}")
+
+
+class Silence(Display):
+    """Shows nothing; a warning becomes a Python ``UserWarning``."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO(), quiet=True)
+
+    def warn(self, text: str) -> None:
+        """Raise a warning as Python's own, to be filtered as such."""
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+class NotebookDisplay(Display):
+    """Draws in a Jupyter notebook: lines and tables as text, and one bar per stage that moves in place.
+
+    Raises:
+        UsageError: If IPython is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import IPython.display  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                "progress='notebook' needs IPython, which every notebook has; elsewhere use progress='terminal'."
+            ) from None
+        super().__init__()
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Progress]:
+        """Show a bar that moves in place."""
+        from IPython.display import HTML, display
+
+        state = _NotebookProgress(total, description)
+        handle = display(HTML(state.html()), display_id=True)
+        state.update = lambda: handle.update(HTML(state.html()))
+        yield state
+        state.update()
+
+
+class _NotebookProgress(Progress):
+    def __init__(self, total: int, description: str) -> None:
+        super().__init__(total)
+        self.description = description
+        self.update: Any = lambda: None
+        self.last = 0.0
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if now - self.last >= NOTEBOOK_INTERVAL or self.done >= self.total:
+            self.last = now
+            self.update()
+
+    def html(self) -> str:
+        note = f" {html.escape(self.note)}" if self.note else ""
+        return (
+            f"<div>{html.escape(self.description)} <progress value='{self.done}' max='{self.total}'></progress> "
+            f"{self.done}/{self.total}{note}</div>"
+        )
+
+
+def find_display(progress: str | Display | None) -> Display:
+    """Return the display that the Python API's ``progress=`` names.
+
+    Args:
+        progress: None for silence, ``"terminal"``, ``"notebook"``, or a display of your own.
+
+    Raises:
+        UsageError: If it is something else.
+    """
+    if isinstance(progress, Display):
+        return progress
+    known: dict[str | None, type[Display]] = {None: Silence, "terminal": Display, "notebook": NotebookDisplay}
+    if not isinstance(progress, str | None) or progress not in known:
+        raise UsageError(f"progress={progress!r} must be None, 'terminal', 'notebook' or a moslora Display.")
+    return known[progress]()
+
+
+def as_text(*parts: RenderableType, width: int = 110) -> str:
+    """Return rich tables and lines as plain text, for ``repr``."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    console = Console(file=stream, highlight=False, width=width, no_color=True, markup=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
