@@ -24,7 +24,8 @@ from transformers import TrainerCallback
 
 from moslora.comparison.cells import Bench
 from moslora.comparison.compare import compare
-from moslora.data.tokenization import Encoded, Encoder, encode_all
+from moslora.data.encoding import encode_all
+from moslora.data.tokenization import Encoded, Encoder
 from moslora.display import Display
 from moslora.errors import Stopped
 from moslora.evaluation.evaluate import evaluate

@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.records import Example, overlap, prompt_of, read_records, split_heldout, to_examples
-from moslora.data.tokenization import Encoded, Encoder, Summary, encode_all, preview
-from moslora.metrics.answers import METRICS, wilson_interval
+from moslora.data.encoding import Summary, encode_all
+from moslora.data.files import read_records
+from moslora.data.preview import preview
+from moslora.data.shapes import Example, to_examples
+from moslora.data.splitting import overlap, prompt_of, split_heldout
+from moslora.data.tokenization import Encoded, Encoder
+from moslora.metrics.answers import ANSWER_METRICS, wilson_interval
 from moslora.models.loading import (
     build_skeleton,
     default_device,
@@ -146,7 +150,7 @@ class TextTask(Task):
 
     def _check_references(self) -> None:
         """Refuse references that the metric could never accept, before anything is loaded."""
-        metric = METRICS.get(self.recipe.task.metric)
+        metric = ANSWER_METRICS.get(self.recipe.task.metric)
         if metric is None:
             return
         for encoded in self.asked:
@@ -349,7 +353,7 @@ class TextTask(Task):
 
     def ask(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
         """Generate an answer to each example, in batches, and judge it by the recipe's metric."""
-        metric = METRICS.get(self.recipe.task.metric)
+        metric = ANSWER_METRICS.get(self.recipe.task.metric)
         texts: dict[int, str] = {}
         order = sorted(range(len(chosen)), key=lambda i: len(chosen[i].prompt_ids))
         with self.display.progress(f"Answers, {label}", len(chosen)) as progress:

@@ -17,10 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.records import Example, Records, prompt_of, read_records, to_examples
-from moslora.data.tokenization import Encoded, Encoder, Summary, encode_all
+from moslora.data.encoding import Summary, encode_all
+from moslora.data.files import Records, read_records
+from moslora.data.shapes import Example, to_examples
+from moslora.data.splitting import prompt_of
+from moslora.data.tokenization import Encoded, Encoder
 from moslora.errors import DataError
-from moslora.metrics.answers import METRICS, wilson_interval
+from moslora.metrics.answers import ANSWER_METRICS, wilson_interval
 from moslora.models.loading import _call, materialise, resolve_model
 from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.task import Answer, Evaluation
@@ -588,7 +591,7 @@ class VisionTask(TextTask):
         from transformers import GenerationConfig
 
         model.eval()
-        metric = METRICS.get(self.recipe.task.metric)
+        metric = ANSWER_METRICS.get(self.recipe.task.metric)
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=self.recipe.task.max_new_tokens,
