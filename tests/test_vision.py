@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from moslora.comparison.cells import Bench
 from moslora.comparison.compare import compare
 from moslora.data.encoding import encode_all
+from moslora.data.pictures import open_image
 from moslora.data.tokenization import Encoded, Encoder
 from moslora.display import Display
 from moslora.errors import Stopped
@@ -33,7 +34,7 @@ from moslora.metrics.answers import choice_equal, short_equal
 from moslora.models.loading import build_skeleton, quantization_options, resolve_model
 from moslora.recipe.schema import load_recipe
 from moslora.tasks.text.task import scores_plainly
-from moslora.tasks.vision.task import VisionTask, open_image, scope_of
+from moslora.tasks.vision.task import VisionTask, scope_of
 from moslora.training.run import check, resume, train
 from moslora.training.run_directory import RunDirectory
 from tiny_vision import save_llava

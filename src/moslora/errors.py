@@ -18,6 +18,7 @@ __all__ = [
     "MoSLoRAError",
     "ModelError",
     "NotFoundError",
+    "PictureError",
     "PlanError",
     "ProofError",
     "RecipeError",
@@ -86,6 +87,10 @@ class RecipeError(MoSLoRAError, ValueError):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class PictureError(MoSLoRAError, ValueError):
+    """A picture file is missing, damaged, too large, or of a mode that cannot be read."""
 
 
 class PlanError(MoSLoRAError, ValueError):

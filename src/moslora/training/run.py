@@ -750,7 +750,7 @@ def _write_answers(run: _Run, before: Sequence[Answer], after: Sequence[Answer])
 
 def _keep_small(run: _Run, files: Sequence[str]) -> dict[str, str]:
     """Keep small copies of pictures in the run directory, named by what they show, for the report."""
-    from moslora.tasks.vision.task import open_image
+    from moslora.data.pictures import open_image
 
     kept: dict[str, str] = {}
     for file in files[:SMALL_COPIES]:

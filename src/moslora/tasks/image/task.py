@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.pictures import open_image
 from moslora.distributed import launched
 from moslora.errors import ModelError
 from moslora.models.loading import (
@@ -49,7 +50,6 @@ from moslora.tasks.image.folders import (
 )
 from moslora.tasks.image.published_prompts import PUBLISHED
 from moslora.tasks.task import Count, Evaluation, Shown, Task
-from moslora.tasks.vision.task import open_image
 
 if TYPE_CHECKING:
     from peft import PeftConfig

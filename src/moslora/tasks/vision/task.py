@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.data.encoding import Summary, encode_all
 from moslora.data.files import Records, read_records
+from moslora.data.pictures import open_image
 from moslora.data.shapes import Example, to_examples
 from moslora.data.splitting import prompt_of
 from moslora.data.tokenization import Encoded, Encoder
@@ -50,52 +51,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Trainer, TrainerCallback
 
-__all__ = ["VisionTask", "open_image", "scope_of"]
+__all__ = ["VisionTask", "scope_of"]
 
 BATCH = 16  # examples measured or answered at once
 PROBES = 4  # held-out examples whose logits the proof compares
 SHOWN = 5  # bad pictures spelt out; the rest are counted
-
-
-def open_image(path: Path, max_pixels: int) -> Any:
-    """Open a picture as RGB, upright; transparent ones on white.
-
-    Args:
-        path: The file.
-        max_pixels: Most pixels it may have.
-
-    Returns:
-        A PIL image of mode RGB.
-
-    Raises:
-        ValueError: If it is missing, broken, too large, or of a mode whose range says nothing about brightness.
-    """
-    from PIL import Image, ImageOps
-
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        with Image.open(path) as found:
-            width, height = found.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"{path} has {width} × {height} pixels, more than data.max_pixels={max_pixels}"
-                )
-            if found.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"{path} is of mode {found.mode}, which has no fixed white; save it as 8-bit RGB"
-                )
-            upright = ImageOps.exif_transpose(found)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            return upright.convert("RGB")
-    except ValueError:
-        raise
-    except Image.DecompressionBombError as problem:
-        raise ValueError(f"{path} is too large: {problem}") from None
-    except Exception as problem:  # PIL's readers fail in many ways on a damaged file
-        raise ValueError(f"{path} is broken: {problem}") from None
 
 
 def scope_of(module: str) -> str:
