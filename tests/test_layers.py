@@ -48,6 +48,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
 ALSO = {
     "core.kernels": {"triton"},
     "tasks.image.denoising": {"torch"},  # which is imported inside functions only
+    "tasks.text.trainer": {"trl"},  # likewise
     # Scripts, which a process of their own runs and nothing imports.
     "training.reload_proof.stock_peft": {"torch", "safetensors", "peft", "transformers"},
     "training.reload_proof.stock_diffusers": {"torch", "safetensors", "peft", "diffusers"},

@@ -19,7 +19,7 @@ from moslora import MoSLoRAConfig
 from moslora.cli import app
 from moslora.errors import ModelError, PlanError
 from moslora.memory.plan import CARDS, Weights, count_step, place, plan, smallest_card
-from moslora.tasks.text.task import labelled_loss
+from moslora.tasks.text.loss import labeled_loss
 
 ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures"
 # What the issue asks for: the count against the measurement.
@@ -53,7 +53,7 @@ def allocated(model: nn.Module, rows: int, length: int, scored: int, batches: in
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         for _ in range(2):
             for _ in range(batches):
-                total, count = labelled_loss(model.get_base_model(), inputs)  # type: ignore[operator]
+                total, count = labeled_loss(model.get_base_model(), inputs)  # type: ignore[operator]
                 (total / count).backward()
                 del total, count
             optimiser.step()

@@ -90,7 +90,7 @@ class RecipeError(MoSLoRAError, ValueError):
 
 
 class PictureError(MoSLoRAError, ValueError):
-    """A picture file is missing, damaged, too large, or of a mode that cannot be read."""
+    """A picture cannot be read, or the pictures of an example do not match its text."""
 
 
 class PlanError(MoSLoRAError, ValueError):

@@ -32,7 +32,7 @@ from moslora.training.run import StopRequest
 from moslora.training.run_directory import write_whole
 
 if TYPE_CHECKING:
-    from moslora.tasks.text.task import TextTask
+    from moslora.tasks.language import LanguageTask
 
 __all__ = [
     "Bench",
@@ -102,7 +102,7 @@ class Comparison:
         return self.cell_file(*cell).with_suffix(".started")
 
 
-def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) -> TextTask:
+def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) -> LanguageTask:
     """Read and encode the data; refuse what cannot be compared.
 
     Args:
@@ -116,10 +116,10 @@ def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) 
     Raises:
         ValueError: If data or model cannot be used.
     """
-    from moslora.tasks.text.task import TextTask
+    from moslora.tasks.language import LanguageTask
 
     task: Any = find_task(plan.recipe.task.kind)(plan.recipe, display, check)
-    if not isinstance(task, TextTask):
+    if not isinstance(task, LanguageTask):
         raise ValueError(
             f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text and vision can."
         )
@@ -139,7 +139,7 @@ class Bench:
         stop: Asked between pieces of work.
     """
 
-    def __init__(self, plan: Comparison, task: TextTask, display: Display, stop: StopRequest) -> None:
+    def __init__(self, plan: Comparison, task: LanguageTask, display: Display, stop: StopRequest) -> None:
         self.plan, self.task, self.display, self.stop = plan, task, display, stop
         self.model: Any = task.load()
         self.fingerprint = _fingerprint(self.model)
@@ -200,7 +200,7 @@ class Bench:
         if self.plan.recipe.task.kind != "text":
             raise CannotShare("batches with pictures are not laid one upon the other")
         found: dict[Planned, Cell] = {}
-        made: dict[Planned, tuple[TextTask, Any]] = {}
+        made: dict[Planned, tuple[LanguageTask, Any]] = {}
         surroundings = []
         for cell in cells:
             try:
@@ -247,7 +247,7 @@ class Bench:
 
     def _make(
         self, model: Any, method: Method, rate: float, seed: int, shows: bool = True
-    ) -> tuple[TextTask, Any]:
+    ) -> tuple[LanguageTask, Any]:
         """Make a cell's trainer, its adapter in ``model``; of several at once only one shows what it does."""
         from transformers import PrinterCallback
 
@@ -267,7 +267,7 @@ class Bench:
         task.display = self.display
         return task, trainer
 
-    def _measure(self, task: TextTask, trainer: Any, cell: Planned, costs: _Costs) -> Cell:
+    def _measure(self, task: LanguageTask, trainer: Any, cell: Planned, costs: _Costs) -> Cell:
         """Measure what a trainer has trained."""
         import torch
 

@@ -106,7 +106,7 @@ def train_together(
 
 def _why_alone(base: Any, trainer: Any) -> str | None:
     """Tell why a trainer cannot share the base; None if nothing is known against it."""
-    from moslora.tasks.text.task import scores_plainly
+    from moslora.tasks.text.loss import scores_plainly
 
     arguments = trainer.args
     shared = {id(p) for p in base.parameters()}
@@ -470,7 +470,7 @@ class _Conductor:
     def __init__(self, base: nn.Module, lanes: Sequence[_Lane]) -> None:
         from torch import nn
 
-        from moslora.tasks.text.task import unwrapped
+        from moslora.tasks.text.loss import unwrapped
 
         self.lanes = list(lanes)
         self.layout = _Layout()
@@ -527,7 +527,7 @@ class _Conductor:
         return lane.trainer.compute_loss_context_manager()
 
     def _forward(self, lanes: Sequence[_Lane]) -> None:
-        from moslora.tasks.text.task import score_labels
+        from moslora.tasks.text.loss import score_labels
 
         joint, self.layout = _lay(lanes)
         with self._autocast(lanes[0]):

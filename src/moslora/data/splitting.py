@@ -11,7 +11,7 @@ from typing import Any
 from moslora.data.shapes import Example
 from moslora.errors import UsageError
 
-__all__ = ["overlap", "prompt_of", "split_heldout"]
+__all__ = ["overlap", "prompt_of", "set_aside", "split_heldout", "thin_out"]
 
 
 def prompt_of(example: Example) -> str:
@@ -58,6 +58,40 @@ def split_heldout(
     held_out = [draw == lowest or (draw < fraction and draw != highest) for draw in draws]
     train = [example for example, out in zip(examples, held_out, strict=True) if not out]
     return train, [example for example, out in zip(examples, held_out, strict=True) if out]
+
+
+def set_aside(
+    examples: Sequence[Example],
+    count: int,
+    seed: int,
+    marks: Callable[[Example], Sequence[str]],
+    identity: Callable[[Example], Sequence[str]] | None = None,
+) -> tuple[list[Example], list[Example]]:
+    """Take examples out of the training data, for example to choose a learning rate by.
+
+    Args:
+        examples: The training data.
+        count: About how many to take; at most a quarter.
+        seed: Another seed takes others.
+        marks: What a remaining example must not share with one that was taken, such as its prompt. If all share
+            something, all remain.
+        identity: As for ``split_heldout``.
+
+    Returns:
+        The remaining examples, and those that were taken.
+
+    Raises:
+        UsageError: If fewer than two examples differ.
+    """
+    rest, aside = split_heldout(examples, min(0.25, count / len(examples)), seed, identity)
+    taken_marks = {mark for example in aside for mark in marks(example)}
+    return [example for example in rest if taken_marks.isdisjoint(marks(example))] or rest, aside
+
+
+def thin_out(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return at most ``count`` examples, evenly spread, in their order."""
+    total = len(examples)
+    return [examples[i * total // count] for i in range(count)] if count < total else list(examples)
 
 
 def _content(example: Example) -> list[Any]:

@@ -193,13 +193,13 @@ def _by_data(
     limit: int | None,
 ) -> Report:
     from moslora.tasks import find_task
-    from moslora.tasks.text.task import TextTask, question
+    from moslora.tasks.language import LanguageTask, question_of
 
     # Nothing is trained on, so a file of examples serves as both halves of a recipe.
     given = [] if data is None else [f"data={data}", f"data.heldout={data}"]
     wanted = load_recipe([*([recipe] if recipe else []), f"model={model}", *given, *settings])
     kind = find_task(wanted.task.kind)
-    if not issubclass(kind, TextTask):
+    if not issubclass(kind, LanguageTask):
         raise ValueError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
     task = kind(wanted, Display(quiet=True), lambda: None)
     task.measures_only = True
@@ -228,8 +228,8 @@ def _by_data(
         activity = _prove_active(adapted, adapter, task.probe(), task.device)
         tuned_losses, tuned_answers, tuned_shuffled = measured(adapted, "tuned")
     measures = [_loss(losses, tuned_losses)]
-    shares = {task.share: (answers, tuned_answers)}
-    shares |= {f"{task.share}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
+    shares = {task.accuracy_name: (answers, tuned_answers)}
+    shares |= {f"{task.accuracy_name}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
     if answers and judges:
         for name, (before, after) in shares.items():
             right = [[bool(a.correct) for a in of] for of in (before, after)]
@@ -243,7 +243,7 @@ def _by_data(
         was, now = asked.get(encoded.place, (None, None))
         line = {
             "place": encoded.place,
-            "prompt": question(task.by_place[encoded.place]),
+            "prompt": question_of(task.by_place[encoded.place]),
             "reference": encoded.answer,
             "base_loss": losses[index],
             "tuned_loss": None if tuned_losses is None else tuned_losses[index],
@@ -401,41 +401,18 @@ Protocol = Callable[[Any, _Judge, str, Sequence[Question]], list[tuple[str, str]
 
 
 def _generate(model: Any, judge: _Judge, task: str, questions: Sequence[Question]) -> list[tuple[str, str]]:
-    """Ask as published: the prompt to the letter, four beams, and the first match of the task's pattern."""
-    import torch
-    from transformers import GenerationConfig
+    """Ask as published: the exact prompt, four beams, and the first match of the task's pattern."""
+    from moslora.tasks.language import pad_token_of
+    from moslora.tasks.text.generation import Generation, generate_from_prompts
 
     tokenizer = judge.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=BEAMS,
-        max_new_tokens=NEW_TOKENS,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=pad,
-    )
-    prompts = [tokenizer(eval_prompt(q), verbose=False)["input_ids"] for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
+    stop_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    settings = Generation(NEW_TOKENS, stop_ids, pad_token_of(tokenizer), BEAMS)
+    prompts = [tokenizer(eval_prompt(question), verbose=False)["input_ids"] for question in questions]
     with judge.display.progress(f"{task}, answers", len(prompts)) as progress:
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            length = max(len(prompts[i]) for i in chosen)
-            ids = torch.full((len(chosen), length), int(pad))
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(chosen):
-                ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, length - len(prompts[i]) :] = 1
-            with torch.inference_mode():
-                out = model.generate(
-                    input_ids=ids.to(judge.device),
-                    attention_mask=mask.to(judge.device),
-                    generation_config=config,
-                )
-            found = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-            for i, text in zip(chosen, found, strict=True):
-                texts[i] = text
-            progress.advance(len(chosen))
+        texts = generate_from_prompts(
+            model, tokenizer, prompts, settings, judge.device, BATCH, progress.advance
+        )
     return [(extract(task, text), text) for text in texts]
 
 
