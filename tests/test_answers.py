@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.metrics.answers import METRICS, json_equal, text_equal, wilson_interval
+from moslora.metrics.answers import ANSWER_METRICS, json_equal, text_equal, wilson_interval
 
 VALUES = st.recursive(
     st.none()
@@ -65,7 +65,7 @@ def test_text_ignores_only_white_space_around_it():
     assert text_equal(" yes\n", "yes")
     assert not text_equal("Yes", "yes")
     assert not text_equal("y es", "yes")
-    assert sorted(METRICS) == ["choice", "json", "short", "text"]
+    assert sorted(ANSWER_METRICS) == ["choice", "json", "short", "text"]
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.floats(0.5, 0.999))
@@ -93,5 +93,5 @@ def test_wilson_agrees_with_a_published_value():
 
 @pytest.mark.parametrize("arguments", [(3, 2), (-1, 2), (1, 2, 1.0), (1, 2, 0.0)])
 def test_impossible_counts_are_refused(arguments):
-    with pytest.raises(ValueError, match="must lie between"):
+    with pytest.raises(ValueError, match="must be between"):
         wilson_interval(*arguments)

@@ -45,8 +45,8 @@ from typer.testing import CliRunner
 import moslora
 import tiny_pipelines
 from moslora import MoSLoRAConfig
-from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import compare
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import FOLD_TOLERANCE, compare
 from moslora.adapters.formats import diffusers as diffusers_files
 from moslora.adapters.formats import kohya, read_adapter
 from moslora.adapters.formats.pipeline_checkpoint import FOLDER

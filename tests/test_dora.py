@@ -18,7 +18,8 @@ import tiny
 from moslora import MoSLoRAConfig, param_groups
 from moslora.adapters.combine import combine
 from moslora.adapters.doctor import diagnose
-from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import FOLD_TOLERANCE
 from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
 from moslora.adapters.inspection import inspect_adapter

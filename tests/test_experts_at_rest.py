@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import laws
 from moslora import MoSLoRAConfig
 from moslora.adapters.combine import combine
-from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, Factors, compare
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, compare
 from moslora.adapters.formats import experts, read_adapter
 from moslora.adapters.merge import merge
 from moslora.errors import AdapterError, ModelError

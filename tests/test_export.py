@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import moslora.adapters.export
 import tiny
-from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, Factors, compare
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, compare
 from moslora.adapters.formats import FORMATS, detect, lora, native, read_adapter
 from moslora.errors import AdapterError, ProofError
 from test_tuner import adapted, config, train

@@ -17,8 +17,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from moslora import MoSLoRAConfig
-from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, Factors, Form, compare
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, Form, compare
 from moslora.adapters.formats import FORMATS, WRITTEN, detect, native, read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS, as_matrices, as_stored
 from moslora.cli import app

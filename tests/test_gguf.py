@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, Factors, Form, compare
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, Form, compare
 from moslora.adapters.formats import FORMATS, gguf
 from moslora.cli import app
 from moslora.errors import AdapterError

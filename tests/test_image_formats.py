@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import tiny_pipelines
 from moslora import MoSLoRAConfig
 from moslora.adapters.doctor import diagnose
-from moslora.adapters.export import FOLD_TOLERANCE, TOLERANCES, export_adapter
-from moslora.adapters.factors import Adapter, Factors, Form, compare
+from moslora.adapters.export import TOLERANCES, export_adapter
+from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, Form, compare
 from moslora.adapters.formats import (
     FORMATS,
     comfyui,

@@ -51,6 +51,7 @@ ALSO = {
     "tasks.image.denoising": {"torch"},
     "training.callbacks": {"transformers"},
     "comparison.junction": {"torch"},
+    "tasks.text.trainer": {"trl"},
     # Scripts, which a process of their own runs and nothing imports.
     "training.reload_proof.stock_peft": {"torch", "safetensors", "peft", "transformers"},
     "training.reload_proof.stock_diffusers": {"torch", "safetensors", "peft", "diffusers"},

@@ -21,7 +21,7 @@ from moslora.errors import ModelError, PlanError
 from moslora.memory.counting import count_step
 from moslora.memory.placement import CARDS, Weights, place, smallest_card
 from moslora.memory.plan import plan
-from moslora.tasks.text.task import labelled_loss
+from moslora.tasks.text.loss import labeled_loss
 
 ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures"
 # What the issue asks for: the count against the measurement.
@@ -55,7 +55,7 @@ def allocated(model: nn.Module, rows: int, length: int, scored: int, batches: in
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         for _ in range(2):
             for _ in range(batches):
-                total, count = labelled_loss(model.get_base_model(), inputs)  # type: ignore[operator]
+                total, count = labeled_loss(model.get_base_model(), inputs)  # type: ignore[operator]
                 (total / count).backward()
                 del total, count
             optimiser.step()

@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.data.records import (
-    FORMATS,
-    READERS,
-    Example,
-    Message,
-    Records,
-    overlap,
-    read_records,
-    split_heldout,
-    to_examples,
-)
+from moslora.data.files import READERS, Records, read_records
+from moslora.data.shapes import DATA_FORMATS, Example, Message, to_examples
+from moslora.data.splitting import overlap, split_heldout
 from moslora.errors import DataError
 
 ROWS = [
@@ -118,7 +110,7 @@ BAD = {
         (r'{"text": "\ud83d"}', "line 1: .*without its other half"),
         (b'{"text": "a"}\n{"text": "\xe4"}', "line 2: byte 0xe4 at offset 24 is not UTF-8"),
         (b"\xff\xfe{\x00", "line 1: byte 0xff at offset 0 is not UTF-8"),
-        ("[" * 5000, "line 1: too many levels"),
+        ("[" * 5000, "line 1: too many nested levels"),
         ("[1]\n", "line 1: is a list; expected an object"),
         ("null", "line 1: is null; expected an object"),
         ('[\n{"text": "a"}\n]', "line 1: .*name it .json"),
@@ -142,8 +134,8 @@ BAD = {
     "a.tsv": [("a,b\n1,2\n", "separator seems to be ',': name the file .csv")],
     "a.parquet": [("PAR1 not really", "not readable as Parquet")],
     "a.jsonl.gz": [("x", "compressed.*gunzip")],
-    "a.jsnl": [("x", r"\.jsnl is not read; did you mean \.jsonl\?")],
-    "a": [("x", "no extension is not read")],
+    "a.jsnl": [("x", r"\.jsnl are not supported.*Did you mean '\.jsonl'\?")],
+    "a": [("x", "no extension are not supported")],
 }  # fmt: skip
 
 
@@ -202,7 +194,7 @@ def test_a_folder_holds_one_file_per_split(tmp_path):
         read_records(str(tmp_path))
     write(tmp_path / "test-00000-of-00001.jsonl", '{"text": "a"}')
     assert read_records(str(tmp_path), split="test").rows == [{"text": "a"}]
-    with pytest.raises(DataError, match=r"no file is named after the split 'train'; found test-00000"):
+    with pytest.raises(DataError, match=r"no file is named after the split 'train'; there are test-00000"):
         read_records(str(tmp_path))
     write(tmp_path / "train.json", "[]")
     write(tmp_path / "train.csv", "a")
@@ -307,7 +299,7 @@ def said(content):
         ({"intruction": "a", "output": "b"}, "line 1: field 'instruction' is missing; rename 'intruction'"),
         ({"prompt": "a", "complettion": "b"}, "field 'completion' is missing; rename 'complettion'"),
         ({"instruction": "a", "response": "b"}, "field 'output' is missing; found instruction, response"),
-        ({"x": 1}, "the columns x are none of those known"),
+        ({"x": 1}, "the columns x are not those of a known format"),
         ({"text": None}, "field 'text' is null; expected text"),
         ({"text": 3}, "field 'text' is a number; expected text"),
         ({"text": " "}, "field 'text' is empty; expected text"),
@@ -329,8 +321,8 @@ def said(content):
         (messages(ASK, {**ANSWER, "weight": 0}), "field 'messages[1].weight' is not supported"),
         (messages(ASK), "has no assistant turn (roles: user); nothing could be learned"),
         (messages(ANSWER, ASK, ANSWER), "opens with an assistant turn"),
-        ({**messages(ASK, ANSWER), "system": "Be kind."}, "field 'system' would be left unread"),
-        ({**messages(ASK, ANSWER), "tools": [1]}, "field 'tools' would be left unread"),
+        ({**messages(ASK, ANSWER), "system": "Be kind."}, "field 'system' would be ignored"),
+        ({**messages(ASK, ANSWER), "tools": [1]}, "field 'tools' would be ignored"),
         ({**messages(ASK, ANSWER), "conversations": [ASK, ANSWER]}, "both given"),
     ],
 )  # fmt: skip
@@ -356,9 +348,9 @@ def test_mixed_formats_are_refused_and_the_odd_rows_named():
 
 
 def test_an_unknown_format_names_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'alpaca'"):
+    with pytest.raises(ValueError, match="Did you mean 'alpaca'"):
         to_examples(records({"text": "a"}), "alpacca")
-    assert FORMATS == ("auto", "messages", "prompt-completion", "alpaca", "text")
+    assert DATA_FORMATS == ("auto", "messages", "prompt-completion", "alpaca", "text")
 
 
 @given(
@@ -380,7 +372,7 @@ def test_an_unknown_format_names_the_nearest():
         min_size=1,
         max_size=4,
     ),
-    st.sampled_from(FORMATS),
+    st.sampled_from(DATA_FORMATS),
 )
 def test_rows_of_any_content_are_read_whole_or_refused(rows, format):
     try:

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moslora.data.records import Example, Message
-from moslora.data.tokenization import IGNORED, Encoder, encode_all, preview
+from moslora.data.encoding import encode_all
+from moslora.data.preview import preview
+from moslora.data.shapes import Example, Message
+from moslora.data.tokenization import IGNORED, Encoder
 from moslora.errors import EncodingError
 
 CORPUS = [
@@ -191,7 +193,7 @@ def test_a_template_whose_generation_prompt_is_not_a_prefix_is_refused_with_a_wa
     with pytest.raises(EncodingError, match=r"comes before turn 1 differently.*train_on=all"):
         Encoder(tok).encode(chat("a", "b"))
     _, summary = encode_all([chat("a", "b")], Encoder(tok, train_on="all"))
-    assert any("generation reads the prompt otherwise" in warning for warning in summary.warnings())
+    assert any("the prompt has other tokens in generation" in warning for warning in summary.warnings())
 
 
 def test_white_space_that_joins_the_template_s_own_is_learned_and_warned_of():
@@ -199,7 +201,7 @@ def test_white_space_that_joins_the_template_s_own_is_learned_and_warned_of():
     kept, summary = encode_all([chat("a", "lamp"), chat("a", '"lamp"')], Encoder(tok))
     assert [learned_text(e, tok)[0].lstrip() for e in kept] == ["lamp<|im_end|>", '"lamp"<|im_end|>']
     assert kept[0].prompt_differs
-    assert "generation reads the prompt otherwise" in summary.warnings()[0]
+    assert "the prompt has other tokens in generation" in summary.warnings()[0]
 
 
 def test_what_a_template_refuses_is_said_in_its_own_words():
@@ -271,7 +273,7 @@ def test_a_token_that_reaches_across_the_boundary_is_learned_and_warned_of():
     assert kept[0].input_ids == kept[1].input_ids
     assert kept[0].labels == kept[1].labels
     assert [e.prompt_differs for e in kept] == [False, True]
-    assert "in 1 of 2 examples generation reads the prompt otherwise" in summary.warnings()[0]
+    assert "in 1 of 2 examples the prompt has other tokens in generation" in summary.warnings()[0]
 
 
 @pytest.mark.parametrize("name", PLAIN)

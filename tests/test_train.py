@@ -308,7 +308,8 @@ def test_a_killed_process_is_told_apart_and_resumed(world: Path, tmp_path: Path)
 def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp_path: Path) -> None:
     from moslora import MoSLoRAConfig
     from moslora.recipe.loading import load_recipe
-    from moslora.tasks.text.task import TextTask, labelled_loss, scores_plainly
+    from moslora.tasks.text.loss import labeled_loss, scores_plainly
+    from moslora.tasks.text.task import TextTask
 
     task = TextTask(load_recipe(arguments(world, tmp_path)), quiet(), lambda: None)
     task.read()
@@ -320,7 +321,7 @@ def test_the_loss_on_labels_only_is_trls_in_value_and_gradients(world: Path, tmp
     factors = [p for p in trainer.model.parameters() if p.requires_grad]
     theirs = super(type(trainer), trainer).compute_loss(trainer.model, dict(inputs))
     ours = trainer.compute_loss(trainer.model, dict(inputs))
-    total, count = labelled_loss(trainer.model.get_base_model(), inputs)
+    total, count = labeled_loss(trainer.model.get_base_model(), inputs)
     assert torch.equal(ours, total / count)
     for one, two in zip(
         [ours, *torch.autograd.grad(ours, factors)],
@@ -362,9 +363,9 @@ def test_a_recipe_may_ask_for_dora_and_a_start_from_principal_components(world: 
 
 
 def gradients(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    from moslora.tasks.text.task import labelled_loss
+    from moslora.tasks.text.loss import labeled_loss
 
-    total, count = labelled_loss(model.get_base_model(), inputs)
+    total, count = labeled_loss(model.get_base_model(), inputs)
     loss = total / count
     return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
@@ -382,7 +383,7 @@ def adapted(model: Any) -> Any:
 def test_rows_laid_end_to_end_have_the_loss_and_gradients_of_padded_ones(make: Any) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from moslora.tasks.text.task import why_rows_mix
+    from moslora.tasks.text.padding import why_rows_mix
 
     base = make()
     assert why_rows_mix(base, 0) is None
@@ -400,23 +401,23 @@ def test_rows_laid_end_to_end_have_the_loss_and_gradients_of_padded_ones(make: A
 def test_an_architecture_that_carries_rows_over_is_found_out() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    from moslora.tasks.text.task import why_rows_mix
+    from moslora.tasks.text.padding import why_rows_mix
 
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
-    assert "end to end" in (why_rows_mix(MambaForCausalLM(config).eval(), 0) or "")
+    assert "padding-free" in (why_rows_mix(MambaForCausalLM(config).eval(), 0) or "")
 
 
 def test_runs_lay_rows_end_to_end_unless_told_otherwise(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moslora.tasks.text.task
+    import moslora.tasks.text.padding
     from moslora import MoSLoRAConfig
     from moslora.recipe.loading import load_recipe
     from moslora.tasks.text.task import TextTask
 
     # So narrow a model spends all on attention, and would be padded.
-    monkeypatch.setattr(moslora.tasks.text.task, "padding_cost", lambda *_: 2.0)
+    monkeypatch.setattr(moslora.tasks.text.padding, "padding_cost", lambda *_: 2.0)
 
     def batch(**changes: object) -> Any:
         task = TextTask(load_recipe(arguments(world, tmp_path, **changes)), quiet(), lambda: None)
@@ -432,7 +433,7 @@ def test_runs_lay_rows_end_to_end_unless_told_otherwise(
 
 
 def test_end_to_end_is_not_chosen_where_attention_would_cost_more_than_padding() -> None:
-    from moslora.tasks.text.task import padding_cost
+    from moslora.tasks.text.padding import padding_cost
 
     model = tiny.llama()
     assert padding_cost(model, [8, 4, 8, 2], 4, 0) > 1
@@ -440,12 +441,12 @@ def test_end_to_end_is_not_chosen_where_attention_would_cost_more_than_padding()
 
 
 def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    import moslora.tasks.text.task
+    import moslora.tasks.text.loss
 
     model = adapted(tiny.llama())
     ids = tiny.tokens(2, 20)
     whole = gradients(model, {"input_ids": ids, "labels": ids})
-    monkeypatch.setattr(moslora.tasks.text.task, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(moslora.tasks.text.loss, "LOGIT_ROWS", 7)
     kept: list[tuple[int, ...]] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

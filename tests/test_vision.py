@@ -24,15 +24,19 @@ from transformers import TrainerCallback
 
 from moslora.comparison.bench import Bench
 from moslora.comparison.compare import compare
-from moslora.data.tokenization import Encoded, Encoder, encode_all
+from moslora.data.encoding import encode_all
+from moslora.data.pictures import open_image
+from moslora.data.tokenization import Encoded, Encoder
 from moslora.display import Display
 from moslora.errors import Stopped
 from moslora.evaluation.evaluate import evaluate
 from moslora.metrics.answers import choice_equal, short_equal
 from moslora.models.loading import build_skeleton, quantization_options, resolve_model
 from moslora.recipe.loading import load_recipe
-from moslora.tasks.text.task import scores_plainly
-from moslora.tasks.vision.task import VisionTask, open_image, scope_of
+from moslora.tasks.text.loss import scores_plainly
+from moslora.tasks.vision.scopes import scope_of
+from moslora.tasks.vision.shuffling import pair_with_other_images
+from moslora.tasks.vision.task import VisionTask
 from moslora.training.run import check, resume, train
 from moslora.training.run_directory import RunDirectory
 from tiny_vision import save_llava
@@ -115,7 +119,7 @@ def test_a_picture_without_its_place_in_the_text_is_refused(world: Path, tmp_pat
     rows = json.loads((world / "train.json").read_text())
     rows[2]["conversations"][0]["value"] = "<image><image> two?"
     (world / "places.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match="row 3: 1 pictures, but <image> stands 2 times"):
+    with pytest.raises(ValueError, match="row 3: 1 pictures, but <image> occurs 2 times"):
         check(arguments(world, tmp_path, f"data.train={world / 'places.json'}"), Display(quiet=True))
 
 
@@ -134,8 +138,8 @@ def test_short_answers_and_choices_are_judged_by_what_they_say() -> None:
 def test_a_family_whose_pictures_were_not_tried_is_refused_with_the_way_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moslora.tasks.vision.task.FAMILIES", {"another": None})
-    with pytest.raises(ValueError, match=r"family 'llava'; task=vision was tried on another only"):
+    monkeypatch.setattr("moslora.tasks.vision.task.PROCESSOR_FAMILIES", {"another": None})
+    with pytest.raises(ValueError, match=r"family 'llava'; task=vision was tested on another only"):
         check(arguments(world, tmp_path), Display(quiet=True))
 
 
@@ -182,11 +186,12 @@ def test_the_loss_on_labels_only_is_the_models_own_in_value_and_gradients(
     used = [(one, two) for one, two in pairs if one is not None and two is not None]
     assert len(used) > len(pairs) / 2
     assert all(relative_error(one, two) < MODEL for one, two in used)
-    batches = [task._batch("heldout", [row]) for row in task.heldout_set]
+    heldout = task.heldout_set
+    batches = [task.encoder.batch(*heldout.take([at])) for at in range(len(heldout))]
     with torch.no_grad():
         losses = [trainer.model(**batch).loss * (batch["labels"] != -100).sum() for batch in batches]
     tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    assert task._loss(trainer.model, "tuned") == pytest.approx(float(sum(losses)) / tokens, rel=MODEL)
+    assert task.loss(trainer.model, "tuned") == pytest.approx(float(sum(losses)) / tokens, rel=MODEL)
 
 
 def test_interrupted_and_resumed_ends_bit_for_bit_as_uninterrupted(
@@ -261,7 +266,7 @@ def test_what_is_trained_whole_learns_in_float32_on_a_bfloat16_base(world: Path,
     # Steps this small would be lost on bfloat16 in most places.
     moved = [float((after[n] != p).float().mean()) for n, p in before.items()]
     assert min(moved) > 0.9
-    assert task._loss(trainer.model, "tuned") > 0
+    assert task.loss(trainer.model, "tuned") > 0
 
 
 @pytest.fixture(scope="module")
@@ -352,9 +357,13 @@ def test_shuffled_pictures_are_of_other_examples_and_never_the_same(world: Path,
     task.read()
     task.prepare()
     asked = [encoded.place for encoded in task.asked]
-    pairs = {asked[number]: other.place for number, other in task._strangers().items()}
+    examples = [task.by_place[place] for place in asked]
+    pairs = {
+        asked[number]: other.place
+        for number, other in pair_with_other_images(examples, task.pictures).items()
+    }
     assert len(pairs) == len(task.asked) - 1 == 4
-    shown = {place.removeprefix("heldout "): paths for place, paths in task.paths.items()}
+    shown = {place.removeprefix("heldout "): paths for place, paths in task.pictures.paths.items()}
     assert all(shown[own] != shown[other] for own, other in pairs.items())
     measured = task.evaluate(task.load(), "base")
     assert measured.metrics["loss"] > 0 and len(measured.answers) == 5
@@ -438,10 +447,10 @@ def test_batches_made_when_wanted_are_those_of_examples_encoded_before_and_none_
     known: dict[tuple[int, ...], tuple[Encoded, torch.Tensor]] = {}
     lengths = []
     for example in task.train_examples:
-        images = task._open("train", example)
-        with task.renderer.showing(images):
-            (encoded,), _ = encode_all([example], Encoder(task.renderer, "chat"))
-        pixels = task.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        images = task.pictures.open("train", example)
+        with task.encoder.renderer.showing(images):
+            (encoded,), _ = encode_all([example], Encoder(task.encoder.renderer, "chat"))
+        pixels = task.encoder.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         known[tuple(encoded.input_ids)] = encoded, pixels
         lengths.append(len(encoded.input_ids))
     assert list(trainer._get_train_sampler().lengths) == lengths and len(set(lengths)) > 1
@@ -555,7 +564,8 @@ def test_what_chooses_a_rate_shows_no_picture_that_is_trained_on(world: Path, tm
     task.read()
     task.set_aside(2, 3)
     task.prepare()
-    shown = [{p for e in task.examples[n] for p in task._shown_in(n, e)} for n in ("train", "validation")]
+    parts = {"train": task.train_examples, "validation": task.validation_examples}
+    shown = [{p for e in examples for p in task.pictures.hashes_of(n, e)} for n, examples in parts.items()]
     assert all(shown) and shown[0].isdisjoint(shown[1])
     assert len(task.heldout_set) == 3 and len(task.train_set) + len(task.validation_set) == 6
     assert len(task.score(task.load(), task.validation_set, "base")) == len(task.validation_set)

@@ -20,8 +20,9 @@ from moslora.display import Display
 from moslora.errors import ModelError
 from moslora.models.loading import resolve_model
 from moslora.recipe.loading import load_recipe
-from moslora.tasks.vision.processors import FAMILIES, IMAGE, load_processor, parts_of
-from moslora.tasks.vision.task import VisionTask, scope_of
+from moslora.tasks.vision.processors import IMAGE, PROCESSOR_FAMILIES, load_processor, parts_of
+from moslora.tasks.vision.scopes import scope_of
+from moslora.tasks.vision.task import VisionTask
 from moslora.training.reload_proof import proof as proofs
 from moslora.training.run import train
 from tolerances import MODEL, relative_error
@@ -69,7 +70,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def arguments(family: str, bases: dict[str, Path], pictures: Path, out: Path, *changes: str) -> list[str]:
     if family == "smolvlm":
         pytest.importorskip("num2words", reason="its processor wants it")
-    train_rows = "with-pictures" if FAMILIES[family].prefix else "train"
+    train_rows = "with-pictures" if PROCESSOR_FAMILIES[family].prefix else "train"
     # Gemma's projector is a bare parameter.
     projector = "full" if family in ("gemma3", "qwen3_vl", "llava_next") else "adapter"
     return [
@@ -92,17 +93,18 @@ def prepared(family: str, bases: dict[str, Path], pictures: Path, out: Path, *ch
 
 def own(task: VisionTask, name: str, place: str, answered: bool) -> dict[str, Any]:
     """What the model's own processor gives for one conversation, all of it."""
-    example = next(e for e in task.examples[name] if e.place == place)
-    images = task._open(name, example)
+    examples = {"train": task.train_examples, "heldout": task.heldout_examples}[name]
+    example = next(e for e in examples if e.place == place)
+    images = task.pictures.open(name, example)
     messages = example.messages
     assert messages is not None
-    if task.family.prefix:
+    if task.encoder.family.prefix:
         text = IMAGE * len(images) + messages[0].content.replace(IMAGE, "").strip()
         suffix = {"suffix": [messages[1].content]} if answered else {}
-        return dict(task.processor(text=[text], images=[images], return_tensors="pt", **suffix))
+        return dict(task.encoder.processor(text=[text], images=[images], return_tensors="pt", **suffix))
     kept = messages if answered else messages[:-1]
     shown = iter(images)
-    found = task.processor.apply_chat_template(
+    found = task.encoder.processor.apply_chat_template(
         [{"role": m.role, "content": parts_of(m.content, shown)} for m in kept],
         tokenize=True,
         return_dict=True,
@@ -112,20 +114,20 @@ def own(task: VisionTask, name: str, place: str, answered: bool) -> dict[str, An
     return dict(found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROCESSOR_FAMILIES)
 def test_each_row_alone_through_the_models_own_processing_has_the_batchs_logits(
     family: str, bases: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
     task = prepared(family, bases, pictures, tmp_path)
     model: Any = task.load()
-    rows = [task.train_set[at] for at in range(4)]
+    rows, images = task.train_set.take(range(4))
     assert len({len(row.input_ids) for row in rows}) > 1  # so that there is padding
-    batch = task._batch("train", rows)
+    batch = task.encoder.batch(rows, images)
     with torch.no_grad():
         together = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     for at, row in enumerate(rows):
         # Tokens of pictures are never learned, the whole answer is.
-        assert task.picture_ids.isdisjoint(row.labels)
+        assert task.encoder.picture_ids.isdisjoint(row.labels)
         learned = [label for label in row.labels if label != -100]
         assert task.tokenizer.decode(learned) == f"{row.answer}<|im_end|>"
         alone = own(task, "train", row.place, answered=True)
@@ -138,14 +140,14 @@ def test_each_row_alone_through_the_models_own_processing_has_the_batchs_logits(
         assert relative_error(together[at, :length], logits) < MODEL
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROCESSOR_FAMILIES)
 def test_answers_asked_in_a_batch_are_those_asked_alone_as_the_models_own_processing_has_them(
     family: str, bases: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
     task = prepared(family, bases, pictures, tmp_path)
     model: Any = task.load()
-    rows = [task.train_set[at] for at in range(4)]
-    prompts = task._batch("train", rows, prompts=True)
+    rows, images = task.train_set.take(range(4))
+    prompts = task.encoder.batch(rows, images, prompts=True)
     options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": task.pad_id}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     together = model.generate(**prompts, **options)
@@ -159,7 +161,7 @@ def test_answers_asked_in_a_batch_are_those_asked_alone_as_the_models_own_proces
                 break  # two tokens level to rounding; what follows is of another text
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROCESSOR_FAMILIES)
 def test_scopes_are_the_familys_own_modules(
     family: str, bases: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -180,7 +182,7 @@ def test_scopes_are_the_familys_own_modules(
         for n, m in model.named_modules()
         if n
     ]
-    batch = task._batch("train", [task.train_set[0]])
+    batch = task.encoder.batch(*task.train_set.take([0]))
     with torch.no_grad():
         model(**{k: v for k, v in batch.items() if k != "labels"})
     for hook in hooks:
@@ -224,7 +226,9 @@ def reader() -> Iterator[Any]:
         yield run
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llava"])  # which tests/test_vision.py trains
+@pytest.mark.parametrize(
+    "family", [f for f in PROCESSOR_FAMILIES if f != "llava"]
+)  # which tests/test_vision.py trains
 def test_a_family_trains_folds_and_ships_what_stock_peft_reads(
     family: str,
     bases: dict[str, Path],
@@ -259,10 +263,10 @@ def test_without_torchvision_only_the_part_for_videos_is_missing(bases: dict[str
     pytest.importorskip("num2words", reason="SmolVLM's processor wants it")
     for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"):
         found: Any = load_processor(resolve_model(str(bases[family])), {})
-        stock = type(found).__mro__[1]
+        stock = type(found).whole
         assert stock.__module__.startswith("transformers.")
         assert set(stock.get_attributes()) - set(found.get_attributes()) == {"video_processor"}
-        with pytest.raises(ValueError, match="Videos are not read here"):
+        with pytest.raises(ValueError, match="Videos are not supported"):
             found.video_processor([])
     # What processor_config.json sets is set.
     assert found.image_seq_len == 4
@@ -288,7 +292,7 @@ def test_a_processor_that_wants_another_package_is_refused_with_its_name(
         (
             [{"image": "red.png", "conversations": [*turns("<image>One?", "1"), *turns("And?", "2")]}],
             "seed=0",
-            "row 1: this family .* one question and one answer, and here are user, assistant, user, assistant",
+            "row 1: this family .* one question and one answer, but the turns are user, assistant, user, assistant",
         ),
         (
             [{"image": "red.png", "conversations": turns("<image>One?", "1")}],

@@ -18,6 +18,7 @@ __all__ = [
     "MoSLoRAError",
     "ModelError",
     "NotFoundError",
+    "PictureError",
     "PlanError",
     "ProofError",
     "RecipeError",
@@ -86,6 +87,10 @@ class RecipeError(MoSLoRAError, ValueError):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class PictureError(MoSLoRAError, ValueError):
+    """A picture cannot be read, or the pictures of an example do not match its text."""
 
 
 class PlanError(MoSLoRAError, ValueError):

@@ -25,7 +25,7 @@ from moslora.errors import Stopped, TrainingError
 from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
-    from moslora.tasks.text.task import TextTask
+    from moslora.tasks.language import LanguageTask
 
 __all__ = ["Bench"]
 
@@ -40,7 +40,7 @@ class Bench:
         stop: Asked between pieces of work.
     """
 
-    def __init__(self, plan: Comparison, task: TextTask, display: Display, stop: StopRequest) -> None:
+    def __init__(self, plan: Comparison, task: LanguageTask, display: Display, stop: StopRequest) -> None:
         self.plan, self.task, self.display, self.stop = plan, task, display, stop
         self.model: Any = task.load()
         self.fingerprint = _fingerprint(self.model)
@@ -101,7 +101,7 @@ class Bench:
         if self.plan.recipe.task.kind != "text":
             raise CannotShare("batches with pictures are not laid one upon the other")
         found: dict[Planned, Cell] = {}
-        made: dict[Planned, tuple[TextTask, Any]] = {}
+        made: dict[Planned, tuple[LanguageTask, Any]] = {}
         surroundings = []
         for cell in cells:
             try:
@@ -148,7 +148,7 @@ class Bench:
 
     def _make(
         self, model: Any, method: Method, rate: float, seed: int, shows: bool = True
-    ) -> tuple[TextTask, Any]:
+    ) -> tuple[LanguageTask, Any]:
         """Make a cell's trainer, its adapter in ``model``; of several at once only one shows what it does."""
         from transformers import PrinterCallback
 
@@ -168,7 +168,7 @@ class Bench:
         task.display = self.display
         return task, trainer
 
-    def _measure(self, task: TextTask, trainer: Any, cell: Planned, costs: _Costs) -> Cell:
+    def _measure(self, task: LanguageTask, trainer: Any, cell: Planned, costs: _Costs) -> Cell:
         """Measure what a trainer has trained."""
         import torch
 

@@ -20,7 +20,7 @@ from moslora.display import Display
 from moslora.tasks import find_task
 
 if TYPE_CHECKING:
-    from moslora.tasks.text.task import TextTask
+    from moslora.tasks.language import LanguageTask
 
 __all__ = [
     "in_groups",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) -> TextTask:
+def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) -> LanguageTask:
     """Read and encode the data; refuse what cannot be compared.
 
     Args:
@@ -44,10 +44,10 @@ def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) 
     Raises:
         ValueError: If data or model cannot be used.
     """
-    from moslora.tasks.text.task import TextTask
+    from moslora.tasks.language import LanguageTask
 
     task: Any = find_task(plan.recipe.task.kind)(plan.recipe, display, check)
-    if not isinstance(task, TextTask):
+    if not isinstance(task, LanguageTask):
         raise ValueError(
             f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text and vision can."
         )

@@ -41,7 +41,7 @@ from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from moslora.display import Display
-    from moslora.tasks.text.task import TextTask
+    from moslora.tasks.language import LanguageTask
 
 __all__ = ["compare"]
 
@@ -170,7 +170,7 @@ def _plan(
     )
 
 
-def _say_plan(plan: Comparison, task: TextTask, display: Display) -> None:
+def _say_plan(plan: Comparison, task: LanguageTask, display: Display) -> None:
     """Say how much there is to do, and how small a difference it could show, before any of it is done."""
     from moslora.metrics.intervals import detectable_difference
 
@@ -195,7 +195,7 @@ def _say_plan(plan: Comparison, task: TextTask, display: Display) -> None:
     )
 
 
-def _identity(plan: Comparison, task: TextTask) -> dict[str, Any]:
+def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
     """Everything on which a cell's numbers depend."""
     configs = {}
     for method in plan.methods:
@@ -221,7 +221,7 @@ def _as_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _claimed(plan: Comparison, task: TextTask, display: Display, command: str) -> Iterator[None]:
+def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: str) -> Iterator[None]:
     """Make or reopen the folder, as the only process at work in it."""
     folder, record = plan.directory, plan.directory / "compare.json"
     identity = _identity(plan, task)

@@ -22,7 +22,7 @@ from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from moslora.display import Display
-    from moslora.tasks.text.task import TextTask
+    from moslora.tasks.language import LanguageTask
 
 __all__ = ["ENGINES", "make_engine", "run_all"]
 
@@ -51,7 +51,9 @@ def make_engine(name: str, workers: int | None, together: int) -> Engine:
     return Engine(name, workers, together)
 
 
-def run_all(plan: Comparison, task: TextTask, display: Display, stop: StopRequest, engine: Engine) -> None:
+def run_all(
+    plan: Comparison, task: LanguageTask, display: Display, stop: StopRequest, engine: Engine
+) -> None:
     """Run the cells that are not finished, and the base.
 
     Args:

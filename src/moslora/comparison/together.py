@@ -93,7 +93,7 @@ def train_together(
 
 def _why_alone(base: Any, trainer: Any) -> str | None:
     """Tell why a trainer cannot share the base; None if nothing is known against it."""
-    from moslora.tasks.text.task import scores_plainly
+    from moslora.tasks.text.loss import scores_plainly
 
     arguments = trainer.args
     shared = {id(p) for p in base.parameters()}
@@ -132,7 +132,7 @@ class _Conductor:
         from torch import nn
 
         from moslora.comparison.junction import Junction, Precomputed, replaced_modules
-        from moslora.tasks.text.task import unwrapped
+        from moslora.tasks.text.loss import unwrapped
 
         self.lanes = list(lanes)
         self.layout = Layout()
@@ -190,7 +190,7 @@ class _Conductor:
         return lane.trainer.compute_loss_context_manager()
 
     def _forward(self, lanes: Sequence[Lane]) -> None:
-        from moslora.tasks.text.task import score_labels
+        from moslora.tasks.text.loss import score_labels
 
         joint, self.layout = concatenate_batches(lanes)
         with self._autocast(lanes[0]):

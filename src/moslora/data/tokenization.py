@@ -1,12 +1,12 @@
-"""Examples as token ids and labels: exactly which tokens are learned.
+"""Examples as token ids and labels: exactly which tokens are trained on.
 
-Conversations go through the model's own chat template. What is learned are the assistant's turns, each up to
-and including the token that ends it; where that lies is read off token ids, never guessed from text:
+Conversations go through the model's own chat template. The assistant's turns are trained on, each up to and
+including the token that ends it. Where a turn begins and ends is read from token ids, never guessed from text:
 
     ids of turns[:i] + generation prompt ──must begin──▶ ids of turns[:i+1] ──must begin──▶ ids of all turns
-                                          └ learned: what follows, up to the end of turn ┘
+                                          └ trained on: what follows, up to the end of turn ┘
 
-A template for which that does not hold is refused, because tokens learned there would not be those generated.
+A template for which this does not hold is refused: the tokens trained on would not be those generated.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise, takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.records import Example, Message
-from moslora.errors import EncodingError
+from moslora.data.shapes import Example, Message
+from moslora.errors import EncodingError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "Summary", "encode_all", "preview"]
+__all__ = [
+    "IGNORED",
+    "Encoded",
+    "Encoder",
+    "common_length",
+    "decode",
+]
 
 IGNORED = -100  # torch's cross entropy and every Trainer skip this label
 
@@ -34,8 +40,8 @@ CHOICES = {
     "too_long": ("cut", "drop", "refuse"),
 }
 OTHER_WAYS = (
-    "Set data.train_on=all, or, if earlier answers are the trouble, give prompt (a list of messages) and "
-    "completion, so that only the last answer is learned."
+    "Set data.train_on=all, or, if earlier answers are the cause, give prompt (a list of messages) and "
+    "completion, so that only the last answer is trained on."
 )
 
 
@@ -45,14 +51,14 @@ class Encoded:
 
     Attributes:
         input_ids: The tokens.
-        labels: The same where learned, ``IGNORED`` elsewhere. Nothing comes before the first, so it never is.
+        labels: The same where trained on, ``IGNORED`` elsewhere. The first token has no context: never trained on.
         prompt_ids: What generation starts from: all before the last answer. Empty for text examples.
         answer: The last answer as the data has it; empty for text examples.
         was_cut: Whether the end is missing, beyond ``max_length``.
         place: Where the example stands in its file.
         full_length: Number of tokens before any cut.
-        prompt_differs: Whether ``prompt_ids`` are not how ``input_ids`` begin: a token reaches from the
-            prompt into the answer (and is learned), or the template writes the two differently.
+        prompt_differs: Whether ``input_ids`` do not begin with ``prompt_ids``: a token spans the end of the
+            prompt and the start of the answer (and is trained on), or the template writes the two differently.
         control_text: Whether a turn's own text contains a control token, such as ``<|im_end|>``.
     """
 
@@ -75,14 +81,14 @@ class Encoder:
         tokenizer: The model's tokenizer.
         template: ``"chat"``: the tokenizer's chat template; ``"plain"``: prompt and completion joined, and
             the end-of-sequence token; ``"auto"``: chat if there is a template. Text is always plain. ``"pair"``: one
-            question and its answer, which ``tokenizer.pair`` joins, for models that see questions in both directions.
+            question and its answer, joined by ``tokenizer.pair``, for models with bidirectional attention to prompts.
         train_on: ``"completions"``: every assistant turn (every completion); ``"all"``: every token.
         max_length: Most tokens of an example; None for no limit.
-        too_long: What becomes of a longer one: ``"cut"`` at the end, ``"drop"``, or ``"refuse"`` with an
-            error. One that a cut would leave without a learned token is dropped.
+        too_long: What to do with a longer one: ``"cut"`` its end, ``"drop"`` it, or ``"refuse"`` it with an
+            error. If a cut would leave no trained token, the example is dropped.
 
     Raises:
-        ValueError: For an unknown choice, or ``template="chat"`` without a chat template.
+        UsageError: For an unknown choice, or ``template="chat"`` without a chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -94,13 +100,13 @@ class Encoder:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise UsageError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}."
                 )
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} leaves nothing to learn; give 2 or more.")
+            raise UsageError(f"max_length={self.max_length} leaves nothing to train on; give 2 or more.")
         if self.template == "chat" and not self.tokenizer.chat_template:
-            raise ValueError(
+            raise UsageError(
                 "template='chat' needs a chat template, and the tokenizer has none: "
                 "choose an instruct model, or data.template=plain."
             )
@@ -117,24 +123,37 @@ class Encoder:
             Its tokens, or None if it was dropped for its length.
 
         Raises:
-            EncodingError: If the template refuses it, if what is learned cannot be told exactly, if there is
-                nothing to learn, or if it is too long and ``too_long="refuse"``.
+            EncodingError: If the template refuses it, if the trained tokens cannot be located exactly, if there are
+                none, or if the example is too long and ``too_long="refuse"``.
         """
-        return self._fit(self._whole(example))
+        return self.fit(self.encode_whole(example))
 
-    def _whole(self, example: Example) -> Encoded:
-        lay_out = self._chat if example.text is None and self.uses_chat else self._plain
+    def encode_whole(self, example: Example) -> Encoded:
+        """Encode one example without regard to ``max_length``.
+
+        Raises:
+            EncodingError: As ``encode``, but for its length.
+        """
+        encode = self._chat if example.text is None and self.uses_chat else self._plain
         if self.template == "pair":
-            lay_out = self._pair
+            encode = self._pair
         try:
-            whole = lay_out(example)
-            if not _learned(whole.labels):
-                raise EncodingError(f"no token is left to learn. {OTHER_WAYS}")
+            whole = encode(example)
+            if not trained_count(whole.labels):
+                raise EncodingError(f"no token is left to train on. {OTHER_WAYS}")
         except EncodingError as problem:
             raise EncodingError(f"{example.place}: {problem}") from problem.__cause__
         return whole
 
-    def _fit(self, whole: Encoded) -> Encoded | None:
+    def fit(self, whole: Encoded) -> Encoded | None:
+        """Apply ``max_length`` to an encoded example.
+
+        Returns:
+            The example, cut if it must be; None if it is dropped.
+
+        Raises:
+            EncodingError: If it is too long and ``too_long="refuse"``.
+        """
         if self.max_length is None or whole.full_length <= self.max_length:
             return whole
         if self.too_long == "refuse":
@@ -143,7 +162,7 @@ class Encoder:
                 "Raise trainer.max_length, shorten the example, or choose data.too_long=cut or drop."
             )
         labels = whole.labels[: self.max_length]
-        if self.too_long == "drop" or not _learned(labels):
+        if self.too_long == "drop" or not trained_count(labels):
             return None
         return replace(whole, input_ids=whole.input_ids[: self.max_length], labels=labels, was_cut=True)
 
@@ -160,7 +179,7 @@ class Encoder:
             ids = self._render(messages)
             labels = list(ids)
         else:
-            messages = messages[: last + 1]  # nothing is learned from a question without an answer
+            messages = messages[: last + 1]  # a last question without an answer has no trained tokens
             ids, labels = self._marked(messages) if self._has_marks else self._incremental(messages)
         return Encoded(
             input_ids=ids,
@@ -183,20 +202,20 @@ class Encoder:
                 continue
             before = self._render(messages[:index], ask=True)
             upto = ids if index == len(messages) - 1 else self._render(messages[: index + 1])
-            start = _common(before, upto)
-            if start < len(before) and not _decode(upto, self.tokenizer).startswith(
-                _decode(before, self.tokenizer)
+            start = common_length(before, upto)
+            if start < len(before) and not decode(upto, self.tokenizer).startswith(
+                decode(before, self.tokenizer)
             ):
                 raise EncodingError(
                     f"the chat template writes what comes before turn {index} differently once that turn "
-                    f"follows, so what is learned would not be what is generated. {OTHER_WAYS}"
+                    f"follows, so the trained tokens would not be those generated. {OTHER_WAYS}"
                 )
-            # Where only tokens differ, one reaches across from the template's white space into the answer's.
+            # If only tokens differ, one token spans the template's white space and the answer's.
             end = self._end_of(upto, start)
             if ids[:end] != upto[:end]:
                 raise EncodingError(
                     f"the chat template writes turn {index} differently once more turns follow (some leave "
-                    f"out earlier reasoning), so it cannot be learned as it would be generated. {OTHER_WAYS}"
+                    f"out earlier reasoning), so it cannot be trained on as it would be generated. {OTHER_WAYS}"
                 )
             labels[start:end] = ids[start:end]
         return ids, labels
@@ -204,7 +223,7 @@ class Encoder:
     def _end_of(self, ids: list[int], start: int) -> int:
         """Return where the turn that begins at ``start`` and ends ``ids`` stops: after its end-of-turn token.
 
-        What templates write after that (a line break, most often) is theirs to write, not the model's.
+        What a template writes after that token (most often a line break) is not the model's to generate.
         """
         end = self._end_of_turn
         if end is None:
@@ -212,7 +231,7 @@ class Encoder:
         return next((at + 1 for at in reversed(range(start, len(ids))) if ids[at] == end), len(ids))
 
     def _marked(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Read the answers off the template's own ``{% generation %}`` marks."""
+        """Read where answers are from the template's own ``{% generation %}`` marks."""
         output = self._apply(messages, return_assistant_tokens_mask=True)
         ids, mask = list(output["input_ids"]), list(output["assistant_masks"])
         runs = [list(run) for on, run in groupby(range(len(ids)), key=lambda at: mask[at]) if on]
@@ -220,13 +239,13 @@ class Encoder:
         if not all(message.trained for message in answers):
             if len(runs) != len(answers):
                 raise EncodingError(
-                    f"the chat template marks {len(runs)} stretches for {len(answers)} answers, so those "
-                    "that the prompt quotes cannot be told apart. Give the conversation as messages, or set "
+                    f"the chat template marks {len(runs)} spans for {len(answers)} answers, so the answers "
+                    "inside the prompt cannot be told from the others. Give the conversation as messages, or set "
                     "data.train_on=all."
                 )
             runs = [run for run, message in zip(runs, answers, strict=True) if message.trained]
-        learned = {at for run in runs for at in run}
-        return ids, [token if at in learned else IGNORED for at, token in enumerate(ids)]
+        trained = {at for run in runs for at in run}
+        return ids, [token if at in trained else IGNORED for at, token in enumerate(ids)]
 
     def _render(self, messages: Sequence[Message], ask: bool = False) -> list[int]:
         return list(self._apply(messages, add_generation_prompt=ask)["input_ids"])
@@ -282,28 +301,28 @@ class Encoder:
             prompt_ids = self._opened(self._tokens(example.prompt))
             ids = self._closed(self._tokens(example.prompt + example.completion))
             boundary = self._boundary(example.prompt, example.completion, ids, prompt_ids)
-        learned_from = 0 if self.train_on == "all" else boundary
+        trained_from = 0 if self.train_on == "all" else boundary
         return Encoded(
             input_ids=ids,
-            labels=[IGNORED if at < max(learned_from, 1) else token for at, token in enumerate(ids)],
+            labels=[IGNORED if at < max(trained_from, 1) else token for at, token in enumerate(ids)],
             prompt_ids=prompt_ids,
             answer=example.completion or "",
             was_cut=False,
             place=example.place,
             full_length=len(ids),
             prompt_differs=ids[: len(prompt_ids)] != prompt_ids,
-            # Text may be laid out with control tokens on purpose.
+            # Plain text may contain control tokens on purpose.
             control_text=any(map(self._control.search, (example.prompt or "", example.completion or ""))),
         )
 
     def _tokens(self, text: str) -> list[int]:
-        """Tokenize with the tokenizer's own start token, once even where the text spells it out."""
+        """Tokenize with the tokenizer's start token, only once even if the text begins with it."""
         ids: list[int] = list(self.tokenizer(text, verbose=False)["input_ids"])
         start = self.tokenizer.bos_token_id
         return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
     def _opened(self, ids: list[int]) -> list[int]:
-        """Take off the end token, if it is the tokenizer that adds it: generation goes on from here."""
+        """Remove the end token if the tokenizer adds one: generation continues from here."""
         end = self.tokenizer.eos_token_id
         adds_it = end is not None and self._tokens("a")[-1] == end
         return ids[:-1] if adds_it else ids
@@ -316,13 +335,13 @@ class Encoder:
         """Return the index of the first token that holds any of the completion."""
         if ids[: len(prompt_ids)] == prompt_ids:
             return len(prompt_ids)
-        # A token reaches across. Without offsets, go back to where both tokenizations part.
+        # A token spans the boundary. Without offsets, go back to where both tokenizations differ.
         if not self.tokenizer.is_fast:
-            return _common(ids, prompt_ids)
+            return common_length(ids, prompt_ids)
         offsets = self.tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)[
             "offset_mapping"
         ]
-        skipped = len(offsets) - len(self._tokens(prompt + completion))  # a start token taken off
+        skipped = len(offsets) - len(self._tokens(prompt + completion))  # a start token that _tokens removed
         across = next((at for at, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
         return across - skipped
 
@@ -336,12 +355,12 @@ class Encoder:
         roles = [message.role for message in messages]
         if roles != ["user", "assistant"]:
             raise EncodingError(
-                f"this family of models takes one question and one answer, and here are {', '.join(roles)}. Split the "
-                "conversation, and put what a system turn says into the question."
+                f"this family of models takes one question and one answer, but the turns are {', '.join(roles)}. Split "
+                "the conversation, and move the text of a system turn into the question."
             )
         if self.train_on == "all":
             raise EncodingError(
-                "this family of models sees a question in both directions, so that nothing could be learned in it. "
+                "this family of models attends to a question in both directions, so it cannot be trained on. "
                 "Set data.train_on=completions."
             )
         asked, answer = (message.content for message in messages)
@@ -364,7 +383,7 @@ class Encoder:
             control_text=any(map(self._control.search, (asked, answer))),
         )
 
-    # ---- tokens that mean something ------------------------------------------------------------------
+    # ---- special tokens ------------------------------------------------------------------------------
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -378,143 +397,24 @@ class Encoder:
         return re.compile("|".join(re.escape(str(token)) for token in added if token.special) or r"(?!)")
 
 
-def _learned(labels: Iterable[int]) -> int:
+def trained_count(labels: Iterable[int]) -> int:
+    """Return how many tokens are trained on."""
     return sum(label != IGNORED for label in labels)
 
 
-# ---- all examples ----------------------------------------------------------------------------------------
+# ---- token ids -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What encoding did to a set of examples; all counts are of examples that were kept, but for ``dropped``.
-
-    Attributes:
-        examples: How many there are to train on.
-        tokens: Their tokens.
-        trained_tokens: Those of them that are learned.
-        longest: Tokens of the longest example, before any cut or drop.
-        cut: How many lost their end.
-        dropped: How many were left out for their length.
-        without_end: How many never learn to stop: no end-of-turn token among their learned tokens.
-        prompt_differs: How many prompts generation reads otherwise than training shows them.
-        control_text: How many contain a control token in the text of a turn.
-        max_length: The limit.
-        end_tokens: The end-of-turn tokens, as text.
-    """
-
-    examples: int
-    tokens: int
-    trained_tokens: int
-    longest: int
-    cut: int
-    dropped: int
-    without_end: int
-    prompt_differs: int
-    control_text: int
-    max_length: int | None
-    end_tokens: tuple[str, ...]
-
-    def warnings(self) -> list[str]:
-        """Return what a person should know before training, worst first; empty when all is well."""
-        total = self.examples + self.dropped
-        ends = " or ".join(map(repr, self.end_tokens)) or "(the tokenizer names none)"
-        said = []
-        if self.without_end == self.examples:
-            said.append(
-                f"the end-of-turn token {ends} is never among the trained tokens: "
-                "the model will not learn to stop"
-            )
-        elif self.without_end > self.cut:
-            said.append(f"{self.without_end} of {self.examples} examples train no end-of-turn token {ends}")
-        for count, fate in ((self.dropped, "dropped"), (self.cut, "cut")):
-            if count:
-                said.append(
-                    f"{count} of {total} examples are longer than max_length={self.max_length} and were "
-                    f"{fate}: raise trainer.max_length (the longest has {self.longest} tokens)"
-                )
-        if self.prompt_differs:
-            said.append(
-                f"in {self.prompt_differs} of {self.examples} examples generation reads the prompt otherwise "
-                "than training shows it: white space where prompt and answer meet is joined into one token "
-                "(move it from the prompt's end to the answer's start, or leave it out), or the chat "
-                "template is at fault"
-            )
-        if self.control_text:
-            said.append(
-                f"{self.control_text} of {self.examples} examples contain a control token in their text, "
-                "which the model will read as one: remove it unless it is meant"
-            )
-        return said
-
-
-def encode_all(examples: Sequence[Example], encoder: Encoder) -> tuple[list[Encoded], Summary]:
-    """Encode every example and count what happened.
-
-    Returns:
-        The examples that were kept, in order, and the counts.
-
-    Raises:
-        EncodingError: If examples cannot be encoded, naming the first and how many more; or if none is left.
-    """
-    kept: list[Encoded] = []
-    problems: list[EncodingError] = []
-    longest = 0
-    for example in examples:
-        try:
-            whole = encoder._whole(example)
-            longest = max(longest, whole.full_length)
-            fitted = encoder._fit(whole)
-        except EncodingError as problem:
-            problems.append(problem)
-            continue
-        if fitted:
-            kept.append(fitted)
-    if problems:
-        more = f" ({len(problems) - 1} more examples cannot be encoded either)" if problems[1:] else ""
-        raise EncodingError(f"{problems[0]}{more}") from problems[0].__cause__
-    if not kept:
-        raise EncodingError(
-            f"none of {len(examples)} examples is left within max_length={encoder.max_length}: raise "
-            f"trainer.max_length (the longest has {longest} tokens)."
-        )
-    ends = encoder.stop_ids
-    names = encoder.tokenizer.convert_ids_to_tokens(sorted(ends))
-    return kept, Summary(
-        examples=len(kept),
-        tokens=sum(len(e.input_ids) for e in kept),
-        trained_tokens=sum(_learned(e.labels) for e in kept),
-        longest=longest,
-        cut=sum(e.was_cut for e in kept),
-        dropped=len(examples) - len(kept),
-        without_end=sum(ends.isdisjoint(e.labels) for e in kept),
-        prompt_differs=sum(e.prompt_differs for e in kept),
-        control_text=sum(e.control_text for e in kept),
-        max_length=encoder.max_length,
-        end_tokens=tuple(names),
-    )
-
-
-def preview(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Return an example as stretches of text, each with whether it is learned.
-
-    The stretches join to the decoded whole, control tokens included. Where a stretch ends inside a character
-    that takes several tokens, the character goes whole to the later stretch.
-    """
-    whole = _decode(encoded.input_ids, tokenizer)
-    learned = [label != IGNORED for label in encoded.labels]
-    starts = [at for at in range(len(learned)) if at == 0 or learned[at] != learned[at - 1]]
-    # Half a character decodes as �, so only what the beginning has in common with the whole counts.
-    cuts = [_common(_decode(encoded.input_ids[:at], tokenizer), whole) for at in starts]
-    cuts = [*accumulate(cuts, max), len(whole)]
-    pieces = zip(pairwise(cuts), starts, strict=True)
-    return [(whole[start:stop], learned[at]) for (start, stop), at in pieces if stop > start]
-
-
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of token ids, control tokens included and white space as it is."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _common(a: Sequence[object], b: Sequence[object]) -> int:
-    """Return how many items both begin with alike."""
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
+    """Return the length of the longest common prefix.
+
+    Example:
+        >>> common_length([1, 2, 3], [1, 2, 4])
+        2
+    """
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

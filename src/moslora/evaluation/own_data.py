@@ -29,13 +29,13 @@ def evaluate_own_data(
 ) -> Report:
     """Measure loss and answers on the user's own examples, for base and adapted model."""
     from moslora.tasks import find_task
-    from moslora.tasks.text.task import TextTask, question
+    from moslora.tasks.language import LanguageTask, question_of
 
     # Nothing is trained on, so a file of examples serves as both halves of a recipe.
     given = [] if data is None else [f"data={data}", f"data.heldout={data}"]
     wanted = load_recipe([*([recipe] if recipe else []), f"model={model}", *given, *settings])
     kind = find_task(wanted.task.kind)
-    if not issubclass(kind, TextTask):
+    if not issubclass(kind, LanguageTask):
         raise ValueError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
     task = kind(wanted, Display(quiet=True), lambda: None)
     task.measures_only = True
@@ -64,8 +64,8 @@ def evaluate_own_data(
         activity = prove_active(adapted, adapter, task.probe(), task.device)
         tuned_losses, tuned_answers, tuned_shuffled = measured(adapted, "tuned")
     measures = [_loss(losses, tuned_losses)]
-    shares = {task.share: (answers, tuned_answers)}
-    shares |= {f"{task.share}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
+    shares = {task.accuracy_name: (answers, tuned_answers)}
+    shares |= {f"{task.accuracy_name}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
     if answers and judges:
         for name, (before, after) in shares.items():
             right = [[bool(a.correct) for a in of] for of in (before, after)]
@@ -79,7 +79,7 @@ def evaluate_own_data(
         was, now = asked.get(encoded.place, (None, None))
         line = {
             "place": encoded.place,
-            "prompt": question(task.by_place[encoded.place]),
+            "prompt": question_of(task.by_place[encoded.place]),
             "reference": encoded.answer,
             "base_loss": losses[index],
             "tuned_loss": None if tuned_losses is None else tuned_losses[index],

@@ -87,7 +87,7 @@ def _score(model: Any, hidden: torch.Tensor, device: str) -> torch.Tensor:
 
     head = model.get_output_embeddings()
     if device == "cpu":
-        from moslora.tasks.text.task import score_rows
+        from moslora.tasks.text.loss import score_rows
 
         return score_rows(head, hidden, torch.zeros(len(hidden), dtype=torch.long))
     words = head.weight.shape[0]

@@ -1,4 +1,4 @@
-"""Is a generated answer right, and how sure are we of the share that is?"""
+"""Whether a generated answer is right, and the confidence interval of the share of right answers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from math import sqrt
 from statistics import NormalDist
 from typing import Any
 
-from moslora.data.records import parse_json
+from moslora.data.strict_json import parse_json
+from moslora.errors import UsageError
 
-__all__ = ["METRICS", "choice_equal", "json_equal", "short_equal", "text_equal", "wilson_interval"]
+__all__ = ["ANSWER_METRICS", "choice_equal", "json_equal", "short_equal", "text_equal", "wilson_interval"]
 
 
 def json_equal(answer: str, reference: str) -> bool:
@@ -25,12 +26,12 @@ def json_equal(answer: str, reference: str) -> bool:
         reference: What it should have written.
 
     Raises:
-        ValueError: If the reference is not JSON: then no answer could be right.
+        UsageError: If the reference is not JSON: then no answer could be right.
     """
     try:
         expected = parse_json(reference)
     except ValueError as problem:
-        raise ValueError(
+        raise UsageError(
             f"the reference {reference[:60]!r} is not JSON: {problem}. Correct it, or take metric=text."
         ) from None
     try:
@@ -53,7 +54,7 @@ def text_equal(answer: str, reference: str) -> bool:
 
 
 def short_equal(answer: str, reference: str) -> bool:
-    """Return whether both are the same short answer: case, articles, white space and outer punctuation aside."""
+    """Return whether both are the same short answer, without regard to case, articles, white space and punctuation."""
     return _short(answer) == _short(reference)
 
 
@@ -66,11 +67,13 @@ def choice_equal(answer: str, reference: str) -> bool:
     """Return whether both name the same option of a multiple choice, as ``B``, ``(B)``, ``B.`` or ``B. cat``.
 
     Raises:
-        ValueError: If the reference opens with no letter of an option: then no answer could be right.
+        UsageError: If the reference does not begin with the letter of an option: then no answer could be right.
     """
     expected = _option(reference)
     if expected is None:
-        raise ValueError(f"the reference {reference[:60]!r} names no option. Begin it with a letter, as B.")
+        raise UsageError(
+            f"the reference {reference[:60]!r} names no option. Begin it with a letter, such as B."
+        )
     return _option(answer) == expected
 
 
@@ -79,7 +82,7 @@ def _option(text: str) -> str | None:
     return found[1] if found else None
 
 
-METRICS: dict[str, Callable[[str, str], bool]] = {
+ANSWER_METRICS: dict[str, Callable[[str, str], bool]] = {
     "json": json_equal,
     "text": text_equal,
     "short": short_equal,
@@ -90,7 +93,7 @@ METRICS: dict[str, Callable[[str, str], bool]] = {
 def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval for a share (E. B. Wilson, 1927).
 
-    It keeps to [0, 1] and stays honest near both ends and for few trials, where mean ± 2 errors does not.
+    Unlike mean ± 2 standard errors, it stays within [0, 1] and is right near both ends and for few trials.
 
     Args:
         successes: How many of ``total``.
@@ -101,12 +104,12 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
         Lower and upper bound.
 
     Raises:
-        ValueError: If ``successes`` is not between 0 and ``total``, or ``level`` is out of range.
+        UsageError: If ``successes`` is not between 0 and ``total``, or ``level`` is out of range.
     """
     if not 0 <= successes <= total:
-        raise ValueError(f"successes={successes} must lie between 0 and total={total}.")
+        raise UsageError(f"successes={successes} must be between 0 and total={total}.")
     if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1, both excluded.")
+        raise UsageError(f"level={level} must be between 0 and 1, both excluded.")
     if total == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + level) / 2)

@@ -1,12 +1,15 @@
-"""Multiple choice by log-likelihood: which text is the likeliest to follow a prompt?
+"""Multiple choice by log-likelihood: which text is most likely to follow a prompt?
 
-The prompt is run once; its keys and values are kept and every choice goes on from them.
+The prompt is run once. Its keys and values are cached, and every choice continues from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from moslora.data.tokenization import common_length
+from moslora.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,27 +30,27 @@ def score_choices(
     Args:
         model: A causal language model, adapted or not; it is put into evaluation mode.
         tokenizer: The model's.
-        prompt: What comes before, the same for all.
-        choices: Texts that go on from it, a space before the first word if there is to be one.
+        prompt: The text before every choice.
+        choices: Texts that continue the prompt, each with the space before its first word, if there is one.
         device: Where the model is.
-        share_prompt: Run what all texts begin with once. Without, every text is run whole: slow, and for tests.
+        share_prompt: Run the common prefix of all texts once. If false, every text is run whole: slow, for tests.
 
     Returns:
-        One sum of log-probabilities in nats per choice, over the tokens that the prompt alone lacks.
+        One sum of log-probabilities in nats per choice, over the tokens that follow the prompt's.
 
     Raises:
-        ValueError: If a choice adds no token.
+        UsageError: If a choice adds no token.
     """
     import torch
 
     model.eval()
     alone = _ids(tokenizer, prompt)
     whole = [_ids(tokenizer, prompt + choice) for choice in choices]
-    # A token may reach across from prompt to choice, and then belongs to the choice.
-    starts = [max(1, _common(alone, ids)) for ids in whole]
+    # A token that spans the end of the prompt and the start of a choice belongs to the choice.
+    starts = [max(1, common_length(alone, ids)) for ids in whole]
     if any(len(ids) <= start for ids, start in zip(whole, starts, strict=True)):
-        raise ValueError(f"One of the choices {list(choices)} adds no token to its prompt.")
-    # The last shared token is run with the choices: its output says how likely their first tokens are.
+        raise UsageError(f"One of the choices {list(choices)} adds no token to its prompt.")
+    # The last shared token is run with the choices: its logits predict their first tokens.
     shared = min(starts) - 1 if share_prompt else 0
     longest = max(len(ids) for ids in whole) - shared
     rows = torch.zeros((len(whole), longest), dtype=torch.long)
@@ -77,9 +80,5 @@ def score_choices(
 def _ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
     end = tokenizer.eos_token_id
-    # Some tokenizers end every text; nothing could follow then.
+    # Some tokenizers append an end token to every text; nothing could follow it.
     return ids[:-1] if end is not None and len(ids) > 1 and ids[-1] == end else ids
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

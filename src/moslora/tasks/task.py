@@ -1,6 +1,6 @@
-"""What a modality must bring: data, a base model, a trainer, an evaluation and inputs for the proof.
+"""The contract of a task: data, a base model, a trainer, an evaluation and inputs for the proof.
 
-``training/run.py`` does the rest for all of them alike: run directory, checkpoints, interruption, saving, folding,
+``training/run.py`` does the rest, the same for all tasks: run directory, checkpoints, interruption, saving, folding,
 proofs and report.
 """
 
@@ -26,16 +26,16 @@ __all__ = ["Answer", "Count", "Evaluation", "Shown", "Task"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered to one held-out example.
+    """A model's answer to one held-out example.
 
     Attributes:
-        place: Where the example stands in its file.
-        prompt: What was asked, as text.
+        place: Where the example is in its file.
+        prompt: The question, as text.
         reference: The right answer.
         text: The model's answer.
         correct: Whether the task's metric accepts it; None without a metric.
         kind: The example's group, if the data names one.
-        pictures: Files that the question was asked about.
+        pictures: Files of the pictures that the question is about.
     """
 
     place: str
@@ -49,13 +49,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture that a model made, to be looked at.
+    """A picture that a model made, to look at.
 
     Attributes:
-        prompt: What it was asked for.
-        seed: Of its noise.
-        file: Where it lies in the run directory; empty before it does.
-        data: The file's content; empty once it is there.
+        prompt: The text that it was made from.
+        seed: The seed of its noise.
+        file: Its path in the run directory; empty before it is written.
+        data: The file's content; empty once it is written.
     """
 
     prompt: str
@@ -66,16 +66,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on held-out data.
+    """The measurements of a model on held-out data.
 
     Attributes:
         metrics: Numbers by name, ``loss`` among them; the same names before and after training.
         examples: How many examples the loss was measured on.
-        unit: What those are.
-        pictures: What the model made of the recipe's prompts, in their order.
-        intervals: 95 % intervals of those that are shares, by the same names.
-        fidelity: How alike pictures and prompts are, by the score's name, ready for JSON; under ``absent`` why a score
-            is not there.
+        unit: What those are called.
+        pictures: Pictures made from the recipe's prompts, in the prompts' order.
+        intervals: 95 % intervals of the metrics that are shares, by the same names.
+        fidelity: Similarity of pictures and prompts, by the score's name, ready for JSON; under ``absent`` why a score
+            is missing.
         answers: One per held-out example that was answered, in the order of the data.
     """
 
@@ -93,9 +93,9 @@ class Count:
     """How many parameters a part of a model has.
 
     Attributes:
-        part: What the part is called, as ``vision``.
+        part: The part's name, such as ``vision``.
         base: Parameters of the base model.
-        trained: Parameters that training changes: factors, and what is trained in full.
+        trained: Parameters that training changes: factors, and modules that are trained in full.
     """
 
     part: str
@@ -107,27 +107,27 @@ class Task(ABC):
     """A kind of fine-tuning.
 
     Args:
-        recipe: What the user wants.
-        display: Where to tell of progress.
-        checkpoint: Called between pieces of long work; raises where the run was asked to stop.
+        recipe: The user's settings.
+        display: Where progress is shown.
+        raise_if_stopped: Called between the parts of long work; raises ``Stopped`` if the run was asked to stop.
     """
 
-    def __init__(self, recipe: Recipe, display: Display, checkpoint: Callable[[], None]) -> None:
+    def __init__(self, recipe: Recipe, display: Display, raise_if_stopped: Callable[[], None]) -> None:
         self.recipe = recipe
         self.display = display
-        self.checkpoint = checkpoint
+        self.raise_if_stopped = raise_if_stopped
 
     @abstractmethod
     def read(self) -> None:
         """Read and check the data and find the base model; no weights are loaded, nothing is written.
 
         Raises:
-            ValueError: If data or model cannot be used; the message names the place and the way out.
+            ValueError: If data or model cannot be used; the message says where and what to do.
         """
 
     @abstractmethod
     def prepare(self) -> None:
-        """Turn examples into what the model takes, and tell the user what will be trained on.
+        """Encode the examples for the model, and show the user what will be trained on.
 
         Raises:
             ValueError: If nothing would be trained.
@@ -140,7 +140,7 @@ class Task(ABC):
 
     @abstractmethod
     def hashes(self) -> dict[str, Any]:
-        """Return what identifies data, template and base."""
+        """Return the hashes that identify data, template and base."""
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -154,13 +154,13 @@ class Task(ABC):
         output_dir: Path,
         callbacks: Sequence[TrainerCallback],
     ) -> Trainer:
-        """Make the trainer, the adapter in its place.
+        """Make the trainer; it puts the adapter into the model.
 
         Args:
             model: The base model.
             adapter: The adapter's configuration; None trains the whole model.
             output_dir: Where checkpoints go.
-            callbacks: To be told of steps.
+            callbacks: Callbacks of the trainer.
         """
 
     @abstractmethod
@@ -169,31 +169,31 @@ class Task(ABC):
 
         Args:
             model: Base or adapted model.
-            label: What it is, for the progress display.
+            label: The model's name in the progress display.
         """
 
     @abstractmethod
     def probe(self) -> list[Any]:
-        """Return inputs for the proof: token ids ``(1, length)``, or all arguments by name, each."""
+        """Return inputs for the proof: for each, token ids ``(1, length)`` or all arguments by name."""
 
     def shows_at(self, step: int) -> bool:
-        """Say whether pictures are made after so many optimiser steps."""
+        """Tell whether pictures are made after this number of optimizer steps."""
         return False
 
     def show(self, model: nn.Module, skip: int = 0) -> Iterator[Shown]:
-        """Make pictures while training goes on; training itself must not notice.
+        """Make pictures during training; they must not change it.
 
         Args:
-            model: As it is at the moment.
-            skip: How many are there already; the same ones come in the same order.
+            model: The model in its current state.
+            skip: How many pictures exist already; pictures always come in the same order.
         """
         return iter(())
 
-    # Whether the base's weights must be there. Without, the task can be counted and its data checked only.
+    # Whether the base's weights are needed. If not, parameters can be counted and data checked, and nothing more.
     needs_weights = True
 
     def count(self) -> list[Count]:
-        """Count parameters by part of the model, from its configuration alone; nothing where a task cannot.
+        """Count parameters by part of the model, from its configuration alone; empty if a task cannot.
 
         Raises:
             ValueError: If the configuration cannot be read, or leaves nothing to train.
@@ -202,17 +202,17 @@ class Task(ABC):
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """How the base is quantised, as arguments of ``BitsAndBytesConfig``; None where it is not."""
+        """How the base is quantized, as arguments of ``BitsAndBytesConfig``; None if it is not."""
         return None
 
     @property
     def variant(self) -> str | None:
-        """Which files of the base are read, as ``fp16``; None for the plain ones."""
+        """Which variant of the base's files is read, such as ``fp16``; None for the plain ones."""
         return None
 
-    # With which class of transformers anyone would load the base; or of diffusers, as the reader has it.
+    # The class of transformers (or of diffusers, depending on the reader) that loads the base.
     auto_class = "AutoModelForCausalLM"
-    # Who loads what is shipped, in the proof: a key of ``proofs.READERS``.
+    # Which library loads the exported adapter in the proof: a key of ``READERS`` of training/reload_proof/proof.py.
     reader = "peft"
 
     @property
@@ -222,15 +222,15 @@ class Task(ABC):
 
     @property
     def exports(self) -> Mapping[str, tuple[str, str]]:
-        """What is shipped: place in the run directory and format, by the proof's name; the reader loads the first."""
+        """What is exported: path in the run directory and format, by the proof's name; the reader loads the first."""
         return {"fold": ("lora", "lora")}
 
     def live(self, model: nn.Module) -> Any:
-        """Return what the proof runs: the trained model, or the pipeline around it."""
+        """Return what the proof runs: the trained model, or the pipeline that contains it."""
         return model
 
     def adapter_arguments(self, model: nn.Module) -> dict[str, Any]:
-        """Return what the adapter is configured with on this base model: the recipe's section, and what follows.
+        """Return the adapter's arguments on this base model: the recipe's, and those derived from it.
 
         Args:
             model: The base model.

@@ -62,7 +62,7 @@ def write_predictions(run: RunContext, before: Sequence[Answer], after: Sequence
 
 def _save_thumbnails(run: RunContext, files: Sequence[str]) -> dict[str, str]:
     """Keep small copies of pictures in the run directory, named by what they show, for the report."""
-    from moslora.tasks.vision.task import open_image
+    from moslora.data.pictures import open_image
 
     kept: dict[str, str] = {}
     for file in files[:SMALL_COPIES]:

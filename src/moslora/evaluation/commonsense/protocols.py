@@ -34,41 +34,18 @@ Protocol = Callable[[Any, Judge, str, Sequence[Question]], list[tuple[str, str]]
 
 
 def _generate(model: Any, judge: Judge, task: str, questions: Sequence[Question]) -> list[tuple[str, str]]:
-    """Ask as published: the prompt to the letter, four beams, and the first match of the task's pattern."""
-    import torch
-    from transformers import GenerationConfig
+    """Ask as published: the exact prompt, four beams, and the first match of the task's pattern."""
+    from moslora.tasks.language import pad_token_of
+    from moslora.tasks.text.generation import Generation, generate_from_prompts
 
     tokenizer = judge.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=BEAMS,
-        max_new_tokens=NEW_TOKENS,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=pad,
-    )
-    prompts = [tokenizer(eval_prompt(q), verbose=False)["input_ids"] for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
+    stop_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    settings = Generation(NEW_TOKENS, stop_ids, pad_token_of(tokenizer), BEAMS)
+    prompts = [tokenizer(eval_prompt(question), verbose=False)["input_ids"] for question in questions]
     with judge.display.progress(f"{task}, answers", len(prompts)) as progress:
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            length = max(len(prompts[i]) for i in chosen)
-            ids = torch.full((len(chosen), length), int(pad))
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(chosen):
-                ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, length - len(prompts[i]) :] = 1
-            with torch.inference_mode():
-                out = model.generate(
-                    input_ids=ids.to(judge.device),
-                    attention_mask=mask.to(judge.device),
-                    generation_config=config,
-                )
-            found = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-            for i, text in zip(chosen, found, strict=True):
-                texts[i] = text
-            progress.advance(len(chosen))
+        texts = generate_from_prompts(
+            model, tokenizer, prompts, settings, judge.device, BATCH, progress.advance
+        )
     return [(extract(task, text), text) for text in texts]
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.pictures import open_image
 from moslora.errors import DataError
-from moslora.tasks.vision.task import open_image
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.pictures import open_image
 from moslora.distributed import launched
 from moslora.errors import ModelError
 from moslora.models.loading import (
@@ -49,7 +50,6 @@ from moslora.tasks.image.folders import (
 )
 from moslora.tasks.image.published_prompts import PUBLISHED
 from moslora.tasks.task import Count, Evaluation, Shown, Task
-from moslora.tasks.vision.task import open_image
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -258,7 +258,7 @@ class ImageTask(Task):
             data.bad_images == "skip",
             limit=limit,
             name_words=self._fill,
-            checkpoint=self.checkpoint,
+            checkpoint=self.raise_if_stopped,
         )
         if found.skipped:
             some = "; ".join(found.skipped[:5])
@@ -650,7 +650,7 @@ class ImageTask(Task):
                 parts[name] = None
             else:
                 parts[name] = self._load_part(name, _class(value), torch.float32 if name == "vae" else dtype)
-                self.checkpoint()
+                self.raise_if_stopped()
         if self.auto_class == "StableDiffusionPipeline":
             parts["requires_safety_checker"] = False
         with (
@@ -741,7 +741,7 @@ class ImageTask(Task):
                 part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 part.replace(folder / GENERATED)
                 progress.advance()
-                self.checkpoint()
+                self.raise_if_stopped()
         self.class_folder, self.missing = self._read_class()
 
     def _crops(self, picture: Picture) -> list[Any]:
@@ -760,7 +760,7 @@ class ImageTask(Task):
                 for picture in source:
                     target.append((self._shots(picture), picture.prompt))
                     progress.advance()
-                    self.checkpoint()
+                    self.raise_if_stopped()
         if not self._with_text:
             self.model.remember([prompt for _, prompt in [*self.model.examples, *self.model.prior]])
 
@@ -928,7 +928,7 @@ class ImageTask(Task):
                     for start in range(0, len(draws), BATCH):
                         losses += self.model.losses(draws[start : start + BATCH]).tolist()
                 progress.advance(1, f"loss {sum(losses) / len(losses):.4f}")
-                self.checkpoint()
+                self.raise_if_stopped()
         unit = "held-out pictures" if self.heldout_folder else "training pictures"
         pictures = self._pictures(label)
         return Evaluation(
@@ -957,7 +957,7 @@ class ImageTask(Task):
 
             def checkpoint() -> None:
                 progress.advance()
-                self.checkpoint()
+                self.raise_if_stopped()
 
             for judge in self.judges:
                 scores = judge_pictures(
@@ -1004,7 +1004,7 @@ class ImageTask(Task):
             for prompt, seed in wanted:
                 found.append(Shown(prompt, seed, data=self._make(prompt, seed)))
                 progress.advance()
-                self.checkpoint()
+                self.raise_if_stopped()
         return found
 
     def _make(self, prompt: str, seed: int) -> bytes:

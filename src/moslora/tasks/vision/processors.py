@@ -1,7 +1,7 @@
-"""Processors of vision-language models, and what their families want beside token ids and pictures.
+"""Processors of vision-language models, and what their families take besides token ids and pixel values.
 
-A family is in ``FAMILIES`` when its batches were compared with what its own processor gives for each conversation
-alone. Several processors hold a part for videos that needs torchvision; where that is missing they are made without it.
+A family is in ``PROCESSOR_FAMILIES`` if its batches were compared with the output of its own processor for each
+conversation alone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moslora.compat.processors import multimodal_token_types
+from moslora.errors import UsageError
 from moslora.models.loading import _call
 
 if TYPE_CHECKING:
     from moslora.models.loading import ModelSource
 
 __all__ = [
-    "FAMILIES",
     "IMAGE",
-    "Family",
+    "PROCESSOR_FAMILIES",
+    "ProcessorFamily",
     "Renderer",
     "load_processor",
     "parts_of",
@@ -30,19 +32,19 @@ __all__ = [
     "token_types",
 ]
 
-IMAGE = "<image>"  # where a picture stands in a text, whatever the model's own token is
-# What a processor gives for texts; the rest is the pictures'.
+IMAGE = "<image>"  # the placeholder of a picture in a text, whatever the model's own token is
+# A processor's outputs for texts; the others are for pictures.
 OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
 @dataclass(frozen=True)
-class Family:
-    """What a family of models takes beside token ids and pictures.
+class ProcessorFamily:
+    """What a family of models takes besides token ids and pixel values.
 
     Attributes:
-        types: The argument that says of each token what it is; empty where there is none.
-        prefix: Whether prompts are seen in both directions and come without a chat template: one question, one answer,
-            and ``types`` says which is which. Otherwise ``types`` says which tokens stand for a picture.
+        types: Name of the argument with each token's type; empty if there is none.
+        prefix: Whether attention to prompts is bidirectional and there is no chat template: one question and one
+            answer, and ``types`` tells them apart. Otherwise ``types`` tells which tokens stand for a picture.
     """
 
     types: str = ""
@@ -50,17 +52,17 @@ class Family:
 
 
 # By model_type of the configuration.
-FAMILIES = {
-    "llava": Family(),
-    "llava_next": Family(),
-    "idefics3": Family(),
-    "smolvlm": Family(),
-    "internvl": Family(),
-    "qwen2_vl": Family("mm_token_type_ids"),
-    "qwen2_5_vl": Family("mm_token_type_ids"),
-    "qwen3_vl": Family("mm_token_type_ids"),
-    "gemma3": Family("token_type_ids"),
-    "paligemma": Family("token_type_ids", prefix=True),
+PROCESSOR_FAMILIES = {
+    "llava": ProcessorFamily(),
+    "llava_next": ProcessorFamily(),
+    "idefics3": ProcessorFamily(),
+    "smolvlm": ProcessorFamily(),
+    "internvl": ProcessorFamily(),
+    "qwen2_vl": ProcessorFamily("mm_token_type_ids"),
+    "qwen2_5_vl": ProcessorFamily("mm_token_type_ids"),
+    "qwen3_vl": ProcessorFamily("mm_token_type_ids"),
+    "gemma3": ProcessorFamily("token_type_ids"),
+    "paligemma": ProcessorFamily("token_type_ids", prefix=True),
 }
 
 
@@ -68,7 +70,7 @@ FAMILIES = {
 
 
 def load_processor(source: ModelSource, options: Mapping[str, Any]) -> Any:
-    """Load a model's processor: transformers' own, less the part for videos where torchvision is not installed.
+    """Load a model's processor: transformers' own, without its part for videos if torchvision is not installed.
 
     Args:
         source: From ``resolve_model`` or ``materialise``.
@@ -80,75 +82,44 @@ def load_processor(source: ModelSource, options: Mapping[str, Any]) -> Any:
     Raises:
         ModelError: If it cannot be loaded, or needs a package that is not installed.
     """
-    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
+
+    from moslora.compat.processors import without_videos
 
     if importlib.util.find_spec("torchvision") is None:
         config = _call(source, AutoConfig.from_pretrained, dict(options))
-        kind = PROCESSOR_MAPPING.get(type(config), None)
-        if kind is not None and "video_processor" in kind.get_attributes():
-            return _call(source, _pictures_only(kind).from_pretrained, dict(options))
+        kind = without_videos(config)
+        if kind is not None:
+            return _call(source, kind.from_pretrained, dict(options))
     return _call(source, AutoProcessor.from_pretrained, dict(options))
-
-
-class _NoVideos:
-    """Stands where a processor looks for its part for videos."""
-
-    num_frames = fps = None
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        raise ValueError("Videos are not read here; give pictures.")
-
-
-def _pictures_only(kind: Any) -> Any:
-    """Return a class of processors like ``kind`` that neither loads nor holds a part for videos.
-
-    Everything about text and pictures is ``kind``'s own.
-    """
-
-    class PicturesOnly(kind):  # type: ignore[misc]
-        video_processor = _NoVideos()
-
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return [name for name in kind.get_attributes() if name != "video_processor"]
-
-        @classmethod
-        def from_args_and_dict(
-            cls, args: Sequence[Any], processor_dict: dict[str, Any], **options: Any
-        ) -> Any:
-            # The constructor wants its parts by place. The one for videos comes last, and None is not kept.
-            settings = {key: value for key, value in processor_dict.items() if key != "video_processor"}
-            return super().from_args_and_dict([*args, None], settings, **options)
-
-    PicturesOnly.__name__ = kind.__name__
-    return PicturesOnly
 
 
 # --- Rendering ----------------------------------------------------------------------------------------------
 
 
 class Renderer:
-    """A processor that stands for a tokenizer, with the pictures of one example at a time.
+    """A processor with the interface of a tokenizer, for the pictures of one example at a time.
 
     Args:
         processor: The model's.
     """
 
     def __init__(self, processor: Any) -> None:
-        self._processor, self._images = copy.copy(processor), []  # type: ignore[var-annotated]
-        # A conversation is rendered several times to find its answers; its pictures are prepared once.
-        self._memory = _Remembering(processor.image_processor)
-        self._processor.image_processor = self._memory
+        self._processor = copy.copy(processor)
+        self._images: list[Any] = []
+        # A conversation is rendered several times to find its answers; its pictures are processed once.
+        self._cache = _CachedImageProcessor(processor.image_processor)
+        self._processor.image_processor = self._cache
 
     @contextmanager
     def showing(self, images: Sequence[Any]) -> Iterator[None]:
-        """Have pictures for what is rendered inside the block, in their order."""
+        """Use these pictures, in their order, for what is rendered inside the block."""
         self._images = list(images)
         try:
             yield
         finally:
             self._images = []
-            self._memory.forget()
+            self._cache.clear()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -157,9 +128,9 @@ class Renderer:
 
     @property
     def added_tokens_decoder(self) -> dict[int, Any]:
-        """Control tokens but the picture's, whose places in the text were counted when it was read."""
+        """Control tokens, without the picture's: its placeholders were counted when the data was read."""
         added: dict[int, Any] = self._processor.tokenizer.added_tokens_decoder
-        return {at: token for at, token in added.items() if str(token) != IMAGE}
+        return {number: token for number, token in added.items() if str(token) != IMAGE}
 
     def get_chat_template(self) -> str:
         """Return the processor's."""
@@ -168,43 +139,42 @@ class Renderer:
     def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
         """Render turns to token ids, pictures included."""
         images = iter(self._images)
-        asked = {"add_generation_prompt": bool(options.get("add_generation_prompt"))}
         output = self._processor.apply_chat_template(
             [{"role": t["role"], "content": parts_of(t["content"], images)} for t in turns],
             tokenize=True,
             return_dict=True,
-            **asked,
+            add_generation_prompt=bool(options.get("add_generation_prompt")),
         )
         return {**output, "input_ids": _row(output["input_ids"])}
 
     def pair(self, question: str, answer: str | None = None) -> list[int]:
-        """Return the token ids of a question behind its pictures, and of an answer, as the processor joins them."""
+        """Return the token ids of pictures, a question about them, and maybe an answer, as the processor joins them."""
         if not self._images:
-            raise ValueError("this family of models reads no question without a picture")
+            raise UsageError("this family of models reads no question without a picture")
         text = IMAGE * len(self._images) + question.replace(IMAGE, "").strip()
         more = {} if answer is None else {"suffix": [answer]}
         return _row(self._processor(text=[text], images=[self._images], **more)["input_ids"])
 
 
-class _Remembering:
-    """An image processor that knows what it made of pictures it has seen."""
+class _CachedImageProcessor:
+    """An image processor that keeps its outputs for the pictures that it has seen."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._seen: dict[str, tuple[Any, Any]] = {}
+        self._outputs: dict[str, tuple[Any, Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def forget(self) -> None:
-        self._seen.clear()
+    def clear(self) -> None:
+        self._outputs.clear()
 
     def __call__(self, images: Any, **options: Any) -> Any:
         key = repr([_identities(images), sorted(options.items())])
-        if key not in self._seen:
-            # Kept with the pictures, so that no other object takes their identity.
-            self._seen[key] = images, self._inner(images, **options)
-        return copy.copy(self._seen[key][1])  # whose entries the processor may take out
+        if key not in self._outputs:
+            # The pictures are kept too, so that no other object gets their identity.
+            self._outputs[key] = images, self._inner(images, **options)
+        return copy.copy(self._outputs[key][1])  # a copy, because the processor may remove entries
 
 
 def _identities(images: Any) -> Any:
@@ -220,7 +190,7 @@ def parts_of(content: str, images: Iterator[Any]) -> list[dict[str, Any]]:
     """Split a turn's text at its pictures.
 
     Args:
-        content: With ``<image>`` where they stand.
+        content: Text with ``<image>`` in place of each picture.
         images: The pictures, in their order.
 
     Returns:
@@ -239,21 +209,21 @@ def parts_of(content: str, images: Iterator[Any]) -> list[dict[str, Any]]:
 
 
 def picture_ids(processor: Any) -> set[int]:
-    """Return the tokens that stand for a part of a picture, or open and close one.
+    """Return the tokens that stand for a part of a picture, or mark its beginning and end.
 
     Args:
         processor: The model's.
     """
-    found = {*getattr(processor, "image_token_ids", ()), getattr(processor, "image_token_id", None)}
-    return {int(token) for token in found if token is not None}
+    tokens = {*getattr(processor, "image_token_ids", ()), getattr(processor, "image_token_id", None)}
+    return {int(token) for token in tokens if token is not None}
 
 
 def pixels(processor: Any, images: Sequence[Any]) -> dict[str, Any]:
-    """Prepare pictures as the processor does for a conversation that has them.
+    """Process pictures as the processor does for a conversation that contains them.
 
     Args:
-        processor: The model's. Its image processor alone will not do: some processors set it otherwise (InternVL's cuts
-            pictures to tiles) or take out what the model does not read.
+        processor: The model's. Its image processor alone is not enough: some processors give it other settings
+            (InternVL's cuts pictures into tiles) or remove outputs that the model does not read.
         images: PIL images, at least one.
 
     Returns:
@@ -264,19 +234,18 @@ def pixels(processor: Any, images: Sequence[Any]) -> dict[str, Any]:
     return {name: value for name, value in output.items() if name not in OF_TEXT}
 
 
-def token_types(processor: Any, family: Family, ids: Sequence[int], prompt: int) -> list[int]:
-    """Say of each token what it is, as the processor does.
+def token_types(processor: Any, family: ProcessorFamily, ids: Sequence[int], prompt: int) -> list[int]:
+    """Return each token's type, as the processor does.
 
     Args:
         processor: The model's.
-        family: Of the model; its ``types`` is not empty.
+        family: The model's; its ``types`` is not empty.
         ids: Token ids of a row.
         prompt: How many of them come before the answer.
 
     Returns:
-        One number each.
+        One number per token.
     """
     if family.prefix:
         return [int(at >= prompt) for at in range(len(ids))]
-    types: list[int] = processor.create_mm_token_type_ids([list(ids)])[0]
-    return types
+    return multimodal_token_types(processor, ids)

@@ -1,0 +1,164 @@
+"""All examples of a data set encoded, with the counts of the set and the warnings that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moslora.data.shapes import Example
+from moslora.data.tokenization import Encoded, Encoder, trained_count
+from moslora.errors import EncodingError
+
+__all__ = ["Summary", "Tally", "encode_all"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of a set of encoded examples; dropped ones count in ``dropped`` and ``longest`` only.
+
+    Attributes:
+        examples: How many there are to train on.
+        tokens: Their tokens.
+        trained_tokens: Those of them that are trained on.
+        longest: Tokens of the longest example, before any cut or drop.
+        cut: How many lost their end.
+        dropped: How many were dropped for their length.
+        without_end: How many have no end-of-turn token among their trained tokens, and do not teach to stop.
+        prompt_differs: How many prompts have other tokens in generation than in training.
+        control_text: How many contain a control token in the text of a turn.
+        max_length: The limit.
+        end_tokens: The end-of-turn tokens, as text.
+    """
+
+    examples: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    cut: int
+    dropped: int
+    without_end: int
+    prompt_differs: int
+    control_text: int
+    max_length: int | None
+    end_tokens: tuple[str, ...]
+
+    def warnings(self) -> list[str]:
+        """Return what a person should know before training, most serious first."""
+        total = self.examples + self.dropped
+        ends = " or ".join(map(repr, self.end_tokens)) or "(the tokenizer names none)"
+        warnings = []
+        if self.without_end == self.examples:
+            warnings.append(
+                f"the end-of-turn token {ends} is never among the trained tokens: "
+                "the model will not learn to stop"
+            )
+        elif self.without_end > self.cut:
+            warnings.append(
+                f"{self.without_end} of {self.examples} examples train no end-of-turn token {ends}"
+            )
+        for count, fate in ((self.dropped, "dropped"), (self.cut, "cut")):
+            if count:
+                warnings.append(
+                    f"{count} of {total} examples are longer than max_length={self.max_length} and were "
+                    f"{fate}: raise trainer.max_length (the longest has {self.longest} tokens)"
+                )
+        if self.prompt_differs:
+            warnings.append(
+                f"in {self.prompt_differs} of {self.examples} examples the prompt has other tokens in generation than "
+                "in training: white space between prompt and answer is joined into one token (move it from the "
+                "prompt's end to the answer's start, or remove it), or the chat template is at fault"
+            )
+        if self.control_text:
+            warnings.append(
+                f"{self.control_text} of {self.examples} examples contain a control token in their text, "
+                "which the model will read as one: remove it unless it is intended"
+            )
+        return warnings
+
+
+COUNTED = (
+    "examples", "tokens", "trained_tokens", "cut", "dropped", "without_end", "prompt_differs", "control_text",
+)  # fmt: skip
+
+
+class Tally:
+    """Counts encoded examples one by one, without keeping them.
+
+    Args:
+        encoder: What encodes them.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.longest = 0
+        self._counts = dict.fromkeys(COUNTED, 0)
+
+    def add(self, whole: Encoded, fitted: Encoded | None) -> None:
+        """Count an example.
+
+        Args:
+            whole: From ``Encoder.encode_whole``.
+            fitted: The same after ``Encoder.fit``; None if it was dropped.
+        """
+        self.longest = max(self.longest, whole.full_length)
+        if fitted is None:
+            self._counts["dropped"] += 1
+            return
+        counted = {
+            "examples": 1,
+            "tokens": len(fitted.input_ids),
+            "trained_tokens": trained_count(fitted.labels),
+            "cut": fitted.was_cut,
+            "without_end": self.encoder.stop_ids.isdisjoint(fitted.labels),
+            "prompt_differs": fitted.prompt_differs,
+            "control_text": fitted.control_text,
+        }
+        for name, count in counted.items():
+            self._counts[name] += int(count)
+
+    def summary(self) -> Summary:
+        """Return the counts so far."""
+        names = self.encoder.tokenizer.convert_ids_to_tokens(sorted(self.encoder.stop_ids))
+        return Summary(
+            **self._counts,
+            longest=self.longest,
+            max_length=self.encoder.max_length,
+            end_tokens=tuple(names),
+        )
+
+
+def encode_all(examples: Sequence[Example], encoder: Encoder) -> tuple[list[Encoded], Summary]:
+    """Encode every example and count what happened.
+
+    Args:
+        examples: The examples.
+        encoder: How to encode them.
+
+    Returns:
+        The encoded examples in order, without those dropped, and the counts.
+
+    Raises:
+        EncodingError: If examples cannot be encoded, naming the first and how many more; or if none is left.
+    """
+    encoded: list[Encoded] = []
+    problems: list[EncodingError] = []
+    tally = Tally(encoder)
+    for example in examples:
+        try:
+            whole = encoder.encode_whole(example)
+            fitted = encoder.fit(whole)
+        except EncodingError as problem:
+            problems.append(problem)
+            continue
+        tally.add(whole, fitted)
+        if fitted is not None:
+            encoded.append(fitted)
+    if problems:
+        more = f" ({len(problems) - 1} more examples cannot be encoded either)" if problems[1:] else ""
+        raise EncodingError(f"{problems[0]}{more}") from problems[0].__cause__
+    if not encoded:
+        raise EncodingError(
+            f"none of {len(examples)} examples is left within max_length={encoder.max_length}: raise "
+            f"trainer.max_length (the longest has {tally.longest} tokens)."
+        )
+    return encoded, tally.summary()

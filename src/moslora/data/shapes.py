@@ -1,0 +1,283 @@
+"""Rows as examples: conversations, prompt and completion, Alpaca's columns, or text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moslora.data.faults import Faults, kind_of, listed, quoted
+from moslora.data.files import Records
+from moslora.errors import DataError, UsageError
+from moslora.wording import did_you_mean, nearest
+
+__all__ = ["DATA_FORMATS", "Example", "Message", "to_examples"]
+
+
+# Role in the data → role in a conversation; ShareGPT has names of its own.
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+# Columns that would change what the model sees or learns: they are refused, because
+# dropping them would be silently wrong.
+REFUSED_COLUMNS = {
+    "system": "put it into the conversation as a first message with role 'system', or rename the column",
+    "tools": "tool definitions are not supported: remove the column",
+    "history": "write earlier turns as 'messages'",
+    "image": "images need task=vision: remove the column to train on the text alone",
+    "images": "images need task=vision: remove the column to train on the text alone",
+}
+REFUSED_IN_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight", "train")
+
+
+class _FieldError(ValueError):
+    """A fault in one row, without its place, which the caller knows."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: ``"system"``, ``"user"`` or ``"assistant"``.
+        content: Its text.
+        trained: Whether an assistant's turn is learned; false for turns that a prompt quotes.
+    """
+
+    role: str
+    content: str
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: as a conversation, as prompt and completion, as text, or in both first forms.
+
+    Attributes:
+        place: Where it stands in the file.
+        messages: The conversation, for a chat template.
+        prompt: What comes before ``completion`` in plain layout.
+        completion: What is learned in plain layout.
+        text: Text that is learned as a whole.
+        extra: The other columns, untouched.
+    """
+
+    place: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+_Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A form that rows may have.
+
+    Attributes:
+        required: Columns that it needs.
+        build: From a row to the fields of an ``Example``.
+        optional: Columns that it also reads.
+        other_name: A column that may stand for the required one.
+    """
+
+    required: tuple[str, ...]
+    build: Callable[[_Row], dict[str, Any]]
+    optional: tuple[str, ...] = ()
+    other_name: str = ""
+
+    def fits(self, row: _Row) -> bool:
+        # Tables fill absent columns with null, so a null does not count.
+        return (
+            all(row.get(column) is not None for column in self.required)
+            or row.get(self.other_name) is not None
+        )
+
+
+def _conversation(row: _Row) -> dict[str, Any]:
+    given = [column for column in ("messages", "conversations") if row.get(column) is not None]
+    if len(given) == 2:
+        raise _FieldError("fields 'messages' and 'conversations' are both given; remove one")
+    column = given[0] if given else "messages"
+    return {"messages": _with_answer(_turns(row, column), column)}
+
+
+def _prompt_completion(row: _Row) -> dict[str, Any]:
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        quoted = [Message(m.role, m.content, trained=False) for m in _turns(row, "prompt")]
+        return {"messages": _with_answer((*quoted, *_turns(row, "completion")), "completion", len(quoted))}
+    if isinstance(row.get("prompt"), list) != isinstance(row.get("completion"), list):
+        kinds = f"{kind_of(row.get('prompt'))} and {kind_of(row.get('completion'))}"
+        raise _FieldError(f"fields 'prompt' and 'completion' are {kinds}; expected both text or both lists")
+    return {"prompt": _text(row, "prompt"), "completion": _text(row, "completion")}
+
+
+def _alpaca(row: _Row) -> dict[str, Any]:
+    instruction, output = _text(row, "instruction"), _text(row, "output")
+    given = _text(row, "input", empty=True) if row.get("input") is not None else ""
+    asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+    sections = {"Instruction": instruction, "Input": given, "Response": ""}
+    written = [
+        f"### {name}:\n{text}" for name, text in sections.items() if text.strip() or name == "Response"
+    ]
+    return {
+        "messages": (Message("user", asked), Message("assistant", output)),
+        "prompt": "\n\n".join(written),
+        "completion": output,
+    }
+
+
+SHAPES = {
+    "messages": _Shape(("messages",), _conversation, other_name="conversations"),  # ShareGPT's name
+    "prompt-completion": _Shape(("prompt", "completion"), _prompt_completion),
+    "alpaca": _Shape(("instruction", "output"), _alpaca, optional=("input",)),
+    "text": _Shape(("text",), lambda row: {"text": _text(row, "text")}),
+}
+DATA_FORMATS = ("auto", *SHAPES)
+
+
+def to_examples(records: Records, format: str = "auto") -> list[Example]:
+    """Interpret rows: conversations, prompt and completion, Alpaca's columns, or text.
+
+    Args:
+        records: Rows, as :func:`read_records` gives them.
+        format: One of ``DATA_FORMATS``; ``"auto"`` decides by the columns and refuses rows that fit more than one.
+
+    Returns:
+        One example per row, in order.
+
+    Raises:
+        DataError: If a row does not fit, naming place and field.
+        UsageError: If ``format`` is unknown.
+    """
+    if format not in DATA_FORMATS:
+        hint = did_you_mean(format, DATA_FORMATS)
+        raise UsageError(f"format={format!r} is unknown.{hint} Choose one of {listed(DATA_FORMATS)}.")
+    name = _recognize(records) if format == "auto" else format
+    shape = SHAPES[name]
+    faults = Faults(records.source)
+    examples = []
+    for place, row in zip(records.places, records.rows, strict=True):
+        try:
+            examples.append(_example(place, row, shape))
+        except _FieldError as problem:
+            others = [other for other in _fitting_shapes(row) if other != name]
+            mixed = f" (the row fits format {others[0]!r}, the file {name!r})" if others else ""
+            faults.add(place, f"{problem}{mixed}")
+    faults.raise_if_any(f"Correct or remove these rows (read as data.format={name}); none was skipped.")
+    return examples
+
+
+def _example(place: str, row: _Row, shape: _Shape) -> Example:
+    own = {*shape.required, *shape.optional, shape.other_name}
+    fields = shape.build(row)
+    for column, way in REFUSED_COLUMNS.items():
+        if fields.get("text") is None and column not in own and row.get(column):
+            raise _FieldError(f"field {column!r} would be ignored; {way}")
+    return Example(place, **fields, extra={key: value for key, value in row.items() if key not in own})
+
+
+def _fitting_shapes(row: _Row) -> list[str]:
+    return [name for name, shape in SHAPES.items() if shape.fits(row)]
+
+
+def _recognize(records: Records) -> str:
+    """Return the one format that the rows have, by their columns."""
+    fits = [_fitting_shapes(row) for row in records.rows]
+    for place, names in zip(records.places, fits, strict=True):
+        if len(names) > 1:
+            fault = f"{place}: the columns {listed(records.rows[0])} fit more than one format"
+            ways = " or ".join(f"data.format={name}" for name in names)
+            raise DataError(records.source, [fault], f"Choose one: {ways}.")
+    counts = Counter(name for names in fits for name in names)
+    if counts:
+        return counts.most_common(1)[0][0]
+    row = records.rows[0]
+    closeness = {
+        name: sum(bool(_similar_column(column, row) or column in row) for column in shape.required)
+        for name, shape in SHAPES.items()
+    }
+    best = max(closeness, key=lambda name: closeness[name] / len(SHAPES[name].required))
+    if closeness[best]:
+        return best
+    known = "; ".join(" + ".join(shape.required) for shape in SHAPES.values())
+    fault = f"{records.places[0]}: the columns {listed(row)} are not those of a known format ({known})"
+    raise DataError(records.source, [fault], "Rename the columns.")
+
+
+def _similar_column(name: str, names: Iterable[str]) -> str | None:
+    """Return the column that ``name`` may be misspelled as, among those that no shape reads."""
+    known = {column for shape in SHAPES.values() for column in (*shape.required, *shape.optional)}
+    return nearest(name, [n for n in names if n not in known], 0.75)
+
+
+def _missing(name: str, row: _Row) -> _FieldError:
+    near = _similar_column(name, [str(key) for key in row])
+    return _FieldError(
+        f"field {name!r} is missing; " + (f"rename {near!r}" if near else f"found {listed(row)}")
+    )
+
+
+def _text(row: _Row, column: str, empty: bool = False) -> str:
+    if column not in row:
+        raise _missing(column, row)
+    return _checked_text(row[column], column, empty)
+
+
+def _checked_text(value: Any, where: str, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise _FieldError(f"field {where!r} is {kind_of(value)}; expected text")
+    if not (empty or value.strip()):
+        raise _FieldError(f"field {where!r} is empty; expected text")
+    return value
+
+
+def _turns(row: _Row, column: str) -> tuple[Message, ...]:
+    if column not in row:
+        raise _missing(column, row)
+    if not isinstance(row[column], list):
+        raise _FieldError(f"field {column!r} is {kind_of(row[column])}; expected a list of messages")
+    if not row[column]:
+        raise _FieldError(f"field {column!r} is an empty list; expected messages")
+    return tuple(_turn(value, f"{column}[{index}]") for index, value in enumerate(row[column]))
+
+
+def _turn(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise _FieldError(f"field {where!r} is {kind_of(value)}; expected an object with role and content")
+    role_key = "role" if value.get("role") is not None or "from" not in value else "from"
+    text_key = "content" if value.get("content") is not None or "value" not in value else "value"
+    for key in (role_key, text_key):
+        if key not in value:
+            near = nearest(key, value)
+            way = f"rename {near!r}" if near else f"found {listed(value)}"
+            raise _FieldError(f"field {where + '.' + key!r} is missing; {way}")
+    role = _checked_text(value[role_key], f"{where}.{role_key}")
+    if role not in ROLES:
+        hint = "; tool calls are not supported" if role in ("tool", "function", "ipython") else ""
+        raise _FieldError(
+            f"field {f'{where}.{role_key}'!r} is {quoted(role)}; expected one of {listed(ROLES)}{hint}"
+        )
+    unread = next((key for key in REFUSED_IN_MESSAGES if value.get(key) not in (None, "", [])), None)
+    if unread:
+        raise _FieldError(f"field {f'{where}.{unread}'!r} is not supported")
+    # An empty system or user turn is odd but harmless; an empty answer teaches silence.
+    return Message(
+        ROLES[role], _checked_text(value[text_key], f"{where}.{text_key}", ROLES[role] != "assistant")
+    )
+
+
+def _with_answer(messages: tuple[Message, ...], column: str, start: int = 0) -> tuple[Message, ...]:
+    """Check that there is an answer to learn, and a question before it."""
+    if not any(message.role == "assistant" for message in messages[start:]):
+        roles = listed(message.role for message in messages[start:])
+        raise _FieldError(
+            f"field {column!r} has no assistant turn (roles: {roles}); nothing could be learned"
+        )
+    if messages[0].role == "assistant":
+        raise _FieldError(
+            f"field {column!r} opens with an assistant turn, which answers no question; remove it"
+        )
+    return messages

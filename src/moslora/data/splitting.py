@@ -1,0 +1,111 @@
+"""Held-out examples: split off by content, and the prompts that both sides share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
+from typing import Any
+
+from moslora.data.shapes import Example
+from moslora.errors import UsageError
+
+__all__ = ["overlap", "prompt_of", "set_aside", "split_heldout", "thin_out"]
+
+
+def prompt_of(example: Example) -> str:
+    """Return what identifies an example's prompt: everything before its last answer, or its text."""
+    if example.text is not None:
+        return example.text
+    if example.messages is None:
+        return example.prompt or ""
+    last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
+    return json.dumps([(message.role, message.content) for message in example.messages[:last]])
+
+
+def split_heldout(
+    examples: Sequence[Example],
+    fraction: float,
+    seed: int,
+    identity: Callable[[Example], Sequence[str]] | None = None,
+) -> tuple[list[Example], list[Example]]:
+    """Split by a hash of each example's content, so that examples added later do not move the others.
+
+    Equal examples are on the same side. The share held out is ``fraction`` on average; if one side would be
+    empty, the nearest example is moved there.
+
+    Args:
+        examples: At least two that differ.
+        fraction: Share to hold out, between 0 and 1.
+        seed: Another seed is another split.
+        identity: What makes examples equal, such as the pictures that they show; their content if None.
+
+    Returns:
+        Training and held-out examples, both in the order given, none empty.
+
+    Raises:
+        UsageError: If ``fraction`` is out of range, or fewer than two examples differ.
+    """
+    if not 0 < fraction < 1:
+        raise UsageError(f"fraction={fraction} must be between 0 and 1, both excluded.")
+    draws = [_draw(_content(e) if identity is None else list(identity(e)), seed) for e in examples]
+    if len(set(draws)) < 2:
+        raise UsageError(
+            f"{len(examples)} examples with {len(set(draws))} distinct cannot be split in two; add some."
+        )
+    lowest, highest = min(draws), max(draws)
+    held_out = [draw == lowest or (draw < fraction and draw != highest) for draw in draws]
+    train = [example for example, out in zip(examples, held_out, strict=True) if not out]
+    return train, [example for example, out in zip(examples, held_out, strict=True) if out]
+
+
+def set_aside(
+    examples: Sequence[Example],
+    count: int,
+    seed: int,
+    marks: Callable[[Example], Sequence[str]],
+    identity: Callable[[Example], Sequence[str]] | None = None,
+) -> tuple[list[Example], list[Example]]:
+    """Take examples out of the training data, for example to choose a learning rate by.
+
+    Args:
+        examples: The training data.
+        count: About how many to take; at most a quarter.
+        seed: Another seed takes others.
+        marks: What a remaining example must not share with one that was taken, such as its prompt. If all share
+            something, all remain.
+        identity: As for ``split_heldout``.
+
+    Returns:
+        The remaining examples, and those that were taken.
+
+    Raises:
+        UsageError: If fewer than two examples differ.
+    """
+    rest, aside = split_heldout(examples, min(0.25, count / len(examples)), seed, identity)
+    taken_marks = {mark for example in aside for mark in marks(example)}
+    return [example for example in rest if taken_marks.isdisjoint(marks(example))] or rest, aside
+
+
+def thin_out(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return at most ``count`` examples, evenly spread, in their order."""
+    total = len(examples)
+    return [examples[i * total // count] for i in range(count)] if count < total else list(examples)
+
+
+def _content(example: Example) -> list[Any]:
+    turns = [astuple(message) for message in example.messages or ()]
+    return [turns, example.prompt, example.completion, example.text]
+
+
+def _draw(content: Sequence[Any], seed: int) -> float:
+    """Return a number in [0, 1) that depends on content and seed alone."""
+    text = json.dumps([seed, *content])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def overlap(train: Iterable[Example], heldout: Iterable[Example]) -> int:
+    """Return how many held-out examples have a prompt that a training example has too."""
+    trained_prompts = {prompt_of(example) for example in train}
+    return sum(prompt_of(example) in trained_prompts for example in heldout)

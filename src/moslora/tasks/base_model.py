@@ -1,0 +1,122 @@
+"""The base model of a text or vision task: found, converted, counted and loaded, as the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moslora.models.loading import (
+    build_skeleton,
+    fingerprint,
+    load_model,
+    materialise,
+    quantization_options,
+    resolve_model,
+)
+from moslora.tasks.task import Count
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from moslora.models.loading import ModelSource
+    from moslora.recipe.schema import ModelSection
+
+__all__ = ["BaseModel", "count_parameters"]
+
+
+class BaseModel:
+    """The base model that a recipe names.
+
+    Args:
+        settings: The recipe's ``model`` section.
+        auto_class: Class of transformers that loads it.
+        unquantized: Patterns of modules that are not quantized; transformers' own by default.
+
+    Attributes:
+        source: Where the model is; set by ``find``, and replaced by ``convert``.
+    """
+
+    source: ModelSource
+
+    def __init__(self, settings: ModelSection, auto_class: str, unquantized: Sequence[str] = ()) -> None:
+        self.settings, self.auto_class, self.unquantized = settings, auto_class, unquantized
+
+    def find(self, needs_weights: bool) -> None:
+        """Find out what the model's name means; nothing is loaded.
+
+        Args:
+            needs_weights: Whether a folder without weights is an error.
+
+        Raises:
+            ModelError: If there is no such model.
+        """
+        self.source = resolve_model(self.settings.name, self.settings.revision, needs_weights)
+
+    def convert(self, say: Callable[[str], None]) -> None:
+        """Make sure that the model is a folder or hub id that every program can load; GGUF files are converted once.
+
+        Args:
+            say: Receives progress, a line each.
+        """
+        dtype = "float32" if self.settings.dtype == "auto" else self.settings.dtype
+        self.source = materialise(self.source, dtype, say=say)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies the model exactly."""
+        return fingerprint(self.source)
+
+    def quantization(self, device: str) -> dict[str, Any] | None:
+        """Return the arguments of ``BitsAndBytesConfig``; None if the base is not quantized.
+
+        Args:
+            device: Where the model will be.
+        """
+        settings = self.settings
+        return quantization_options(settings.quantization, settings.dtype, device, self.unquantized)
+
+    def load(self, device: str) -> nn.Module:
+        """Load the model in the recipe's dtype.
+
+        Args:
+            device: Where its weights go.
+        """
+        settings = self.settings
+        model: nn.Module = load_model(
+            self.source,
+            settings.dtype,
+            settings.trust_remote_code,
+            settings.attn_implementation,
+            device,
+            self.auto_class,
+            self.quantization(device),
+        )
+        return model
+
+    def build_skeleton(self) -> nn.Module:
+        """Build the model on the meta device from its configuration alone."""
+        skeleton: nn.Module = build_skeleton(self.source, self.auto_class, self.settings.trust_remote_code)
+        return skeleton
+
+
+def count_parameters(model: nn.Module, config: PeftConfig, part_of: Callable[[str], str]) -> list[Count]:
+    """Count parameters of the base, and those that an adapter trains, by part of the model.
+
+    Args:
+        model: On the meta device; the adapter is put into it.
+        config: The adapter's configuration; where its factors start is changed, because it changes no count.
+        part_of: From the name of a module or parameter to the part that it belongs to.
+    """
+    from peft import get_peft_model
+
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        sizes[part_of(name)] = sizes.get(part_of(name), 0) + parameter.numel()
+    settings: Any = config
+    settings.init_lora_weights = True  # other starts may need the weights
+    adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    trained = dict.fromkeys(sizes, 0)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            trained[part_of(name)] += parameter.numel()
+    return [Count(part, size, trained[part]) for part, size in sizes.items()]

@@ -1,0 +1,322 @@
+"""The contract of a task whose model writes text: its examples are scored and asked, one by one.
+
+``TextTask`` and ``VisionTask`` follow it; comparisons and evaluations need no more than what it declares. A task brings
+its data, batches, answers and trainer. The measurements made from them are here, the same for both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moslora.data.splitting import set_aside, thin_out
+from moslora.errors import UsageError
+from moslora.metrics.answers import ANSWER_METRICS, wilson_interval
+from moslora.models.loading import default_device
+from moslora.tasks.base_model import BaseModel, count_parameters
+from moslora.tasks.task import Answer, Count, Evaluation, Task
+from moslora.tasks.text.loss import Batch, example_losses
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moslora.data.encoding import Summary
+    from moslora.data.shapes import Example
+    from moslora.data.tokenization import Encoded
+    from moslora.display import Display
+    from moslora.models.loading import ModelSource
+    from moslora.recipe.schema import Recipe
+
+__all__ = ["LanguageTask", "judge_answer", "pad_token_of", "question_of", "show_data"]
+
+
+class LanguageTask(Task):
+    """A task whose model writes text.
+
+    Args:
+        recipe: The user's settings.
+        display: Where progress is shown.
+        raise_if_stopped: Called between the parts of long work; raises ``Stopped`` if the run was asked to stop.
+
+    Attributes:
+        base_model: The base model that the recipe names.
+        data_hashes: Hashes of the data files; set by ``read``, as are the examples.
+        train_examples, heldout_examples: The examples, not encoded.
+        validation_examples: Those that ``set_aside`` took out of the training data; a plain run has none.
+        tokenizer: The model's; set by ``prepare``, as are the following ones.
+        train_set, heldout_set, validation_set: The encoded examples.
+        asked: The held-out examples that are to be answered.
+        by_place: The held-out examples by their place in the data.
+        measures_only: Whether only held-out data are used; a task may then leave the rest unread.
+    """
+
+    # The name of the share of right answers among the metrics.
+    accuracy_name = "exact_match"
+    # Patterns of modules that are not quantized; transformers' own by default.
+    unquantized: Sequence[str] = ()
+    # Whether examples with a mark in common are on the same side of a split; otherwise those with equal content are.
+    splits_by_marks = False
+
+    data_hashes: dict[str, str]
+    train_examples: list[Example]
+    heldout_examples: list[Example]
+    validation_examples: Sequence[Example] = ()
+    tokenizer: Any
+    train_set: Sequence[Encoded]
+    heldout_set: Sequence[Encoded]
+    validation_set: Sequence[Encoded]
+    asked: Sequence[Encoded]
+    by_place: Mapping[str, Example]
+    measures_only = False
+
+    def __init__(self, recipe: Recipe, display: Display, raise_if_stopped: Callable[[], None]) -> None:
+        super().__init__(recipe, display, raise_if_stopped)
+        self.base_model = BaseModel(recipe.model, self.auto_class, self.unquantized)
+
+    # ---- what a task brings --------------------------------------------------------------------------
+
+    @abstractmethod
+    def part_of(self, module: str) -> str:
+        """Return the name of the part of the model that a module or parameter belongs to."""
+
+    @abstractmethod
+    def marks(self, example: Example) -> Sequence[str]:
+        """Return what a training example must not share with one that is set aside."""
+
+    @abstractmethod
+    def batches(self, examples: Any) -> Iterator[Batch]:
+        """Make batches whose loss is measured, examples of similar length together.
+
+        Args:
+            examples: ``heldout_set`` or another set.
+        """
+
+    @abstractmethod
+    def ask(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
+        """Generate an answer to each example, in batches, and judge it by the recipe's metric.
+
+        Args:
+            model: Base or adapted model.
+            chosen: Held-out examples.
+            label: The model's name in the progress display.
+        """
+
+    def ask_shuffled(self, model: nn.Module, label: str) -> list[Answer]:
+        """Generate answers about other examples' pictures; empty if there are no pictures.
+
+        Args:
+            model: Base or adapted model.
+            label: The model's name in the progress display.
+        """
+        return []
+
+    def pictures_of(self, example: Example) -> list[str]:
+        """Return the files of the pictures that a held-out example shows."""
+        return []
+
+    # ---- the base model ------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> ModelSource:
+        """The base model, as a folder or hub id that every program can load."""
+        return self.base_model.source
+
+    @property
+    def device(self) -> str:
+        """Where the run computes."""
+        return default_device()
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the base is quantized."""
+        return self.base_model.quantization(self.device)
+
+    def load(self) -> nn.Module:
+        """Load the base model in the recipe's dtype."""
+        return self.base_model.load(self.device)
+
+    def count(self) -> list[Count]:
+        """Count parameters by part of the model, from its configuration alone."""
+        self.base_model.find(self.needs_weights)
+        self.base_model.convert(self.display.say)
+        skeleton = self.base_model.build_skeleton()
+        return count_parameters(skeleton, self.adapter_config(skeleton), self.part_of)
+
+    def hashes(self) -> dict[str, Any]:
+        """Return hashes of the data files, the chat template and the base model."""
+        template = self.tokenizer.chat_template
+        return {
+            "data": self.data_hashes,
+            "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+            "base": self.base_model.fingerprint(),
+        }
+
+    # ---- data ----------------------------------------------------------------------------------------
+
+    @property
+    def pad_id(self) -> int:
+        """A token to pad short rows with."""
+        return pad_token_of(self.tokenizer)
+
+    def set_aside(self, count: int, heldout: int | None) -> int:
+        """Take examples out of the training data to choose a learning rate by; call it before ``prepare``.
+
+        Args:
+            count: About how many; at most a quarter of the training data.
+            heldout: How many held-out examples to use, evenly spread; None for all.
+
+        Returns:
+            How many were set aside. Which ones depends on content and the recipe's seed alone.
+        """
+        identity = self.marks if self.splits_by_marks else None
+        self.train_examples, aside = set_aside(
+            self.train_examples, count, self.recipe.seed, self.marks, identity
+        )
+        self.validation_examples = aside
+        if heldout is not None:
+            self.heldout_examples = thin_out(self.heldout_examples, heldout)
+        return len(aside)
+
+    def check_references(self) -> None:
+        """Refuse references that the metric can never accept, before anything is loaded.
+
+        Raises:
+            UsageError: If there is one.
+        """
+        name = self.recipe.task.metric
+        metric = ANSWER_METRICS.get(name)
+        if metric is None:
+            return
+        for encoded in self.asked:
+            try:
+                metric(encoded.answer, encoded.answer)
+            except ValueError as error:
+                raise UsageError(f"task.metric={name}, {encoded.place}: {error}") from error
+
+    # ---- measurements --------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, label: str) -> Evaluation:
+        """Measure held-out loss, and answers if the recipe has any; with pictures also those to others' pictures."""
+        metrics, intervals = {"loss": self.loss(model, label)}, {}
+        answers = self.ask(model, self.asked, label) if len(self.asked) else []
+        if answers and self.recipe.task.metric != "none":
+            judged = {self.accuracy_name: answers}
+            shuffled = self.ask_shuffled(model, label)
+            if shuffled:
+                judged[f"{self.accuracy_name}_shuffled_images"] = shuffled
+            for name, group in judged.items():
+                right = sum(bool(answer.correct) for answer in group)
+                metrics[name] = right / len(group)
+                intervals[name] = wilson_interval(right, len(group))
+        return Evaluation(metrics, len(self.heldout_set), intervals, answers)
+
+    def loss(self, model: nn.Module, label: str) -> float:
+        """Return the held-out loss: the mean over all trained tokens, in nats.
+
+        Args:
+            model: Base or adapted model.
+            label: The model's name in the progress display.
+        """
+        total, count = 0.0, 0
+        with self.display.progress(f"Held-out loss, {label}", len(self.heldout_set)) as progress:
+            for numbers, losses, tokens in example_losses(model, self.batches(self.heldout_set), self.device):
+                total, count = total + float(losses.sum()), count + int(tokens.sum())
+                progress.advance(len(numbers), f"loss {total / max(count, 1):.4f}")
+                self.raise_if_stopped()
+        return total / count
+
+    def score(self, model: nn.Module, examples: Sequence[Encoded], label: str) -> list[float]:
+        """Return each example's loss: the mean over its trained tokens, in nats, in the order of ``examples``.
+
+        Args:
+            model: Base or adapted model.
+            examples: ``heldout_set`` or another set.
+            label: The model's name in the progress display.
+        """
+        means = [0.0] * len(examples)
+        with self.display.progress(f"Loss, {label}", len(examples)) as progress:
+            for numbers, losses, tokens in example_losses(model, self.batches(examples), self.device):
+                for number, mean in zip(numbers, (losses / tokens.clamp(min=1)).tolist(), strict=True):
+                    means[number] = mean
+                progress.advance(len(numbers))
+                self.raise_if_stopped()
+        return means
+
+
+def pad_token_of(tokenizer: Any) -> int:
+    """Return a token to pad short rows with; it is masked, so any token will do.
+
+    Args:
+        tokenizer: The model's.
+    """
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id or 0) if pad is None else int(pad)
+
+
+def question_of(example: Example) -> str:
+    """Return the question of an example, for people to read.
+
+    Args:
+        example: Any example.
+
+    Returns:
+        The last user message, or the prompt; empty for plain text.
+    """
+    if example.messages is None:
+        return example.prompt or ""
+    questions = [message.content for message in example.messages if message.role == "user"]
+    return questions[-1] if questions else ""
+
+
+def judge_answer(
+    example: Example, reference: str, text: str, metric: str, pictures: Sequence[str] = ()
+) -> Answer:
+    """Judge a model's answer.
+
+    Args:
+        example: What was asked.
+        reference: The right answer.
+        text: The model's answer.
+        metric: A key of ``ANSWER_METRICS``, or ``"none"``.
+        pictures: Files of the pictures that were shown.
+    """
+    is_right = ANSWER_METRICS.get(metric)
+    kind = example.extra.get("kind")
+    return Answer(
+        place=example.place,
+        prompt=question_of(example),
+        reference=reference,
+        text=text,
+        correct=None if is_right is None else is_right(text, reference),
+        kind=None if kind is None else str(kind),
+        pictures=pictures,
+    )
+
+
+def show_data(display: Display, train: Summary, heldout: Summary, pieces: Iterable[tuple[str, bool]]) -> None:
+    """Show what is trained on, with one example whose trained tokens are marked.
+
+    Args:
+        display: Where to show it.
+        train, heldout: Counts of the encoded examples.
+        pieces: One example's text, each piece with whether it is trained on.
+    """
+    from rich.text import Text
+
+    display.say(
+        f"Training examples: {train.examples}, held out: {heldout.examples}. Tokens: {train.tokens}, "
+        f"of which trained: {train.trained_tokens} ({train.trained_tokens / train.tokens:.0%}). "
+        f"Longest example: {train.longest} tokens."
+    )
+    marked = Text("One example; ")
+    marked.append("⟦what is trained on⟧", "bold green")
+    marked.append(":\n")
+    for piece, trained in pieces:
+        marked.append(f"⟦{piece}⟧" if trained else piece, "bold green" if trained else "dim")
+    display.show(marked)
+    display.say()
+    for name, summary in (("Training data", train), ("Held-out data", heldout)):
+        for warning in summary.warnings():
+            display.warn(f"{name}: {warning}")
