@@ -265,7 +265,7 @@ def test_pictures_on_the_way_leave_training_as_it_is_and_none_is_made_twice(
 
     def stop(task: ImageTask) -> None:
         if len(made) == 3:  # the first of step 2
-            task.checkpoint.__self__.received = signal.SIGTERM  # type: ignore[attr-defined]
+            task.raise_if_stopped.__self__.received = signal.SIGTERM  # type: ignore[attr-defined]
 
     made.clear()
     with monkeypatch.context() as patch:

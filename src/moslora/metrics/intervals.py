@@ -1,19 +1,19 @@
-"""How sure is a difference? Paired intervals, tests and what could have been seen, over seeds and examples.
+"""Confidence intervals and tests of paired differences, over seeds and examples, and minimum detectable differences.
 
-Two methods are compared by ``D: (seeds, examples)``, the second's score less the first's, same seed and same example
-each. Both seeds and examples are samples: another seed or another held-out file would give another mean. So
+Two methods are compared by ``D: (seeds, examples)``, the second's score minus the first's, for the same seed and the
+same example. Both seeds and examples are samples: another seed or another held-out file gives another mean. So
 
     D[s, i] = µ + seed_s + example_i + rest_si
 
-and the interval of µ has to hold for new seeds *and* new examples.
+and the interval of µ must hold for new seeds *and* new examples.
 
-- Examples are many and skewed: their part is bootstrapped, whole columns at a time, each resample over its own
-  standard error (the bootstrap-t of B. Efron), which leans the interval the way the data lean. Percentiles of the plain
-  means are too narrow for a few dozen skewed examples, and so is the bootstrap-t for long tails on both sides, where
-  Student's t is not: of the two the wider counts, on each side.
-- Seeds are few. Resampling two of them gives their smallest and largest as an "interval" that is right half the time:
-  their part is Student's t with ``seeds - 1`` degrees of freedom.
-- Both halves are joined as roots of squares: ``half² = half_seeds² + half_examples²``, which errs on the wide side
+- Examples are many and skewed: their part is bootstrapped, whole columns at a time, each resample divided by its own
+  standard error (the bootstrap-t of B. Efron), so the interval is skewed like the data. Percentiles of the plain means
+  are too narrow for a few dozen skewed examples. The bootstrap-t is too narrow for long tails on both sides, where
+  Student's t is not: on each side, the wider of the two is used.
+- Seeds are few. Resampling two of them gives the smaller and the larger as an "interval" with 50 % coverage, so their
+  part is Student's t with ``seeds - 1`` degrees of freedom.
+- Both half-widths are combined as ``half² = half_seeds² + half_examples²``, which is conservative
   (K. S. Banerjee, 1960; as "MOVER", G. Zou and A. Donner, 2008).
 """
 
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any
+
+from moslora.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,26 +42,26 @@ __all__ = [
     "student_quantile",
 ]
 
-# Resamplings of the examples. The ends of a 95 % interval then wander by about 2 % of its width.
+# Resamplings of the examples. The ends of a 95 % interval then vary by about 2 % of its width.
 DRAWS = 4000
-# Of the test that a difference of this size would be found.
+# Statistical power at which the minimum detectable difference is given.
 POWER = 0.8
-# P-values below are not told apart by so many resamplings.
+# Smaller p-values cannot be told apart with this number of resamplings.
 SMALLEST_P = 2 / DRAWS
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of means, and how sure it is.
+    """A paired difference of means, with its interval and p-value.
 
     Attributes:
         mean: Mean over seeds and examples, in the score's unit.
         low, high: Ends of the interval for new seeds and new examples.
-        p: Two-sided p-value of "no difference", not corrected; at least ``SMALLEST_P``.
+        p: Two-sided p-value of "no difference", not corrected for several tests; at least ``SMALLEST_P``.
         seed_deviation: Standard deviation between seeds of the difference of means.
         example_deviation: Standard deviation between examples of the difference, averaged over seeds.
         seeds, examples: How many.
-        level: Of the interval.
+        level: Confidence level of the interval.
     """
 
     mean: float
@@ -74,44 +76,44 @@ class Difference:
 
 
 def paired_difference(differences: Sequence[Sequence[float]], level: float = 0.95) -> Difference:
-    """Judge paired differences.
+    """Return interval and p-value of paired differences.
 
     Args:
-        differences: One row per seed, one column per example: a method's score less the baseline's.
-        level: Of the interval, between 0 and 1.
+        differences: One row per seed, one column per example: a method's score minus the baseline's.
+        level: Confidence level of the interval, between 0 and 1.
 
     Returns:
-        Mean, interval and p-value. They agree: the interval at ``level`` leaves out 0 just where ``p < 1 - level``.
+        Mean, interval and p-value. They agree: the interval at ``level`` excludes 0 exactly if ``p < 1 - level``.
 
     Raises:
-        ValueError: If there are fewer than two seeds or examples, rows differ in length, or a value is not finite.
+        UsageError: If there are fewer than two seeds or examples, rows differ in length, or a value is not finite.
     """
     import numpy as np
 
     if len({len(row) for row in differences}) > 1:
-        raise ValueError(f"Rows of {sorted({len(row) for row in differences})} examples cannot be paired.")
+        raise UsageError(f"Rows of {sorted({len(row) for row in differences})} examples cannot be paired.")
     D = np.asarray(differences, dtype=float)  # (seeds, examples)
     if D.ndim != 2 or min(D.shape) < 2:
-        raise ValueError(
-            f"Differences of shape {D.shape} show no noise; at least 2 seeds and 2 examples are needed."
+        raise UsageError(
+            f"Differences of shape {D.shape} have no measurable noise; at least 2 seeds and 2 examples are needed."
         )
     if not np.isfinite(D).all():
-        raise ValueError("A difference is NaN or infinite; a diverged run has to be shown, not averaged.")
+        raise UsageError("A difference is NaN or infinite; a diverged run must be reported, not averaged.")
     if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1, both excluded.")
+        raise UsageError(f"level={level} must be between 0 and 1, both excluded.")
     seeds, examples = D.shape
     mean = float(D.mean())
     by_seed, by_example = D.mean(axis=1), D.mean(axis=0)
     seed_deviation, example_deviation = float(by_seed.std(ddof=1)), float(by_example.std(ddof=1))
     error = example_deviation / math.sqrt(examples)
-    strayed = _studentised(by_example - by_example.mean())  # (draws,), in order
+    deviations = _studentized(by_example - by_example.mean())  # (draws,), sorted
 
     def halves(alpha: float) -> tuple[float, float]:
-        """How far the interval at ``1 - alpha`` reaches below and above the mean."""
+        """Return how far the interval at ``1 - alpha`` extends below and above the mean."""
         of_seeds = student_quantile(1 - alpha / 2, seeds - 1) * seed_deviation / math.sqrt(seeds)
         least = student_quantile(1 - alpha / 2, examples - 1)
-        # A resample that strays upwards says how far the truth may lie below.
-        left, right = np.quantile(strayed, [alpha / 2, 1 - alpha / 2])
+        # The upper tail of the resamples gives the lower end of the interval.
+        left, right = np.quantile(deviations, [alpha / 2, 1 - alpha / 2])
         return (
             math.hypot(of_seeds, error * max(least, float(right))),
             math.hypot(of_seeds, error * max(least, -float(left))),
@@ -132,21 +134,21 @@ def paired_difference(differences: Sequence[Sequence[float]], level: float = 0.9
 
 
 def paired_examples(differences: Sequence[float], level: float = 0.95) -> Difference:
-    """Judge paired differences of two models on the same examples; for these models, so nothing is said of seeds.
+    """Return interval and p-value of two models' differences on the same examples; not of the methods, over seeds.
 
     Args:
         differences: One per example, at least 2.
-        level: Of the interval.
+        level: Confidence level of the interval.
 
     Returns:
-        As ``paired_difference``, with the examples' part alone.
+        As ``paired_difference``, with the examples' part only.
     """
-    # Equal rows have no spread between seeds, which leaves the examples'.
+    # Equal rows have no variance between seeds; only the examples' remains.
     return paired_difference([list(differences)] * 2, level)
 
 
 def _p_value(mean: float, halves: Any) -> float:
-    """Find the alpha whose interval just touches 0, by bisection: halves shrink as alpha grows."""
+    """Find by bisection the alpha whose interval just touches 0: the interval shrinks as alpha grows."""
     if mean == 0:
         return 1.0
 
@@ -154,7 +156,7 @@ def _p_value(mean: float, halves: Any) -> float:
         below, above = halves(alpha)
         return bool(mean - below > 0 or mean + above < 0)
 
-    low, high = SMALLEST_P, 1.0  # excluded at high, unless nothing is
+    low, high = SMALLEST_P, 1.0  # 0 is excluded at ``high``, unless it never is
     if excludes(low):
         return low
     for _ in range(40):
@@ -163,24 +165,24 @@ def _p_value(mean: float, halves: Any) -> float:
     return high
 
 
-def _studentised(centred: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return (mean ÷ standard error) of every resample of values whose mean is 0, in order: ``(draws,)``."""
+def _studentized(centered: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return (mean ÷ standard error) of every resample of values whose mean is 0, sorted: ``(draws,)``."""
     import numpy as np
 
-    weights = _resampling(len(centred))
-    means = weights @ centred
-    variances = weights @ centred**2 - means**2
-    errors = np.sqrt(np.clip(variances, 0, None) / (len(centred) - 1))
-    # A resample of one example many times has no spread; it says as little as it can: infinitely far, or nothing.
+    weights = _resampling(len(centered))
+    means = weights @ centered
+    variances = weights @ centered**2 - means**2
+    errors = np.sqrt(np.clip(variances, 0, None) / (len(centered) - 1))
+    # A resample of one example only has no variance: its ratio is infinite, or 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(means == 0, 0.0, means / errors)
-    # Fewer than infinitely many, so that the interval stays a number where there are two or three examples.
+    # Clipped, so that the interval is finite for two or three examples.
     return np.sort(np.clip(ratios, -1e6, 1e6))
 
 
 @lru_cache(maxsize=8)
 def _resampling(examples: int) -> np.ndarray[Any, Any]:
-    """How often each example is drawn, as a share: ``(draws, examples)``. One table, so results are reproducible."""
+    """Return how often each example is drawn, as a share, always the same: ``(draws, examples)``."""
     import numpy as np
 
     counts = np.random.default_rng(0).multinomial(examples, [1 / examples] * examples, size=DRAWS)
@@ -188,17 +190,17 @@ def _resampling(examples: int) -> np.ndarray[Any, Any]:
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Return Student's interval for a mean of a few values, as a score over seeds.
+    """Return Student's interval for a mean of a few values, such as a score over seeds.
 
     Args:
-        values: At least one; a single one shows no noise and has an interval without ends.
-        level: Of the interval.
+        values: At least one; the interval of a single value is infinite.
+        level: Confidence level of the interval.
 
     Raises:
-        ValueError: If there is no value.
+        UsageError: If there is no value.
     """
     if not values:
-        raise ValueError("No value has no mean.")
+        raise UsageError("There is no value to average.")
     if len(values) == 1:
         return -math.inf, math.inf
     half = student_quantile((1 + level) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
@@ -206,13 +208,13 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values of several tests, so that *any* false finding stays within the level (S. Holm, 1979).
+    """Correct p-values of several tests, so that the family-wise error rate is at most the level (S. Holm, 1979).
 
     Args:
         p_values: One per test.
 
     Returns:
-        Corrected p-values, in the same order; compare them with the level as they are.
+        Holm-corrected p-values, in the same order, to be compared with the level.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -233,17 +235,17 @@ def detectable_difference(
     level: float = 0.95,
     comparisons: int = 1,
 ) -> float:
-    """Return the smallest true difference that such a comparison would find four times out of five.
+    """Return the minimum detectable difference of a comparison at 80 % power.
 
     Args:
         seed_deviation: Standard deviation between seeds of the difference of means.
         example_deviation: Standard deviation between examples of the difference, averaged over seeds.
         seeds, examples: How many, at least 2 each.
-        level: Of the test.
-        comparisons: Among how many tests it has to stand (Holm's first step).
+        level: Confidence level of the test.
+        comparisons: The number of tests for which p-values are corrected (Holm's first step).
 
     Returns:
-        In the unit of the deviations: half the interval's width plus what noise takes away a fifth of the time.
+        In the unit of the deviations: half the interval's width plus the noise at the given power.
     """
     upper = 1 - (1 - level) / comparisons / 2
     of_seeds, of_examples = seed_deviation / math.sqrt(seeds), example_deviation / math.sqrt(examples)
@@ -253,7 +255,7 @@ def detectable_difference(
     return half + NormalDist().inv_cdf(POWER) * math.hypot(of_seeds, of_examples)
 
 
-# --- Student's t, for which a package of its own would be much ----------------------------------------------
+# --- Student's t, without a package for it -------------------------------------------------------------------
 
 
 def student_cdf(t: float, freedom: int) -> float:
@@ -266,9 +268,7 @@ def student_cdf(t: float, freedom: int) -> float:
     Returns:
         By the finite sums for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4).
     """
-    if (
-        freedom > 400
-    ):  # by then the normal distribution, bent by Cornish and Fisher's first term, is exact to 1e-6
+    if freedom > 400:  # the normal distribution with Cornish and Fisher's first term is exact to 1e-6
         return NormalDist().cdf(t * (1 - 1 / (4 * freedom)) / math.sqrt(1 + t * t / (2 * freedom)))
     angle = math.atan2(t, math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -290,14 +290,14 @@ def student_quantile(probability: float, freedom: int) -> float:
         freedom: Degrees of freedom, at least 1.
 
     Raises:
-        ValueError: If either is out of range.
+        UsageError: If either is out of range.
 
     Example:
         >>> round(student_quantile(0.975, 4), 3)
         2.776
     """
     if not 0 < probability < 1 or freedom < 1:
-        raise ValueError(f"probability={probability} must lie inside (0, 1) and freedom={freedom} above 0.")
+        raise UsageError(f"probability={probability} must be inside (0, 1) and freedom={freedom} above 0.")
     if probability < 0.5:
         return -student_quantile(1 - probability, freedom)
     low, high = 0.0, 1.0
@@ -305,6 +305,6 @@ def student_quantile(probability: float, freedom: int) -> float:
         high *= 2
         if high > 1e12:
             return high
-    while low < (middle := (low + high) / 2) < high:  # until no number lies between
+    while low < (middle := (low + high) / 2) < high:  # until there is no number in between
         low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
     return middle

@@ -1,4 +1,4 @@
-"""One file per modality, and the table that names them."""
+"""One package per task, and the table that names them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "find_task"]
 
-# Where each task is; imported when it is used, because each brings its own heavy packages.
+# The class of each task; imported when it is used, because each imports heavy packages of its own.
 TASKS: dict[str, str] = {
     "text": "moslora.tasks.text.task:TextTask",
     "vision": "moslora.tasks.vision.task:VisionTask",
