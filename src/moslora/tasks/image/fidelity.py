@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from moslora.tasks.task import Shown
 
-__all__ = ["SCORES", "Judge", "about", "find_judge", "judge_pictures", "paired_change", "summarise"]
+__all__ = ["SCORES", "Judge", "about", "find_judge", "judge_pictures", "paired_change", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def judge_pictures(
         checkpoint: Called after each picture.
 
     Returns:
-        By the score's name, what ``summarise`` gives.
+        By the score's name, what ``summarize`` gives.
     """
     loaded = _load(judge, device)
     originals = [(name, loaded.picture(image)) for name, image in real]
@@ -276,11 +276,11 @@ def judge_pictures(
             text.append((prompt, "", float(seen @ words[prompt])))
         checkpoint()
     if loaded.words is None:
-        return {"DINO-I": summarise(subject)}
-    return {"CLIP-I": summarise(subject), "CLIP-T": summarise(text)}
+        return {"DINO-I": summarize(subject)}
+    return {"CLIP-I": summarize(subject), "CLIP-T": summarize(text)}
 
 
-def summarise(cosines: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
+def summarize(cosines: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
     """Summarise cosines of pictures.
 
     Args:
@@ -317,7 +317,7 @@ def paired_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[s
     """Say how a score changed on the same prompts and seeds.
 
     Args:
-        before, after: From ``summarise``.
+        before, after: From ``summarize``.
 
     Returns:
         ``mean`` of the prompts' differences, its 95 % ``interval`` (None with one prompt) and how many ``prompts``;
