@@ -10,7 +10,8 @@ The task only connects parts that can be used alone: the loader (``pipeline``), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -301,13 +302,8 @@ class ImageTask(Task):
         pictures.refresh()
         if not pictures.missing:
             return
-        with self.display.progress("Generating class pictures", len(pictures.missing)) as progress:
-
-            def checkpoint() -> None:
-                progress.advance()
-                self.checkpoint()
-
-            pictures.generate(self.draw, self.recipe.seed, checkpoint)
+        with self._progress("Generating class pictures", len(pictures.missing)) as advance:
+            pictures.generate(self.draw, self.recipe.seed, advance)
 
     def _encode(self) -> None:
         """Encode latents, and prompts where the text encoders are frozen, once for the whole run."""
@@ -317,7 +313,7 @@ class ImageTask(Task):
         pictures = [*self.train_folder.pictures, *(heldout.pictures if heldout else ())]
         class_folder = self.class_pictures.pictures if self.class_pictures else None
         prior = class_folder.pictures if class_folder else ()
-        with self.display.progress("Encoding pictures", len(pictures) + len(prior)) as progress:
+        with self._progress("Encoding pictures", len(pictures) + len(prior)) as advance:
             for source, examples in ((pictures, model.examples), (prior, model.prior)):
                 for picture in source:
                     shots = encode_picture(
@@ -328,8 +324,7 @@ class ImageTask(Task):
                         self.recipe.data.max_pixels,
                     )
                     examples.append((shots, picture.prompt))
-                    progress.advance()
-                    self.checkpoint()
+                    advance()
         if not self._with_text:
             model.encode_prompts([prompt for _, prompt in [*model.examples, *model.prior]])
 
@@ -369,6 +364,17 @@ class ImageTask(Task):
 
     # --- Scores and pictures ---
 
+    @contextmanager
+    def _progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """Show progress; yields what is called after each piece of work, with a note if any, and may stop the run."""
+        with self.display.progress(title, total) as progress:
+
+            def advance(note: str | None = None) -> None:
+                progress.advance(1, note)
+                self.checkpoint()
+
+            yield advance
+
     def _measured_examples(self) -> range:
         """Return which examples the loss is measured on."""
         trained = len(self.train_folder.pictures)
@@ -378,13 +384,14 @@ class ImageTask(Task):
         """Measure the loss on fixed noise, and draw pictures of the recipe's prompts."""
         self.model.eval()
         examples = self._measured_examples()
-        with self.display.progress(f"Denoising loss, {label}", len(examples)) as progress:
-
-            def advance(mean: float) -> None:
-                progress.advance(1, f"loss {mean:.4f}")
-                self.checkpoint()
-
-            loss = measure_loss(self.model, examples, self.recipe.task.loss_draws, self.recipe.seed, advance)
+        with self._progress(f"Denoising loss, {label}", len(examples)) as advance:
+            loss = measure_loss(
+                self.model,
+                examples,
+                self.recipe.task.loss_draws,
+                self.recipe.seed,
+                lambda mean: advance(f"loss {mean:.4f}"),
+            )
         pictures = self._draw_pictures(label)
         return Evaluation(
             {"loss": loss},
@@ -398,12 +405,7 @@ class ImageTask(Task):
         data, photos = self.recipe.data, self.train_folder.pictures
         if not self.judges:
             return measure_fidelity([], pictures, photos, data.max_pixels, self.device)
-        with self.display.progress(f"Fidelity, {label}", len(self.judges) * len(pictures)) as progress:
-
-            def checkpoint() -> None:
-                progress.advance()
-                self.checkpoint()
-
+        with self._progress(f"Fidelity, {label}", len(self.judges) * len(pictures)) as advance:
             return measure_fidelity(
                 self.judges,
                 pictures,
@@ -412,7 +414,7 @@ class ImageTask(Task):
                 self.device,
                 data.token,
                 self.display.warn,
-                checkpoint,
+                advance,
             )
 
     def draw(self, prompt: str, seed: int) -> bytes:
@@ -426,13 +428,8 @@ class ImageTask(Task):
         plan = self._planned_pictures()
         if not plan:
             return []
-        with self.display.progress(f"Pictures, {label}", len(plan)) as progress:
-
-            def checkpoint() -> None:
-                progress.advance()
-                self.checkpoint()
-
-            return draw_pictures(self.draw, plan, checkpoint)
+        with self._progress(f"Pictures, {label}", len(plan)) as advance:
+            return draw_pictures(self.draw, plan, advance)
 
     def shows_at(self, step: int) -> bool:
         """Return whether ``task.pictures_every`` wants pictures after so many steps."""
