@@ -23,8 +23,13 @@ from moslora.display import Display
 from moslora.errors import RecipeError, Stopped
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
-from moslora.tasks.image.denoising import Flow, Noising, Shot, seed_of
-from moslora.tasks.image.folders import Crop, cut, fill, plan_crops, read_folder
+from moslora.tasks.image.crops import Crop, cut, plan_crops
+from moslora.tasks.image.folders import read_folder
+from moslora.tasks.image.latents import Shot
+from moslora.tasks.image.noise import Flow, Noising
+from moslora.tasks.image.pipeline import check_variant
+from moslora.tasks.image.prompts import fill
+from moslora.tasks.image.randomness import seed_of
 from moslora.tasks.image.task import ImageTask
 from moslora.training.run import check, resume, train
 from moslora.training.run_directory import RunDirectory
@@ -223,7 +228,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
 
 def drawing(monkeypatch: pytest.MonkeyPatch, also: Any = lambda run: None) -> list[str]:
     """Count pictures as they are made, and let each use up randomness of every kind."""
-    honest, made = ImageTask._make, []
+    honest, made = ImageTask.draw, []
 
     def make(task: ImageTask, prompt: str, seed: int) -> bytes:
         content = honest(task, prompt, seed)
@@ -232,7 +237,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch, also: Any = lambda run: None) -> li
         also(task)
         return content
 
-    monkeypatch.setattr(ImageTask, "_make", make)
+    monkeypatch.setattr(ImageTask, "draw", make)
     return made
 
 
@@ -269,7 +274,7 @@ def test_pictures_on_the_way_leave_training_as_it_is_and_none_is_made_twice(
 
     made.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(ImageTask, "_make", ImageTask._make)
+        patch.setattr(ImageTask, "draw", ImageTask.draw)
         drawing(patch, stop)
         made_before = made
         with pytest.raises(Stopped):
@@ -347,11 +352,11 @@ def test_prior_preservation_makes_its_pictures_once_and_adds_their_weighted_loss
     }
     task = prepared(world, tmp_path, **prior)
     before = task.hashes()
-    assert len(task.missing) == 2 and [p.name for p in place.iterdir()] == ["own.png"]
+    assert len(task.class_pictures.missing) == 2 and [p.name for p in place.iterdir()] == ["own.png"]
     model: Any = task.load()
     assert len(model.prior) == 3 and len(list(place.glob("generated-*.png"))) == 2
     again = prepared(world, tmp_path, **prior)
-    assert not again.missing and again.hashes() == before  # so that a run can be resumed
+    assert not again.class_pictures.missing and again.hashes() == before  # so that a run can be resumed
     row, seed = torch.tensor([0]), torch.tensor([5])
     alone = model.eval()(row, seed)["loss"]
     total = model.train()(row, seed)["loss"]
@@ -379,7 +384,7 @@ def test_pictures_that_cannot_be_used_are_named_all_at_once(world: Path, tmp_pat
     assert [p.path.name for p in found.pictures] == ["good.jpg", "grey.png"] and len(found.skipped) == 3
     for wrong, message in (
         (tmp_path / "none", "does not exist"),
-        (world, "pictures, sdxl.*not looked into"),
+        (world, "pictures, sdxl.*not searched"),
     ):
         with pytest.raises(ValueError, match=message):
             read_folder(wrong, "a cat", 10_000, True)
@@ -396,7 +401,7 @@ def test_captions_come_from_files_beside_or_from_metadata_and_none_may_lack(tmp_
     assert [p.prompt for p in found.pictures] == ["a x sleeping", "x eating"]
     assert read_folder(tmp_path, "one prompt", 10_000, False).unread == 2
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "x"}\n{"file_name": 3}\n')
-    with pytest.raises(ValueError, match=r"(?s)line 1: c\.png is no picture.*line 2: expected an object"):
+    with pytest.raises(ValueError, match=r"(?s)line 1: c\.png is not a picture.*line 2: expected an object"):
         read_folder(tmp_path, None, 10_000, False)
 
 
@@ -447,9 +452,9 @@ def test_what_cannot_be_exported_or_trained_is_refused_before_anything_is_loaded
         ({"task.max_new_tokens": 3}, "task.max_new_tokens is unknown"),
         ({"trainer.packing": "true"}, "trainer.packing is unknown"),
         ({"adapter.target_modules": "[to_Q]"}, "names no module of .*it has .*to_q"),
-        ({"data.resolution": 15}, "no multiple of 2"),
+        ({"data.resolution": 15}, "not a multiple of 2"),
         ({"data.class_prompt": "a cat"}, "needs both data.class_images"),
-        ({"model": world / "sdxl" / "unet"}, "no diffusers pipeline"),
+        ({"model": world / "sdxl" / "unet"}, "not a diffusers pipeline"),
         ({"data.token": "null"}, r"has a place for data\.token"),
         (
             {"task.prompts": "[a]", "task.pictures_every": 3},
@@ -547,23 +552,27 @@ IDLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "data.class_prompt": ("sdxl", {"data.class_prompt": "a cat"}, "set both or none"),
     "scopes.text_encoders_r": ("sdxl", {"scopes.text_encoders_r": 2}, "text_encoders: adapter"),
     "scopes.text_encoders_alpha": ("sdxl", {"scopes.text_encoders_alpha": 2}, "text_encoders: adapter"),
-    "adapter.target_modules": ("sdxl", {"adapter.target_modules": "[to_q, to_K]"}, "has 'to_K', which is no"),
+    "adapter.target_modules": (
+        "sdxl",
+        {"adapter.target_modules": "[to_q, to_K]"},
+        "has 'to_K', which is not",
+    ),
     "adapter.exclude_modules": ("sdxl", {"adapter.exclude_modules": "[nothing]"}, "has 'nothing'"),
     "adapter.rank_pattern": (
         "sdxl",
         {"adapter.rank_pattern": "{q_proj: 2}"},
-        "has 'q_proj', which is no adapted",
+        "has 'q_proj', which is not an adapted",
     ),
     "adapter.alpha_pattern": (
         "sdxl",
         {"adapter.alpha_pattern": "{conv_in: 2}"},
-        "has 'conv_in', which is no",
+        "has 'conv_in', which is not",
     ),
     "trainer.label_smoothing_factor": ("sdxl", {"trainer.label_smoothing_factor": 0.1}, "has no labels"),
     "trainer.num_train_epochs": (
         "sdxl",
         {"trainer.num_train_epochs": 3},
-        "num_train_epochs is not looked at",
+        "num_train_epochs is ignored",
     ),
 }
 # Those that something comes of in every setting.
@@ -601,7 +610,7 @@ def test_a_key_that_would_do_nothing_is_refused_or_said(
         task.read()
         task.prepare()
         if key == "model.variant":
-            task._check_variant()
+            check_variant(task.files, task.variant)
     except ValueError as error:
         found = str(error)
     else:

@@ -16,7 +16,7 @@ from PIL import Image
 import tiny_pipelines
 from moslora.errors import ModelError
 from moslora.metrics.intervals import mean_interval
-from moslora.tasks.image.fidelity import about, find_judge, judge_pictures, paired_change, summarise
+from moslora.tasks.image.fidelity import about, find_judge, judge_pictures, paired_change, summarize
 from tolerances import COSINE
 
 pytestmark = pytest.mark.filterwarnings(
@@ -195,8 +195,8 @@ def test_what_clip_cannot_read_to_its_end_is_said(clip: Path) -> None:
 
 
 def test_changes_are_taken_prompt_by_prompt() -> None:
-    before = summarise([("a", "r", 0.1), ("a", "s", 0.3), ("b", "r", 0.5), ("b", "s", 0.7)])
-    after = summarise([("b", "r", 0.6), ("b", "s", 0.8), ("a", "r", 0.5), ("a", "s", 0.3)])
+    before = summarize([("a", "r", 0.1), ("a", "s", 0.3), ("b", "r", 0.5), ("b", "s", 0.7)])
+    after = summarize([("b", "r", 0.6), ("b", "s", 0.8), ("a", "r", 0.5), ("a", "s", 0.3)])
     change = paired_change(before, after)
     assert abs(change["mean"] - 0.15) < COSINE and change["prompts"] == 2
     low, high = mean_interval([0.2, 0.1])

@@ -52,6 +52,9 @@ ALSO = {
     "training.callbacks": {"transformers"},
     "comparison.junction": {"torch"},
     "tasks.text.trainer": {"trl"},
+    "tasks.image.latents": {"torch"},
+    "tasks.image.noise": {"torch"},
+    "tasks.image.trainer": {"torch"},
     # Scripts, which a process of their own runs and nothing imports.
     "training.reload_proof.stock_peft": {"torch", "safetensors", "peft", "transformers"},
     "training.reload_proof.stock_diffusers": {"torch", "safetensors", "peft", "diffusers"},

@@ -4,8 +4,8 @@
     CLIP-I   the same of the embeddings that CLIP ViT-B/32 gives them
     CLIP-T   mean cosine of CLIP's embeddings of a generated picture and of its prompt
 
-The models are the user's to name. A score is computed by a model of its name or not at all. Every picture goes through
-its model alone and sums are exact, so that neither order nor company changes a score.
+The user names the models. A score is computed by the model that it is named after, or not at all. Pictures go through
+the model one by one and sums are exact, so a score depends neither on their order nor on the batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from moslora.tasks.task import Shown
 
-__all__ = ["SCORES", "Judge", "about", "find_judge", "judge_pictures", "paired_change", "summarise"]
+__all__ = ["SCORES", "Judge", "about", "find_judge", "judge_pictures", "paired_change", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ SCORES = {
     "CLIP-T": Score("clip_model", "clip", "ViT-B/32"),
 }
 
-# What each key wants, for who named something else.
+# What each key should name; for messages.
 WANTED = {
     "clip_model": "a CLIPModel of transformers, picture and text encoder together, as openai/clip-vit-base-patch32",
     "dino_model": "a ViT trained by DINO, as facebook/dino-vits16",
@@ -84,22 +84,22 @@ class Judge:
     title: str
 
     def fingerprint(self) -> dict[str, Any]:
-        """Say exactly which model it is."""
+        """Return what identifies the model: the hub's commit, or hashes of its files."""
         return fingerprint(self.source)
 
 
 def find_judge(key: str, name: str) -> Judge:
-    """Find a model by its name and check that it is what the score is named after. Reads no weights.
+    """Find a model by its name, and check that the score is named after it. Reads no weights.
 
     Args:
         key: ``"clip_model"`` or ``"dino_model"``.
-        name: A folder, or a hub id ``org/name``, with ``@revision`` behind it if need be.
+        name: A folder, or a hub id ``org/name`` or ``org/name@revision``.
 
     Returns:
         The model.
 
     Raises:
-        ModelError: If there is none, or one of another kind.
+        ModelError: If it does not exist, or is of another kind.
     """
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for a user that does not exist
     bare, _, revision = name.partition("@")
@@ -110,8 +110,8 @@ def find_judge(key: str, name: str) -> Judge:
             raise ModelError(f"task.{key}: {path} has no config.json. Name {WANTED[key]}.")
         if not any((path / file).is_file() for file in PREPARATIONS):
             raise ModelError(
-                f"task.{key}: {path} has no {PREPARATIONS[0]}, which says how the model wants its pictures. Put the "
-                "one that belongs to the model beside its config.json."
+                f"task.{key}: {path} has no {PREPARATIONS[0]}, which says how pictures are prepared for the "
+                "model. Put the model's own beside its config.json."
             )
         config = read_json(folder / "config.json")
     elif HUB_ID.fullmatch(bare):
@@ -163,7 +163,14 @@ def _check_kind(key: str, name: str, config: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A judge at work: unit vectors on the CPU, float64, ``(size,)``, of pictures and, for CLIP, of words."""
+    """A loaded judge. Its vectors are of unit length, on the CPU, float64, ``(size,)``.
+
+    Attributes:
+        picture: Returns the vector of a PIL image.
+        words: Returns the vector of a text; None for DINO.
+        longest: How many tokens of a text CLIP reads.
+        count: Returns how many tokens a text has.
+    """
 
     picture: Callable[[Any], Tensor]
     words: Callable[[str], Tensor] | None = None
@@ -185,7 +192,7 @@ def _load(judge: Judge, device: str) -> _Loaded:
         if "safetensors" not in str(error):
             raise
         raise ModelError(
-            f"{error} Weights are read from safetensors only; of a model that has others make a folder: "
+            f"{error} Only safetensors are supported. Convert other weights to a folder: "
             f"{kind.__name__}.from_pretrained(…).save_pretrained(FOLDER), with its preprocessor and tokenizer."
         ) from error
     pooler = [key for key in info.get("unexpected_keys") or () if "pooler" in key]
@@ -196,15 +203,15 @@ def _load(judge: Judge, device: str) -> _Loaded:
         )
     _check_loaded(judge.source, info)
     model = model.to(device).eval()
-    # Their PIL forms everywhere, so that a score does not depend on whether torchvision is installed.
+    # Always the PIL version, so that a score does not depend on whether torchvision is installed.
     name = "CLIPImageProcessor" if judge.key == "clip_model" else "ViTImageProcessor"
     processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     prepare = _call(judge.source, processor.from_pretrained, options)
 
-    def unit(found: Tensor) -> Tensor:
-        vector: Tensor = found[0].double().cpu()
+    def unit(batch: Tensor) -> Tensor:
+        vector: Tensor = batch[0].double().cpu()
         if not vector.isfinite().all() or not vector.any():
-            raise ValueError(f"{judge.source.name} gave a vector that is not finite, or zero.")
+            raise ModelError(f"{judge.source.name} returned a vector that is zero or not finite.")
         return vector.div(vector.norm())  # (size,)
 
     def pixels(image: Any) -> Tensor:
@@ -212,27 +219,27 @@ def _load(judge: Judge, device: str) -> _Loaded:
         return values.to(device)  # (1, 3, height, width)
 
     @torch.inference_mode()
-    def see(image: Any) -> Tensor:
-        return unit(model(pixel_values=pixels(image)).last_hidden_state[:, 0])  # the class token
+    def class_token(image: Any) -> Tensor:
+        return unit(model(pixel_values=pixels(image)).last_hidden_state[:, 0])
 
     @torch.inference_mode()
-    def look(image: Any) -> Tensor:
+    def embed_picture(image: Any) -> Tensor:
         return unit(model.visual_projection(model.vision_model(pixel_values=pixels(image)).pooler_output))
 
     if judge.key == "dino_model":
-        return _Loaded(see)
+        return _Loaded(class_token)
     tokenizer = _call(judge.source, transformers.AutoTokenizer.from_pretrained, options)
     longest = int(model.config.text_config.max_position_embeddings)
 
     @torch.inference_mode()
-    def read(text: str) -> Tensor:
-        given = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").to(device)
+    def embed_text(text: str) -> Tensor:
+        inputs = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").to(device)
         pooled = model.text_model(
-            input_ids=given["input_ids"], attention_mask=given["attention_mask"]
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
         ).pooler_output
         return unit(model.text_projection(pooled))
 
-    return _Loaded(look, read, longest, lambda text: len(tokenizer(text).input_ids))
+    return _Loaded(embed_picture, embed_text, longest, lambda text: len(tokenizer(text).input_ids))
 
 
 def judge_pictures(
@@ -248,15 +255,15 @@ def judge_pictures(
 
     Args:
         judge: The model.
-        device: Where it works.
+        device: Where it runs.
         made: Prompt and PIL image of every generated picture.
         real: Name and PIL image of every real one.
         about_subject: Whether a prompt is about the subject; pictures of others are not compared with real ones.
-        warn: Told of prompts that CLIP cannot read to their end.
+        warn: Told of prompts that CLIP does not read to their end.
         checkpoint: Called after each picture.
 
     Returns:
-        By the score's name, what ``summarise`` gives.
+        The result of ``summarize`` by the score's name.
     """
     loaded = _load(judge, device)
     originals = [(name, loaded.picture(image)) for name, image in real]
@@ -272,23 +279,23 @@ def judge_pictures(
                 words[prompt] = loaded.words(prompt)
                 assert loaded.count is not None and loaded.longest is not None
                 if loaded.count(prompt) > loaded.longest:
-                    warn(f"CLIP-T: “{prompt[:60]}…” is read up to its first {loaded.longest} tokens.")
+                    warn(f"CLIP-T: “{prompt[:60]}…” is cut: CLIP reads the first {loaded.longest} tokens.")
             text.append((prompt, "", float(seen @ words[prompt])))
         checkpoint()
     if loaded.words is None:
-        return {"DINO-I": summarise(subject)}
-    return {"CLIP-I": summarise(subject), "CLIP-T": summarise(text)}
+        return {"DINO-I": summarize(subject)}
+    return {"CLIP-I": summarize(subject), "CLIP-T": summarize(text)}
 
 
-def summarise(cosines: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
+def summarize(cosines: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
     """Summarise cosines of pictures.
 
     Args:
         cosines: Prompt, real picture (empty for words) and cosine, one per pair.
 
     Returns:
-        ``mean``; ``interval``, Student's at 95 % over the prompts' means, None with one prompt; ``prompts`` and
-        ``real``, means by prompt and by real picture; ``pairs``, how many. Empty where there is no pair.
+        ``mean``; ``interval``, Student's 95 % interval over the prompts' means, None with one prompt; ``prompts`` and
+        ``real``, means by prompt and by real picture; ``pairs``, their number. Empty if there is no pair.
     """
     if not cosines:
         return {}
@@ -314,16 +321,16 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def paired_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Say how a score changed on the same prompts and seeds.
+    """Return how a score changed on the same prompts and seeds.
 
     Args:
-        before, after: From ``summarise``.
+        before, after: From ``summarize``.
 
     Returns:
-        ``mean`` of the prompts' differences, its 95 % ``interval`` (None with one prompt) and how many ``prompts``;
-        empty where either is.
+        ``mean`` of the prompts' differences, its 95 % ``interval`` (None with one prompt) and the number of
+        ``prompts``. Empty if one of the two is.
     """
-    one, two = ({row["prompt"]: row["mean"] for row in found.get("prompts", ())} for found in (before, after))
+    one, two = ({row["prompt"]: row["mean"] for row in score.get("prompts", ())} for score in (before, after))
     differences = [two[prompt] - one[prompt] for prompt in one if prompt in two]
     if not differences:
         return {}
@@ -332,12 +339,12 @@ def paired_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[s
 
 
 def about(prompt: str, token: str | None) -> bool:
-    """Whether a prompt names the subject; all do where it has no name."""
+    """Return whether a prompt names the subject; every prompt does if the subject has no token."""
     return token is None or re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt) is not None
 
 
 def open_made(shown: Sequence[Shown]) -> list[tuple[str, Any]]:
-    """Return prompt and PIL image of pictures that were just made."""
+    """Return prompt and PIL image of pictures that were just drawn."""
     import io
 
     from PIL import Image

@@ -1,0 +1,117 @@
+"""Pictures encoded into latents by a pipeline's VAE, once for the whole run, and latents decoded into pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moslora.data.pictures import open_image
+from moslora.errors import ModelError
+from moslora.tasks.image.crops import Crop, cut
+from moslora.tasks.image.folders import Picture
+
+__all__ = ["Shot", "decode", "encode", "encode_picture"]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One crop of a picture, encoded.
+
+    Attributes:
+        mean, std: Of its latents, ``(channels, height, width)``, float32 on the CPU.
+        sizes: The picture's height and width, top and left of the crop, height and width of the crop: ``(6,)``.
+    """
+
+    mean: Tensor
+    std: Tensor
+    sizes: Tensor
+
+
+def encode_picture(
+    vae: Any, picture: Picture, resolution: int, crops: Sequence[Crop], max_pixels: int
+) -> list[Shot]:
+    """Open a picture and encode its crops.
+
+    Args:
+        vae: The pipeline's.
+        picture: The picture.
+        resolution: Side of the crops in pixels.
+        crops: From ``plan_crops``.
+        max_pixels: The most pixels that the file may have.
+
+    Returns:
+        One shot for each crop, in their order.
+
+    Raises:
+        ValueError: If the file cannot be opened.
+        ModelError: If the latents are not finite.
+    """
+    image = open_image(picture.path, max_pixels)
+    shots = []
+    for crop in crops:
+        mean, std = encode(vae, cut(image, resolution, crop))
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise ModelError(f"{picture.path}: the VAE encodes it as NaN or infinite values.")
+        sizes = (picture.height, picture.width, crop.top, crop.left, resolution, resolution)
+        shots.append(Shot(mean, std, torch.tensor(sizes, dtype=torch.float32)))
+    return shots
+
+
+@torch.no_grad()
+def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode a square picture.
+
+    Args:
+        vae: The pipeline's.
+        pixels: From -1 to 1, ``(3, height, width)``.
+
+    Returns:
+        Mean and standard deviation of its latents, scaled as the denoiser takes them, float32 on the CPU,
+        ``(channels, height / 8, width / 8)`` each.
+    """
+    distribution = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+    shift, scale = _statistics(vae, distribution.mean)
+    mean, std = (distribution.mean - shift) * scale, distribution.std * scale
+    return mean[0].float().cpu(), std[0].float().cpu()
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Any:
+    """Decode one picture.
+
+    Args:
+        vae: The pipeline's.
+        latents: ``(1, channels, height, width)``.
+
+    Returns:
+        A PIL image, RGB.
+
+    Raises:
+        ModelError: If the pixels are not finite.
+    """
+    from PIL import Image
+
+    latents = latents.to(vae.device, vae.dtype)
+    shift, scale = _statistics(vae, latents)
+    pixels = vae.decode(latents / scale + shift).sample[0].float().cpu()  # (3, height, width)
+    if not torch.isfinite(pixels).all():
+        raise ModelError("The pipeline made a picture of NaN or infinite values.")
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(values.permute(1, 2, 0).numpy(), "RGB")
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
+    """Return what is subtracted from latents, and what they are then multiplied by."""
+    config = vae.config
+    scale = config.scaling_factor
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, scale / std
+    return getattr(config, "shift_factor", None) or 0.0, scale
