@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import test_tuner_experts
 import tiny
 import tiny_pipelines
-from moslora.compat import peft as compat
+from moslora.compat.peft import quantization
 from test_tuner_quantized import Packed, PackedBackend
 
 ROWS = 3
@@ -185,7 +185,7 @@ def packed_is_known() -> Iterator[None]:
         return backend if isinstance(base_layer, Packed) else None
 
     with (
-        mock.patch.object(compat, "resolve_quantization_backend", resolve),
+        mock.patch.object(quantization, "resolve_quantization_backend", resolve),
     ):
         yield
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 __all__ = [
     "convolve",
-    "has_hooks",
     "is_managed_by_fsdp",
     "is_under_functorch",
     "is_wrapped_by_fsdp",
     "leave_fast_paths",
+    "must_be_called",
     "path_without_wrappers",
     "restore_fast_paths",
     "uncompiled",
@@ -32,20 +32,19 @@ is_under_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_acti
 _FSDP_INNER = "_fsdp_wrapped_module"
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a call of a module does more than its class's ``forward``.
+def must_be_called(module: nn.Module) -> bool:
+    """Tell whether a call of a module does more than its class's ``forward``: hooks, or a wrapper around it.
 
-    torch (2.6 to 2.13) has no public way to ask for hooks. Without this, offloading (accelerate) and other adapter
-    libraries, which work by hooks or by a ``forward`` of the instance, would be passed by.
+    torch (2.6 to 2.13) has no public way to ask for hooks. Without this, offloading (accelerate), sharding (FSDP1) and
+    other adapter libraries, which work by hooks, by a ``forward`` of the instance or by a wrapper, would be passed by.
 
     Args:
         module: Any module.
     """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
+    return (
+        bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks)
         or "forward" in module.__dict__
+        or _FSDP_INNER in module._modules
     )
 
 
