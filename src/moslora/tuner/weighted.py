@@ -273,7 +273,7 @@ def check_summable(
         grouped = getattr(layer.get_base_layer(), "groups", 1) != 1
         if set(adapters) & set(layer.scaling) and (isinstance(layer, ParamWrapper) or grouped):
             raise UsageError(
-                f"{path}: the factors of a {type(layer.get_base_layer()).__name__} cannot be laid side by "
-                "side here. Leave such modules out of the adapters, or let the adapters run together: "
+                f"{path}: the factors of a {type(layer.get_base_layer()).__name__} cannot be "
+                "concatenated here. Leave such modules out of the adapters, or let the adapters run together: "
                 f"model.base_model.set_adapter({adapters})."
             )
