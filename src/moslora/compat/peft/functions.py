@@ -45,7 +45,7 @@ def stored_weights(model: nn.Module, path: str | None) -> Any:
 
 
 def prune(tensor: Tensor, density: float, method: str | None, rescale: bool = False) -> Tensor:
-    """Prune entries of a tensor, as PEFT's function of this name does.
+    """Prune entries of a tensor, as PEFT's function of this name does since 0.19; 0.18 forgets to rescale.
 
     Args:
         tensor: What is pruned.
