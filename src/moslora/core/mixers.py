@@ -150,7 +150,7 @@ def draw_mixer(given: Tensor | Callable[..., Tensor], r: int, generator: Generat
         M, shape ``(r, r)``, float32 (float64 if it was given so), on the CPU.
 
     Raises:
-        UsageError: If it is no real matrix of this shape, is not finite, or is zero, from which nothing is learned.
+        UsageError: If it is not a real matrix of this shape, is not finite, or is zero, from which nothing is learned.
     """
     found: object = given
     if not isinstance(given, Tensor):

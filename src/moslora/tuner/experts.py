@@ -1,4 +1,4 @@
-"""Adapted parameters: expert weights held as one 3-D tensor, or any matrix that is no module of its own.
+"""Adapted parameters: expert weights held as one 3-D tensor, or any matrix that is not the weight of a module.
 
 The module that holds the parameter reads it in its own forward (often in a grouped kernel), so the update
 cannot run beside it: for the length of a call the parameter is replaced by W + ΔW.

@@ -128,7 +128,7 @@ class MoSLoRALayer(FactorHolder):
             nn.init.zeros_(B)
 
     def tie(self, adapter_name: str, source: MoSLoRALayer, config: MoSLoRAConfig) -> None:
-        """Take another layer's factors for an adapter's, for good: ``ΔW`` is the other's, as the weight is.
+        """Take another layer's factors for an adapter's, for good: the two share ΔW as they share the weight.
 
         Args:
             adapter_name: Its name, in both layers.

@@ -43,7 +43,7 @@ def check_base(model: nn.Module, config: MoSLoRAConfig) -> None:
         config: The configuration of the adapter that was just added.
 
     Raises:
-        ValueError: If a new adapter shall begin so.
+        ValueError: If a new adapter must begin so.
 
     Warns:
         UserWarning: If a saved one did.

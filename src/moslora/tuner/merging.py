@@ -78,7 +78,7 @@ def merge(layer: FactorHolder, safe_merge: bool, adapter_names: list[str] | None
         if adapter in layer.scaling:
             check_layer(layer)
             bias.check_mergeable([layer], [adapter])
-            gain = dora.gain(layer, adapter)  # before, for from the merged weight it cannot be told
+            gain = dora.gain(layer, adapter)  # before merging: the merged weight does not tell it
             _add_to_weight(layer, adapter, 1, safe_merge)
             layer.merged_gains.update({} if gain is None else {adapter: gain})
             layer.merged_adapters.append(adapter)

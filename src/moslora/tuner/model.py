@@ -101,7 +101,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
                 f"{current_key} is a {type(target).__module__}.{type(target).__name__}, which MoSLoRA cannot "
                 f"adapt. It adapts {', '.join(kind.__name__ for kind in KINDS)} and quantized linear layers. "
                 f"Leave the module out of target_modules, name {target_name!r} in exclude_modules, or train it "
-                "whole through modules_to_save; a weight that is no module of its own goes into "
+                "whole through modules_to_save; a parameter that is not a module's weight goes into "
                 "target_parameters."
             )
         if isinstance(target, Conv1D):
@@ -340,7 +340,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
         how = How(combination_type, svd_rank, density, majority_sign_method)
         combined = combine(layers, adapters, weights, how)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
-        # What is inside an attention is adapted with it, and is no target of its own.
+        # What is inside an attention is adapted with it, and is not a target of its own.
         inside = {
             f"{path}.base_layer.out_proj"
             for path, layer in layers.items()

@@ -22,7 +22,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort the trained parameters of a model into groups for any torch optimizer.
 
-    B at a higher rate than A is LoRA+ (arXiv:2402.12354). Everything trained that is no factor (biases,
+    B at a higher rate than A is LoRA+ (arXiv:2402.12354). Everything trained that is not a factor (biases,
     ``modules_to_save``) has the plain rate.
 
     transformers' Trainer, and TRL's, take them in either of two ways:
@@ -35,7 +35,7 @@ def param_groups(
 
     Args:
         model: A model with MoSLoRA adapters, as ``get_peft_model`` returns it.
-        lr: Learning rate of A, and of everything that is no factor; positive.
+        lr: Learning rate of A, and of everything that is not a factor; positive.
         mixer_lr_ratio: The mixers' rate is this times ``lr``; at least 0.
         b_lr_ratio: B's rate, and that of a bias on B, is this times ``lr``; at least 0.
         weight_decay: Of all groups but those of vectors, as biases and DoRA's magnitudes are, which have none; at

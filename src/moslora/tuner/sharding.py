@@ -41,7 +41,7 @@ def gather(state_dict: dict[str, Tensor], keys: Iterable[str]) -> dict[str, Tens
 
     Args:
         state_dict: Tensors by name.
-        keys: Names of those to make whole; what is no shard is left out.
+        keys: Names of those to make whole; what is not a shard is left out.
 
     Returns:
         The whole tensors by name.
@@ -81,7 +81,7 @@ def check_whole(state_dict: dict[str, Tensor]) -> None:
         state_dict: Tensors by name; a process that got none from a gathering has nothing to refuse.
 
     Raises:
-        RuntimeError: If a factor is empty or is no matrix.
+        RuntimeError: If a factor is empty or not a matrix.
     """
     for name, tensor in state_dict.items():
         least = 1 if name.endswith(".bias") else 2

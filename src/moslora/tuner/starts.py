@@ -7,7 +7,7 @@ start as the singular vectors and M as the singular values over s, so that ``s·
 
 PiSSA takes that part out of the base weight. Here the base is left alone, and where the factors started is kept beside
 them, as tensors that are saved and never trained. So loading on the original base is exact, merging is, adapters live
-beside each other, and any triples would do: a rounded or a randomised decomposition costs no exactness. A layer runs
+beside each other, and any triples would do: a rounded or a randomized decomposition costs no exactness. A layer runs
 one update of rank 2r, and folds into a plain LoRA of that rank. Its factors are differences, for two products that are
 nearly equal, subtracted as they are, would leave their rounding:
 

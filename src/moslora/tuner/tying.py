@@ -20,10 +20,10 @@ __all__ = ["shares_weight_with_source", "take_out", "tie", "tied_tensors"]
 
 @torch.no_grad()
 def tie(layer: FactorHolder, adapter_name: str, source: FactorHolder, config: MoSLoRAConfig) -> None:
-    """Take another layer's factors for an adapter's, for good: ``ΔW`` is the other's, as the weight is.
+    """Take another layer's factors for an adapter's, for good: the two share ΔW as they share the weight.
 
-    In PEFT's LoRA tied factors start as the later layer's do, a head's: small, as A is elsewhere, and not as large
-    as embeddings are. So they do here.
+    As in PEFT's LoRA, tied factors start with the values that the head's would have: small, as A is elsewhere, and not
+    as large as those of an embedding.
 
     Args:
         layer: A MoSLoRA layer.
