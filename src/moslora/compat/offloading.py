@@ -1,7 +1,8 @@
 """Parameters that accelerate offloads and DeepSpeed partitions, and bringing them in for a while.
 
-accelerate marks a module that it hooks by ``_hf_hook``, ZeRO-3 a parameter by ``ds_id`` and ``ds_shape``. Seen in
-accelerate 1.12 to 1.15 and DeepSpeed 0.16 to 0.18. This file imports both inside functions.
+accelerate marks a module that it hooks by ``_hf_hook`` (seen in 1.15; 1.12 is the oldest allowed), DeepSpeed's ZeRO-3 a
+parameter by ``ds_id`` and ``ds_shape`` (no version is pinned: the tests that need DeepSpeed run where it is installed).
+This file imports both inside functions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["execution_device", "is_brought_in", "loaded", "whole_shape"]
 
 
 def execution_device(*modules: nn.Module) -> torch.device | None:
-    """Return where accelerate (1.12 to 1.15) runs modules whose parameters it offloads; None if it runs none of them.
+    """Return where accelerate (1.15) runs modules whose parameters it offloads; None if it runs none of them.
 
     An offloaded parameter is on the meta device, so it does not tell. Without this, what is computed beside an
     offloaded module would be on another device than its output.
@@ -34,7 +35,7 @@ def execution_device(*modules: nn.Module) -> torch.device | None:
 
 
 def is_brought_in(module: Any) -> bool:
-    """Tell whether accelerate (1.12 to 1.15) or ZeRO-3 (DeepSpeed 0.16 to 0.18) brings a module's parameters in.
+    """Tell whether accelerate (1.15) or DeepSpeed's ZeRO-3 brings a module's parameters in.
 
     Args:
         module: A module, or a container of parameters.
@@ -43,7 +44,7 @@ def is_brought_in(module: Any) -> bool:
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return a parameter's shape, also where ZeRO-3 (DeepSpeed 0.16 to 0.18) left it empty.
+    """Return a parameter's shape, also where DeepSpeed's ZeRO-3 (as transformers 4.57 to 5.23 use it) left it empty.
 
     Args:
         parameter: Any parameter.
@@ -53,7 +54,7 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def loaded(*modules: nn.Module) -> Iterator[None]:
-    """Have the parameters of modules in place and whole, for reading (accelerate 1.12 to 1.15, DeepSpeed 0.16 to 0.18).
+    """Have the parameters of modules in place and whole, for reading (accelerate 1.15).
 
     Args:
         *modules: Modules whose parameters accelerate may have offloaded or ZeRO-3 partitioned; others are left alone.
