@@ -22,7 +22,9 @@ from measure import SEED, header, interleave, over, place, saved_bytes, write
 from peft import LoraConfig, get_peft_model
 
 from moslora import MoSLoRAConfig
-from moslora.core import kernels, ops
+from moslora.core import ops
+from moslora.core.kernels import programs
+from moslora.core.kernels import update as kernels
 from moslora.models.loading import default_device
 
 FLOOR = "frozen linear"
@@ -96,7 +98,7 @@ def measure_case(
         "mixer as a chain": make(MoSLoRAConfig(**settings), fused=False),
         "MoSLoRA": make(MoSLoRAConfig(**settings)),
     }
-    if kernels.is_available(x, rank) and not kernels.INTERPRETED:
+    if kernels.is_available(x, rank) and not programs.INTERPRETED:
         forwards["MoSLoRA, kernels"] = make(MoSLoRAConfig(**settings), kernels=True)
     theirs = unsloth_path(x, n_out, rank) if not dropout else None
     if theirs is not None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import test_tuner_experts
 import tiny
 import tiny_pipelines
-from moslora.compat import peft as compat
+from moslora.compat.peft import quantization
 from test_tuner_quantized import Packed, PackedBackend
 
 ROWS = 3
@@ -163,7 +163,7 @@ def noise(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def dequantised() -> nn.Module:
+def dequantized() -> nn.Module:
     """The same model with plain layers of the same weights: what LoRA is asked to adapt."""
     model = packed()
     for layer in model.layers:
@@ -185,7 +185,7 @@ def packed_is_known() -> Iterator[None]:
         return backend if isinstance(base_layer, Packed) else None
 
     with (
-        mock.patch.object(compat, "resolve_quantization_backend", resolve),
+        mock.patch.object(quantization, "resolve_quantization_backend", resolve),
     ):
         yield
 
@@ -221,7 +221,7 @@ class Kind:
         reference: What LoRA is asked to adapt, where that differs.
         judge: Mends what PEFT's LoRA is known to do wrong.
         known: A context in which the kind can be adapted.
-        unrounded: The model before it was quantised; merging rounds to the base's grid again.
+        unrounded: The model before it was quantized; merging rounds to the base's grid again.
         anew: ``build`` without the copying, for bases that are built without values.
     """
 
@@ -244,7 +244,7 @@ class Kind:
         object.__setattr__(self, "build", once(self.build))
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         return self.unrounded is not None
 
 
@@ -298,12 +298,12 @@ KINDS: dict[str, dict[str, Kind]] = {
             "core",
             judge=add_out_proj_once,
         ),
-        "quantised": Kind(
+        "quantized": Kind(
             packed,
             numbers(4, 8),
             CORE,
             "core",
-            reference=dequantised,
+            reference=dequantized,
             known=packed_is_known,
             unrounded=blocks(lambda: nn.Linear(8, 8, bias=False)),
         ),

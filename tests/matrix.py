@@ -100,8 +100,8 @@ class Trial:
             return self.run(self.build())
 
     def close(self, found: Tensor, expected: Tensor, otherwise: str, merged: bool = False) -> None:
-        if merged and self.kind.is_quantised and self.is_ours:
-            # Merged, the sum is quantised as the base was, so it is off by about as much, twice if taken out.
+        if merged and self.kind.is_quantized and self.is_ours:
+            # Merged, the sum is quantized as the base was, so it is off by about as much, twice if taken out.
             assert self.kind.unrounded is not None
             rounding = relative_error(
                 run(self.kind, self.kind.build()), run(self.kind, self.kind.unrounded())
@@ -143,7 +143,7 @@ def computes_as_lora(trial: Trial, mixer: str = "identity") -> None:
         laws.hold_to_lora(
             kind.build,
             trial.run,
-            torch.float32 if kind.is_quantised else torch.float64,
+            torch.float32 if kind.is_quantized else torch.float64,
             judge=kind.judge,
             judged_base=kind.reference,
             mixer=mixer,
@@ -185,7 +185,7 @@ def merges_as_lora(trial: Trial) -> None:
                 held[name.replace("moslora_", "lora_")].copy_(p)
         merged = ours.merge_and_unload(safe_merge=True)
         judged = lora.merge_and_unload(safe_merge=True)
-        if kind.is_quantised:
+        if kind.is_quantized:
             trial.close(
                 trial.run(merged), trial.run(judged), "merged weights differ from LoRA's", merged=True
             )
@@ -576,7 +576,7 @@ FEATURES: dict[str, Feature] = {
     'init_lora_weights="olora"': Feature(takes(init_lora_weights="olora")),
     'init_lora_weights="eva"': Feature(begins_with_eva),
     'init_lora_weights="loftq" (PEFT\'s needs a GPU)': Feature(
-        begins_with_loftq, is_our_own=True, only=("quantised",)
+        begins_with_loftq, is_our_own=True, only=("quantized",)
     ),
     'init_lora_weights="orthogonal"': Feature(takes(init_lora_weights="orthogonal")),
 }
@@ -863,13 +863,13 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
     Exceptional(
         ("Conv2d, groups",),
         ("add_weighted",),
-        "cannot be laid side by side here … let the adapters run together: model.base_model.set_adapter(",
+        "cannot be concatenated here … let the adapters run together: model.base_model.set_adapter(",
         "the sum is not both adapters",
     ),
     Exceptional(
         MIXTURES,
         ("add_weighted",),
-        "cannot be laid side by side here … let the adapters run together: model.base_model.set_adapter(",
+        "cannot be concatenated here … let the adapters run together: model.base_model.set_adapter(",
         "add_weighted_adapter does not support targeting nn.Parameter",
     ),
     Exceptional(
@@ -931,25 +931,25 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
     Exceptional(
         ("Multihead-Attention",),
         ("use_dora",),
-        "has no place in a MultiheadAttention … Leave the module out … or set use_dora=False",
+        "cannot be used with this MultiheadAttention … Leave the module out … or set use_dora=False",
         "MultiheadAttention does not support DoRA",
     ),
     Exceptional(
         MIXTURES,
         ("use_dora",),
-        "has no place in a … Leave the module out … or set use_dora=False",
+        "cannot be used with this … Leave the module out … or set use_dora=False",
         "lora.ParamWrapper does not work with use_dora=True",
     ),
     Exceptional(
         ("Embedding", "tied embedding"),
         ("lora_bias",),
-        "has no place in this Embedding … Leave the module out … or set lora_bias=False",
+        "cannot be used with this Embedding … Leave the module out … or set lora_bias=False",
         "lora_bias=True is not supported for Embedding",
     ),
     Exceptional(
         ("Multihead-Attention",),
         ("lora_bias",),
-        "has no place in this MultiheadAttention … Leave the module out … or set lora_bias=False",
+        "cannot be used with this MultiheadAttention … Leave the module out … or set lora_bias=False",
         because="In PEFT's the bias of in_proj does nothing.",
     ),
     Exceptional(
@@ -968,7 +968,7 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         Exceptional(
             kinds,
             ('init_lora_weights="eva"',),
-            "init_lora_weights='eva' is there for linear layers … Leave the module out … or start with True",
+            "init_lora_weights='eva' cannot be used with this … Leave the module out … or start with True",
             lora,
             because,
         )
@@ -987,7 +987,7 @@ EXCEPTIONS: tuple[Exceptional, ...] = (
         Exceptional(
             kinds,
             (f'init_lora_weights="{start}"',),
-            f"init_lora_weights='{start}' is there for linear layers … Leave the module out … or start with True",
+            f"init_lora_weights='{start}' cannot be used with this … Leave the module out … or start with True",
             lora and lora.format(start=start),
         )
         for start in ("pissa", "olora", "orthogonal")
@@ -1093,13 +1093,13 @@ MEANINGS = {
     "✓+": "works; PEFT's LoRA fails or is wrong there",
     "✗": "refused, where LoRA's counterpart has no objection; the note has the message",
     "–": "neither can; the note has the reason",
-    "·": "not tried: it is for other kinds (LoftQ, for quantised ones), or to keep the tests short",
+    "·": "not tried: it is for other kinds (LoftQ, for quantized ones), or to keep the tests short",
 }
 EXPLANATION = """
 The models are tiny and random: Llama, GPT-2, T5, BERT (two layers each), Mixtral, Qwen3-MoE and gpt-oss with their
 experts adapted through `target_parameters`, an SDXL U-Net of two blocks, Llava with adapters in both towers and the
 projector, and for each kind of layer two blocks of it. *Quantised* is a layer that no library made, served through
-PEFT's contract for quantisation backends (LoRA, which does not use it, gets the same weights unquantised);
+PEFT's contract for quantization backends (LoRA, which does not use it, gets the same weights unquantized);
 bitsandbytes, torchao and HQQ are run by `tests/test_tuner_quantized.py` where they are installed. `torch.compile` is
 traced whole with the eager backend.
 """

@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             initialize_lora_eva_weights(model, eva_state_dict={**good, **change})
-        assert all(layer.r == {"default": 4} and layer._unfilled for layer in layers(model).values())
+        assert all(layer.r == {"default": 4} and layer.unfilled for layer in layers(model).values())
     good.pop(name)
     with pytest.warns(UserWarning, match="1 modules have no components of their own"):
         initialize_lora_eva_weights(model, eva_state_dict=good)
@@ -265,7 +265,7 @@ def test_a_configuration_of_eva_for_another_start_is_told_of() -> None:
 
 
 def test_other_layers_and_recipes_cannot_begin_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there for linear layers, and this is a Embedding"):
+    with pytest.raises(ValueError, match="cannot be used with this Embedding: it is there for linear layers"):
         get_peft_model(
             nn.Sequential(nn.Embedding(8, 4)), MoSLoRAConfig(**{**SETTINGS, "target_modules": ["0"]})
         )

@@ -62,7 +62,7 @@ def test_two_subspace_mixing_is_a_fixed_mixer(seed: int, n_in: int, half: int, n
 def test_scaling_is_alpha_over_r_or_its_root() -> None:
     assert functional.scaling(32, 16) == 2
     assert functional.scaling(32, 16, use_rslora=True) == 8
-    with pytest.raises(ValueError, match="r=0 is no rank"):
+    with pytest.raises(ValueError, match="r=0 is not a rank"):
         functional.scaling(1, 0)
 
 

@@ -18,18 +18,20 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from moslora import MoSLoRAConfig
-from moslora.core import functional, kernels, ops
+from moslora.core import functional, kernel_update, ops, switches
+from moslora.core.kernels import launching, programs
+from moslora.core.kernels import update as kernels
 from tolerances import INTERPRETED_SNR_DB, RELATIVE, SNR_DB, relative_error, snr_db
 
 pytestmark = [
     pytest.mark.skipif(
-        kernels.triton is None, reason="Triton is not installed (it has no build for this system)"
+        not programs.HAS_TRITON, reason="Triton is not installed (it has no build for this system)"
     ),
 ]
 interpreted = pytest.mark.skipif(
-    not kernels.INTERPRETED, reason="runs in the process that interprets kernels"
+    not programs.INTERPRETED, reason="runs in the process that interprets kernels"
 )
-compiled = pytest.mark.skipif(kernels.INTERPRETED, reason="an interpreted kernel is not compiled")
+compiled = pytest.mark.skipif(programs.INTERPRETED, reason="an interpreted kernel is not compiled")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("out", "dx", "dcomposed", "dB")
 
@@ -89,7 +91,7 @@ def assert_equals_the_oracle(inputs, found, scale, mask=1.0, p=0.0):  # type: ig
 
 
 def test_laws_hold_in_tritons_interpreter() -> None:
-    if kernels.INTERPRETED:
+    if programs.INTERPRETED:
         pytest.skip("this is that process")
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
@@ -251,11 +253,11 @@ def test_every_configuration_gives_the_same_mask_and_the_oracles_values(
 ) -> None:
     inputs = draw(5, 20, 24, 18, 5, torch.float32)
     mask = kept(20, 24, 0.25, 6)
-    for name, kernel in kernels._KERNELS.items():
+    for name, kernel in launching.KERNELS.items():
         for config in kernel.configs:
-            only = {name: kernels._Kernel(kernel.function, kernel.names, (config,))}
+            only = {name: launching.Kernel(kernel.function, kernel.names, (config,))}
             with monkeypatch.context() as patch:
-                patch.setattr(kernels, "_KERNELS", kernels._KERNELS | only)
+                patch.setattr(launching, "KERNELS", launching.KERNELS | only)
                 assert_equals_the_oracle(inputs, run(inputs, 0.7, 0.25, 6, name == "linear"), 0.7, mask, 0.25)
 
 
@@ -273,7 +275,7 @@ def test_the_probability_is_rounded_as_said_and_never_to_none() -> None:
     assert kernels.dropout_probability(1e-9) == 1 / 65536
     assert kernels.dropout_probability(1 - 1e-9) == 65535 / 65536
     for wrong in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="no probability"):
+        with pytest.raises(ValueError, match="not a probability"):
             kernels.dropout_probability(wrong)
 
 
@@ -287,7 +289,7 @@ def test_what_does_not_fit_is_named() -> None:
         ((x, weight, bias, composed[:, :2], B), "composed has shape"),
         ((x, weight, bias, composed, B[:, :2]), "B has shape"),
         ((x, weight.half(), bias, composed, B), "weight is torch.float16 and x torch.float32"),
-        ((x, None, bias, composed, B), "a bias without a weight"),
+        ((x, None, bias, composed, B), "A bias without a weight"),
     ):
         with pytest.raises(ValueError, match=words):
             kernels.forward(*wrong, 1.0)
@@ -313,7 +315,7 @@ def factors(seed: int, T: int, n_in: int, n_out: int, r: int, dtype: torch.dtype
 
 @pytest.fixture
 def fresh_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_verdicts", {})
+    monkeypatch.setattr(kernel_update, "_verdicts", {})
 
 
 def update(inputs, p=0.0, seed=0, on=True, base=True):  # type: ignore[no-untyped-def]
@@ -333,7 +335,7 @@ def update(inputs, p=0.0, seed=0, on=True, base=True):  # type: ignore[no-untype
 def test_asked_for_they_give_what_torch_gives_with_every_gradient(dtype, base, fresh_verdicts) -> None:  # type: ignore[no-untyped-def]
     inputs = factors(1, 9, 24, 18, 5, dtype)
     found = update(inputs, base=base)
-    assert list(ops._verdicts.values()) == [None]  # tried, and taken
+    assert list(kernel_update._verdicts.values()) == [None]  # tried, and taken
     exact = [t.detach().double().requires_grad_() for t in inputs]
     for one, two in zip(found, update(exact, on=False, base=base), strict=True):
         assert one.shape == two.shape
@@ -392,7 +394,7 @@ def test_kernels_that_disagree_or_fail_are_not_used_and_that_is_said(
 def test_a_dropout_that_only_they_could_do_falls_back_to_torchs(
     monkeypatch: pytest.MonkeyPatch, fresh_verdicts: None
 ) -> None:
-    monkeypatch.setattr(ops, "_try_kernels", lambda *_: "they are wrong")
+    monkeypatch.setattr(kernel_update, "_try_kernels", lambda *_: "they are wrong")
     inputs = factors(3, 16, 24, 18, 4, torch.float32)
     with pytest.warns(RuntimeWarning, match="they are wrong"):
         found = update(inputs, 0.5, seed=1)[0]
@@ -443,7 +445,7 @@ def test_a_model_trains_alike_with_them_and_checkpointing_changes_no_mask(fresh_
 
     for name, one in gradients(True, 0.0).items():
         assert relative_error(one, gradients(False, 0.0)[name]) < 20 * RELATIVE[torch.float32], name
-    assert len(ops._verdicts) == 2 and set(ops._verdicts.values()) == {None}
+    assert len(kernel_update._verdicts) == 2 and set(kernel_update._verdicts.values()) == {None}
     plain, again = gradients(True, 0.3), gradients(True, 0.3, checkpointing=True)
     assert plain.keys() == again.keys() and len(plain) == 6
     assert all(torch.equal(plain[name], again[name]) for name in plain)
@@ -451,12 +453,12 @@ def test_a_model_trains_alike_with_them_and_checkpointing_changes_no_mask(fresh_
 
 @pytest.mark.parametrize(("value", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
 def test_the_switch_is_off_unless_asked_for(value: str | None, on: bool) -> None:
-    assert ops._read_switch(value) is on
+    assert switches.read_switch(value) is on
 
 
 def test_a_switch_that_says_neither_is_refused() -> None:
     with pytest.raises(ValueError, match="set it to 1 or 0"):
-        ops._read_switch("yes")
+        switches.read_switch("yes")
 
 
 @compiled
@@ -502,7 +504,7 @@ def test_every_launch_compiles_for_hopper_to_tensor_core_code(dtype, r, p, monke
     seen = set()
 
     def launch(name: str, grid: object, itemsize: int, **arguments: object) -> None:
-        kernel = kernels._KERNELS[name]
+        kernel = launching.KERNELS[name]
         blocks, warps, stages = kernel.fitting(arguments.get("R", 16), itemsize)[0]
         types, constants = signature({**arguments, **blocks})
         source = ASTSource(
@@ -520,10 +522,10 @@ def test_every_launch_compiles_for_hopper_to_tensor_core_code(dtype, r, p, monke
         assert built.metadata.shared <= 227 * 1024, (name, built.metadata.shared)
 
     monkeypatch.setattr(kernels, "is_available", lambda *_: True)
-    monkeypatch.setattr(kernels, "_launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     t = draw(0, 512, 512, 256, r, dtype)
     for fused in (False, True):
         run(t, 0.7, p, 1, fused)
-    assert {name for name, _ in seen} == set(kernels._KERNELS) - (
+    assert {name for name, _ in seen} == set(launching.KERNELS) - (
         {"joint"} if r > kernels.JOINT_RANK else set()
     )

@@ -276,8 +276,11 @@ class Words(nn.Module):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["words"]}, r"no place in this Embedding: its B is a parameter.*exclude_modules"),
-        ({"target_modules": ["attend"]}, "no place in this MultiheadAttention.*lora_bias=False"),
+        (
+            {"target_modules": ["words"]},
+            r"cannot be used with this Embedding: its B is a parameter.*exclude_modules",
+        ),
+        ({"target_modules": ["attend"]}, "cannot be used with this MultiheadAttention.*lora_bias=False"),
         ({"target_modules": [], "target_parameters": ["words.weight"]}, "added to the parameter weight"),
         ({"target_modules": ["words"], "use_dora": True}, "cannot be used with use_dora=True"),
     ],

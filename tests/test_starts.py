@@ -69,7 +69,7 @@ def test_factors_start_as_the_principal_part_and_change_nothing(kind: str, rslor
     model = laws.adapt(build, target_modules=targets, **PISSA, use_rslora=rslora)
     assert torch.equal(run(model), run(base))
     for layer in layers(model):
-        A, M, B = layer._held("default")
+        A, M, B = layer.held_factors("default")
         weight = layer.get_base_weight()
         assert torch.equal(weight, base.get_submodule(name_of(model, layer)).weight)
         weight = weight.T if layer.fan_in_fan_out else weight
@@ -94,7 +94,7 @@ def test_olora_starts_from_a_qr_and_changes_nothing_whatever_m_is(kind: str, mix
     model = laws.adapt(build, mixer=mixer, **settings)
     assert torch.equal(run(model), run(base))
     for layer in layers(model):
-        A, M, B = layer._held("default")
+        A, M, B = layer.held_factors("default")
         weight = layer.get_base_weight()
         assert torch.equal(weight, base.get_submodule(name_of(model, layer)).weight)
         Q, R = torch.linalg.qr(weight.T if layer.fan_in_fan_out else weight)
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_factors_on_the_residual(start: str) -> None:
     base = nn.Sequential(nn.Linear(7, 5)).double()
     config = MoSLoRAConfig(**{**PISSA, "init_lora_weights": start}, target_modules=["0"])
     layer = get_peft_model(copy.deepcopy(base), config).base_model.model[0]
-    A, M, B = layer._held("default")
+    A, M, B = layer.held_factors("default")
     s = layer.scaling["default"]
     with torch.no_grad():
         residual = base[0].weight - s * B @ M @ A
@@ -340,7 +340,7 @@ def test_an_orthogonal_start_changes_nothing_and_learns_at_once(mixer: object, m
         A, M, B, _ = layer.factors("default")
         size = B.abs() @ M.abs() @ A.abs()
         assert relative_error(B @ M @ A, torch.zeros_like(size), size) < RELATIVE[torch.float32]
-        learning = [factor for factor in layer._held("default") if factor.requires_grad]
+        learning = [factor for factor in layer.held_factors("default") if factor.requires_grad]
         # Two subspaces have B·M = 0 here, so A follows after B's first step, as in a start with B = 0.
         assert all(factor.grad.any() for factor in (learning[1:] if mixer == "two-subspace" else learning))
         # The same law: A is what LoRA's would be, B as large, of half the rank.
@@ -369,9 +369,13 @@ def test_starts_without_a_meaning_are_refused(arguments: dict[str, object], mess
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        (nn.Conv2d(4, 4, 1), {}, "there for linear layers, and this is a Conv2d.*exclude_modules"),
-        (nn.Embedding(8, 4), {}, "this is a Embedding"),
-        (nn.MultiheadAttention(4, 2), {}, "this is a MultiheadAttention"),
+        (
+            nn.Conv2d(4, 4, 1),
+            {},
+            "cannot be used with this Conv2d: it is there for linear layers.*exclude_modules",
+        ),
+        (nn.Embedding(8, 4), {}, "cannot be used with this Embedding"),
+        (nn.MultiheadAttention(4, 2), {}, "cannot be used with this MultiheadAttention"),
         (nn.Linear(4, 3), {"r": 4}, r"needs 4 components.*\(3, 4\) has 3"),
         (nn.Linear(4, 3), {"r": 4, "init_lora_weights": "olora"}, r"needs 4 components.*\(3, 4\) has 3"),
         (nn.Linear(4, 3), {"lora_alpha": 0}, "divides by alpha / r"),

@@ -15,9 +15,8 @@ from torch import nn
 import tiny
 import upstream
 from moslora import MoSLoRAConfig
-from moslora.core import functional, ops
+from moslora.core import functional, notices, ops
 from moslora.core.mixers import MIXERS
-from moslora.tuner import layer as layer_module
 from tolerances import MODEL, MODEL_SNR_DB, RELATIVE, relative_error, snr_db
 from upstream import WHOLE
 
@@ -483,12 +482,12 @@ def test_scales_are_set_and_restored() -> None:
 
 
 def test_leaving_the_fused_path_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    layer_module._told.clear()
+    notices.forget()
     model = adapted(lora_dropout=0.5).train()
-    with caplog.at_level("INFO", logger="moslora.tuner.layer"):
+    with caplog.at_level("INFO", logger="moslora.tuner.linear"):
         model(tiny.tokens())
         model(tiny.tokens())
     assert [r.getMessage() for r in caplog.records] == [
-        "MoSLoRA runs base product and update apart: dropout 0.5 is above 0.25, where a mask is smaller than "
-        "positions."
+        "Fused path disabled: base layer and update run separately: dropout 0.5 is above 0.25, where a mask is smaller "
+        "than positions."
     ]

@@ -18,12 +18,13 @@ import tiny
 import upstream
 from moslora import MoSLoRAConfig, replace_lora_weights_loftq
 from moslora.adapters.export import export_adapter
-from moslora.compat import peft as compat
-from moslora.tuner.layer import MoSLoRALinear
+from moslora.compat.lookup import find
+from moslora.compat.peft import quantization
+from moslora.tuner.linear import MoSLoRALinear
 from tolerances import MODEL, RELATIVE, relative_error
 
 # Where PEFT has no backends yet, layers are called and read, and what needs a backend says so.
-quantization_utils: Any = compat.find("peft.utils.quantization_utils")
+quantization_utils: Any = find("peft.utils.quantization_utils")
 with_backends = upstream.needs("PEFT has no backends for quantized layers before", peft="0.20")
 
 
@@ -258,7 +259,7 @@ def contract(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
         def resolve(base_layer: nn.Module, **_: object) -> Any:
             return backend if isinstance(base_layer, Packed) else None
 
-        monkeypatch.setattr(compat, "resolve_quantization_backend", resolve)
+        monkeypatch.setattr(quantization, "resolve_quantization_backend", resolve)
 
     return know
 

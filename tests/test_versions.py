@@ -22,10 +22,12 @@ import moslora
 import tiny
 import upstream
 from moslora import MoSLoRAConfig, errors, versions
-from moslora.compat import peft as compat
+from moslora.compat.lookup import holders_of
+from moslora.compat.peft import base_layer, base_tuner, patches, quantization, state_dict, state_hooks
+from moslora.compat.peft.functions import prune
 from moslora.recipe.loading import load_recipe
 from moslora.tasks import find_task
-from moslora.tuner import held_mixer, patches
+from moslora.tuner import held_mixer, registration
 from tolerances import MODEL, relative_error
 
 ROOT = Path(__file__).parents[1]
@@ -122,12 +124,10 @@ print([str(w.message) for w in said if "moslora does not know" in str(w.message)
 def test_an_unknown_version_that_cannot_be_registered_with_is_a_warning_and_a_known_one_an_error(
     versions_are: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moslora.tuner import model
-
     def fail() -> None:
         raise AttributeError("hotswap is gone")
 
-    monkeypatch.setattr(model, "register", fail)
+    monkeypatch.setattr(registration, "register", fail)
     with pytest.raises(AttributeError, match="hotswap is gone"):
         moslora._register()
     versions_are(peft="0.30")
@@ -167,8 +167,8 @@ def test_a_function_that_is_not_where_it_was_is_a_warning(
     with pytest.warns(
         UserWarning, match=r"hotswap\.no_such_function, peft\.no_such_module\.function"
     ) as said:
-        patches.patch()
-        patches.patch()
+        patches.patch(registration.OWN_METHODS)
+        patches.patch(registration.OWN_METHODS)
     assert len(said) == 1 and "not_in_this_version" not in str(said[0].message)
 
 
@@ -191,21 +191,21 @@ def test_the_command_says_which_versions_it_needs_before_anything_else(versions_
 @pytest.fixture
 def without_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save and load through what stands in for the hooks that PEFT has since 0.21; with older ones it does anyway."""
-    if not compat.HAS_STATE_HOOKS:
+    if not state_hooks.HAS_STATE_HOOKS:
         return
     for name in (
         "_get_adapter_state_dict",
         "_remove_adapter_name_from_key",
         "_remap_adapter_state_dict_for_load",
     ):
-        monkeypatch.setattr(compat.Tuner, name, vars(compat._StateHooks)[name], raising=False)
+        monkeypatch.setattr(base_tuner.Tuner, name, vars(state_hooks.StateHooks)[name], raising=False)
     changes = (
-        ("get_peft_model_state_dict", compat.get_state_through_tuner),
-        ("set_peft_model_state_dict", compat.set_state_through_tuner),
+        ("get_peft_model_state_dict", state_dict.get_state_through_tuner),
+        ("set_peft_model_state_dict", state_dict.set_state_through_tuner),
     )
     for name, change in changes:
         now = getattr(peft.utils, name)
-        for holder in compat.holders_of(now, name):
+        for holder in holders_of(now, name):
             monkeypatch.setattr(holder, name, change(now))
 
 
@@ -320,8 +320,7 @@ def test_without_hooks_lora_is_saved_and_loaded_by_peft_alone(tmp_path: Path) ->
 
 def test_a_function_is_found_in_every_module_that_holds_it() -> None:
     holders = {
-        module.__name__
-        for module in compat.holders_of(peft.get_peft_model_state_dict, "get_peft_model_state_dict")
+        module.__name__ for module in holders_of(peft.get_peft_model_state_dict, "get_peft_model_state_dict")
     }
     assert {"peft", "peft.utils", "peft.utils.save_and_load", "peft.peft_model"} <= holders
 
@@ -373,7 +372,7 @@ def test_what_stands_in_for_pefts_freezing_freezes_and_forgets() -> None:
         def delete_adapter(self, name: str) -> None:
             del self.A[name], self.M[name]
 
-    class Layer(compat._Frozen, Base):
+    class Layer(base_layer.Frozen, Base):
         pass
 
     layer = Layer()
@@ -402,9 +401,9 @@ def test_without_backends_a_quantized_layer_is_known_and_nothing_is_written_into
 ) -> None:
     versions_are(peft="0.18.1")
     plain = nn.Linear(4, 4)
-    assert compat._resolve_read_only(plain) is None
+    assert quantization.resolve_read_only(plain) is None
     plain.weight = Int8Weight(plain.weight.data, requires_grad=False)
-    backend = compat._resolve_read_only(plain)
+    backend = quantization.resolve_read_only(plain)
     assert backend.backend_name == "bitsandbytes" and not backend.supports_merge
     match = r"Merging into a Linear of bitsandbytes needs peft 0\.20.*0\.18\.1.*export"
     layer = type("Layer", (), {"get_base_layer": lambda self: plain})()
@@ -416,7 +415,7 @@ def test_without_backends_merging_is_refused_and_training_works(
     versions_are: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions_are(peft="0.18.1")
-    monkeypatch.setattr(compat, "resolve_quantization_backend", compat._resolve_read_only)
+    monkeypatch.setattr(quantization, "resolve_quantization_backend", quantization.resolve_read_only)
     base = nn.Sequential(nn.Linear(4, 4))
     base[0].weight = Int8Weight(base[0].weight.data, requires_grad=False)
     model = get_peft_model(base, MoSLoRAConfig(r=2, target_modules=["0"], init_lora_weights=False))
@@ -435,12 +434,12 @@ def test_without_backends_merging_is_refused_and_training_works(
 
 def test_pruning_at_random_keeps_the_mean_with_every_version() -> None:
     torch.manual_seed(0)
-    pruned = compat.prune(torch.ones(10000), 0.25, "random", rescale=True)
+    pruned = prune(torch.ones(10000), 0.25, "random", rescale=True)
     assert set(pruned.tolist()) == {0.0, 4.0}
-    assert set(compat.prune(torch.ones(10000), 0.25, "random").tolist()) == {0.0, 1.0}
+    assert set(prune(torch.ones(10000), 0.25, "random").tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.skipif(compat.HAS_TIES, reason="PEFT ties adapters since 0.19")
+@pytest.mark.skipif(base_tuner.HAS_TIES, reason="PEFT ties adapters since 0.19")
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
 def test_before_ties_of_adapters_they_are_refused_with_the_version_that_has_them() -> None:
     with pytest.raises(ValueError, match=r"ensure_weight_tying=True with .* needs peft 0\.19"):

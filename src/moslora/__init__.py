@@ -58,7 +58,7 @@ _PLACES = {
 def _register() -> None:
     """Register the method with PEFT. A version that is not known may fail at it, but does not fail to be imported."""
     try:
-        from moslora.tuner.model import register
+        from moslora.tuner.registration import register
 
         register()
     except Exception as error:

@@ -1,3 +1,3 @@
-"""``moslora.core.kernels`` under its short name."""
+"""``moslora.core.kernels.update`` under its short name."""
 
-from moslora.core.kernels import *  # noqa: F403
+from moslora.core.kernels.update import *  # noqa: F403

@@ -107,21 +107,17 @@ def _match_scale(model: Any) -> None:
     """
     import torch
 
+    from moslora.core.mixers import mixed_norms
     from moslora.tuner.layer import MoSLoRALayer
 
     with torch.no_grad():
         for layer in (module for module in model.modules() if isinstance(module, MoSLoRALayer)):
-            A, M, B, _ = layer.factors(
-                "default"
-            )  # (r, in), (r, r), (out, r); experts have one dimension more
-            alone, mixed = (A, M @ A) if A.any() else (B, B @ M)
-            alone.mul_(_norm(mixed) / _norm(alone))
+            # (r, in), (r, r), (out, r); experts have one dimension more
+            A, M, B, _ = layer.factors("default")
+            factor, before, after = mixed_norms(A, M, B)
+            factor.mul_(after / before)
             identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
             layer.set_mixer("default", identity.expand_as(M))
-
-
-def _norm(matrices: Any) -> Any:
-    return matrices.norm(dim=(-2, -1), keepdim=True)
 
 
 METHODS: dict[str, Method] = {

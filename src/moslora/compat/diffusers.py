@@ -46,12 +46,12 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def is_of_diffusers(model: nn.Module) -> bool:
-    """Tell whether a model is one of diffusers', so that its adapter may be saved by a pipeline."""
+    """Tell whether a model is one of diffusers' (0.38 to 0.42), so that its adapter may be saved by a pipeline."""
     return any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(model).__mro__)
 
 
 def remember(tensors: Mapping[str, Tensor], config: MoSLoRAConfig) -> None:
-    """Remember whose adapter's tensors these are, for when a pipeline saves them.
+    """Remember whose adapter's tensors these are, for when a pipeline of diffusers (0.38 to 0.42) saves them.
 
     Args:
         tensors: An adapter's state dict.
@@ -62,7 +62,7 @@ def remember(tensors: Mapping[str, Tensor], config: MoSLoRAConfig) -> None:
 
 
 def restore_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put an adapter with its mixers in the place of the fold that a pipeline's ``lora_state_dict`` read.
+    """Put an adapter with its mixers in the place of its fold, which ``lora_state_dict`` read (diffusers 0.38 to 0.42).
 
     Args:
         tensors: What is to be loaded into a model.
@@ -244,7 +244,7 @@ def _find(name: str) -> FunctionType | None:
 
 
 def install() -> None:
-    """Change diffusers, if it is not changed yet.
+    """Change diffusers (0.38 to 0.42), if it is not changed yet.
 
     Warns:
         UserWarning: If this version of diffusers is not one that is known here; nothing is changed then.

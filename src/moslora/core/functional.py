@@ -41,7 +41,7 @@ def scaling(alpha: float, r: int, use_rslora: bool = False) -> float:
         ValueError: If ``r`` is below 1.
     """
     if r < 1:
-        raise ValueError(f"r={r!r} is no rank; it must be an integer of at least 1.")
+        raise ValueError(f"r={r!r} is not a rank; it must be an integer of at least 1.")
     return alpha / r**0.5 if use_rslora else alpha / r
 
 
@@ -172,7 +172,7 @@ def two_subspace_mixer(r: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def concatenate(parts: Sequence[tuple[float, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Lay factors side by side, so that their ΔW add up.
 
-    A sum of products is no product of sums: adding A to A and B to B gives another ΔW. Exact is
+    A sum of products is not a product of sums: adding A to A and B to B gives another ΔW. Exact is
 
         Σ w_i·B_i·M_i·A_i = [w_1·B_1, …] · blockdiag(M_1, …) · [A_1; …]
 

@@ -5,7 +5,6 @@ A new mixer is one entry of ``MIXERS``. A start from which nothing can be learne
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -15,6 +14,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moslora.core.functional import two_subspace_mixer
+from moslora.errors import UsageError
+from moslora.wording import did_you_mean
 
 __all__ = [
     "CUSTOM",
@@ -25,6 +26,7 @@ __all__ = [
     "find_mixer",
     "forked_generator",
     "initial_mixer",
+    "mixed_norms",
 ]
 
 # What a configuration calls a mixer that starts with the singular values of the base weight.
@@ -106,14 +108,14 @@ def find_mixer(name: str) -> Mixer:
         The table's entry.
 
     Raises:
-        ValueError: If the name is unknown, or names a start that cannot learn.
+        UsageError: If the name is unknown, or names a start that cannot learn.
     """
     if name in REFUSED:
-        raise ValueError(REFUSED[name])
+        raise UsageError(REFUSED[name])
     if name not in MIXERS:
-        near = difflib.get_close_matches(str(name), MIXERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"mixer={name!r} is unknown; choose one of {sorted(MIXERS)}.{hint}")
+        raise UsageError(
+            f"mixer={name!r} is unknown; choose one of {sorted(MIXERS)}.{did_you_mean(name, MIXERS)}"
+        )
     return MIXERS[name]
 
 
@@ -129,7 +131,7 @@ def initial_mixer(name: str, r: int, generator: Generator | None = None) -> Tens
         M, shape ``(r, r)``, float32, on the CPU.
 
     Raises:
-        ValueError: If the mixer is unknown, cannot learn, or does not exist for this rank.
+        UsageError: If the mixer is unknown, cannot learn, or does not exist for this rank.
     """
     return find_mixer(name).fill(r, generator)
 
@@ -148,7 +150,7 @@ def draw_mixer(given: Tensor | Callable[..., Tensor], r: int, generator: Generat
         M, shape ``(r, r)``, float32 (float64 if it was given so), on the CPU.
 
     Raises:
-        ValueError: If it is no real matrix of this shape, is not finite, or is zero, from which nothing is learned.
+        UsageError: If it is not a real matrix of this shape, is not finite, or is zero, from which nothing is learned.
     """
     found: object = given
     if not isinstance(given, Tensor):
@@ -158,21 +160,21 @@ def draw_mixer(given: Tensor | Callable[..., Tensor], r: int, generator: Generat
             found = _call(given, r, generator)
     source = "mixer" if isinstance(given, Tensor) else f"mixer({r})"
     if not isinstance(found, Tensor):
-        raise ValueError(
+        raise UsageError(
             f"{source} is a {type(found).__name__}; it must be a torch.Tensor of shape (r, r), or a callable that "
             "makes one of the rank r."
         )
     if found.is_complex() or found.is_meta or found.is_sparse or tuple(found.shape) != (r, r):
-        raise ValueError(
+        raise UsageError(
             f"{source} is a {found.dtype} tensor of shape {tuple(found.shape)} on {found.device}; for rank {r} it must "
             f"be a dense real one of shape ({r}, {r}). A callable, r -> tensor, serves modules of different ranks."
         )
     dtype = found.dtype if found.dtype == torch.float64 else torch.float32
     M = found.detach().to("cpu", dtype, copy=True)
     if not torch.isfinite(M).all():
-        raise ValueError(f"{source} has NaN or infinite values (as {dtype}); every entry must be a number.")
+        raise UsageError(f"{source} has NaN or infinite values (as {dtype}); every entry must be a number.")
     if not M.any():
-        raise ValueError(f"{source} is zero. {REFUSED['zeros']}")
+        raise UsageError(f"{source} is zero. {REFUSED['zeros']}")
     return M
 
 
@@ -184,9 +186,9 @@ def _call(given: Callable[..., Tensor], r: int, generator: Generator | None) -> 
         return given(r)
     if "generator" in parameters:
         return given(r, generator=generator)
-    places = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    asks = len(places) > 1 and places[1].default is inspect.Parameter.empty
-    return given(r, generator) if asks else given(r)
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needs_second = len(positional) > 1 and positional[1].default is inspect.Parameter.empty
+    return given(r, generator) if needs_second else given(r)
 
 
 def forked_generator() -> Generator:
@@ -202,3 +204,21 @@ def forked_generator() -> Generator:
     ahead.set_state(torch.get_rng_state())
     seed = int(torch.randint(2**62, (), generator=ahead))
     return Generator().manual_seed(seed)
+
+
+def mixed_norms(A: Tensor, M: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factor whose scale a mixer changes, and its norm before and after: A, ``‖A‖`` and ``‖M·A‖``.
+
+    Where A starts at zero, as an embedding's does, it is B, ``‖B‖`` and ``‖B·M‖``.
+
+    Args:
+        A: Shape ``(..., r, in)``.
+        M: Shape ``(..., r, r)``.
+        B: Shape ``(..., out, r)``.
+
+    Returns:
+        The factor itself, and two norms of shape ``(..., 1, 1)``.
+    """
+    factor, mixed = (A, M @ A) if A.any() else (B, B @ M)
+    before, after = (matrices.norm(dim=(-2, -1), keepdim=True) for matrices in (factor, mixed))
+    return factor, before, after

@@ -165,17 +165,17 @@ def _as_on(device: str, model: nn.Module) -> Iterator[None]:
     """Let dropout be made as it is on a GPU: by torch, which keeps a mask of one byte for each entry."""
     from torch import nn
 
-    from moslora.core import ops
+    from moslora.core import dropout
 
     drops = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p] if device != "cpu" else []
-    largest = ops.LARGEST_SPARSE_DROPOUT
+    largest = dropout.LARGEST_SPARSE_DROPOUT
     for module in drops:
         module.forward = functools.partial(_dropped, module.p)  # type: ignore[method-assign]
-        ops.LARGEST_SPARSE_DROPOUT = 0.0  # dropout by position is for CPUs, and draws values
+        dropout.LARGEST_SPARSE_DROPOUT = 0.0  # dropout by position is for CPUs, and draws values
     try:
         yield
     finally:
-        ops.LARGEST_SPARSE_DROPOUT = largest
+        dropout.LARGEST_SPARSE_DROPOUT = largest
         for module in drops:
             del module.forward
 

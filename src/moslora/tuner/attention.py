@@ -1,4 +1,4 @@
-"""Adapted ``nn.MultiheadAttention``, and keeping torch's own shortcuts from passing adapters by.
+"""Adapted ``nn.MultiheadAttention``.
 
 torch reads the weights of an attention's projections itself, without calling a module, so for the length of a
 call they are replaced by W + ΔW.
@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moslora.errors import UsageError
 from moslora.tuner import bias, dora, starts
 from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.linear import MoSLoRALinear
 from moslora.tuner.reading import check_present, replaced, whole
 
-__all__ = ["MoSLoRAAttention", "leave_fast_paths", "restore_fast_paths"]
+__all__ = ["MoSLoRAAttention"]
 
 
 class MoSLoRAAttention(MoSLoRALayer):
@@ -33,7 +35,7 @@ class MoSLoRAAttention(MoSLoRALayer):
         config: Its configuration.
         r: Its rank in both projections.
         lora_alpha: Its alpha in both projections.
-        **kwargs: What PEFT says about quantisation.
+        **kwargs: What PEFT says about quantization.
 
     Raises:
         ValueError: If query, key and value have projections of their own.
@@ -44,7 +46,7 @@ class MoSLoRAAttention(MoSLoRALayer):
     def _sizes(self) -> tuple[int, int]:
         base = self.get_base_layer()
         if base.in_proj_weight is None:
-            raise ValueError(
+            raise UsageError(
                 f"A MultiheadAttention with kdim={base.kdim}, vdim={base.vdim} and embed_dim={base.embed_dim} "
                 "has three separate projections, for which LoRA's files have no names. Leave the module out of "
                 "target_modules, or train it whole through modules_to_save."
@@ -81,9 +83,10 @@ class MoSLoRAAttention(MoSLoRALayer):
         # After in_proj, and again where it was just made: PEFT's LoRA draws its starts so.
         base.out_proj.update_layer(adapter_name, r, lora_alpha, config)
 
-    _make_factors = MoSLoRALinear._make_factors
+    make_factors = MoSLoRALinear.make_factors
 
-    def _lay(self, delta: Tensor) -> Tensor:
+    def lay(self, delta: Tensor) -> Tensor:
+        """Return ΔW in the shape of the base weight."""
         return delta
 
     def get_base_weight(self) -> Tensor:
@@ -104,11 +107,11 @@ class MoSLoRAAttention(MoSLoRALayer):
             return getattr(self.base_layer, name)
 
     def why_no_bias(self) -> str | None:
-        """Tell why B cannot have a bias in this layer."""
+        """Return why B cannot have a bias in this layer."""
         return "PEFT's LoRA leaves the one of in_proj out without a word, so no reader would run the adapter"
 
     def why_unlike_lora(self) -> str | None:
-        """Tell why PEFT's LoRA of this layer computes another output from the same factors."""
+        """Return why stock PEFT's LoRA would compute another output with these weights."""
         return (
             "PEFT up to 0.21 adds the update of a MultiheadAttention's out_proj twice (its pull request 3774)"
         )
@@ -130,21 +133,21 @@ class MoSLoRAAttention(MoSLoRALayer):
         )
         weights: dict[tuple[nn.Module, str], Tensor] = {}
         for layer, module, name in projections:
-            active = [] if layer._is_base_alone() else layer._active_here()
+            active = [] if layer.is_base_alone() else layer.active_here()
             if active:
                 weight = layer.get_base_weight()
                 check_present(weight, *(factor for a in active for factor in layer.factors(a)[:3]))
                 if getattr(module, "bias", None) is not None:
-                    weights[module, "bias"] = whole(
-                        module, "bias"
-                    )  # offloaded, for nothing calls an out_proj
+                    # It may be offloaded, because nothing calls an out_proj.
+                    weights[module, "bias"] = whole(module, "bias")
                 weights[module, name] = (weight + sum(map(layer.get_delta_weight, active))).to(weight.dtype)
         if not weights:
             return self.base_layer(*args, **kwargs)
         with replaced(weights):
             return self.base_layer(*args, **kwargs)
 
-    def _weight_beside(self) -> Tensor:
+    def weight_beside(self) -> Tensor:
+        """Return the base parameter in whose group a sharded model has the start of a mixer."""
         return self.get_base_layer().in_proj_weight  # type: ignore[no-any-return]
 
     def unload_and_optionally_merge_module(
@@ -167,41 +170,3 @@ class MoSLoRAAttention(MoSLoRALayer):
             out_proj.merge(safe_merge, adapter_names)
         base.out_proj = out_proj.get_base_layer()
         return base
-
-
-def _be_called(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Do nothing: a layer with a hook is one whose modules torch calls, and does not reach around."""
-
-
-def leave_fast_paths(model: nn.Module) -> None:
-    """Make torch's encoder layers call their modules where one of them is adapted.
-
-    In evaluation ``nn.TransformerEncoderLayer`` hands the weights it finds to one kernel. It would find the
-    base's, and leave the adapters out without a word (as it does with PEFT 0.21's LoRA).
-
-    Args:
-        model: The adapted model; hooks that do nothing are put on its encoder layers.
-    """
-    for module in model.modules():
-        if not any(isinstance(part, MoSLoRALayer) for part in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            # Only the kernel understands nested tensors. None is as good as False, and remembers the True.
-            setattr(module, "use_nested_tensor", None)  # noqa: B010  declared as a bool
-        hooks = module._forward_pre_hooks.values()
-        if isinstance(module, nn.TransformerEncoderLayer) and _be_called not in hooks:
-            module.register_forward_pre_hook(_be_called)
-
-
-def restore_fast_paths(model: nn.Module) -> None:
-    """Take back what ``leave_fast_paths`` did.
-
-    Args:
-        model: The model without adapters.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor is None:
-            module.use_nested_tensor = True
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _be_called:
-                del module._forward_pre_hooks[key]

@@ -15,14 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moslora.compat.offloading import loaded
+from moslora.compat.torch import must_be_called, unwrapped_by_fsdp
+from moslora.errors import UsageError
 from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.reading import is_called, loaded, whole
+from moslora.tuner.factor_holder import FactorHolder
+from moslora.tuner.reading import whole
+from moslora.tuner.refused import refuse_in_layer
 
 __all__ = ["add_to_base", "bias_of", "check", "check_mergeable", "has_bias"]
 
 
-def check(layer: Any, config: MoSLoRAConfig) -> None:
-    """Refuse a bias on B where there is no place for one.
+def check(layer: FactorHolder, config: MoSLoRAConfig) -> None:
+    """Refuse a bias on B where a layer cannot have one.
 
     Args:
         layer: A MoSLoRA layer.
@@ -38,10 +43,7 @@ def check(layer: Any, config: MoSLoRAConfig) -> None:
         return
     base, reason = layer.get_base_layer(), layer.why_no_bias()
     if reason is not None:
-        raise ValueError(
-            f"lora_bias=True has no place in this {type(base).__name__}: {reason}. Leave the module out of "
-            "target_modules (or name it in exclude_modules), or set lora_bias=False."
-        )
+        refuse_in_layer(base, "lora_bias=True", reason, "set lora_bias=False")
     if getattr(base, "bias", None) is None:
         warnings.warn(
             f"lora_bias=True adapts a {type(base).__name__} that has no bias of its own, so the adapter can be run, "
@@ -50,13 +52,13 @@ def check(layer: Any, config: MoSLoRAConfig) -> None:
         )
 
 
-def _holder(layer: Any, adapter_name: str) -> Any:
-    """Return what holds B, and beneath it what has the bias."""
+def _holder(layer: FactorHolder, adapter_name: str) -> tuple[Any, Any]:
+    """Return the module that holds B, and the one inside it that has the bias."""
     entry = getattr(layer, layer.adapter_layer_names[2])[adapter_name]
-    return entry, getattr(entry, "_fsdp_wrapped_module", entry)
+    return entry, unwrapped_by_fsdp(entry)
 
 
-def has_bias(layer: Any, adapter_name: str) -> bool:
+def has_bias(layer: FactorHolder, adapter_name: str) -> bool:
     """Tell whether an adapter has a bias on B in a layer.
 
     Args:
@@ -69,7 +71,7 @@ def has_bias(layer: Any, adapter_name: str) -> bool:
     return getattr(inner, "bias", None) is not None
 
 
-def bias_of(layer: Any, adapter_name: str) -> Tensor | None:
+def bias_of(layer: FactorHolder, adapter_name: str) -> Tensor | None:
     """Return an adapter's bias on B, by a call where it is not there without one.
 
     Args:
@@ -86,17 +88,17 @@ def bias_of(layer: Any, adapter_name: str) -> Tensor | None:
     if bias is None:
         return None
     is_there = not bias.is_meta and bias.ndim == 1 and bias.numel() == layer.out_features
-    if not is_called(entry) or (is_there and entry is inner):
+    if not must_be_called(entry) or (is_there and entry is inner):
         return bias
     if isinstance(inner, nn.Linear):
-        zero = torch.zeros(1, inner.in_features, dtype=bias.dtype, device=layer._device_of_run())
+        zero = torch.zeros(1, inner.in_features, dtype=bias.dtype, device=layer.run_device())
         with torch.autocast(zero.device.type, enabled=False):
             return cast(Tensor, entry(zero))[0]
     with loaded(entry):
         return cast(Tensor, inner.bias).clone()
 
 
-def check_mergeable(layers: Iterable[Any], adapter_names: Iterable[str]) -> None:
+def check_mergeable(layers: Iterable[FactorHolder], adapter_names: Iterable[str]) -> None:
     """Refuse to merge a bias on B into a base that has no bias.
 
     Args:
@@ -112,14 +114,14 @@ def check_mergeable(layers: Iterable[Any], adapter_names: Iterable[str]) -> None
         if getattr(base, "bias", None) is None and any(
             has_bias(layer, name) for name in names & set(layer.scaling)
         ):
-            raise ValueError(
+            raise UsageError(
                 f"Cannot merge: the adapter has a bias on B (lora_bias=True), and a {type(base).__name__} of the base "
                 "has no bias to add it to; nothing was changed. Give the base's layers a bias of zeros first, or leave "
                 "the adapter beside the base, or export it as a plain LoRA."
             )
 
 
-def add_to_base(layer: Any, adapter_name: str, sign: int, safe: bool) -> Tensor | None:
+def add_to_base(layer: FactorHolder, adapter_name: str, sign: int, safe: bool) -> Tensor | None:
     """Return the base's bias with ``s·b`` added or taken away, to be put in its place.
 
     Args:
@@ -141,7 +143,7 @@ def add_to_base(layer: Any, adapter_name: str, sign: int, safe: bool) -> Tensor 
     # Summed in the wider of the two dtypes and rounded once.
     merged: Tensor = (own + sign * layer.scaling[adapter_name] * bias.to(own.device)).to(own.dtype)
     if safe and not torch.isfinite(merged).all():
-        raise ValueError(
+        raise UsageError(
             f"Merging adapter {adapter_name!r} would put NaN or infinite values into the bias; nothing was changed. "
             "Load an earlier checkpoint of the adapter."
         )

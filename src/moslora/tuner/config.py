@@ -15,6 +15,7 @@ from peft.tuners.lora.config import LoraRuntimeConfig
 from torch import Generator, Tensor
 
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
+from moslora.errors import UsageError
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
 
 __all__ = ["MoSLoRAConfig", "MoSLoRAType", "subtracts_start"]
@@ -37,6 +38,11 @@ def subtracts_start(init_lora_weights: Any) -> bool:
         init_lora_weights: As a configuration has it.
     """
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
+
+
+def _was_read_from_json(config: PeftConfig) -> bool:
+    """Tell whether a configuration was made from a file: JSON has the type's name, a script the enum's member."""
+    return type(config.peft_type) is str
 
 
 @dataclass
@@ -62,10 +68,10 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         match_scale: Rescale the initial M so that ‖M·A‖ equals ‖A‖, as LoRA's would be. A kaiming mixer
             otherwise starts at about 0.58 of it.
         init_lora_weights: True: A kaiming-uniform and B zero. ``"gaussian"``: A normal with standard
-            deviation 1/r, B zero. False: B random too, so that the adapter is no identity (for tests). Of linear
+            deviation 1/r, B zero. False: B random too, so that the adapter changes the output (for tests). Of linear
             layers also ``"orthogonal"``: A and B random with B·M·A = 0, r even; and ``"pissa"``: the r leading
             singular vectors of the base weight, with M the diagonal of its singular values (arXiv:2404.02948),
-            or ``"pissa_niter_4"``, by that many iterations of a randomised decomposition; and ``"olora"``: A and B
+            or ``"pissa_niter_4"``, by that many iterations of a randomized decomposition; and ``"olora"``: A and B
             from a QR decomposition of the base weight (arXiv:2406.01775), M as mixer says. The base weight is left
             as it is by both; the start is saved with the adapter and subtracted, so its fold has rank 2r. With
             ``"pissa"`` mixer and match_scale must be left at their defaults, and mixer becomes ``"singular-values"``.
@@ -86,9 +92,9 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: Modules trained in full and saved with the adapter.
         ensure_weight_tying: Keep a head that is tied to the embedding so, where either is in modules_to_save,
             trainable_token_indices or target_modules: the head's factors are the embedding's, transposed.
-        unlike_lora: Filled in by the model: the modules whose update PEFT's LoRA would compute otherwise from
-            the same factors, with the reason. Such an adapter can be merged, but is no plain LoRA.
-        target_parameters: Names or suffixes of parameters to adapt that are no module's own, as the experts
+        unlike_lora: Filled in by the model: the modules where stock PEFT's LoRA would compute a different output
+            with these weights, with the reason. Such an adapter can be merged, but is not a plain LoRA.
+        target_parameters: Names or suffixes of parameters to adapt that are not the weight of a module, as the experts
             of a mixture are: a matrix, or one matrix for each expert (which then has its own mixer).
         trainable_token_indices: Token ids whose embeddings are trained in full, as in LoRA; for layers other
             than the input embedding, by the layer's name.
@@ -161,9 +167,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         """Check every value, and turn lists of names into sets, as PEFT does."""
         super().__post_init__()
-        named: Any = getattr(self, "peft_type")  # noqa: B009  mypy knows no type of it here
-        # Whether it stays so is decided here, whatever is done with the configuration later.
-        self._is_saved = self._brings_values(from_file=type(named) is str)
+        # Decided once, before the type is set below, whatever is done with the configuration later.
+        self._is_saved = self._is_of_saved_adapter(is_from_json=_was_read_from_json(self))
         self.values_in_file = self._is_saved
         self._has_been_saved = False
         self.peft_type = MoSLoRAType.MOSLORA
@@ -187,19 +192,21 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self.target_modules_to_tie: set[str] | None = None
         self._check()
 
-    def _brings_values(self, from_file: bool) -> bool:
+    def _is_of_saved_adapter(self, is_from_json: bool) -> bool:
         """Tell whether this is a saved adapter's configuration, and not one that starts an adapter.
 
-        What PEFT saves says inference_mode, and what is saved by any way says values_in_file. Before 0.2 nothing did in
-        what transformers saved; but there an adapter had been put onto a model, which writes the base's name. In doubt
-        it is a new one: that costs a decomposition, and the file's values replace it.
+        The difference matters for starts that cost or need something (a decomposition, data, a tensor that the user
+        gave): a saved adapter's values come from its file instead. The configuration tells in one of three ways. PEFT
+        saves ``inference_mode=True``. Since moslora 0.2 every file says ``values_in_file``. Before that transformers
+        saved neither, but putting the adapter onto a model wrote the base's name. In doubt it is a new adapter's: that
+        costs a decomposition, and the file's values replace the result.
         """
         if self.inference_mode or self.values_in_file:
             return True
-        if not from_file:  # JSON's text names the type, an object has the enum's member
+        if not is_from_json:
             return False
-        is_of_old = self.values_in_file is None and self.base_model_name_or_path is not None
-        return self.mixer == CUSTOM or (self.mixer == SINGULAR_VALUES and is_of_old)
+        was_on_a_model = self.values_in_file is None and self.base_model_name_or_path is not None
+        return self.mixer == CUSTOM or (self.mixer == SINGULAR_VALUES and was_on_a_model)
 
     def check_arguments(self) -> None:
         """Refuse arguments of LoRA's that are set and cannot be used.
@@ -214,21 +221,23 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         self._has_been_saved = True
 
     def _take_mixer(self) -> None:
-        """Keep a given mixer beside the fields, which stay such that JSON and ``==`` can have them."""
+        """Move a mixer that is a tensor or a callable out of the field, into ``_given_mixer``.
+
+        JSON cannot hold it and ``==`` cannot compare it, so the field says ``"custom"`` from here on.
+        """
         self._given_mixer: Tensor | Callable[..., Tensor] | None = None
         if not isinstance(self.mixer, str):
             if not isinstance(self.mixer, Tensor) and not callable(self.mixer):
-                raise ValueError(
+                raise UsageError(
                     f"mixer={self.mixer!r} is a {type(self.mixer).__name__}; it must be a name, a torch.Tensor of "
                     "shape (r, r), or a callable r -> tensor."
                 )
-            given = self.mixer.detach().clone() if isinstance(self.mixer, Tensor) else self.mixer
-            self._given_mixer, self.mixer = given, CUSTOM
+            self._given_mixer = self.mixer.detach().clone() if isinstance(self.mixer, Tensor) else self.mixer
+            self.mixer = CUSTOM
         if self.starts_from_components:
-            if (
-                self.mixer not in ("kaiming", SINGULAR_VALUES) or self.match_scale
-            ):  # kaiming: left at its default
-                raise ValueError(
+            is_default = self.mixer in ("kaiming", SINGULAR_VALUES) and not self.match_scale
+            if not is_default:
+                raise UsageError(
                     f"init_lora_weights={self.init_lora_weights!r} makes M singular values, so "
                     f"mixer={self.mixer!r} with match_scale={self.match_scale} has no meaning with it. Leave both out."
                 )
@@ -243,7 +252,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         """Make the object of what a file has, or of nothing; a file of LoRA has it at its defaults too."""
         given: Any = self.eva_config
         if given and not isinstance(given, dict | EvaConfig):
-            raise ValueError(f"eva_config={given!r} must be a peft.EvaConfig, or a dict of its arguments.")
+            raise UsageError(f"eva_config={given!r} must be a peft.EvaConfig, or a dict of its arguments.")
         config = EvaConfig(**given) if isinstance(given, dict) else given or EvaConfig()
         self.eva_config = config if self.init_lora_weights == "eva" else None
         if self.eva_config is None and config != EvaConfig():
@@ -257,7 +266,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         given: Any = self.loftq_config
         values = dict(vars(given)) if isinstance(given, LoftQConfig) else given or {}
         if not isinstance(values, dict):
-            raise ValueError(
+            raise UsageError(
                 f"loftq_config={given!r} must be a peft.LoftQConfig, or a dict of its arguments."
             )
         self.loftq_config = values if self.init_lora_weights == "loftq" else {}
@@ -267,7 +276,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
                 stacklevel=4,
             )
         if self.loftq_config.get("loftq_iter", 1) != 1:
-            raise ValueError(
+            raise UsageError(
                 f"loftq_iter={self.loftq_config['loftq_iter']!r}: more iterations quantize the base's weights anew, "
                 "and MoSLoRA leaves the base as it is. Set loftq_iter=1."
             )
@@ -278,7 +287,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         Raises:
             ValueError: Always.
         """
-        raise ValueError(
+        raise UsageError(
             "_register_custom_module cannot be used with MoSLoRA: such a layer is LoRA's, and would have no mixer. "
             "Leave the module out of target_modules, or adapt its weight through target_parameters."
         )
@@ -290,7 +299,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         Raises:
             ValueError: Always.
         """
-        raise ValueError(
+        raise UsageError(
             "This is a MoSLoRA adapter, and what it was given to (PEFT's LoraModel, as X-LoRA is one) runs plain LoRA, "
             "without its mixers. Fold it first: moslora export ADAPTER OUT --to lora."
         )
@@ -313,7 +322,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
 
     @property
     def component_iterations(self) -> int | None:
-        """Iterations of a randomised decomposition; None for an exact one."""
+        """Iterations of a randomized decomposition; None for an exact one."""
         found = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
         return int(found[1]) if found else None
 
@@ -332,7 +341,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             ValueError: If a given mixer has no meaning for this rank.
         """
         if not isinstance(self.mixer, str):
-            self._take_mixer()  # put there after the configuration was made
+            self._take_mixer()  # the user set the field after the configuration was made
         if self._given_mixer is not None:
             return draw_mixer(self._given_mixer, r, generator)
         if self.starts_from_components:
@@ -345,48 +354,48 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
         ]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{place}={rank!r} is not a rank; it must be an integer of at least 1.")
+                raise UsageError(f"{place}={rank!r} is not a rank; it must be an integer of at least 1.")
             if self.mixer == "two-subspace" and rank % 2:
-                raise ValueError(f'{place}={rank} is odd, but mixer="two-subspace" mixes two halves.')
+                raise UsageError(f'{place}={rank} is odd, but mixer="two-subspace" mixes two halves.')
             if isinstance(self._given_mixer, Tensor):
                 try:
                     draw_mixer(self._given_mixer, rank)
                 except ValueError as error:
-                    raise ValueError(f"{place}={rank}: {error}") from error
+                    raise UsageError(f"{place}={rank}: {error}") from error
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+            raise UsageError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
         if self.bias not in ("none", "all", "moslora_only"):
-            raise ValueError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
+            raise UsageError(f"bias={self.bias!r} is unknown; choose one of 'none', 'all', 'moslora_only'.")
         if self.lora_bias and self.use_dora:
-            raise ValueError(
+            raise UsageError(
                 "lora_bias=True cannot be used with use_dora=True: PEFT's LoRA refuses the two together, so nothing "
                 "would read the adapter once it is folded. Leave one of them out."
             )
         init = self.init_lora_weights
         if isinstance(init, str) and init.lower() in REFUSED_STARTS:
             refused = REFUSED_STARTS[init.lower()]
-            raise ValueError(
+            raise UsageError(
                 f"init_lora_weights={init!r} cannot be used with MoSLoRA. {refused.reason} {refused.instead}"
             )
         if init not in (True, False, *STARTS) and self.component_iterations is None:
-            raise ValueError(
+            raise UsageError(
                 f"init_lora_weights={init!r} is not supported with a mixer; choose True, False, "
                 f"{', '.join(map(repr, STARTS))} or 'pissa_niter_[number of iterations]'."
             )
         for place, rank in [("r", self.r), *self.rank_pattern.items()] if init == "orthogonal" else ():
             if rank % 2:
-                raise ValueError(f"{place}={rank} is odd, but init_lora_weights='orthogonal' halves it.")
+                raise UsageError(f"{place}={rank} is odd, but init_lora_weights='orthogonal' halves it.")
         if isinstance(self.target_parameters, str):
-            raise ValueError(
+            raise UsageError(
                 f"target_parameters={self.target_parameters!r} must be a list of names or suffixes; a regular "
                 "expression is not read there."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform cannot be used when target_modules is a string.")
+            raise UsageError("layers_to_transform cannot be used when target_modules is a string.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("layers_pattern cannot be used when target_modules is a string.")
+            raise UsageError("layers_pattern cannot be used when target_modules is a string.")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform: it says where their indices stand.")
+            raise UsageError("layers_pattern needs layers_to_transform: it says where their indices stand.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON can hold it: sets sorted, refused arguments left out."""

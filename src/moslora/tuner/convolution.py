@@ -8,10 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moslora.core import functional, ops
+from moslora.compat.torch import convolve
+from moslora.core import functional
+from moslora.core.fused_update import chains
+from moslora.errors import UsageError
 from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.factor_holder import without_values
 from moslora.tuner.held_mixer import apply_matrix
-from moslora.tuner.layer import MoSLoRALayer, _without_values
+from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.reading import check_present
 
 __all__ = ["MoSLoRAConv"]
@@ -34,12 +38,13 @@ class MoSLoRAConv(MoSLoRALayer):
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         groups = self.get_base_layer().groups
         if r % groups:
-            raise ValueError(
+            raise UsageError(
                 f"r={r} cannot be split over the {groups} groups of a {type(self.get_base_layer()).__name__}. "
                 f"Choose a multiple of {groups} (for this module alone: rank_pattern), or leave the module out."
             )
 
-    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+    def make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+        """Put A, M and B in their places."""
         base = self.get_base_layer()
         kind: Any = CONVOLUTIONS[base.weight.ndim]
         A = kind(
@@ -53,10 +58,10 @@ class MoSLoRAConv(MoSLoRALayer):
             bias=False,
         )
         B = kind(r, self.out_features, 1, groups=base.groups, bias=has_bias)
-        self._hold(adapter_name, A, _without_values(kind, r, r, 1, like=A), B)
+        self._hold(adapter_name, A, without_values(kind, r, r, 1, like=A), B)
 
     def why_unlike_lora(self) -> str | None:
-        """Tell why PEFT's LoRA of this layer computes another output from the same factors; None if it does not."""
+        """Return why stock PEFT's LoRA would compute another output with these weights; None if it would not."""
         base = self.get_base_layer()
         if any(k > 1 and d > 1 for k, d in zip(base.kernel_size, base.dilation, strict=True)):
             return f"its dilation is {base.dilation}, which PEFT's LoRA leaves out"
@@ -65,7 +70,7 @@ class MoSLoRAConv(MoSLoRALayer):
             return f"its padding mode is {base.padding_mode!r}, for which PEFT's LoRA pads with zeros"
         return None
 
-    def _as_matrices(
+    def as_matrices(
         self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return A ``(r, in · kernel)``, M ``(r, r)``, B ``(out, r)``; between groups B is filled with zeros."""
@@ -73,10 +78,11 @@ class MoSLoRAConv(MoSLoRALayer):
         groups = self.get_base_layer().groups
         return A, M, B if groups == 1 else torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
 
-    def _lay(self, delta: Tensor) -> Tensor:
+    def lay(self, delta: Tensor) -> Tensor:
+        """Return ΔW in the shape of the base weight."""
         base = self.get_base_layer()
         if base.groups != 1:
-            raise ValueError(
+            raise UsageError(
                 f"Cannot merge into a convolution of {base.groups} groups: the update mixes channels across "
                 "groups, for which the base weight has no place. Leave the adapter beside the base, or export "
                 "it as a plain LoRA."
@@ -89,11 +95,11 @@ class MoSLoRAConv(MoSLoRALayer):
         return cast(int, self.get_base_layer().weight.ndim)
 
     def why_no_magnitude(self) -> str | None:
-        """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
+        """Return None: this layer can have DoRA's magnitude."""
         return None
 
     def why_no_bias(self) -> str | None:
-        """Tell why B cannot have a bias in this layer; None, for it can."""
+        """Return None: B can have a bias in this layer."""
         return None
 
     def delta_in_norm(self, adapter: str) -> Tensor:
@@ -108,7 +114,7 @@ class MoSLoRAConv(MoSLoRALayer):
         base = self.get_base_layer()
         if base.groups == 1:
             return super().delta_in_norm(adapter)
-        A, M, B = self._held(adapter)
+        A, M, B = self.held_factors(adapter)
         dtype = torch.promote_types(A.dtype, torch.float32)
         A, M = A.flatten(1).to(dtype), M.flatten(1).to(dtype)
         B = B.reshape(-1, len(A)).to(dtype)  # (out / groups, r), rows of several outputs in one
@@ -117,28 +123,27 @@ class MoSLoRAConv(MoSLoRALayer):
     def base_product(self, x: Tensor) -> Tensor:
         """Return the base layer's output without its bias."""
         base = self.get_base_layer()
-        return cast(Tensor, base._conv_forward(x, self.get_base_weight().to(x.dtype), None))
+        return convolve(base, x, self.get_base_weight().to(x.dtype), None)
 
     def _update(self, x: Tensor, name: str) -> Tensor:
         return self.low_rank(self.moslora_dropout[name](x), name)
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return ``s·(B·M·A·x + b)``, dropping nothing, shape ``(n, out, *positions)``; b where B has a bias."""
-        if self._is_called(name):
-            return self._by_calls(x, name)
-        A, M, B = self._held(name)
+        if self.factors_must_be_called(name):
+            return self.update_by_calls(x, name)
+        A, M, B = self.held_factors(name)
         check_present(x, A, M, B)
-        convolve_A: Any = self.moslora_A[name]
-        convolve_B: Any = self.moslora_B[name]
+        of_A = self.moslora_A[name]
         scaled = M * self.scaling[name]
         positions = x.numel() // self.in_features // math.prod(self.get_base_layer().stride)
-        if ops.chains(positions, A[0].numel()):
-            H = convolve_A._conv_forward(x, A.to(x.dtype), None)  # (n, r, *positions)
+        if chains(positions, A[0].numel()):
+            H = convolve(of_A, x, A.to(x.dtype), None)  # (n, r, *positions)
             H = apply_matrix(H, scaled.to(H.dtype))
         else:
             # Composed first, in the dtype of the mixer: M then costs nothing per position.
             composed = (scaled.flatten(1) @ A.flatten(1).to(scaled.dtype)).view_as(A)  # (r, in, *kernel)
-            H = convolve_A._conv_forward(x, composed.to(x.dtype), None)  # (n, r, *positions)
+            H = convolve(of_A, x, composed.to(x.dtype), None)  # (n, r, *positions)
         own = self.bias_on_B(name)
         own = own if own is None else (own * self.scaling[name]).to(H.dtype)
-        return cast(Tensor, convolve_B._conv_forward(H, B.to(H.dtype), own))  # (n, out, *positions)
+        return convolve(self.moslora_B[name], H, B.to(H.dtype), own)  # (n, out, *positions)

@@ -23,8 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moslora.compat.torch import must_be_called
+from moslora.errors import UsageError
 from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.reading import is_called
+from moslora.tuner.factor_holder import FactorHolder
+from moslora.tuner.names import MAGNITUDE
+from moslora.tuner.refused import refuse_in_layer
 
 __all__ = [
     "Magnitude",
@@ -36,12 +40,9 @@ __all__ = [
     "has_magnitude",
     "unmerged_weight",
     "update",
+    "whole_delta",
 ]
 
-# TRL spares trained parameters from its cast to bfloat16 whose names contain "lora_magnitude_vector", as this does.
-HELD = "moslora_magnitude_vector"
-# What it was called in moslora 0.1.
-IN_OLD_FILES = "moslora_magnitude"
 # A merged weight is the sum of several; if their gains cancel, no base weight can be had from it again.
 SMALLEST_GAIN = 1e-3
 
@@ -62,7 +63,7 @@ class Magnitude(nn.Module):
         return like * self.weight
 
 
-def check(layer: Any, config: MoSLoRAConfig) -> None:
+def check(layer: FactorHolder, config: MoSLoRAConfig) -> None:
     """Refuse a magnitude where it has no meaning.
 
     Args:
@@ -74,27 +75,28 @@ def check(layer: Any, config: MoSLoRAConfig) -> None:
     """
     if not config.use_dora:
         return
-    base = layer.get_base_layer()
     reason = layer.why_no_magnitude()
     if reason is not None:
-        raise ValueError(
-            f"use_dora=True has no place in a {type(base).__name__}: {reason}. Leave the module out of target_modules "
-            "(or name it in exclude_modules), or set use_dora=False."
-        )
+        refuse_in_layer(layer.get_base_layer(), "use_dora=True", reason, "set use_dora=False")
 
 
-def has_magnitude(layer: Any, adapter_name: str) -> bool:
+def _magnitudes(layer: FactorHolder) -> Any:
+    """Return what holds a layer's magnitudes."""
+    return layer._modules[MAGNITUDE]
+
+
+def has_magnitude(layer: FactorHolder, adapter_name: str) -> bool:
     """Tell whether an adapter has a magnitude in a layer.
 
     Args:
         layer: A MoSLoRA layer.
         adapter_name: The adapter's name.
     """
-    return HELD in layer._modules and adapter_name in layer._modules[HELD]
+    return MAGNITUDE in layer._modules and adapter_name in _magnitudes(layer)
 
 
 @torch.no_grad()
-def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
+def begin(layer: FactorHolder, adapter_name: str, config: MoSLoRAConfig) -> None:
     """Give an adapter its magnitude, so that W' starts as W0 + ΔW; or take one away that a former one had.
 
     Args:
@@ -106,32 +108,32 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
         ValueError: If an output of the base has no weights but zeros, and so no direction.
     """
     if has_magnitude(layer, adapter_name):
-        del layer._modules[HELD][adapter_name]
+        del _magnitudes(layer)[adapter_name]
     if not config.use_dora:
         return
-    if HELD not in layer._modules:
-        layer.add_module(HELD, nn.ModuleDict())
-        layer.adapter_layer_names = (*layer.adapter_layer_names, HELD)
+    if MAGNITUDE not in layer._modules:
+        layer.add_module(MAGNITUDE, nn.ModuleDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, MAGNITUDE)
     spare = (1,) * (layer.weight_dims - 2)  # of a convolution
     shape = (1, layer.out_features, *spare) if spare else (layer.out_features,)
-    A = _first_factor(layer, adapter_name)
+    A = layer.parameter_of(layer.adapter_layer_names[0], adapter_name)
     if A.is_meta:
         values = torch.empty(shape, device="meta")
-    elif adapter_name in layer._unfilled:  # comes from the file that fills the rest
+    elif adapter_name in layer.unfilled:  # comes from the file that fills the rest
         dtype = torch.promote_types(A.dtype, torch.float32)
         values = torch.full(shape, float("nan"), dtype=dtype, device=A.device)
     else:
         values = _norm(layer, adapter_name).view(shape)
         if not values.all():
-            raise ValueError(
+            raise UsageError(
                 f"use_dora=True divides by the norm of each output's weights, and {int((values == 0).sum())} outputs "
                 f"of a {type(layer.get_base_layer()).__name__} have none but zeros. Leave the module out, or set "
                 "use_dora=False."
             )
-    layer._modules[HELD][adapter_name] = Magnitude(values)
+    _magnitudes(layer)[adapter_name] = Magnitude(values)
 
 
-def cast_like_factors(layer: Any, adapter_name: str) -> torch.dtype | None:
+def cast_like_factors(layer: FactorHolder, adapter_name: str) -> torch.dtype | None:
     """Hold an adapter's magnitude in the dtype of its factors.
 
     Args:
@@ -143,7 +145,10 @@ def cast_like_factors(layer: Any, adapter_name: str) -> torch.dtype | None:
     """
     if not has_magnitude(layer, adapter_name):
         return None
-    magnitude, A = layer._modules[HELD][adapter_name], _first_factor(layer, adapter_name)
+    magnitude, A = (
+        _magnitudes(layer)[adapter_name],
+        layer.parameter_of(layer.adapter_layer_names[0], adapter_name),
+    )
     magnitude.weight.data = magnitude.weight.data.to(A.dtype)
     dtype: torch.dtype = A.dtype
     return dtype
@@ -156,24 +161,18 @@ def _along(values: Tensor, ndim: int, dim: int) -> Tensor:
     return values.reshape(shape)
 
 
-def _first_factor(layer: Any, adapter_name: str) -> Tensor:
-    """Return A as it is held."""
-    held = getattr(layer, layer.adapter_layer_names[0])[adapter_name]
-    return held if isinstance(held, Tensor) else held.weight
-
-
-def _out_dim(layer: Any) -> int:
+def _out_dim(layer: FactorHolder) -> int:
     """Return which dimension of the base weight the outputs are."""
-    return 1 if getattr(layer, "fan_in_fan_out", False) else 0
+    return 1 if layer.fan_in_fan_out else 0
 
 
-def _directed(layer: Any, adapter_name: str) -> Tensor:
+def _directed(layer: FactorHolder, adapter_name: str) -> Tensor:
     """Return ``W0 + s·B·M·A`` as the base weight lies, in float32 at least."""
     delta: Tensor = layer.delta_in_norm(adapter_name)
     return unmerged_weight(layer).to(delta.device) + delta
 
 
-def _norm(layer: Any, adapter_name: str, directed: Tensor | None = None) -> Tensor:
+def _norm(layer: FactorHolder, adapter_name: str, directed: Tensor | None = None) -> Tensor:
     """Return ``‖W0 + s·B·M·A‖`` for each output, shape ``(out,)``; a constant to the gradient."""
     with torch.no_grad():
         directed = _directed(layer, adapter_name) if directed is None else directed
@@ -182,7 +181,7 @@ def _norm(layer: Any, adapter_name: str, directed: Tensor | None = None) -> Tens
         return norm
 
 
-def unmerged_weight(layer: Any) -> Tensor:
+def unmerged_weight(layer: FactorHolder) -> Tensor:
     """Return the base weight as it is without what is merged into it, up to rounding.
 
     Args:
@@ -210,15 +209,15 @@ def unmerged_weight(layer: Any) -> Tensor:
             delta = g * delta
         weight = weight - delta
     if bool((total.abs() < SMALLEST_GAIN).any()):
-        raise ValueError(
+        raise UsageError(
             f"The adapters {merged} were merged together, and their magnitudes cancel, so the base weight cannot be "
-            "had again. Load the base anew, and merge one adapter at a time."
+            "reconstructed. Load the base again, and merge one adapter at a time."
         )
     return weight / total
 
 
 @torch.no_grad()
-def delta_weight(layer: Any, adapter_name: str) -> Tensor:
+def delta_weight(layer: FactorHolder, adapter_name: str) -> Tensor:
     """Build ``W' - W0`` as it lies in the base layer.
 
     Args:
@@ -236,21 +235,19 @@ def delta_weight(layer: Any, adapter_name: str) -> Tensor:
     return change
 
 
-def _gain(layer: Any, adapter_name: str, directed: Tensor | None = None) -> Tensor:
-    held = layer._modules[HELD][adapter_name]
+def _gain(layer: FactorHolder, adapter_name: str, directed: Tensor | None = None) -> Tensor:
+    held = _magnitudes(layer)[adapter_name]
     magnitude: Tensor = held.weight
-    if is_called(held):
-        A = _first_factor(layer, adapter_name)
+    if must_be_called(held):
+        A = layer.parameter_of(layer.adapter_layer_names[0], adapter_name)
         shape = (1, layer.out_features, *(1,) * (layer.weight_dims - 2))[0 if layer.weight_dims > 2 else 1 :]
-        ones = torch.ones(
-            shape, dtype=magnitude.dtype, device=layer._device_of_run() if A.is_meta else A.device
-        )
+        ones = torch.ones(shape, dtype=magnitude.dtype, device=layer.run_device() if A.is_meta else A.device)
         magnitude = held(ones)
     return magnitude.reshape(-1) / _norm(layer, adapter_name, directed).to(magnitude.device)  # (out,)
 
 
 @torch.no_grad()
-def gain(layer: Any, adapter_name: str) -> Tensor | None:
+def gain(layer: FactorHolder, adapter_name: str) -> Tensor | None:
     """Return ``g = m / ‖W0 + s·B·M·A‖`` of an adapter.
 
     Args:
@@ -263,7 +260,7 @@ def gain(layer: Any, adapter_name: str) -> Tensor | None:
     return _gain(layer, adapter_name) if has_magnitude(layer, adapter_name) else None
 
 
-def update(layer: Any, x: Tensor, adapter_name: str, base_out: Tensor) -> Tensor:
+def update(layer: FactorHolder, x: Tensor, adapter_name: str, base_out: Tensor) -> Tensor:
     """Return what an adapter with a magnitude adds to the base layer's output.
 
     Args:
@@ -288,3 +285,21 @@ def update(layer: Any, x: Tensor, adapter_name: str, base_out: Tensor) -> Tensor
     g = _along(_gain(layer, adapter_name), base_out.ndim, out_dim)
     low_rank: Tensor = layer.low_rank(x, adapter_name)
     return (g - 1) * base_out + g * low_rank
+
+
+def whole_delta(layer: FactorHolder, adapter_name: str) -> Tensor:
+    """Build ΔW of an adapter, with a magnitude or without.
+
+    Args:
+        layer: A MoSLoRA layer.
+        adapter_name: The adapter's name.
+
+    Returns:
+        ``W' - W0`` of an adapter with a magnitude, else ``s·B·M·A``, in the shape of the base weight.
+
+    Raises:
+        ValueError: If this layer has no such weight; the message says why.
+    """
+    if has_magnitude(layer, adapter_name):
+        return delta_weight(layer, adapter_name)
+    return layer.low_rank_delta(adapter_name)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moslora.errors import UsageError
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.names import EMBEDDING_FACTORS
 from moslora.tuner.reading import check_present
 
 __all__ = ["MoSLoRAEmbedding"]
@@ -20,7 +22,7 @@ class MoSLoRAEmbedding(MoSLoRALayer):
     ids. Where the base multiplies its rows by an ``embed_scale`` (Gemma), the update is multiplied too.
     """
 
-    adapter_layer_names = ("moslora_embedding_A", "moslora_embedding_M", "moslora_embedding_B")
+    adapter_layer_names = EMBEDDING_FACTORS
     container = nn.ParameterDict
     quantized_kind = "embedding"
     fan_in_fan_out = True  # the weight lies as (vocab, dim), and a magnitude is one for each of dim
@@ -29,32 +31,34 @@ class MoSLoRAEmbedding(MoSLoRALayer):
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         max_norm = self.get_base_layer().max_norm
         if max_norm is not None:
-            raise ValueError(
+            raise UsageError(
                 f"An embedding with max_norm={max_norm} rewrites its rows as they are read, so what is read "
                 "beside it would not be what merging gives. Set max_norm=None on the embedding, leave the "
                 "module out, or train it whole through modules_to_save."
             )
 
-    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+    def make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+        """Put A, M and B in their places."""
         A = torch.randn(r, self.in_features)  # drawn as LoRA draws it, so that later layers start the same
         B = torch.randn(self.out_features, r)
         self._hold(adapter_name, nn.Parameter(A), nn.Parameter(A.new_empty(r, r)), nn.Parameter(B))
 
     def _start_like_lora(self, adapter_name: str, config: MoSLoRAConfig) -> None:
-        A, _, B = self._held(adapter_name)
+        A, _, B = self.held_factors(adapter_name)
         if config.init_lora_weights:
             nn.init.zeros_(A)
             nn.init.normal_(B)
 
-    def _lay(self, delta: Tensor) -> Tensor:
+    def lay(self, delta: Tensor) -> Tensor:
+        """Return ΔW in the shape of the base weight."""
         return delta.T  # (vocab, dim)
 
     def why_no_bias(self) -> str | None:
-        """Tell why B cannot have a bias in this layer."""
+        """Return why B cannot have a bias in this layer."""
         return "its B is a parameter with no module around it, in LoRA too"
 
     def why_no_magnitude(self) -> str | None:
-        """Tell why this layer cannot have DoRA's magnitude; None, for it can."""
+        """Return None: this layer can have DoRA's magnitude."""
         return None
 
     def _update(self, x: Tensor, name: str) -> Tensor:

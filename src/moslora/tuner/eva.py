@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from moslora.adapters.factors import exact_pattern
+from moslora.compat.peft.functions import MODEL_PREFIX
 from moslora.core.mixers import forked_generator
+from moslora.errors import UsageError
 from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.linear import MoSLoRALinear
 
 __all__ = ["has_components", "put_components"]
-
-PREFIX = "base_model.model."
 
 
 def has_components(config: MoSLoRAConfig, model: nn.Module) -> Callable[[str, nn.Module], bool]:
@@ -64,11 +65,11 @@ def put_components(model: nn.Module, components: Mapping[str, Tensor], adapter_n
     """
     config: MoSLoRAConfig = getattr(model, "peft_config")[adapter_name]  # noqa: B009
     layers = {
-        name.removeprefix(PREFIX): module
+        name.removeprefix(MODEL_PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, MoSLoRALayer) and adapter_name in module.scaling
     }
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in components.items()}
+    found = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in components.items()}
     _check(layers, found, config)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -76,7 +77,7 @@ def put_components(model: nn.Module, components: Mapping[str, Tensor], adapter_n
         A = found.get(path)
         r, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
         if A is not None and not len(A):
-            _take_out(model, f"{PREFIX}{path}", layer, adapter_name)
+            _take_out(model, f"{MODEL_PREFIX}{path}", layer, adapter_name)
             continue
         if A is not None:
             adjusts = config.eva_config is not None and config.eva_config.adjust_scaling_factors
@@ -99,14 +100,14 @@ def put_components(model: nn.Module, components: Mapping[str, Tensor], adapter_n
 def _check(layers: Mapping[str, MoSLoRALayer], found: Mapping[str, Tensor], config: MoSLoRAConfig) -> None:
     strange = sorted(found.keys() - layers.keys())
     if strange:
-        raise ValueError(
+        raise UsageError(
             f"{len(strange)} components fit no adapted module of this model, as {strange[0]}. Compute them on the same "
             "model with the same target_modules."
         )
     for path, A in found.items():
         wanted = layers[path].in_features
         if A.ndim != 2 or A.shape[1] != wanted or not torch.isfinite(A).all():
-            raise ValueError(
+            raise UsageError(
                 f"The components of {path} are of shape {tuple(A.shape)}, or not finite; they must be finite numbers "
                 f"of shape (rank, {wanted}). Compute them on the same model."
             )
@@ -114,7 +115,7 @@ def _check(layers: Mapping[str, MoSLoRALayer], found: Mapping[str, Tensor], conf
         try:
             config.start_mixer(r, forked_generator())
         except ValueError as error:
-            raise ValueError(
+            raise UsageError(
                 f"EVA gave a module rank {r}, for which this mixer does not exist: {error} With EvaConfig(rho=1.0) "
                 "every module keeps its rank."
             ) from error
@@ -124,7 +125,7 @@ def _start(
     layer: MoSLoRALayer, adapter_name: str, r: int, alpha: float, A: Tensor | None, config: MoSLoRAConfig
 ) -> None:
     """Start an adapter anew in a layer, in the dtype that it was held in."""
-    dtype = layer._read(layer.adapter_layer_names[0], adapter_name).dtype
+    dtype = layer.read_factor(layer.adapter_layer_names[0], adapter_name).dtype
     own = copy.copy(config)
     own.init_lora_weights = True
     layer.update_layer(adapter_name, r, alpha, own, components=A)

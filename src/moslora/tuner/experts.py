@@ -1,4 +1,4 @@
-"""Adapted parameters: expert weights held as one 3-D tensor, or any matrix that is no module of its own.
+"""Adapted parameters: expert weights held as one 3-D tensor, or any matrix that is not the weight of a module.
 
 The module that holds the parameter reads it in its own forward (often in a grouped kernel), so the update
 cannot run beside it: for the length of a call the parameter is replaced by W + ΔW.
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moslora.compat.offloading import whole_shape
+from moslora.errors import UsageError
 from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.layer import MoSLoRALayer, _without_values
+from moslora.tuner.factor_holder import without_values
+from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.reading import check_present, replaced, whole
 
 __all__ = ["ParamWrapper"]
@@ -39,10 +42,10 @@ class ParamWrapper(MoSLoRALayer):
         r: Its rank in this layer.
         lora_alpha: Its alpha in this layer.
         parameter_name: The parameter's name in the module.
-        **kwargs: What PEFT says about quantisation.
+        **kwargs: What PEFT says about quantization.
 
     Raises:
-        ValueError: If the parameter is quantised or has another number of dimensions, or dropout is asked for.
+        ValueError: If the parameter is quantized or has another number of dimensions, or dropout is asked for.
     """
 
     is_rowwise = False  # W + ΔW is built once for the whole batch
@@ -76,7 +79,7 @@ class ParamWrapper(MoSLoRALayer):
     def _shape(self) -> tuple[int, ...]:
         """The whole parameter's shape, also where ZeRO-3 has partitioned it."""
         parameter = self._parameter
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return whole_shape(parameter)
 
     @property
     def _dims(self) -> int:
@@ -91,7 +94,7 @@ class ParamWrapper(MoSLoRALayer):
         base, parameter = self.get_base_layer(), self._parameter
         name = f"{type(base).__name__}.{self.parameter_name}"
         if self._dims not in (2, 3):
-            raise ValueError(
+            raise UsageError(
                 f"{name} has the shape {self._shape}; a parameter that can be adapted is a matrix or "
                 "a stack of matrices. Name the module in target_modules, or leave the parameter out."
             )
@@ -100,13 +103,13 @@ class ParamWrapper(MoSLoRALayer):
         originals = list(parametrizations[self.parameter_name].parameters()) if is_computed else [parameter]
         if any(_bits(original) < 16 for original in originals):
             found = ", ".join(sorted({str(original.dtype) for original in originals}))
-            raise ValueError(
+            raise UsageError(
                 f"{name} is quantized ({found}), and what its values mean is known to its module "
                 "alone. Load the base with these weights in 16 or 32 bits, or leave the parameter out."
             )
         if is_computed:
             by = ", ".join(type(part).__name__ for part in parametrizations[self.parameter_name])
-            raise ValueError(
+            raise UsageError(
                 f"{name} is not stored but computed, by a parametrization ({by}), so an update cannot be added to it. "
                 "Call torch.nn.utils.parametrize.remove_parametrizations(module, "
                 f"{self.parameter_name!r}) first, or leave the parameter out."
@@ -116,19 +119,20 @@ class ParamWrapper(MoSLoRALayer):
 
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         if config.lora_dropout:
-            raise ValueError(
+            raise UsageError(
                 f"lora_dropout={config.lora_dropout} has no place in {self.parameter_name}: the update of a "
                 "parameter is added to it, so there is no input to drop from. Set lora_dropout=0 with "
                 "target_parameters."
             )
 
-    def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+    def make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+        """Put A, M and B in their places."""
         rows = r * (self._shape[0] if self._dims == 3 else 1)  # E·r
         A = nn.Linear(self.in_features, rows, bias=False)
         B = nn.Linear(rows, self.out_features, bias=False)
-        self._hold(adapter_name, A, _without_values(nn.Linear, r, rows, like=A), B)
+        self._hold(adapter_name, A, without_values(nn.Linear, r, rows, like=A), B)
 
-    def _as_matrices(
+    def as_matrices(
         self, adapter_name: str, A: Tensor, M: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return A ``(E, r, in)``, M ``(E, r, r)`` and B ``(E, out, r)``; of a matrix without the E."""
@@ -139,10 +143,11 @@ class ParamWrapper(MoSLoRALayer):
         return A, M, B
 
     def why_no_bias(self) -> str | None:
-        """Tell why B cannot have a bias in this layer."""
+        """Return why B cannot have a bias in this layer."""
         return f"the update is added to the parameter {self.parameter_name}, and a bias has none to go to"
 
-    def _lay(self, delta: Tensor) -> Tensor:
+    def lay(self, delta: Tensor) -> Tensor:
+        """Return ΔW in the shape of the base weight."""
         return delta.mT if self._is_in_out else delta
 
     def get_base_weight(self) -> Tensor:
@@ -166,7 +171,8 @@ class ParamWrapper(MoSLoRALayer):
             if not any(p.is_meta for p in factor.parameters()):
                 factor.to(place, target.dtype)
 
-    def _weight_beside(self) -> Tensor:
+    def weight_beside(self) -> Tensor:
+        """Return the base parameter in whose group a sharded model has the start of a mixer."""
         return self._parameter
 
     def _adapted_parameter(self, adapters: list[str]) -> Tensor:
@@ -193,7 +199,7 @@ class ParamWrapper(MoSLoRALayer):
         Returns:
             What the module returns.
         """
-        active = [] if self._is_base_alone() else self._active_here()
+        active = [] if self.is_base_alone() else self.active_here()
         if not active:
             return self.base_layer(*args, **kwargs)
         adapted = self._adapted_parameter(active)

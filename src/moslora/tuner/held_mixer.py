@@ -91,7 +91,7 @@ class MixerStart(nn.Module):
 class MixerStarts(nn.Module):
     """The starts of a layer's split mixers, by adapter name.
 
-    No ``nn.ModuleDict``, which PEFT would cast to float32 with what is trained: a start keeps the dtype of the base
+    Not an ``nn.ModuleDict``, which PEFT would cast to float32 with what is trained: a start keeps the dtype of the base
     weight, so that it may lie in one sharded group with it.
     """
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from moslora.compat import peft as compat
+from moslora.compat.peft import quantization
 from moslora.tuner.attention import MoSLoRAAttention
 from moslora.tuner.convolution import MoSLoRAConv
 from moslora.tuner.embedding import MoSLoRAEmbedding
-from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.linear import MoSLoRALinear
 
 __all__ = ["KINDS", "find_layer_class"]
 
@@ -25,7 +26,7 @@ KINDS: dict[type[nn.Module], type[MoSLoRALayer]] = {
     nn.Conv3d: MoSLoRAConv,
     nn.MultiheadAttention: MoSLoRAAttention,
 }
-# What a quantised layer is called by the backend that knows it, where its class says nothing.
+# What a quantized layer is called by the backend that knows it, where its class says nothing.
 QUANTIZED_KINDS: dict[str, type[MoSLoRALayer]] = {
     layer_class.quantized_kind: layer_class for layer_class in KINDS.values() if layer_class.quantized_kind
 }
@@ -43,5 +44,5 @@ def find_layer_class(base_layer: nn.Module) -> type[MoSLoRALayer] | None:
     for base_class, layer_class in KINDS.items():
         if isinstance(base_layer, base_class):
             return layer_class
-    backend = compat.resolve_quantization_backend(base_layer)
+    backend = quantization.resolve_quantization_backend(base_layer)
     return None if backend is None else QUANTIZED_KINDS.get(backend.layer_type)

@@ -24,14 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moslora.compat.peft.functions import MODEL_PREFIX, stored_weights
 from moslora.core.mixers import SINGULAR_VALUES
+from moslora.errors import UsageError
 from moslora.tuner import dora
 from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.linear import MoSLoRALinear
 
 __all__ = ["check_base", "replace_lora_weights_loftq"]
-
-PREFIX = "base_model.model."
 
 
 def check_base(model: nn.Module, config: MoSLoRAConfig) -> None:
@@ -42,7 +43,7 @@ def check_base(model: nn.Module, config: MoSLoRAConfig) -> None:
         config: The configuration of the adapter that was just added.
 
     Raises:
-        ValueError: If a new adapter shall begin so.
+        ValueError: If a new adapter must begin so.
 
     Warns:
         UserWarning: If a saved one did.
@@ -57,7 +58,7 @@ def check_base(model: nn.Module, config: MoSLoRAConfig) -> None:
             stacklevel=3,
         )
         return
-    raise ValueError(
+    raise UsageError(
         "init_lora_weights='loftq' starts from what quantization took from the weights, and no adapted layer of this "
         "base is quantized. Load the base with quantization_config=BitsAndBytesConfig(load_in_4bit=True), and call "
         "moslora.replace_lora_weights_loftq(model) after get_peft_model; or choose another start."
@@ -97,16 +98,14 @@ def replace_lora_weights_loftq(
     }
     layers = {name: layer for name, layer in whole.items() if layer.quantization_backend is not None}
     if not layers:
-        raise ValueError(f"No quantized linear layer of this model carries an adapter {adapter_name!r}.")
+        raise UsageError(f"No quantized linear layer of this model carries an adapter {adapter_name!r}.")
     if any(layer.merged for layer in layers.values()):
-        raise ValueError("Adapters are merged into the model. Call unmerge_adapter() first.")
-    from peft.utils.loftq_utils import _SafetensorLoader
-
-    stored: Any = _SafetensorLoader(peft_model, model_path)
+        raise UsageError("Adapters are merged into the model. Call unmerge_adapter() first.")
+    stored = stored_weights(peft_model, model_path)
     for layer in whole.values():
         _make_real(layer, adapter_name, config)
     for name, layer in layers.items():
-        path = name.removeprefix(PREFIX)
+        path = name.removeprefix(MODEL_PREFIX)
         before = _values(layer, adapter_name)
         _put(
             layer,
@@ -122,45 +121,47 @@ def replace_lora_weights_loftq(
 def _configuration(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:
     configs: Any = getattr(model, "peft_config", {})
     if adapter_name not in configs:
-        raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
+        raise UsageError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
     config: MoSLoRAConfig = configs[adapter_name]
     asked = (config.init_lora_weights, config.mixer, config.match_scale)
     if asked not in ((True, "kaiming", False), ("loftq", SINGULAR_VALUES, False)):
-        raise ValueError(
+        raise UsageError(
             f"The adapter's configuration says init_lora_weights={asked[0]!r}, mixer={asked[1]!r} and match_scale="
             f"{asked[2]}, and LoftQ makes M the singular values. Set init_lora_weights='loftq' and leave both out."
         )
     return config
 
 
-def _make_real(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
+def _make_real(layer: MoSLoRALinear, adapter_name: str, config: MoSLoRAConfig) -> None:
     """Make factors anew that are on the meta device, in their dtype."""
-    held = layer._read(layer.adapter_layer_names[0], adapter_name)
+    held = layer.read_factor(layer.adapter_layer_names[0], adapter_name)
     if held.is_meta:
         layer.update_layer(adapter_name, layer.r[adapter_name], layer.lora_alpha[adapter_name], config)
         for name in layer.adapter_layer_names[:3]:
             getattr(layer, name)[adapter_name].to(held.dtype)
 
 
-def _values(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _values(layer: MoSLoRALinear, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return what an adapter holds; as it would begin in LoRA, if it has no values yet."""
-    A, B = (layer._read(layer.adapter_layer_names[i], adapter_name).clone() for i in (0, 2))
-    if adapter_name in layer._unfilled:
+    A, B = (layer.read_factor(layer.adapter_layer_names[i], adapter_name).clone() for i in (0, 2))
+    if adapter_name in layer.unfilled:
         return A, torch.eye(len(A), dtype=A.dtype, device=A.device), torch.zeros_like(B)
-    return A, layer._held(adapter_name)[1].clone(), B
+    return A, layer.held_factors(adapter_name)[1].clone(), B
 
 
-def _components(layer: Any, adapter_name: str, path: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _components(
+    layer: MoSLoRALinear, adapter_name: str, path: str, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose what quantization took: A, M and B with ``s·B·M·A`` its principal part."""
     held = layer.get_base_weight().float()
     if weight.shape != held.shape:
-        raise ValueError(
+        raise UsageError(
             f"{path}.weight is of shape {tuple(weight.shape)} in the file, and of {tuple(held.shape)} in the model. "
             "Name the weights of this base."
         )
     r, scale = layer.r[adapter_name], layer.scaling[adapter_name]
     if r > min(held.shape) or not scale > 0:
-        raise ValueError(
+        raise UsageError(
             f"{path}: rank {r} with a scale of {scale} cannot start from a weight of shape {tuple(held.shape)}. Set r "
             f"to {min(held.shape)} at most, and lora_alpha above 0."
         )
@@ -170,8 +171,10 @@ def _components(layer: Any, adapter_name: str, path: str, weight: Tensor) -> tup
     return Vh[:r], torch.diag(values[:r] / scale), U[:, :r]
 
 
-def _put(layer: Any, adapter_name: str, config: MoSLoRAConfig, A: Tensor, M: Tensor, B: Tensor) -> None:
-    held_A, held_B = (layer._read(layer.adapter_layer_names[i], adapter_name) for i in (0, 2))
+def _put(
+    layer: MoSLoRALinear, adapter_name: str, config: MoSLoRAConfig, A: Tensor, M: Tensor, B: Tensor
+) -> None:
+    held_A, held_B = (layer.read_factor(layer.adapter_layer_names[i], adapter_name) for i in (0, 2))
     layer.set_factors(adapter_name, A.to(held_A.dtype), M.to(held_A.dtype), B.to(held_B.dtype))
     dora.begin(layer, adapter_name, config)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)

@@ -19,8 +19,10 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moslora.errors import UsageError
 from moslora.tuner import dora
-from moslora.tuner.layer import MoSLoRALayer, MoSLoRALinear
+from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.linear import MoSLoRALinear
 
 __all__ = ["create_lorafa_optimizer"]
 
@@ -29,7 +31,7 @@ class _LoraFAOptimizer(LoraFAOptimizer):  # type: ignore[misc]
     """PEFT's optimizer, for which A' is computed anew before every step."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], composed: list[tuple[nn.Parameter, Any, str]]
+        self, groups: Iterable[dict[str, Any]], composed: list[tuple[nn.Parameter, MoSLoRALayer, str]]
     ) -> None:
         super().__init__(groups)
         self.composed = composed
@@ -46,9 +48,9 @@ class _LoraFAOptimizer(LoraFAOptimizer):  # type: ignore[misc]
         return super().step(closure)
 
 
-def _composed(layer: Any, adapter_name: str) -> Tensor:
+def _composed(layer: MoSLoRALayer, adapter_name: str) -> Tensor:
     """Return ``M·A``, shape ``(r, in)``."""
-    A, M, _ = layer._held(adapter_name)
+    A, M, _ = layer.held_factors(adapter_name)
     composed: Tensor = M @ A.to(M.dtype)
     return composed
 
@@ -79,19 +81,18 @@ def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0
         ['moslora_B', 'moslora_M']
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MoSLoRALayer)}
-    pairs: dict[int, tuple[str, Any, str]] = {}
+    pairs: dict[int, tuple[str, MoSLoRALayer, str]] = {}
     for path, layer in layers.items():
-        for adapter in layer._active_here():
+        for adapter in layer.active_here():
             if adapter in layer.tied:
                 continue
-            B = getattr(layer, layer.adapter_layer_names[2])[adapter]
-            weight = B if isinstance(B, Tensor) else B.weight
+            weight = layer.parameter_of(layer.adapter_layer_names[2], adapter)
             if not weight.requires_grad:
                 continue
             _check(path, layer, adapter)
             pairs[id(weight)] = (path, layer, adapter)
     if not pairs:
-        raise ValueError(
+        raise UsageError(
             "The model trains no MoSLoRA factor. Make it with get_peft_model(model, MoSLoRAConfig(...)), or "
             "load it with is_trainable=True."
         )
@@ -102,7 +103,7 @@ def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0
         getattr(layer, first)[adapter].requires_grad_(False)
     # PEFT's optimizer takes two parameters in a row for A and B where "lora" is in their names, which have to differ.
     groups: dict[float, dict[str, Any]] = {}
-    composed: list[tuple[nn.Parameter, Any, str]] = []
+    composed: list[tuple[nn.Parameter, MoSLoRALayer, str]] = []
     for index, (_, parameter) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
         found = pairs.get(id(parameter))
         scale = 1.0 if found is None else float(found[1].scaling[found[2]])
@@ -135,7 +136,7 @@ def _check(path: str, layer: MoSLoRALayer, adapter_name: str) -> None:
     elif dora.has_magnitude(layer, adapter_name):
         reason = "DoRA's magnitude rescales the update, so dB is not that of s·B·M·A (use_dora=False)"
     if reason:
-        raise ValueError(
-            f"{path}: LoRA-FA is not there for it, for {reason}. Leave the module out of target_modules, or train "
+        raise UsageError(
+            f"{path}: LoRA-FA cannot be used here: {reason}. Leave the module out of target_modules, or train "
             "with moslora.param_groups and any optimizer."
         )

@@ -1,51 +1,44 @@
-"""MoSLoRAModel: puts adapted layers in the place of a model's own, and registers the method with PEFT."""
+"""MoSLoRAModel: puts adapted layers in the place of a model's own."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-import peft.mapping
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, hotswap
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moslora.adapters.factors import exact_pattern
 from moslora.compat import diffusers as compat_diffusers
-from moslora.compat import peft as compat
-from moslora.tuner import bias, dora, loftq, swapping
-from moslora.tuner.attention import MoSLoRAAttention, leave_fast_paths, restore_fast_paths
-from moslora.tuner.config import MoSLoRAConfig, MoSLoRAType
+from moslora.compat.peft.base_tuner import Tuner
+from moslora.compat.peft.quantization import get_quantization_kwargs
+from moslora.compat.torch import leave_fast_paths, restore_fast_paths
+from moslora.compat.transformers import convert_targets
+from moslora.errors import UsageError
+from moslora.tuner import bias, dora, loftq
+from moslora.tuner.attention import MoSLoRAAttention
+from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.experts import ParamWrapper
-from moslora.tuner.held_mixer import STARTS, MixerStart, for_file, from_file, is_narrow
+from moslora.tuner.held_mixer import is_narrow
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
-from moslora.tuner.patches import patch
-from moslora.tuner.sharding import (
-    check_mergeable,
-    check_whole,
-    gather,
-    shard_like,
-    sharded_parameters,
-    warn_of_whole_factors,
-)
-from moslora.tuner.weighted import REFUSED_IN_SUMS, How, combine
+from moslora.tuner.mixed_batches import check_names, handing_over
+from moslora.tuner.names import PREFIX
+from moslora.tuner.sharding import check_mergeable, warn_of_whole_factors
+from moslora.tuner.state_dict import check_fit, gather_beside, tensors_for_file, tensors_from_file
+from moslora.tuner.weighted import REFUSED_IN_SUMS, How, check_summable, combine
 
-__all__ = ["MoSLoRAModel", "register"]
-
-PREFIX = "moslora_"
+__all__ = ["MoSLoRAModel"]
 
 
-class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
+class MoSLoRAModel(Tuner):  # type: ignore[misc]
     """A model whose target modules carry MoSLoRA adapters (arXiv:2406.11909).
 
     It is made by ``peft.get_peft_model(model, MoSLoRAConfig(...))``; use that.
@@ -78,7 +71,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         if isinstance(parent, MoSLoRAAttention):
             return  # adapted with the attention that it is a part of
         if isinstance(parent, nn.MultiheadAttention) and parameter_name is None:
-            raise ValueError(
+            raise UsageError(
                 f"{current_key} is a part of a MultiheadAttention, which reads its weight and never calls it, so "
                 f"an adapter on it would do nothing. Name {current_key.rpartition('.')[0]!r} in target_modules "
                 f"to adapt both projections, or {target_name!r} in exclude_modules."
@@ -95,24 +88,24 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
             self._keep_why_unlike_lora(config, current_key, target)
             return
         if isinstance(target, BaseTunerLayer) and not is_around_another:
-            raise ValueError(
+            raise UsageError(
                 f"{current_key} already carries an adapter of another method ({type(target).__name__}); a "
                 "second one inside it would see the first one's weights. Merge and unload that adapter first."
             )
-        kwargs = compat.get_quantization_kwargs(self)
+        kwargs = get_quantization_kwargs(self)
         layer_class = find_layer_class(target)
         if parameter_name is not None:
             layer_class, kwargs["parameter_name"] = ParamWrapper, parameter_name
         if layer_class is None:
             raise TypeError(
                 f"{current_key} is a {type(target).__module__}.{type(target).__name__}, which MoSLoRA cannot "
-                f"adapt. It adapts {', '.join(kind.__name__ for kind in KINDS)} and quantised linear layers. "
+                f"adapt. It adapts {', '.join(kind.__name__ for kind in KINDS)} and quantized linear layers. "
                 f"Leave the module out of target_modules, name {target_name!r} in exclude_modules, or train it "
-                "whole through modules_to_save; a weight that is no module of its own goes into "
+                "whole through modules_to_save; a parameter that is not a module's weight goes into "
                 "target_parameters."
             )
         if isinstance(target, Conv1D):
-            config.fan_in_fan_out = True  # for who reads the configuration; the layer knows by itself
+            config.fan_in_fan_out = True  # for readers of the configuration; the layer does not need it
         new_module = layer_class(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
@@ -134,7 +127,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         Transformers 5 holds the experts of some models as parameters. PEFT rewrites the names that older
         scripts use (Mixtral's ``w1``) for its LoRA alone; the rules are the same here.
         """
-        compat.convert_targets(peft_config, self.model, model_config.get("model_type"))
+        convert_targets(peft_config, self.model, model_config.get("model_type"))
         known = model_config.get("model_type") in self.target_module_mapping
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             return peft_config
@@ -156,7 +149,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if compat_diffusers.is_of_diffusers(model):
             compat_diffusers.install()
-        leave_fast_paths(model)
+        leave_fast_paths(model, lambda module: isinstance(module, MoSLoRALayer))
         warn_of_whole_factors(model, adapter_name)
         loftq.check_base(model, self.peft_config[adapter_name])
         unlike_lora = self.peft_config[adapter_name].unlike_lora
@@ -208,7 +201,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
             if other.target_parameters
         }
         if len({tuple(names) for names in targets.values()}) > 1:
-            raise ValueError(
+            raise UsageError(
                 "All adapters that use target_parameters must name the same ones, because a tensor's name in "
                 f"the file tells its parameter by the nesting; found {targets}."
             )
@@ -220,7 +213,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
             ValueError: If the adapter has what cannot be shared.
         """
         if peft_config.use_dora:
-            raise ValueError(
+            raise UsageError(
                 "ensure_weight_tying with use_dora=True cannot tie the adapters of the embedding and "
                 f"{sorted(tied_weight_keys)}: a magnitude goes along the outputs, which are the one's inputs. Set "
                 "use_dora=False, or adapt one of the two and set ensure_weight_tying=False."
@@ -240,7 +233,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
             return
         source = self.model.get_input_embeddings()
         if not isinstance(source, MoSLoRAEmbedding) or adapter_name not in source.scaling:
-            raise ValueError(
+            raise UsageError(
                 f"{key} cannot be tied to the adapter of the embedding, a {type(source).__name__} that has none. Take "
                 "the embedding out of exclude_modules, or set ensure_weight_tying=False."
             )
@@ -258,7 +251,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         bias.check_mergeable(layers, self.active_adapters)
         tied = self._get_tied_target_modules(self.model)
         if tied and not self._are_tied():
-            raise ValueError(
+            raise UsageError(
                 f"Cannot merge: {sorted(tied)} shares its weight with another module, so merging would "
                 "change both, or untie them without a word. Untie the base first (load it with "
                 "tie_word_embeddings=False, copy the embedding into the head), or leave the adapter as it is."
@@ -293,52 +286,9 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         if names is None:
             yield
             return
-        self._check_mixed_batch(names)
-        beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # An encoder sees each row once, its decoder once per beam. Some models without one name themselves.
-        once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        repeated = [name for name in names for _ in range(beams)]
-
-        def hand_over(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            return args, {**kwargs, "adapter_names": names if module in once else repeated}
-
-        handles = [
-            module.register_forward_pre_hook(hand_over, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, MoSLoRALayer | AuxiliaryTrainingWrapper)
-        ]
-        try:
+        check_names(self, names)
+        with handing_over(self, self.model, names, kwargs.get("num_beams") or 1):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_mixed_batch(self, names: Any) -> None:
-        """Refuse a mixed batch that some layer would run wrongly.
-
-        Raises:
-            ValueError: With the reason and the way out.
-        """
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise ValueError(
-                f"adapter_names must be a list of names, one per row of the batch; got {names!r}."
-            )
-        if self.training:
-            raise ValueError("adapter_names is for inference; call eval(), or train one adapter at a time.")
-        layers = [module for module in self.modules() if isinstance(module, MoSLoRALayer)]
-        known = {name for layer in layers for name in layer.scaling}
-        unknown = sorted(set(names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(
-                f"adapter_names has {unknown[0]!r}; the model has {sorted(known)}, and '__base__' for none."
-            )
-        whole = [layer for layer in layers if not layer.is_rowwise and set(names) & set(layer.scaling)]
-        if whole:
-            raise ValueError(
-                f"adapter_names cannot be served: the weight of a {type(whole[0].get_base_layer()).__name__} is "
-                "adapted as a whole, for all rows alike. Split the batch and call set_adapter for each part."
-            )
 
     def add_weighted_adapter(
         self,
@@ -379,18 +329,18 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown:
-            raise ValueError(f"adapters has {unknown[0]!r}; the model has {sorted(self.peft_config)}.")
+            raise UsageError(f"adapters has {unknown[0]!r}; the model has {sorted(self.peft_config)}.")
         if adapter_name in self.peft_config:
-            raise ValueError(f"The model has an adapter {adapter_name!r} already. Choose another name.")
+            raise UsageError(f"The model has an adapter {adapter_name!r} already. Choose another name.")
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, MoSLoRALayer)}
-        self._check_summable(adapters, layers)
+        check_summable(adapters, self.peft_config, layers)
         for name, value in (("svd_clamp", svd_clamp), ("svd_driver", svd_driver)):
             if value is not None:
-                raise ValueError(f"{name}={value!r} cannot be used: {REFUSED_IN_SUMS[name]}")
+                raise UsageError(f"{name}={value!r} cannot be used: {REFUSED_IN_SUMS[name]}")
         how = How(combination_type, svd_rank, density, majority_sign_method)
         combined = combine(layers, adapters, weights, how)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
-        # What is inside an attention is adapted with it, and is no target of its own.
+        # What is inside an attention is adapted with it, and is not a target of its own.
         inside = {
             f"{path}.base_layer.out_proj"
             for path, layer in layers.items()
@@ -424,7 +374,7 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
             self.inject_adapter(self.model, adapter_name)
             got = {n: m.r[adapter_name] for n, m in layers.items() if adapter_name in m.r}
             if got != ranks:
-                raise ValueError(
+                raise UsageError(
                     f"The name of {(sorted(got.keys() ^ ranks.keys()) or sorted(ranks))[0]!r} fits other modules "
                     "too, so that a configuration cannot tell them apart. Give the module another name."
                 )
@@ -434,34 +384,6 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
-
-    def _check_summable(self, adapters: list[str], layers: dict[str, MoSLoRALayer]) -> None:
-        """Refuse to sum what is more than factors, or factors that cannot be laid side by side.
-
-        Raises:
-            ValueError: With the way out.
-        """
-        for name in adapters:
-            config = self.peft_config[name]
-            if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
-                raise ValueError(
-                    f"Adapter {name!r} trains more than factors (bias, modules_to_save or "
-                    "trainable_token_indices), of which a weighted sum has no meaning. Combine others."
-                )
-            if config.use_dora:
-                raise ValueError(
-                    f"Adapter {name!r} has DoRA's magnitude, so its change of the weight is no product of factors, and "
-                    "the sum would be none either. Activate the adapters together (set_adapter with a list), which "
-                    "adds their changes exactly, or merge them."
-                )
-        for path, layer in layers.items():
-            grouped = getattr(layer.get_base_layer(), "groups", 1) != 1
-            if set(adapters) & set(layer.scaling) and (isinstance(layer, ParamWrapper) or grouped):
-                raise ValueError(
-                    f"{path}: the factors of a {type(layer.get_base_layer()).__name__} cannot be laid side by "
-                    "side here. Leave such modules out of the adapters, or let the adapters run together: "
-                    f"model.base_model.set_adapter({adapters})."
-                )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -478,28 +400,11 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
         Raises:
             RuntimeError: If factors are parts of factors, which cannot be gathered here.
         """
-        if sharded_parameters(model):
-            # What PEFT itself takes after this: modules trained whole, and embeddings that are targets.
-            beside = tuple(
-                f"{name}."
-                for name, module in model.named_modules()
-                if isinstance(module, AuxiliaryTrainingWrapper | MoSLoRAEmbedding)
-            )
-            state_dict.update(gather(state_dict, [key for key in state_dict if key.startswith(beside)]))
+        gather_beside(model, state_dict)
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
-        if sharded_parameters(model):
-            selected.update(gather(selected, selected))
-        # With bias="all" PEFT takes every bias along, also those on other adapters' B.
-        on_B = re.compile(rf"\.moslora_B\.(?!{re.escape(adapter_name)}\.bias$).*\.bias$")
-        selected = {key: tensor for key, tensor in selected.items() if not on_B.search(key)}
-        live = {name: start.weight for name, start in _starts(model).items()}
-        selected = for_file(selected, {name: {**live, **state_dict, **selected}[name] for name in live})
-        check_whole(selected)
-        for name, source_name, transposed in _ties(model, adapter_name):
-            value = selected[source_name]
-            selected[name] = (value.T if transposed else value).clone(memory_format=torch.contiguous_format)
+        selected = tensors_for_file(model, adapter_name, state_dict, selected)
         compat_diffusers.remember(selected, config)
         config.note_saving()
         return selected
@@ -510,140 +415,16 @@ class MoSLoRAModel(compat.Tuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """Check a checkpoint against the model before anything is loaded, then rename its keys.
 
-        PEFT only warns of factors that are missing and says nothing of ones that fit no module; both leave
-        a model that runs and is wrong.
-
         Raises:
-            ValueError: If a factor is missing, left over, of the wrong shape, or not finite. A wrong shape is refused
-                when it is loaded, because PEFT takes such tensors out in between for ``ignore_mismatched_sizes=True``,
-                and warns of them.
+            AdapterError: If a factor is missing, left over, of the wrong shape, or not finite.
         """
-        state_dict = {
-            key.replace(f".{dora.IN_OLD_FILES}.", f".{dora.HELD}."): t
-            for key, t in compat_diffusers.restore_mixers(state_dict).items()
-        }
-        differing = _take_ties_out(
-            state_dict,
-            [
-                (*(cls._remove_adapter_name_from_key(name, adapter_name) for name in names), transposed)
-                for *names, transposed in _ties(model, adapter_name)
-            ],
+        state_dict, problems = tensors_from_file(
+            model,
+            adapter_name,
+            compat_diffusers.restore_mixers(state_dict),
+            cls._remove_adapter_name_from_key,
         )
-        own = {cls._remove_adapter_name_from_key(name, adapter_name): s for name, s in _starts(model).items()}
-        own = {name: start for name, start in own.items() if name.endswith(f".{STARTS}.weight")}
-        weights = (
-            {cls._remove_adapter_name_from_key(n, adapter_name): p for n, p in model.named_parameters()}
-            if own
-            else {}
-        )
-        state_dict = from_file(state_dict, own, weights)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        factor = re.compile(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.|$)")
-        expected = {key: value for key, value in model.state_dict().items() if factor.search(key)}
-        found = {key: value for key, value in remapped.items() if f".{PREFIX}" in key}
-        problems = [f"{key}: missing from the checkpoint" for key in expected.keys() - found.keys()]
-        problems += differing
-        mismatched: dict[str, str] = {}
-        for key, tensor in found.items():
-            if key not in expected:
-                near = difflib.get_close_matches(key, expected, n=1)
-                problems.append(f"{key}: fits no adapted module" + (f" (nearest: {near[0]})" if near else ""))
-            elif tensor.shape != expected[key].shape:
-                mismatched[key] = (
-                    f"{key}: is {tuple(tensor.shape)}, the model needs {tuple(expected[key].shape)}"
-                )
-            elif not tensor.is_meta and not torch.isfinite(tensor).all():
-                problems.append(f"{key}: has NaN or infinite values")
-        if problems:
-            raise _misfit([*problems, *mismatched.values()])
-        if mismatched:
-            _refuse_to_load(model, mismatched)
-        return (
-            {**remapped, **shard_like(remapped, sharded)}
-            if (sharded := sharded_parameters(model))
-            else remapped
-        )
-
-
-def _ties(model: nn.Module, adapter_name: str) -> list[tuple[str, str, bool]]:
-    """Return the tensors that a file has of tied layers: the name, that of the tensor it is, and whether transposed."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    found = []
-    for path, layer in model.named_modules():
-        if not isinstance(layer, MoSLoRALayer) or adapter_name not in layer.tied:
-            continue
-        source = layer.tied[adapter_name][0]
-        transposed = layer._is_transposed(source)
-        of_source = source.adapter_layer_names[:3]
-        for own, others in zip(
-            layer.adapter_layer_names[:3], reversed(of_source) if transposed else of_source, strict=True
-        ):
-            suffix = "" if layer.container is nn.ParameterDict else ".weight"
-            found.append(
-                (
-                    f"{path}.{own}.{adapter_name}{suffix}",
-                    f"{paths[id(source)]}.{others}.{adapter_name}",
-                    transposed,
-                )
-            )
-    return found
-
-
-def _take_ties_out(tensors: dict[str, Tensor], ties: list[Any]) -> list[str]:
-    """Take tensors of tied layers out of a checkpoint, and tell which are not what they are tied to."""
-    problems = []
-    for name, source_name, transposed in ties:
-        own, source = tensors.pop(name, None), tensors.get(source_name)
-        if own is None or source is None:
-            continue
-        if not torch.equal(own.to(source.dtype), source.T if transposed else source):
-            problems.append(
-                f"{name}: is not {source_name}, to which it is tied; the adapter was saved with "
-                "ensure_weight_tying=False, so load it so"
-            )
-    return problems
-
-
-def _misfit(problems: list[str]) -> ValueError:
-    """Make the error of an adapter that does not fit its model."""
-    shown = "\n  ".join(sorted(problems)[:5])
-    rest = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return ValueError(
-        f"The adapter does not fit this model; nothing was loaded.\n  {shown}{rest}\n"
-        "Load it on the base model that its adapter_config.json names."
-    )
-
-
-def _refuse_to_load(model: nn.Module, mismatched: dict[str, str]) -> None:
-    """Let the next state dict that is loaded fail, before anything is copied, if it has one of these tensors."""
-
-    def refuse(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
-        handle.remove()
-        left = [
-            reason
-            for key, reason in mismatched.items()
-            if key in state_dict or key.removeprefix("base_model.model.") in state_dict
-        ]
-        if left:
-            raise _misfit(left)
-
-    root: Any = model
-    handle = root.register_load_state_dict_pre_hook(refuse)
-
-
-def _starts(model: nn.Module) -> dict[str, MixerStart]:
-    """Return the starts of split mixers by the names of their tensors."""
-    return {
-        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, MixerStart)
-    }
-
-
-def register() -> None:
-    """Make PEFT know MOSLORA; ``import moslora`` does it. Calling it again changes nothing."""
-    patch()
-    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAConfig
-    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoSLoRAType.MOSLORA] = MoSLoRAModel
-    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoSLoRAType.MOSLORA] = PREFIX
-    hotswap.CONFIG_KEYS_TO_CHECK[MoSLoRAType.MOSLORA] = list(swapping.CHECKED)
+        return check_fit(model, adapter_name, remapped, problems)

@@ -1,16 +1,16 @@
-"""Optimiser groups: a learning rate of their own for the mixers and for B."""
+"""Optimizer groups: a learning rate of their own for the mixers and for B."""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from torch import nn
 
-__all__ = ["param_groups"]
+from moslora.errors import UsageError
+from moslora.tuner.names import MAGNITUDE, factor_in
 
-_FACTOR = re.compile(r"\.moslora_(?:embedding_)?([AMB])(?:\.|$)")
+__all__ = ["param_groups"]
 
 
 def param_groups(
@@ -20,9 +20,9 @@ def param_groups(
     b_lr_ratio: float = 1.0,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Sort the trained parameters of a model into groups for any torch optimiser.
+    """Sort the trained parameters of a model into groups for any torch optimizer.
 
-    B at a higher rate than A is LoRA+ (arXiv:2402.12354). Everything trained that is no factor (biases,
+    B at a higher rate than A is LoRA+ (arXiv:2402.12354). Everything trained that is not a factor (biases,
     ``modules_to_save``) has the plain rate.
 
     transformers' Trainer, and TRL's, take them in either of two ways:
@@ -31,11 +31,11 @@ def param_groups(
         Trainer(model, args, ..., optimizer_cls_and_kwargs=(AdamW, {"params": param_groups(model, 1e-4)}))
 
     The Trainer's schedule then scales each group's own rate; ``learning_rate`` and ``weight_decay`` in its arguments
-    have no say.
+    are ignored.
 
     Args:
         model: A model with MoSLoRA adapters, as ``get_peft_model`` returns it.
-        lr: Learning rate of A, and of everything that is no factor; positive.
+        lr: Learning rate of A, and of everything that is not a factor; positive.
         mixer_lr_ratio: The mixers' rate is this times ``lr``; at least 0.
         b_lr_ratio: B's rate, and that of a bias on B, is this times ``lr``; at least 0.
         weight_decay: Of all groups but those of vectors, as biases and DoRA's magnitudes are, which have none; at
@@ -60,26 +60,25 @@ def param_groups(
     values = {"mixer_lr_ratio": mixer_lr_ratio, "b_lr_ratio": b_lr_ratio, "weight_decay": weight_decay}
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value!r} must be a number of at least 0.")
+            raise UsageError(f"{name}={value!r} must be a number of at least 0.")
     if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr={lr!r} must be a positive number.")
+        raise UsageError(f"lr={lr!r} must be a positive number.")
     rates = {"A": lr, "mixer": lr * mixer_lr_ratio, "B": lr * b_lr_ratio, "B bias": lr * b_lr_ratio}
     rates |= {"other": lr, "vectors": lr}
     members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = _FACTOR.search(name)
+        factor = factor_in(name)
         if factor is not None:
-            group = "B bias" if name.endswith(".bias") else {"A": "A", "M": "mixer", "B": "B"}[factor[1]]
+            group = "B bias" if name.endswith(".bias") else {"A": "A", "M": "mixer", "B": "B"}[factor]
             members[group].append(parameter)
         else:
-            is_vector = (
-                parameter.ndim < 2 or ".moslora_magnitude_vector." in name
-            )  # of a convolution: (1, out, 1, …)
+            # A convolution's magnitude is a vector, too, of shape (1, out, 1, …).
+            is_vector = parameter.ndim < 2 or f".{MAGNITUDE}." in name
             members["vectors" if is_vector else "other"].append(parameter)
     if not members["A"] and not members["B"] and not members["mixer"]:
-        raise ValueError(
+        raise UsageError(
             "The model trains no MoSLoRA factor. Make it with get_peft_model(model, MoSLoRAConfig(...)), or "
             "load it with is_trainable=True."
         )

@@ -1,9 +1,9 @@
 """Parameters that are not simply there: offloaded, partitioned, sharded, or behind a module that must be called.
 
-What accelerate offloads is on the meta device outside its module's forward; what DeepSpeed's ZeRO-3 partitions is
-empty there; what FSDP's first version wraps is a part of a flat tensor, and its gradient is averaged only if the module
-was called. A layer that reads ``A.weight`` past ``A`` misses all three, and torch's product on the CPU takes a meta
-tensor for whatever lies in memory.
+A parameter that accelerate offloads is on the meta device outside its module's forward; one that DeepSpeed's ZeRO-3
+partitions is empty there; one that FSDP's first version wraps is a part of a flat tensor, and its gradient is averaged
+only if the module was called. A layer that reads ``A.weight`` without calling ``A`` misses all three, and torch's
+product on the CPU reads arbitrary memory for a meta tensor.
 """
 
 from __future__ import annotations
@@ -15,20 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_present", "is_called", "is_present", "loaded", "read_matrix", "replaced", "whole"]
+from moslora.compat.offloading import loaded
 
-
-def is_called(module: nn.Module) -> bool:
-    """Tell whether something hangs on a call of this module: a wrapper around it, or hooks.
-
-    Args:
-        module: What holds a factor.
-    """
-    return (
-        bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks)
-        or "forward" in module.__dict__
-        or "_fsdp_wrapped_module" in module._modules
-    )
+__all__ = ["check_present", "is_present", "read_matrix", "replaced", "whole"]
 
 
 def is_present(tensor: Tensor) -> bool:
@@ -54,31 +43,6 @@ def check_present(x: Tensor, *tensors: Tensor) -> None:
                 "weights (PeftModel.from_pretrained, load_adapter), or let accelerate, DeepSpeed or FSDP prepare the "
                 "model after the adapter is on it."
             )
-
-
-@contextlib.contextmanager
-def loaded(*modules: nn.Module) -> Iterator[None]:
-    """Have the parameters of modules in place and whole, for reading.
-
-    Args:
-        *modules: Modules whose parameters accelerate may have offloaded or ZeRO-3 partitioned; others are left alone.
-
-    Yields:
-        Nothing. Under ZeRO-3 what was read is gone afterwards: copy it, or compute inside.
-    """
-    with contextlib.ExitStack() as stack:
-        partitioned = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
-        if partitioned:
-            import deepspeed
-
-            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
-        hooked = [part for module in modules for part in module.modules() if hasattr(part, "_hf_hook")]
-        if hooked:
-            from accelerate.utils import align_module_device
-
-            for part in hooked:
-                stack.enter_context(align_module_device(part))
-        yield
 
 
 def whole(module: nn.Module, name: str) -> Tensor:

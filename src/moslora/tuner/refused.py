@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from peft.tuners.lora import config as lora
+from torch import nn
 
-__all__ = ["REFUSED_ARGUMENTS", "REFUSED_STARTS", "Refused", "check_arguments"]
+from moslora.errors import UsageError
+
+__all__ = ["REFUSED_ARGUMENTS", "REFUSED_STARTS", "Refused", "check_arguments", "refuse_in_layer"]
 
 
 def _is_unset(value: Any) -> bool:
@@ -138,11 +141,29 @@ def check_arguments(values: Callable[[str], Any]) -> None:
         values: Returns an argument by its name.
 
     Raises:
-        ValueError: With the argument, the reason and the way out.
+        UsageError: With the argument, the reason and the way out.
     """
     for name, refused in REFUSED_ARGUMENTS.items():
         value = values(name)
         if not refused.is_neutral(value):
-            raise ValueError(
+            raise UsageError(
                 f"{name}={value!r} cannot be used with MoSLoRA. {refused.reason} {refused.instead}"
             )
+
+
+def refuse_in_layer(base_layer: nn.Module, setting: str, reason: str, instead: str) -> NoReturn:
+    """Refuse a setting that a kind of layer cannot have.
+
+    Args:
+        base_layer: The layer.
+        setting: The argument as it is set, such as ``"use_dora=True"``.
+        reason: Why not, as the end of a sentence.
+        instead: What to set instead, as the end of a sentence.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        f"{setting} cannot be used with this {type(base_layer).__name__}: {reason}. Leave the module out of "
+        f"target_modules (or name it in exclude_modules), or {instead}."
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable
 
 import torch.distributed
 from torch import Tensor, nn
+
+from moslora.tuner.names import factor_in
 
 __all__ = [
     "check_mergeable",
@@ -17,8 +18,6 @@ __all__ = [
     "sharded_parameters",
     "warn_of_whole_factors",
 ]
-
-FACTOR = re.compile(r"\.moslora_(embedding_)?[AMB]\.")
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -42,7 +41,7 @@ def gather(state_dict: dict[str, Tensor], keys: Iterable[str]) -> dict[str, Tens
 
     Args:
         state_dict: Tensors by name.
-        keys: Names of those to make whole; what is no shard is left out.
+        keys: Names of those to make whole; what is not a shard is left out.
 
     Returns:
         The whole tensors by name.
@@ -82,11 +81,11 @@ def check_whole(state_dict: dict[str, Tensor]) -> None:
         state_dict: Tensors by name; a process that got none from a gathering has nothing to refuse.
 
     Raises:
-        RuntimeError: If a factor is empty or is no matrix.
+        RuntimeError: If a factor is empty or not a matrix.
     """
     for name, tensor in state_dict.items():
         least = 1 if name.endswith(".bias") else 2
-        if FACTOR.search(name) and (tensor.ndim < least or tensor.numel() == 0):
+        if factor_in(name) and (tensor.ndim < least or tensor.numel() == 0):
             raise RuntimeError(
                 f"{name} is {tuple(tensor.shape)}: a part of a sharded parameter, so a saved adapter would be empty or "
                 "incomplete; nothing was saved. Gather first: under FSDP pass "
@@ -127,9 +126,7 @@ def warn_of_whole_factors(model: nn.Module, adapter_name: str) -> None:
     """
     sharded = sharded_parameters(model)
     named = [
-        name
-        for name, _ in model.named_parameters()
-        if FACTOR.search(name) and adapter_name in name.split(".")
+        name for name, _ in model.named_parameters() if factor_in(name) and adapter_name in name.split(".")
     ]
     if sharded and named and not set(named) & set(sharded):
         warnings.warn(

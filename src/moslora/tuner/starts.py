@@ -7,7 +7,7 @@ start as the singular vectors and M as the singular values over s, so that ``s·
 
 PiSSA takes that part out of the base weight. Here the base is left alone, and where the factors started is kept beside
 them, as tensors that are saved and never trained. So loading on the original base is exact, merging is, adapters live
-beside each other, and any triples would do: a rounded or a randomised decomposition costs no exactness. A layer runs
+beside each other, and any triples would do: a rounded or a randomized decomposition costs no exactness. A layer runs
 one update of rank 2r, and folds into a plain LoRA of that rank. Its factors are differences, for two products that are
 nearly equal, subtracted as they are, would leave their rounding:
 
@@ -29,52 +29,48 @@ are put in, so that nothing can run in between and be wrong.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from moslora.core import functional
+from moslora.core.mixers import forked_generator, mixed_norms
+from moslora.errors import UsageError
+from moslora.tuner import bias, kept_start
 from moslora.tuner.config import MoSLoRAConfig
-from moslora.tuner.held_mixer import apply_matrix
-from moslora.tuner.reading import is_called, is_present, read_matrix
+from moslora.tuner.factor_holder import FactorHolder, matrices_of
+from moslora.tuner.refused import refuse_in_layer
 
 __all__ = [
+    "SAVED",
     "begin",
     "check",
-    "check_filled",
     "draw_orthogonal",
-    "forget",
-    "has_start",
-    "leave_unfilled",
     "make_orthogonal",
-    "start_by_calls",
+    "start_factors",
     "take_qr",
     "why_later",
-    "with_start",
 ]
 
-HELD = ("moslora_start_A", "moslora_start_M", "moslora_start_B")
+
+# Why a mixer has no values yet, and what to do.
+SAVED = (
+    'its configuration is a saved adapter\'s (mixer="custom", or a start from weights or data), and no file was '
+    "loaded. Load the adapter with PeftModel.from_pretrained; or, to start a new one, set mixer in the configuration "
+    "to a tensor, a callable or a name, or for a start from weights or data make a new configuration with that "
+    "init_lora_weights."
+)
+EVA = (
+    'init_lora_weights="eva" starts from data, and none was given yet. Call '
+    "peft.initialize_lora_eva_weights(model, dataloader) before the adapter is run."
+)
+LOFTQ = (
+    'init_lora_weights="loftq" starts from the weights before quantization, and they were not given yet. Call '
+    "moslora.replace_lora_weights_loftq(model, path) before the adapter is run."
+)
 
 
-class Start(nn.Module):
-    """What a factor started as, never trained.
-
-    Args:
-        values: The factor at the start.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        # A parameter, not a buffer: whatever casts the factors must cast this alike, or the difference is no start.
-        self.weight = nn.Parameter(values, requires_grad=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Multiply ``h`` by the factor, along its last dimension."""
-        return apply_matrix(h, self.weight)
-
-
-def check(layer: Any, config: MoSLoRAConfig) -> None:
+def check(layer: FactorHolder, config: MoSLoRAConfig) -> None:
     """Refuse a start where it has no meaning.
 
     Args:
@@ -82,88 +78,80 @@ def check(layer: Any, config: MoSLoRAConfig) -> None:
         config: Its adapter's configuration.
 
     Raises:
-        ValueError: With the reason and the way out.
+        UsageError: With the reason and the way out.
     """
-    is_lora_own = config.init_lora_weights in (True, False, "gaussian")
-    if not is_lora_own and not layer.takes_starts:
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} is there for linear layers, and this is a "
-            f"{type(layer.get_base_layer()).__name__}. Leave the module out of target_modules (or name it in "
-            "exclude_modules), or start with True or 'gaussian'."
+    init = config.init_lora_weights
+    if init not in (True, False, "gaussian") and not layer.takes_starts:
+        refuse_in_layer(
+            layer.get_base_layer(),
+            f"init_lora_weights={init!r}",
+            "it is there for linear layers",
+            "start with True or 'gaussian'",
         )
 
 
-def has_start(layer: Any, adapter_name: str) -> bool:
-    """Tell whether an adapter's start is subtracted from it in a layer.
+@torch.no_grad()
+def start_factors(
+    layer: FactorHolder,
+    adapter_name: str,
+    config: MoSLoRAConfig,
+    start_like_lora: Callable[[str, MoSLoRAConfig], None],
+    components: Tensor | None,
+) -> None:
+    """Give an adapter's factors their initial values.
+
+    A and B draw what LoRA's draw, in the same order, from torch's default generator; M draws from a
+    fork of it. With one seed, LoRA and MoSLoRA therefore start with the same A in every layer.
 
     Args:
         layer: A MoSLoRA layer.
         adapter_name: The adapter's name.
+        config: Its configuration.
+        start_like_lora: Gives A and B the values that LoRA's start with.
+        components: Where A starts, shape ``(r, in)``, if that is not drawn; B is zero then.
+
+    Raises:
+        ValueError: If the mixer cannot start so.
     """
-    return HELD[0] in layer._modules and adapter_name in layer._modules[HELD[0]]
-
-
-def with_start(
-    layer: Any, adapter_name: str, A: Tensor, M: Tensor, B: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return factors whose product is ``B·M·A - B0·M0·A0``.
-
-    Args:
-        layer: A MoSLoRA layer.
-        adapter_name: The adapter's name.
-        A, M, B: Its trained factors, shapes ``(r, in)``, ``(r, r)``, ``(out, r)``.
-
-    Returns:
-        Shapes ``(2r, in)``, ``(2r, 2r)``, ``(out, 2r)``; the factors themselves if there is no start to subtract.
-    """
-    if not has_start(layer, adapter_name):
-        return A, M, B
-    dtype = torch.promote_types(A.dtype, M.dtype)
-    A0, M0, B0 = (_read(layer._modules[name][adapter_name]).to(dtype) for name in HELD)
-    return functional.subtract_start((A.to(dtype), M.to(dtype), B.to(dtype)), (A0, M0, B0))
-
-
-def _read(start: Any) -> Tensor:
-    """Return what a factor started as, by a call where it is not there without one."""
-    weight: Tensor = start.weight
-    if is_present(weight) or not is_called(start):
-        return weight
-    device = getattr(getattr(start, "_hf_hook", None), "execution_device", None)
-    shape = getattr(weight, "ds_shape", weight.shape)
-    return read_matrix(start, shape[-1], torch.empty((), dtype=weight.dtype, device=device))
-
-
-def start_by_calls(layer: Any, x: Tensor, adapter_name: str) -> Tensor:
-    """Return ``B0·M0·A0·x`` by calling what holds the start.
-
-    Args:
-        layer: A MoSLoRA layer.
-        x: Its input, shape ``(..., in)``.
-        adapter_name: An adapter with a start.
-
-    Returns:
-        Shape ``(..., out)``, not scaled.
-    """
-    for name in HELD:
-        x = layer._modules[name][adapter_name](x)
-    return x
-
-
-def forget(layer: Any, adapter_name: str) -> None:
-    """Forget the start of a former adapter of this name.
-
-    Args:
-        layer: A MoSLoRA layer.
-        adapter_name: The adapter's name.
-    """
-    layer._unfilled.pop(adapter_name, None)
-    if has_start(layer, adapter_name):
-        for name in HELD:
-            del layer._modules[name][adapter_name]
+    if layer.held_factors(adapter_name)[0].is_meta:
+        return
+    start_like_lora(adapter_name, config)
+    if components is not None:
+        held_A, _, held_B = layer.held_factors(adapter_name)
+        held_A.copy_(components)
+        nn.init.zeros_(held_B)
+    if config.lora_bias and config.init_lora_weights is not False:
+        bias_on_B = bias.bias_of(layer, adapter_name)
+        assert bias_on_B is not None, "made with the factors"
+        nn.init.zeros_(bias_on_B)
+    way_out = why_later(layer, config)
+    if way_out is not None:
+        layer.leave_unfilled(adapter_name, way_out)
+        return
+    A, M, B = layer.held_factors(adapter_name)
+    M = M.detach().clone()
+    matrices = layer.as_matrices(adapter_name, A, M, B)
+    r, generator = layer.r[adapter_name], forked_generator()
+    for one_A, one_M, one_B in zip(*map(matrices_of, matrices), strict=True):
+        start = config.start_mixer(r, generator)
+        if start is None:
+            layer.leave_unfilled(adapter_name, SAVED)
+            return
+        one_M.copy_(start)
+        if config.match_scale:
+            _, before, after = mixed_norms(one_A, one_M, one_B)
+            if not after:
+                raise UsageError(
+                    "match_scale=True cannot rescale this mixer: its product with A is zero. Choose another mixer."
+                )
+            one_M.mul_(before / after)
+        if config.init_lora_weights == "orthogonal":
+            make_orthogonal(one_A, one_M, one_B)
+    layer.set_mixer(adapter_name, M)
 
 
 @torch.no_grad()
-def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
+def begin(layer: FactorHolder, adapter_name: str, config: MoSLoRAConfig) -> None:
     """Keep where an adapter started that began from its base weight; principal components are put in here.
 
     Args:
@@ -176,52 +164,50 @@ def begin(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> None:
     """
     if not config.subtracts_start:
         return
-    A, B = (layer._read(layer.adapter_layer_names[i], adapter_name) for i in (0, 2))
+    A, B = (layer.read_factor(layer.adapter_layer_names[i], adapter_name) for i in (0, 2))
     if A.is_meta or config.is_saved:
         if not A.is_meta:
-            leave_unfilled(layer, adapter_name, SAVED)
+            layer.leave_unfilled(adapter_name, SAVED)
     elif config.starts_from_components:
         first, middle, last = _components(layer, adapter_name, config)
         A.copy_(first)
         B.copy_(last)
         layer.set_mixer(adapter_name, middle.to(A.dtype))
-    M = layer._weight_of_mixer(adapter_name)
-    for name, factor in zip(HELD, (A, M, B), strict=True):
-        if name not in layer._modules:
-            layer.add_module(name, nn.ModuleDict())
-            layer.adapter_layer_names = (*layer.adapter_layer_names, name)
-        layer._modules[name][adapter_name] = Start(factor.detach().clone())
+    kept_start.keep(layer, adapter_name, A, layer.trained_mixer(adapter_name), B)
     frozen = layer.frozen_peft_weight_names.get(adapter_name, ())
-    layer.frozen_peft_weight_names[adapter_name] = (*(name for name in frozen if name not in HELD), *HELD)
+    layer.frozen_peft_weight_names[adapter_name] = (
+        *(name for name in frozen if name not in kept_start.HELD),
+        *kept_start.HELD,
+    )
 
 
-def _components(layer: Any, adapter_name: str, config: MoSLoRAConfig) -> tuple[Tensor, Tensor, Tensor]:
+def _components(
+    layer: FactorHolder, adapter_name: str, config: MoSLoRAConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose the base weight: A, M and B with ``s·B·M·A`` its principal part."""
     r, scale = layer.r[adapter_name], layer.scaling[adapter_name]
     weight = _weight(layer, r, config)
     if not scale > 0:
-        raise ValueError(
+        raise UsageError(
             f"init_lora_weights={config.init_lora_weights!r} divides by alpha / r, which is {scale}."
         )
     iterations = config.component_iterations
     if iterations is None:
         U, values, Vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the drawing that it takes leaves the starts of later layers alone
+        with torch.random.fork_rng(devices=[]):  # so that later layers start as without it
             U, values, V = torch.svd_lowrank(weight, r, niter=iterations)
         Vh = V.T
     return Vh[:r], torch.diag(values[:r] / scale), U[:, :r]
 
 
-def _weight(layer: Any, r: int, config: MoSLoRAConfig) -> Tensor:
+def _weight(layer: FactorHolder, r: int, config: MoSLoRAConfig) -> Tensor:
     """Return the base weight to decompose, ``(out, in)``, float32 at least."""
     weight: Tensor = layer.get_base_weight()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     weight = weight.T if layer.fan_in_fan_out else weight
     if r > min(weight.shape):
-        raise ValueError(
+        raise UsageError(
             f"init_lora_weights={config.init_lora_weights!r} needs {r} components, and a weight of shape "
             f"{tuple(weight.shape)} has {min(weight.shape)}. Lower r (for such modules alone: rank_pattern)."
         )
@@ -229,7 +215,7 @@ def _weight(layer: Any, r: int, config: MoSLoRAConfig) -> Tensor:
 
 
 @torch.no_grad()
-def take_qr(layer: Any, A: Tensor, B: Tensor, config: MoSLoRAConfig) -> None:
+def take_qr(layer: FactorHolder, A: Tensor, B: Tensor, config: MoSLoRAConfig) -> None:
     """Start A and B as the beginnings of R and Q, ``W0 = Q·R``.
 
     Args:
@@ -285,24 +271,7 @@ def make_orthogonal(A: Tensor, M: Tensor, B: Tensor) -> None:
     B.copy_(B.double() @ rows.T @ (U @ Vh @ free))
 
 
-# Why a mixer has no values yet, and what to do.
-SAVED = (
-    'its configuration is a saved adapter\'s (mixer="custom", or a start from weights or data), and no file was '
-    "loaded. Load the adapter with PeftModel.from_pretrained; or, to start a new one, set mixer in the configuration "
-    "to a tensor, a callable or a name, or for a start from weights or data make a new configuration with that "
-    "init_lora_weights."
-)
-EVA = (
-    'init_lora_weights="eva" starts from data, and none was given yet. Call '
-    "peft.initialize_lora_eva_weights(model, dataloader) before the adapter is run."
-)
-LOFTQ = (
-    'init_lora_weights="loftq" starts from the weights before quantization, and they were not given yet. Call '
-    "moslora.replace_lora_weights_loftq(model, path) before the adapter is run."
-)
-
-
-def why_later(layer: Any, config: MoSLoRAConfig) -> str | None:
+def why_later(layer: FactorHolder, config: MoSLoRAConfig) -> str | None:
     """Tell why an adapter begins only after it was made, and what is to be done; None if it begins now.
 
     Args:
@@ -314,35 +283,3 @@ def why_later(layer: Any, config: MoSLoRAConfig) -> str | None:
         return SAVED
     is_untouched = config.init_lora_weights == "loftq" and layer.quantization_backend is None
     return None if is_untouched else way_out
-
-
-def leave_unfilled(layer: Any, adapter_name: str, way_out: str) -> None:
-    """Leave a mixer to be filled later; until then it is NaN.
-
-    Args:
-        layer: A MoSLoRA layer.
-        adapter_name: The adapter's name.
-        way_out: Why it has no values, and what to do, as the end of a sentence.
-    """
-    layer.set_mixer(adapter_name, torch.full_like(layer._weight_of_mixer(adapter_name), float("nan")))
-    layer._unfilled[adapter_name] = way_out
-
-
-def check_filled(layer: Any, adapter_name: str, M: Tensor) -> None:
-    """Refuse to use a mixer into which nothing has been put yet.
-
-    Args:
-        layer: A MoSLoRA layer whose mixer was left unfilled.
-        adapter_name: The adapter's name.
-        M: Its mixer.
-
-    Raises:
-        ValueError: If it is still NaN.
-    """
-    if torch.compiler.is_compiling():
-        return  # a look at values has no place in a graph; NaN would show in the output
-    if torch.isnan(M.detach()).all():
-        raise ValueError(
-            f"The mixer of adapter {adapter_name!r} has no values: {layer._unfilled[adapter_name]}"
-        )
-    del layer._unfilled[adapter_name]

@@ -12,8 +12,6 @@ has no place; ``widen`` makes one, before the model is compiled (PEFT's ``prepar
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
@@ -26,17 +24,20 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from moslora.adapters.factors import exact_pattern
+from moslora.compat.peft.functions import MODEL_PREFIX
+from moslora.compat.torch import uncompiled
+from moslora.compat.transformers import empty_loading_report
 from moslora.core import functional
-from moslora.tuner import dora, starts
+from moslora.errors import UsageError
+from moslora.tuner import dora, kept_start
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.layer import MoSLoRALayer
 
 __all__ = ["CHECKED", "load", "swap", "widen"]
 
-# What must be the same in both configurations; ranks, alphas and rsLoRA are seen to.
+# What must be the same in both configurations; ranks, alphas and rsLoRA are converted.
 CHECKED = ("lora_dropout", "use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
-PREFIX = "base_model.model."
 
 
 def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, MoSLoRALayer]:
@@ -50,7 +51,7 @@ def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, MoSL
 
 def _own_key(path: str, layer: MoSLoRALayer) -> str:
     """Return what patterns of a configuration know a layer as."""
-    key = path.removeprefix(PREFIX)
+    key = path.removeprefix(MODEL_PREFIX)
     if isinstance(layer, ParamWrapper):
         key = f"{key.replace('.base_layer', '')}.{layer.parameter_name}"
     return key
@@ -96,21 +97,21 @@ def _fit(
         ValueError: With what hinders it.
     """
     groups = [layer.adapter_layer_names[:3]]
-    groups += [starts.HELD] if starts.has_start(layer, adapter_name) else []
+    groups += [kept_start.HELD] if kept_start.has_start(layer, adapter_name) else []
     suffix = "" if layer.container is nn.ParameterDict else ".weight"
     of_bias = f"{path}.{layer.adapter_layer_names[2]}.bias"
     out: dict[str, Tensor] = {}
     if not any(key.startswith(f"{path}.moslora_") for key in tensors):
         if dora.has_magnitude(layer, adapter_name):
-            raise ValueError("the new adapter leaves it alone, and no magnitude stands for that")
+            raise UsageError("the new adapter leaves it alone, and no magnitude stands for that")
         for group in groups:
-            for name, held in zip(group, layer._held(adapter_name), strict=True):
+            for name, held in zip(group, layer.held_factors(adapter_name), strict=True):
                 out[f"{path}.{name}{suffix}"] = torch.zeros_like(held)
         own_bias = layer.bias_on_B(adapter_name)
         return out if own_bias is None else {**out, of_bias: torch.zeros_like(own_bias)}
-    own, new = layer._unscaled[adapter_name], _scale(config, _own_key(path, layer))
+    own, new = layer.unscaled[adapter_name], _scale(config, _own_key(path, layer))
     if own == 0 and new != 0:
-        raise ValueError(f"its scale is 0, of which no mixer makes {new:g}")
+        raise UsageError(f"its scale is 0, of which no mixer makes {new:g}")
     r = layer.r[adapter_name]
     for group in groups:
         keys = [f"{path}.{name}{suffix}" for name in group]
@@ -119,9 +120,9 @@ def _fit(
         A, M, B = (tensors[key] for key in keys)
         rank, reason = M.shape[1], _why_not_widened(layer)
         if rank < r and reason:
-            raise ValueError(f"rank {rank} does not fit into rank {r}, for {reason}")
+            raise UsageError(f"rank {rank} does not fit into rank {r}, for {reason}")
         if rank > r:
-            raise ValueError(
+            raise UsageError(
                 f"rank {rank} does not fit into rank {r}; before the model is compiled call "
                 f"peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank={rank})"
             )
@@ -148,18 +149,16 @@ def swap(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, con
     Raises:
         ValueError: If it does not fit into the other's place; nothing is changed then.
     """
-    root: Any = getattr(model, "_orig_mod", model)
+    root: Any = uncompiled(model)
     layers = _layers(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
-        raise ValueError(
+        raise UsageError(
             f"Adapter {adapter_name!r} is merged into the base weights, so no other can take its place. Call "
             "unmerge_adapter() first."
         )
     fitted, problems = dict(tensors), list[str]()
     for path, layer in layers.items():
-        if (
-            adapter_name in layer.tied
-        ):  # to a layer that is seen to; the file's are the same, in another order
+        if adapter_name in layer.tied:  # its source has the same factors in the file
             fitted = {key: t for key, t in fitted.items() if not key.startswith(f"{path}.moslora_")}
             continue
         try:
@@ -168,7 +167,7 @@ def swap(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, con
             problems.append(f"{path}: {error}")
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
+        raise UsageError(
             f"The adapter cannot take the place of {adapter_name!r}; nothing was changed.\n  "
             + "\n  ".join(problems[:5])
             + more
@@ -196,21 +195,21 @@ def load(model: Any, arguments: Mapping[str, Any], config: MoSLoRAConfig) -> Any
         options["local_files_only"] = True
     new, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
     if path is None and (new is None or tensors is None):
-        raise ValueError("Give load_adapter a peft_model_id, or a peft_config and an adapter_state_dict.")
+        raise UsageError("Give load_adapter a peft_model_id, or a peft_config and an adapter_state_dict.")
     new = PeftConfig.from_pretrained(path, **options) if new is None else new
     check_hotswap_configs_compatible(config, new)
     if tensors is None:
         device = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
         tensors = load_peft_weights(path, device=device, **options)
-    swap(model, {key.removeprefix(PREFIX): t for key, t in tensors.items()}, arguments["adapter_name"], new)
+    swap(
+        model,
+        {key.removeprefix(MODEL_PREFIX): t for key, t in tensors.items()},
+        arguments["adapter_name"],
+        new,
+    )
     if not arguments.get("is_trainable"):
         model.eval()
-    report: Any = getattr(importlib.import_module("transformers.utils"), "loading_report", None)
-    if report is None:  # before transformers 5 nothing was returned
-        return None
-    kinds: dict[str, Any] = {"error_msgs": list, "conversion_errors": dict}
-    fields = dataclasses.fields(report.LoadStateDictInfo)
-    return report.LoadStateDictInfo(**{field.name: kinds.get(field.name, set)() for field in fields})
+    return empty_loading_report()
 
 
 @torch.no_grad()
@@ -233,7 +232,7 @@ def widen(model: nn.Module, target_rank: int) -> bool:
             reason = _why_not_widened(layer)
             if r > target_rank or (r < target_rank and reason):
                 because = f", for {reason}" if reason else ""
-                raise ValueError(
+                raise UsageError(
                     f"{path}: rank {r} of adapter {name!r} cannot be made {target_rank}{because}. Choose a target_rank "
                     f"{'equal to it' if reason else 'of at least that'}, or leave such modules out of the adapter."
                 )
@@ -251,29 +250,24 @@ def widen(model: nn.Module, target_rank: int) -> bool:
 
 def _widen_layer(layer: MoSLoRALayer, adapter_name: str, r: int) -> None:
     """Raise the rank of an adapter in a layer."""
-    factors = [factor.detach().clone() for factor in layer._held(adapter_name)]
+    factors = [factor.detach().clone() for factor in layer.held_factors(adapter_name)]
     dictionaries = layer.adapter_layer_names[:3]
-    before = [_parameter(layer, dictionary, adapter_name) for dictionary in dictionaries]
+    before = [layer.parameter_of(dictionary, adapter_name) for dictionary in dictionaries]
     own_bias = layer.bias_on_B(adapter_name)
     with torch.random.fork_rng(devices=[]):
-        layer._make_factors(adapter_name, r, own_bias is not None)
+        layer.make_factors(adapter_name, r, own_bias is not None)
     if own_bias is not None:
         cast(Any, layer.moslora_B[adapter_name]).bias = own_bias
     raised = _raised(*cast(tuple[Tensor, Tensor, Tensor], factors), r)
     for dictionary, old, value in zip(dictionaries, before, raised, strict=True):
-        parameter = _parameter(layer, dictionary, adapter_name)
+        parameter = layer.parameter_of(dictionary, adapter_name)
         parameter.data = value.to(old.device, old.dtype)
         parameter.requires_grad_(old.requires_grad)
-    if starts.has_start(layer, adapter_name):
-        held = [cast(Any, layer._modules[name])[adapter_name].weight for name in starts.HELD]
+    if kept_start.has_start(layer, adapter_name):
+        held = [cast(Any, layer._modules[name])[adapter_name].weight for name in kept_start.HELD]
         for start, value in zip(held, _raised(held[0], held[1], held[2], r), strict=True):
             start.data = value.data
     layer.r[adapter_name] = r
-
-
-def _parameter(layer: MoSLoRALayer, dictionary: str, adapter_name: str) -> nn.Parameter:
-    held = getattr(layer, dictionary)[adapter_name]
-    return cast(nn.Parameter, held if isinstance(held, Tensor) else held.weight)
 
 
 def _describe(config: MoSLoRAConfig, adapter_name: str, layers: Mapping[str, MoSLoRALayer]) -> None:
@@ -283,7 +277,7 @@ def _describe(config: MoSLoRAConfig, adapter_name: str, layers: Mapping[str, MoS
         if adapter_name not in layer.scaling:
             continue
         r = layer.r[adapter_name]
-        alpha = layer._unscaled[adapter_name] * (r**0.5 if config.use_rslora else r)
+        alpha = layer.unscaled[adapter_name] * (r**0.5 if config.use_rslora else r)
         layer.lora_alpha[adapter_name] = alpha
         if not path.endswith(".base_layer.out_proj"):  # inside an attention, and adapted with it
             ranks[_own_key(path, layer)], alphas[_own_key(path, layer)] = r, alpha

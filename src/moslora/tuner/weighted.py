@@ -1,7 +1,7 @@
 """Weighted sums of adapters, on ΔW.
 
-Factors are laid side by side, or the nearest sum of a rank is taken; never are factors added to factors, which is not
-the sum of what the adapters do. Ties, DARE and pruning by magnitude choose among the entries of each ΔW, so their
+Factors are concatenated, or the nearest sum of a rank is taken. Factors are never added to factors, which would not
+give the sum of what the adapters do. Ties, DARE and pruning by magnitude choose among the entries of each ΔW, so their
 results are of full rank, and the nearest matrix of a rank stands for them.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
@@ -18,10 +18,14 @@ from torch import Tensor
 
 from moslora.adapters.factors import Factors
 from moslora.adapters.ranks import nearest
-from moslora.compat import peft as compat
+from moslora.compat.peft.functions import prune
 from moslora.core.functional import concatenate, delta_weight
+from moslora.errors import UsageError
+from moslora.tuner.config import MoSLoRAConfig
+from moslora.tuner.experts import ParamWrapper
+from moslora.tuner.layer import MoSLoRALayer
 
-__all__ = ["COMBINATIONS", "REFUSED_IN_SUMS", "Combination", "Combined", "How", "combine"]
+__all__ = ["COMBINATIONS", "REFUSED_IN_SUMS", "Combination", "Combined", "How", "check_summable", "combine"]
 
 Part = tuple[float, float, Tensor, Tensor, Tensor]  # weight, scale, A, M, B
 
@@ -103,29 +107,29 @@ class How:
         """
         kind = self.combination_type
         if kind not in COMBINATIONS:
-            raise ValueError(f"combination_type={kind!r} is unknown; choose one of {sorted(COMBINATIONS)}.")
+            raise UsageError(f"combination_type={kind!r} is unknown; choose one of {sorted(COMBINATIONS)}.")
         found = COMBINATIONS[kind]
         if self.svd_rank is not None and (found.is_exact or self.svd_rank < 1):
-            raise ValueError(
+            raise UsageError(
                 f"svd_rank={self.svd_rank} needs a combination_type that takes the nearest of a rank, as "
                 '"svd" does, and to be at least 1.'
             )
         if found.pruning is None and self.density is not None:
-            raise ValueError(
+            raise UsageError(
                 f"density={self.density} needs a combination_type that prunes, one of {sorted(PRUNED)}; "
                 f"{kind!r} keeps every entry."
             )
         if found.pruning is not None and not (self.density is not None and 0 < self.density <= 1):
-            raise ValueError(
+            raise UsageError(
                 f"combination_type={kind!r} needs density, the share of entries to keep, in (0, 1]; found "
                 f"{self.density}."
             )
         if self.majority_sign_method not in ("total", "frequency"):
-            raise ValueError(
+            raise UsageError(
                 f"majority_sign_method={self.majority_sign_method!r} is unknown; choose 'total' or 'frequency'."
             )
         if self.majority_sign_method != "total" and not found.elects_signs:
-            raise ValueError(
+            raise UsageError(
                 f"majority_sign_method={self.majority_sign_method!r} needs a combination_type that elects signs, "
                 "'ties' or 'dare_ties'."
             )
@@ -174,7 +178,7 @@ def _choose_entries(parts: Sequence[Part], combination: Combination, how: How) -
         dtype = torch.promote_types(torch.promote_types(A.dtype, M.dtype), torch.float32)
         delta = delta_weight(A.to(dtype), M.to(dtype), B.to(dtype), scale)
         if density < 1:
-            delta = compat.prune(delta, density, combination.pruning, rescale=combination.pruning == "random")
+            delta = prune(delta, density, combination.pruning, rescale=combination.pruning == "random")
         deltas.append(delta)
     stacked = torch.stack(deltas)
     weights = torch.tensor([part[0] for part in parts], dtype=stacked.dtype, device=stacked.device)
@@ -187,7 +191,7 @@ def _choose_entries(parts: Sequence[Part], combination: Combination, how: How) -
 
 @torch.no_grad()
 def combine(
-    layers: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], how: How
+    layers: Mapping[str, MoSLoRALayer], adapters: Sequence[str], weights: Sequence[float], how: How
 ) -> dict[str, Combined]:
     """Sum the ΔW of adapters in every layer.
 
@@ -205,12 +209,12 @@ def combine(
     """
     combination = how.find()
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(
+        raise UsageError(
             f"{len(adapters)} adapters and {len(weights)} weights; give a weight for each, and some."
         )
     bad = [weight for weight in weights if not math.isfinite(weight)]
     if bad:
-        raise ValueError(f"weights has {bad[0]!r}, which is not a finite number.")
+        raise UsageError(f"weights has {bad[0]!r}, which is not a finite number.")
     found: dict[str, Combined] = {}
     for name, layer in layers.items():
         parts: list[Part] = []
@@ -224,7 +228,7 @@ def combine(
         if not parts:
             continue
         if biases and combination.pruning is not None:
-            raise ValueError(
+            raise UsageError(
                 f"combination_type={how.combination_type!r} chooses among the entries of ΔW, of which a bias on B "
                 '(lora_bias=True) has none. Sum such adapters with "cat" or "svd".'
             )
@@ -237,3 +241,39 @@ def combine(
             summed = _pruned(parts, rank, combination, how)
         found[name] = replace(summed, bias=torch.stack(biases).sum(0)) if biases else summed
     return found
+
+
+def check_summable(
+    adapters: Sequence[str], configs: Mapping[str, MoSLoRAConfig], layers: Mapping[str, MoSLoRALayer]
+) -> None:
+    """Refuse to sum what is more than factors, or factors that cannot be concatenated.
+
+    Args:
+        adapters: Names of adapters.
+        configs: Their configurations by name.
+        layers: Adapted layers by their path.
+
+    Raises:
+        UsageError: With the way out.
+    """
+    for name in adapters:
+        config = configs[name]
+        if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
+            raise UsageError(
+                f"Adapter {name!r} trains more than factors (bias, modules_to_save or "
+                "trainable_token_indices), of which a weighted sum has no meaning. Combine others."
+            )
+        if config.use_dora:
+            raise UsageError(
+                f"Adapter {name!r} has DoRA's magnitude, so its change of the weight is not a product of factors, and "
+                "the sum would not be one either. Activate the adapters together (set_adapter with a list), which "
+                "adds their changes exactly, or merge them."
+            )
+    for path, layer in layers.items():
+        grouped = getattr(layer.get_base_layer(), "groups", 1) != 1
+        if set(adapters) & set(layer.scaling) and (isinstance(layer, ParamWrapper) or grouped):
+            raise UsageError(
+                f"{path}: the factors of a {type(layer.get_base_layer()).__name__} cannot be "
+                "concatenated here. Leave such modules out of the adapters, or let the adapters run together: "
+                f"model.base_model.set_adapter({adapters})."
+            )

@@ -1,0 +1,137 @@
+"""Adapted linear layers: ``nn.Linear``, transformers' ``Conv1D``, and quantized ones that PEFT has a backend for."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from moslora.compat.torch import must_be_called
+from moslora.core import ops
+from moslora.core.notices import tell_once
+from moslora.tuner import bias, dora
+from moslora.tuner.factor_holder import without_values
+from moslora.tuner.layer import MoSLoRALayer
+
+__all__ = ["MoSLoRALinear"]
+
+logger = logging.getLogger(__name__)
+
+NOT_FUSED = "Fused path disabled: base layer and update run separately: %s."
+
+
+class MoSLoRALinear(MoSLoRALayer):
+    """A linear layer (or Conv1D, or a quantized one) with ``ΔW = s·B·M·A`` beside its weight."""
+
+    quantized_kind = "linear"
+    takes_starts = True
+
+    @property
+    def fan_in_fan_out(self) -> bool:  # type: ignore[override]
+        """Whether the weight lies as ``(in, out)``. The layer knows; a flag in the configuration may be wrong."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
+        """Put A, M and B in their places."""
+        A = nn.Linear(self.in_features, r, bias=False)
+        B = nn.Linear(r, self.out_features, bias=has_bias)
+        self._hold(adapter_name, A, without_values(nn.Linear, r, r, like=A), B)
+
+    def lay(self, delta: Tensor) -> Tensor:
+        """Return ΔW in the shape of the base weight."""
+        return delta.T if self.fan_in_fan_out else delta
+
+    def why_no_magnitude(self) -> str | None:
+        """Return None: this layer can have DoRA's magnitude."""
+        return None
+
+    def why_no_bias(self) -> str | None:
+        """Return None: B can have a bias in this layer."""
+        return None
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return ``s·B·M·A·x``, dropping nothing; of an adapter with a magnitude, so there is no bias on B."""
+        if self.factors_must_be_called(name):
+            return self.update_by_calls(x, name)
+        return ops.low_rank_update(x, *self.present_factors(x, name))  # (..., out)
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """Return the base layer's output without its bias."""
+        weight = self.get_base_weight().to(x.dtype)
+        return nn.functional.linear(x, weight.T if self.fan_in_fan_out else weight)  # (..., out)
+
+    def _why_not_fused(self, x: Tensor, base: Any, active: list[str], dropout: float) -> str | None:
+        """Return why base product and update cannot run as one Function; None if they can.
+
+        Only a plain layer qualifies: a quantized or sharded weight has no such product, hooks on the base
+        layer (offloading, another adapter library) must see its call.
+        """
+        weight: Any = getattr(base, "weight", None)
+        if not ops.is_fusing():
+            return "fusing is switched off"
+        if any(dora.has_magnitude(self, name) for name in active):
+            return "DoRA's magnitude rescales the base layer's own output"
+        if type(base) not in (nn.Linear, Conv1D) or type(weight) not in (nn.Parameter, Tensor):
+            return f"the base layer is a {type(base).__name__} with a {type(weight).__name__}"
+        if must_be_called(base):
+            return "the base layer has hooks"
+        if self.factors_must_be_called(active[0]):
+            return "the factors are wrapped or have hooks, so they must be called"
+        if weight.dtype != x.dtype and not ops.is_autocasting(x.device.type):
+            return f"the base weight is {weight.dtype}, its input {x.dtype}"
+        return ops.why_no_fused_dropout(x, dropout) if dropout else None
+
+    def _dropout(self, name: str) -> float:
+        """Return the probability with which entries of the update's input are dropped now."""
+        dropout = self.moslora_dropout[name]
+        return float(cast(Any, dropout).p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Run the base layer and the active adapters.
+
+        Args:
+            x: Input, shape ``(..., in)``.
+            *args: Handed to the base layer.
+            adapter_names: One per row of a mixed batch; None runs the active adapters on all rows.
+            **kwargs: Handed to the base layer.
+
+        Returns:
+            Shape ``(..., out)``, dtype of the base layer's output.
+        """
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        if self.is_base_alone():
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        active = self.active_here()
+        if active:
+            name, base = active[0], cast(Any, self.base_layer)
+            dropout = self._dropout(name)
+            reason = (
+                "the call has more arguments"
+                if args or kwargs
+                else self._why_not_fused(x, base, active, dropout)
+            )
+            if reason is None:
+                weight = base.weight.T if type(base) is Conv1D else base.weight  # (out, in)
+                result = ops.adapted_linear(
+                    x, weight, base.bias, *self.present_factors(x, name), dropout=dropout
+                )
+                return self._add_updates(x, self._with_bias(result, name), active[1:])
+            tell_once(logger, NOT_FUSED, reason)
+        return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
+
+    def _update(self, x: Tensor, name: str) -> Tensor:
+        if self.factors_must_be_called(name):
+            return self.update_by_calls(self.moslora_dropout[name](x), name)
+        dropout = self._dropout(name)
+        if dropout and (not ops.is_fusing() or ops.why_no_fused_dropout(x, dropout) is not None):
+            x, dropout = self.moslora_dropout[name](x), 0.0
+        update = ops.low_rank_update(x, *self.present_factors(x, name), dropout=dropout)  # (..., out)
+        return self._with_bias(update, name)
+
+    def _with_bias(self, out: Tensor, name: str) -> Tensor:
+        """Add an adapter's bias on B, scaled, if it has one."""
+        own = bias.bias_of(self, name)
+        return out if own is None else out + (own * self.scaling[name]).to(out.dtype)
