@@ -45,11 +45,12 @@ from typer.testing import CliRunner
 import moslora
 import tiny_pipelines
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import compare
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import compare
 from moslora.adapters.formats import diffusers as diffusers_files
-from moslora.adapters.formats import kohya, read_adapter
+from moslora.adapters.formats import kohya
 from moslora.adapters.formats.pipeline_checkpoint import FOLDER
+from moslora.adapters.formats.reading import read_adapter
 from moslora.cli import app
 from moslora.compat import diffusers as compat_diffusers
 from moslora.errors import AdapterError

@@ -21,7 +21,8 @@ from moslora.adapters.export import ENGINE_FORMATS, export_adapter, format_for
 from moslora.adapters.factors import Adapter, Factors
 from moslora.cli import app
 from moslora.errors import AdapterError
-from moslora.models.loading import fingerprint, resolve_model
+from moslora.models.fingerprint import fingerprint
+from moslora.models.names import resolve_model
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -71,7 +72,7 @@ def test_llama_cpp_is_tried_with_a_real_file(tmp_path: Path) -> None:
 
 
 def test_every_engine_loads_a_format_that_is_written() -> None:
-    from moslora.adapters.formats import WRITTEN
+    from moslora.adapters.formats.table import WRITTEN
 
     assert ENGINES.keys() == ENGINE_FORMATS.keys()
     unet = Adapter(

@@ -19,8 +19,8 @@ from moslora import MoSLoRAConfig, param_groups
 from moslora.adapters.combine import combine
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
 from moslora.errors import AdapterError

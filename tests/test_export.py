@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import moslora.adapters.export
 import tiny
+from moslora.adapters.arithmetic import compare
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, Factors, compare
-from moslora.adapters.formats import FORMATS, detect, lora, native, read_adapter
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.formats import lora, native
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS
 from moslora.errors import AdapterError, ProofError
 from test_tuner import adapted, config, train
 from tolerances import MODEL, RELATIVE, relative_error

@@ -17,10 +17,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import compare
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, Factors, Form, compare
-from moslora.adapters.formats import FORMATS, WRITTEN, detect, native, read_adapter
-from moslora.adapters.formats.directory import CONFIG, WEIGHTS, as_matrices, as_stored
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import native
+from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.formats.layout import as_matrices, as_stored
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS, WRITTEN
 from moslora.cli import app
 from moslora.errors import AdapterError
 from tolerances import MODEL, relative_error

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import compare
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.factors import Adapter, Factors, Form, compare
-from moslora.adapters.formats import FORMATS, gguf
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import gguf
+from moslora.adapters.formats.table import FORMATS
 from moslora.cli import app
 from moslora.errors import AdapterError
 from tolerances import MODEL, relative_error

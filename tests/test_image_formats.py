@@ -15,19 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import compare
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import FOLD_TOLERANCE, TOLERANCES, export_adapter
-from moslora.adapters.factors import Adapter, Factors, Form, compare
-from moslora.adapters.formats import (
-    FORMATS,
-    comfyui,
-    detect,
-    diffusers,
-    kohya,
-    read_adapter,
-    through_diffusers,
-)
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import comfyui, diffusers, kohya, through_diffusers
 from moslora.adapters.formats.pipeline import join, split
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS
 from moslora.errors import AdapterError, ProofError
 from tolerances import MODEL, relative_error
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import tiny
 from moslora.adapters.export import FOLD_TOLERANCE
 from moslora.adapters.factors import Adapter, Factors, Form
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.ranks import nearest, pad, to_rank
 from moslora.cli import app
 from test_tuner import adapted

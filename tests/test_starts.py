@@ -17,8 +17,8 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
-from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import WEIGHTS
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
 from moslora.errors import AdapterError

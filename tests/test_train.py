@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import moslora.training.reload_proof.proof
 import moslora.training.run
 import tiny
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.reading import read_adapter
 from moslora.display import Display
 from moslora.errors import ProofError, Stopped, TrainingError
 from moslora.training.run import StopRequest, check, resume, train

@@ -18,7 +18,7 @@ from torch import nn
 import tiny_vision
 from moslora.display import Display
 from moslora.errors import ModelError
-from moslora.models.loading import resolve_model
+from moslora.models.names import resolve_model
 from moslora.recipe.schema import load_recipe
 from moslora.tasks.vision.processors import FAMILIES, IMAGE, load_processor, parts_of
 from moslora.tasks.vision.task import VisionTask, scope_of

@@ -20,8 +20,8 @@ from moslora import versions
 
 if TYPE_CHECKING:
     from moslora.adapters.factors import Adapter
-    from moslora.adapters.formats import read_adapter
     from moslora.adapters.formats.pipeline_checkpoint import resume_for_diffusers, save_for_diffusers
+    from moslora.adapters.formats.reading import read_adapter
     from moslora.tuner.config import MoSLoRAConfig
     from moslora.tuner.loftq import replace_lora_weights_loftq
     from moslora.tuner.lora_fa import create_lorafa_optimizer

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moslora.adapters.arithmetic import add
 from moslora.adapters.export import check_format, written
-from moslora.adapters.factors import Factors, add
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.factors import Factors
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.ranks import to_rank
 from moslora.errors import AdapterError, ProofError
 

@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import check_engine, export_adapter, format_for
-from moslora.adapters.factors import Adapter, Factors, tied_heads
-from moslora.adapters.formats import FORMATS, comfyui, detect, read_adapter
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.formats import comfyui
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.merge import lay_out
 from moslora.errors import AdapterError, ModelError, ProofError
-from moslora.models.loading import fingerprint, load_tokenizer, resolve_model
+from moslora.models.fingerprint import fingerprint
+from moslora.models.loading import load_tokenizer
+from moslora.models.names import resolve_model
 from moslora.models.shards import EMBEDDINGS, HEADS, Weights, open_weights
 
 __all__ = ["ENGINES", "LEVELS", "Diagnosis", "Engine", "Finding", "diagnose"]

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, compare
-from moslora.adapters.formats import FORMATS, WRITTEN, comfyui, detect, read_adapter
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, compare
+from moslora.adapters.factors import Adapter
+from moslora.adapters.formats import comfyui
 from moslora.adapters.formats.directory import staged, staged_file
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS, WRITTEN
 from moslora.adapters.ranks import to_rank
 from moslora.errors import AdapterError, ProofError
 
@@ -221,7 +224,8 @@ def base_config(adapter: Adapter, base: str | None) -> dict[str, Any]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from moslora.models.loading import quiet_transformers, resolve_model
+    from moslora.models.loading import quiet_transformers
+    from moslora.models.names import resolve_model
 
     name = base or adapter.config.get("base_model_name_or_path")
     if not name:

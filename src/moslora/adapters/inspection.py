@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.adapters.factors import Adapter, Factors
-from moslora.adapters.formats import detect, read_adapter
 from moslora.adapters.formats.native import start_of
+from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.errors import AdapterError, ModelError
 from moslora.models.shards import Weights, open_weights
 

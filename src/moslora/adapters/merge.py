@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import PROOF_FILE
-from moslora.adapters.factors import Adapter, Factors, tied_heads
-from moslora.adapters.formats import read_adapter
-from moslora.adapters.formats.directory import KEY_PREFIX, staged
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.formats.directory import staged
+from moslora.adapters.formats.layout import KEY_PREFIX
+from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.models.shards import DTYPES, INDEX, Stored, Weights, open_weights
 

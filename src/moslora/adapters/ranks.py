@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moslora.adapters.factors import Adapter, Factors, compare
+from moslora.adapters.arithmetic import compare
+from moslora.adapters.factors import Adapter, Factors
 
 __all__ = ["Ranked", "nearest", "pad", "to_rank"]
 

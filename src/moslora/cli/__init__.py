@@ -762,7 +762,7 @@ def _convert(
 ) -> None:
     """Write an adapter in another format and say what was proven."""
     from moslora.adapters.export import export_adapter
-    from moslora.adapters.formats import FORMATS
+    from moslora.adapters.formats.table import FORMATS
 
     proof = export_adapter(source, out, to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha)
     if as_json:

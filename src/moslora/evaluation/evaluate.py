@@ -32,13 +32,15 @@ from moslora.evaluation.commonsense import (
 )
 from moslora.metrics.answers import wilson_interval
 from moslora.metrics.intervals import paired_examples
-from moslora.models.loading import default_device, load_model, load_tokenizer, materialise, resolve_model
+from moslora.models.gguf import materialize
+from moslora.models.loading import default_device, load_model, load_tokenizer
+from moslora.models.names import resolve_model
 from moslora.recipe.schema import load_recipe
 from moslora.training.run_directory import write_whole
 
 if TYPE_CHECKING:
     from moslora.evaluation.lm_eval import TaskScores
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
 
 __all__ = ["PROTOCOLS", "Activity", "Measure", "Report", "evaluate", "show"]
 
@@ -375,7 +377,7 @@ def _as_inputs(prompts: Sequence[Sequence[int]]) -> list[Any]:
 
 
 def _learned(adapter: Path) -> bool | None:
-    from moslora.adapters.formats import read_adapter
+    from moslora.adapters.formats.reading import read_adapter
     from moslora.errors import AdapterError
 
     try:
@@ -551,7 +553,7 @@ def _task_names(tasks: Sequence[str], data: Path, display: Display) -> list[str]
 
 
 def _loaded(model: str, display: Display) -> tuple[_Judge, Any]:
-    source: ModelSource = materialise(resolve_model(model), "float32", say=display.say)
+    source: ModelSource = materialize(resolve_model(model), "float32", say=display.say)
     device = default_device()
     return _Judge(load_tokenizer(source), device, display), load_model(source, device=device)
 

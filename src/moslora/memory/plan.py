@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import PlanError
-from moslora.models.loading import load_config, quiet_transformers, resolve_model
+from moslora.models.loading import load_config, quiet_transformers
+from moslora.models.names import resolve_model
 from moslora.recipe.schema import load_recipe, resolve_trainer_arguments
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.adapters.formats import experts
 from moslora.errors import ModelError
-from moslora.models.loading import ModelSource, materialise, read_json, resolve_model
+from moslora.models.gguf import materialize
+from moslora.models.names import ModelSource, read_json, resolve_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ class Weights:
 
     @property
     def quantisation(self) -> str | None:
-        """What quantised the weights; None if nothing did."""
+        """What quantized the weights; None if nothing did."""
         about = self.config.get("quantization_config")
         if not about:
             return None
@@ -130,7 +131,7 @@ def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) 
     """Find out where a base model's weights lie.
 
     Args:
-        base: Folder, hub id, GGUF file (dequantised to float32 on the way) or packaged model.
+        base: Folder, hub id, GGUF file (dequantized to float32 on the way) or packaged model.
         say: Receives a line before long work.
 
     Returns:
@@ -148,7 +149,7 @@ def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) 
 def _folder(source: ModelSource, say: Callable[[str], None]) -> Path:
     """Find the folder that holds the base's weights."""
     if source.kind != "hub":
-        return Path(materialise(source, "float32", say=say).path)
+        return Path(materialize(source, "float32", say=say).path)
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]

@@ -22,16 +22,9 @@ from torch import Tensor
 
 from moslora.adapters.factors import Adapter, exact_pattern
 from moslora.adapters.formats import through_diffusers
-from moslora.adapters.formats.directory import (
-    SHARED,
-    Found,
-    as_stored,
-    build_adapter,
-    load_tensors,
-    name_exactly,
-    read_header,
-    save_tensors,
-)
+from moslora.adapters.formats.building import build_adapter, name_exactly
+from moslora.adapters.formats.directory import SHARED
+from moslora.adapters.formats.layout import Found, as_stored
 from moslora.adapters.formats.lora import MAGNITUDE, flatten
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import (
@@ -42,6 +35,7 @@ from moslora.adapters.formats.pipeline import (
     name_clip,
     own_clip,
 )
+from moslora.adapters.formats.tensors import load_tensors, read_header, save_tensors
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 

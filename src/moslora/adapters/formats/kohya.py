@@ -21,10 +21,11 @@ from torch import Tensor
 
 from moslora.adapters.factors import LINEAR, Adapter, Factors, Form
 from moslora.adapters.formats import through_diffusers
-from moslora.adapters.formats.directory import as_stored, load_tensors, read_header, save_tensors
+from moslora.adapters.formats.layout import as_stored
 from moslora.adapters.formats.lora import flatten
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import by_component, check_writable, join, name_clip, own_clip
+from moslora.adapters.formats.tensors import load_tensors, read_header, save_tensors
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 

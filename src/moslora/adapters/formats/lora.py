@@ -16,18 +16,9 @@ from peft.utils.save_and_load import load_peft_weights
 
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import skeleton
-from moslora.adapters.formats.directory import (
-    KEY_PREFIX,
-    SHARED,
-    WEIGHTS,
-    build_adapter,
-    group_factors,
-    name_all,
-    read_config,
-    read_tensors,
-    settle,
-    write_files,
-)
+from moslora.adapters.formats.building import build_adapter, settle
+from moslora.adapters.formats.directory import SHARED, WEIGHTS, read_config, read_tensors, write_files
+from moslora.adapters.formats.layout import KEY_PREFIX, group_factors, name_all
 from moslora.errors import AdapterError
 
 __all__ = ["PEFT_TYPE", "flatten", "read", "read_with_peft", "write"]

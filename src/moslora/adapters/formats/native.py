@@ -17,19 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats.directory import (
-    SHARED,
-    WEIGHTS,
-    build_adapter,
-    group_factors,
-    load_tensors,
-    name_all,
-    read_config,
-    read_header,
-    read_tensors,
-    settle,
-    write_files,
-)
+from moslora.adapters.formats.building import build_adapter, settle
+from moslora.adapters.formats.directory import SHARED, WEIGHTS, read_config, read_tensors, write_files
+from moslora.adapters.formats.layout import group_factors, name_all
+from moslora.adapters.formats.tensors import load_tensors, read_header
 from moslora.core import functional
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES
 from moslora.errors import AdapterError

@@ -21,15 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats.directory import (
-    SHARED,
-    WEIGHTS,
-    build_adapter,
-    check_tensors,
-    group_factors,
-    read_config,
-    read_tensors,
-)
+from moslora.adapters.formats.building import build_adapter
+from moslora.adapters.formats.directory import SHARED, WEIGHTS, read_config, read_tensors
+from moslora.adapters.formats.layout import group_factors
+from moslora.adapters.formats.tensors import check_tensors
 from moslora.errors import AdapterError
 
 __all__ = ["WARNING", "carries_mixer", "check_mixers", "read"]

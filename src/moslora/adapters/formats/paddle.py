@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats.directory import Found, build_adapter, load_tensors
+from moslora.adapters.formats.building import build_adapter
+from moslora.adapters.formats.layout import Found
+from moslora.adapters.formats.tensors import load_tensors
 from moslora.errors import AdapterError
 
 __all__ = ["CONFIG", "read"]

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moslora.adapters.factors import FOLD_TOLERANCE, compare
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, compare
 from moslora.adapters.formats import diffusers, native, through_diffusers
-from moslora.adapters.formats.directory import KEY_PREFIX, WEIGHTS, load_tensors, read_header, save_tensors
+from moslora.adapters.formats.directory import WEIGHTS
+from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.pipeline import join
+from moslora.adapters.formats.tensors import load_tensors, read_header, save_tensors
 from moslora.errors import AdapterError
 from moslora.tuner.config import MoSLoRAConfig
 

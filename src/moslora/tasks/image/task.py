@@ -20,20 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.distributed import launched
 from moslora.errors import ModelError
-from moslora.models.loading import (
-    HASH_LIMIT,
-    HUB_ID,
-    ModelSource,
-    _call,
-    _check_loaded,
-    _commit,
-    _header_sha256,
-    _not_found,
-    _sha256,
-    default_device,
-    quiet_transformers,
-    read_json,
-)
+from moslora.files import sha256
+from moslora.models.fingerprint import HASH_LIMIT, header_sha256, hub_commit
+from moslora.models.loading import call_loader, check_loaded, default_device, quiet_transformers
+from moslora.models.names import HUB_ID, ModelSource, not_found_message, read_json
 from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.image.fidelity import SCORES, Judge, about, find_judge, judge_pictures, open_made
 from moslora.tasks.image.folders import (
@@ -104,7 +94,7 @@ def find_pipeline(name: str, revision: str | None = None) -> ModelSource:
         )
     if HUB_ID.fullmatch(name):
         return ModelSource(name, "hub", name, revision=revision)
-    raise ModelError(_not_found(name, path))
+    raise ModelError(not_found_message(name, path))
 
 
 class ImageTask(Task):
@@ -576,12 +566,12 @@ class ImageTask(Task):
     def _fingerprint(self) -> dict[str, Any]:
         about: dict[str, Any] = {"kind": self.source.kind, "name": self.source.name}
         if self.source.kind == "hub":
-            return {**about, "method": "commit", "commit": _commit(self.source, INDEX)}
+            return {**about, "method": "commit", "commit": hub_commit(self.source, INDEX)}
         weights = sorted(self.folder.glob("*/*.safetensors"))
         whole = sum(path.stat().st_size for path in weights) <= HASH_LIMIT
-        files = {str(p.relative_to(self.folder)): _sha256(p) if whole else _header_sha256(p) for p in weights}
+        files = {str(p.relative_to(self.folder)): sha256(p) if whole else header_sha256(p) for p in weights}
         configs = [self.folder / INDEX, *sorted(self.folder.glob("*/*.json"))]
-        files |= {str(path.relative_to(self.folder)): _sha256(path) for path in configs}
+        files |= {str(path.relative_to(self.folder)): sha256(path) for path in configs}
         return {**about, "method": "sha256" if whole else "sha256-of-headers", "files": files}
 
     # --- The model ---
@@ -635,7 +625,7 @@ class ImageTask(Task):
         if self.source.kind == "hub":
             options = {"revision": self.source.revision} if self.source.revision else {}
             options |= {"variant": self.variant} if self.variant else {}
-            found = _call(
+            found = call_loader(
                 self.source, diffusers.DiffusionPipeline.download, {**options, "use_safetensors": True}
             )
             self.folder = Path(found)
@@ -693,11 +683,11 @@ class ImageTask(Task):
 
         place = ModelSource(f"{self.source.name}/{name}", "folder", str(self.folder / name))
         if not issubclass(kind, nn.Module):
-            return _call(place, kind.from_pretrained, {})
+            return call_loader(place, kind.from_pretrained, {})
         key = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
         options = {key: dtype, "use_safetensors": True, "output_loading_info": True, **self._files_of(name)}
-        model, info = _call(place, kind.from_pretrained, options)
-        _check_loaded(place, info)
+        model, info = call_loader(place, kind.from_pretrained, options)
+        check_loaded(place, info)
         return model.to(self.device).eval().requires_grad_(False)
 
     def _warn_of_cut_prompts(self, pipeline: Any) -> None:
@@ -737,7 +727,7 @@ class ImageTask(Task):
                 part = path.with_suffix(".part")
                 part.write_bytes(content)
                 part.replace(path)
-                record["files"][path.name] = _sha256(path)
+                record["files"][path.name] = sha256(path)
                 part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 part.replace(folder / GENERATED)
                 progress.advance()

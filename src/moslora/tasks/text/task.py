@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from moslora.data.records import Example, overlap, prompt_of, read_records, split_heldout, to_examples
 from moslora.data.tokenization import Encoded, Encoder, Summary, encode_all, preview
 from moslora.metrics.answers import METRICS, wilson_interval
+from moslora.models.fingerprint import fingerprint
+from moslora.models.gguf import materialize
 from moslora.models.loading import (
     build_skeleton,
     default_device,
-    fingerprint,
     load_model,
     load_tokenizer,
-    materialise,
     quantization_options,
-    resolve_model,
 )
+from moslora.models.names import resolve_model
 from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Trainer, TrainerCallback
 
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
 
 __all__ = ["TextTask", "answer", "example_losses", "held_out_loss"]
 
@@ -90,7 +90,7 @@ class TextTask(Task):
 
         wanted = self.recipe.model
         source = resolve_model(wanted.name, wanted.revision, self.needs_weights)
-        source = materialise(source, self._file_dtype(), say=self.display.say)
+        source = materialize(source, self._file_dtype(), say=self.display.say)
         # Named in messages of adapter_config.
         self.source = source
         model = build_skeleton(source, self.auto_class, wanted.trust_remote_code)
@@ -118,7 +118,7 @@ class TextTask(Task):
     def prepare(self) -> None:
         """Find the base's folder, tokenise, and show what is trained."""
         recipe = self.recipe
-        self.source = materialise(self.source, self._file_dtype(), say=self.display.say)
+        self.source = materialize(self.source, self._file_dtype(), say=self.display.say)
         self.tokenizer: Any = load_tokenizer(self.source, recipe.model.trust_remote_code)
         arguments = resolve_trainer_arguments(recipe, self.device)
         encoder = Encoder(

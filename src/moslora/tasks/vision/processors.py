@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moslora.models.loading import _call
+from moslora.models.loading import call_loader
 
 if TYPE_CHECKING:
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
 
 __all__ = [
     "FAMILIES",
@@ -71,7 +71,7 @@ def load_processor(source: ModelSource, options: Mapping[str, Any]) -> Any:
     """Load a model's processor: transformers' own, less the part for videos where torchvision is not installed.
 
     Args:
-        source: From ``resolve_model`` or ``materialise``.
+        source: From ``resolve_model`` or ``materialize``.
         options: Of ``from_pretrained``: ``revision``, ``trust_remote_code``.
 
     Returns:
@@ -83,11 +83,11 @@ def load_processor(source: ModelSource, options: Mapping[str, Any]) -> Any:
     from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor
 
     if importlib.util.find_spec("torchvision") is None:
-        config = _call(source, AutoConfig.from_pretrained, dict(options))
+        config = call_loader(source, AutoConfig.from_pretrained, dict(options))
         kind = PROCESSOR_MAPPING.get(type(config), None)
         if kind is not None and "video_processor" in kind.get_attributes():
-            return _call(source, _pictures_only(kind).from_pretrained, dict(options))
-    return _call(source, AutoProcessor.from_pretrained, dict(options))
+            return call_loader(source, _pictures_only(kind).from_pretrained, dict(options))
+    return call_loader(source, AutoProcessor.from_pretrained, dict(options))
 
 
 class _NoVideos:

@@ -21,7 +21,9 @@ from moslora.data.records import Example, Records, prompt_of, read_records, to_e
 from moslora.data.tokenization import Encoded, Encoder, Summary, encode_all
 from moslora.errors import DataError
 from moslora.metrics.answers import METRICS, wilson_interval
-from moslora.models.loading import _call, materialise, resolve_model
+from moslora.models.gguf import materialize
+from moslora.models.loading import call_loader
+from moslora.models.names import resolve_model
 from moslora.recipe.schema import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.task import Answer, Evaluation
 from moslora.tasks.text.task import (
@@ -259,11 +261,11 @@ class VisionTask(TextTask):
         from transformers import AutoConfig
 
         recipe: Any = self.recipe
-        self.source = materialise(self.source, self._file_dtype(), say=self.display.say)
+        self.source = materialize(self.source, self._file_dtype(), say=self.display.say)
         options = {"trust_remote_code": recipe.model.trust_remote_code}
         if self.source.revision:
             options["revision"] = self.source.revision
-        kind = _call(self.source, AutoConfig.from_pretrained, options).model_type
+        kind = call_loader(self.source, AutoConfig.from_pretrained, options).model_type
         if kind not in FAMILIES:
             raise ValueError(
                 f"{self.source.name} is of the family {kind!r}; task=vision was tried on "
