@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moslora.adapters.formats.directory.save_file", full)
+    monkeypatch.setattr("moslora.adapters.formats.tensors.save_file", full)
     with pytest.raises(OSError, match="No space"):
         export_adapter(saved, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]

@@ -644,7 +644,7 @@ def test_an_export_for_comfyui_has_the_form_that_it_applies_whole(
     assert lost.level == "error" and "would leave out" in lost.what and ".to_" in lost.what
     with pytest.raises(ValueError, match="Give one"):
         export_adapter(sdxl[0], tmp_path / "both", "lora", engine="comfyui")
-    with pytest.raises(ValueError, match="Did you mean comfyui"):
+    with pytest.raises(ValueError, match="Did you mean 'comfyui'"):
         export_adapter(sdxl[0], tmp_path / "both", engine="comfy")
 
 
@@ -814,7 +814,7 @@ def test_a_full_disk_leaves_no_file(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moslora.adapters.formats.directory.save_file", full)
+    monkeypatch.setattr("moslora.adapters.formats.tensors.save_file", full)
     with pytest.raises(OSError, match="No space"):
         export_adapter(sdxl[0], tmp_path / "a.safetensors", "kohya")
     assert not list(tmp_path.iterdir())

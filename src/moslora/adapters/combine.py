@@ -73,9 +73,9 @@ def combine(
 
     Raises:
         AdapterError: If an adapter cannot be read, or they cannot be added.
-        FileExistsError: If something lies at ``out`` already.
+        ExistsError: If something exists at ``out`` already.
         ProofError: If the proof failed; nothing is left at ``out``.
-        ValueError: If the format is not written.
+        UsageError: If the format is not written.
     """
     check_format(to)
     parts = [read_adapter(path) for path in adapters]

@@ -17,11 +17,12 @@ from typing import IO, TYPE_CHECKING, Any
 from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import PROOF_FILE
 from moslora.adapters.factors import Adapter, Factors
-from moslora.adapters.formats.directory import staged
 from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError, ModelError, ProofError
+from moslora.files import new_directory
 from moslora.models.shards import DTYPES, INDEX, Stored, Weights, open_weights
+from moslora.wording import evenly_spaced
 
 if TYPE_CHECKING:
     import torch
@@ -123,21 +124,21 @@ def merge(
 
     Raises:
         AdapterError, ModelError: If adapter and base cannot be read, or do not fit; the message says what to do.
-        FileExistsError: If something lies at ``out`` already.
+        ExistsError: If something exists at ``out`` already.
         ProofError: If a weight was not changed, or not to what it should be. Nothing is left at ``out``.
         OSError: If the disk is too small.
     """
     found, out = read_adapter(adapter), Path(out)
     weights = open_weights(base, say)
     folder, shards = weights.folder, weights.shards
-    if weights.quantisation:
+    if weights.quantization:
         raise ModelError(
-            f"{base} has quantised weights ({weights.quantisation}), into "
+            f"{base} has quantised weights ({weights.quantization}), into "
             "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantise the result."
         )
     changes = _plan(found, weights)
     size = sum((folder / shard).stat().st_size for shard in shards)
-    with staged(out) as place:
+    with new_directory(out) as place:
         free = shutil.disk_usage(place).free
         if free < size + (1 << 20):
             raise OSError(f"{out} needs {size:,} bytes, {free:,} are free. Name a place on a larger disk.")
@@ -342,7 +343,7 @@ def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> Merg
             (folder / change.stored.shard).open("rb") as before,
             (place / change.stored.shard).open("rb") as after,
         ):
-            for first, last in _evenly(list(change.blocks(BLOCK // 8)), PROOF_BLOCKS):
+            for first, last in evenly_spaced(list(change.blocks(BLOCK // 8)), PROOF_BLOCKS):
                 checked += (last - first) * change.right.shape[1]
                 old, found = (change.read(file, first, last).double() for file in (before, after))
                 delta = change.left[first:last] @ change.right
@@ -359,13 +360,6 @@ def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> Merg
         if size_of_delta and not arrived / size_of_delta >= least:
             least, least_module = arrived / size_of_delta, change.module
     return MergeProof(len(changes), checked, worst, worst_module, relative, least, least_module, size)
-
-
-def _evenly(blocks: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Pick blocks from the first to the last, evenly; all, if they are so few."""
-    if len(blocks) <= count:
-        return blocks
-    return [blocks[i * (len(blocks) - 1) // (count - 1)] for i in range(count)]
 
 
 def _rounding(expected: Tensor, sizes: Tensor, change: _Change) -> Tensor:

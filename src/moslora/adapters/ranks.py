@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moslora.adapters.arithmetic import compare
 from moslora.adapters.factors import Adapter, Factors
+from moslora.errors import UsageError
 
 __all__ = ["Ranked", "nearest", "pad", "to_rank"]
 
@@ -34,10 +35,10 @@ def nearest(factors: Factors, r: int) -> Factors:
 
     Raises:
         AdapterError: If there is a magnitude.
-        ValueError: If ``r`` is below 1.
+        UsageError: If ``r`` is below 1.
     """
     if r < 1:
-        raise ValueError(f"A rank must be at least 1; found {r}.")
+        raise UsageError(f"A rank must be at least 1; found {r}.")
     factors.require_no_magnitude()
     dtype = torch.promote_types(factors.A.dtype, torch.float32)
     wide = factors.at_least(torch.float64).fold()
@@ -108,7 +109,7 @@ def to_rank(adapter: Adapter, r: int) -> Ranked:
 
     Raises:
         AdapterError: If it has DoRA's magnitude.
-        ValueError: If ``r`` is below 1.
+        UsageError: If ``r`` is below 1.
     """
     adapter.refuse_magnitudes(
         "What another rank would cost depends on the base's weights, so --rank is not done"

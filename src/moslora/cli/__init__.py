@@ -23,7 +23,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moslora.adapters.doctor import Diagnosis
+    from moslora.adapters.findings import Diagnosis
     from moslora.adapters.inspection import Inspection
     from moslora.memory.plan import Plan
 
@@ -620,7 +620,8 @@ def inspect_(
     """
 
     def action() -> None:
-        from moslora.adapters.inspection import inspect_adapter, write_page
+        from moslora.adapters.inspection import inspect_adapter
+        from moslora.reports.inspection import write_page
 
         found = inspect_adapter(adapter, base, lambda line: print(line, file=sys.stderr))
         if html is not None:
@@ -666,7 +667,8 @@ def doctor(
     """
 
     def action() -> None:
-        from moslora.adapters.doctor import diagnose, to_json
+        from moslora.adapters.doctor import diagnose
+        from moslora.adapters.findings import to_json
 
         names = [name.strip() for name in engines.split(",") if name.strip()]
         found = diagnose(adapter, base, names, lambda line: print(line, file=sys.stderr))
@@ -725,7 +727,7 @@ def _groups_table(found: Inspection) -> Table:
     """Lay out medians by kind of module, leaving out what no module has."""
     from rich.table import Table
 
-    from moslora.adapters.inspection import shown
+    from moslora.reports.inspection import shown
 
     columns = {
         "modules": [str(group.modules) for group in found.groups],

@@ -26,11 +26,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moslora.adapters.export import export_adapter
-from moslora.adapters.formats.directory import staged
 from moslora.adapters.formats.native import keep_start, read_start
 from moslora.adapters.formats.pipeline import folders
 from moslora.distributed import Team, is_first, refuse_sharding
 from moslora.errors import ModelError, ProofError, Stopped, TrainingError
+from moslora.files import new_directory
 from moslora.models.loading import default_device
 from moslora.recipe.schema import Recipe, load_recipe, resolve_trainer_arguments
 from moslora.reports.run import write_report
@@ -656,7 +656,7 @@ def _save(run: _Run, task: Task, adapted: Any) -> None:
     # A run that was stopped after this stage has trained nothing since; what it saved is written anew.
     for place in (directory.adapter, *_shipped(run, task)):
         _remove(place)
-    with staged(directory.adapter) as folder:
+    with new_directory(directory.adapter) as folder:
         adapted.save_pretrained(folder)
         if run.start.exists():
             _keep_start_beside(folder, read_start(run.start))

@@ -6,8 +6,9 @@ import math
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moslora.adapters.convolutions import CONVOLUTIONS, join_groups
 from moslora.core import functional, ops
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.held_mixer import apply_matrix
@@ -15,9 +16,6 @@ from moslora.tuner.layer import MoSLoRALayer, _without_values
 from moslora.tuner.reading import check_present
 
 __all__ = ["MoSLoRAConv"]
-
-# By the number of dimensions of the weight.
-CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class MoSLoRAConv(MoSLoRALayer):
@@ -41,7 +39,7 @@ class MoSLoRAConv(MoSLoRALayer):
 
     def _make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         base = self.get_base_layer()
-        kind: Any = CONVOLUTIONS[base.weight.ndim]
+        kind = CONVOLUTIONS[base.weight.ndim - 2]
         A = kind(
             self.in_features,
             r,
@@ -70,8 +68,7 @@ class MoSLoRAConv(MoSLoRALayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return A ``(r, in · kernel)``, M ``(r, r)``, B ``(out, r)``; between groups B is filled with zeros."""
         A, M, B = (factor.flatten(1) for factor in (A, M, B))
-        groups = self.get_base_layer().groups
-        return A, M, B if groups == 1 else torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
+        return A, M, join_groups(B, self.get_base_layer().groups)
 
     def _lay(self, delta: Tensor) -> Tensor:
         base = self.get_base_layer()

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import TaskType
-
+from moslora.adapters.formats.configuration import TASK_TYPES
 from moslora.errors import AdapterError
 
 
@@ -55,7 +54,7 @@ _INDICES = (_either(_is_whole, _list_of(_is_whole)), "indices in a list")
 ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (_is_text, "a name"),
     "revision": (_is_text, "a name"),
-    "task_type": (lambda value: value in list(TaskType), f"one of {', '.join(TaskType)}"),
+    "task_type": (lambda value: value in TASK_TYPES, f"one of {', '.join(TASK_TYPES)}"),
     "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from moslora.adapters.factors import Adapter, Factors, Form, exact_pattern
 from moslora.adapters.formats import experts
+from moslora.adapters.formats.configuration import pattern_key
 from moslora.adapters.formats.experts import owner
 from moslora.adapters.formats.layout import Found, as_matrices
 from moslora.core.functional import scaling
@@ -33,8 +33,8 @@ def _said(config: Mapping[str, Any], module: str) -> set[tuple[Any, Any]]:
     parameters = [name.rpartition(".")[2] for name in config.get("target_parameters") or ()]
     return {
         (
-            ranks.get(get_pattern_key(ranks.keys(), name), config.get("r")),
-            alphas.get(get_pattern_key(alphas.keys(), name), config.get("lora_alpha")),
+            ranks.get(pattern_key(ranks, name), config.get("r")),
+            alphas.get(pattern_key(alphas, name), config.get("lora_alpha")),
         )
         for name in (path, *(f"{path}.{parameter}" for parameter in parameters))
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 from moslora.adapters.factors import Adapter, exact_pattern
 from moslora.adapters.formats import through_diffusers
 from moslora.adapters.formats.building import build_adapter, name_exactly
-from moslora.adapters.formats.directory import SHARED
+from moslora.adapters.formats.configuration import SHARED
 from moslora.adapters.formats.layout import Found, as_stored
 from moslora.adapters.formats.lora import MAGNITUDE, flatten
 from moslora.adapters.formats.official import check_mixers
@@ -35,7 +35,7 @@ from moslora.adapters.formats.pipeline import (
     name_clip,
     own_clip,
 )
-from moslora.adapters.formats.tensors import load_tensors, read_header, save_tensors
+from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 
@@ -103,7 +103,7 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
     Raises:
         AdapterError: If it is damaged or holds anything but factors, or says its alpha itself and one is given.
     """
-    _, about = read_header(path)
+    about = read_whole_header(path).metadata
     metadata = _read_metadata(path, about)
     found: dict[str, Found] = {}
     for key, tensor in load_tensors(path).items():

@@ -1,17 +1,12 @@
 """A PEFT adapter directory: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
-Both of PEFT's formats, native and lora, lie on disk like this. What is written appears whole or not at all.
+Both of PEFT's formats, native and lora, are stored like this.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +15,19 @@ from torch import Tensor
 from moslora.adapters.formats.arguments import check_config
 from moslora.adapters.formats.tensors import load_tensors, save_tensors
 from moslora.errors import AdapterError
+from moslora.wording import nearest
 
-__all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "staged", "write_files"]
+__all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "write_files"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-
-# What LoRA's and MoSLoRA's configurations have in common, and an adapter carries from one to the other.
-SHARED = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "auto_mapping",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-    "lora_dropout",
-    "bias",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-)
 
 
 def _near(path: Path) -> str:
     """Suggest the sibling whose name is nearest."""
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
+    near = nearest(path.name, siblings)
+    return f" Did you mean {path.parent / near}?" if near else ""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -122,7 +92,7 @@ def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     """Write both files of an adapter directory.
 
     Args:
-        folder: An existing directory, as ``staged`` gives it.
+        folder: An existing directory, as ``files.new_directory`` gives it.
         config: JSON object; sets are written as sorted lists.
         tensors: Tensors by name.
 
@@ -132,62 +102,3 @@ def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Write a directory beside its place and move it there when everything inside the block went well.
-
-    Args:
-        out: Where it shall appear; must not exist, or be an empty directory.
-
-    Yields:
-        A temporary directory beside ``out``. If the block raises, it is removed and ``out`` stays as it was.
-
-    Raises:
-        FileExistsError: If something lies at ``out`` already.
-    """
-    out = Path(out)
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise FileExistsError(f"{out} exists already. Name a new directory, or remove that one first.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        temporary.replace(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def staged_file(out: Path) -> Iterator[Path]:
-    """Write a file beside its place and move it there when everything inside the block went well.
-
-    Args:
-        out: Where it shall appear; must not exist.
-
-    Yields:
-        A path in a temporary directory beside ``out``. If the block raises, nothing is left of it.
-
-    Raises:
-        FileExistsError: If something lies at ``out`` already.
-    """
-    out = Path(out)
-    if out.is_symlink() or out.exists():
-        raise FileExistsError(f"{out} exists already. Name a new file, or remove that one first.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield temporary / out.name
-        (temporary / out.name).replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    """Read the process's umask, which only setting it reveals."""
-    value = os.umask(0)
-    os.umask(value)
-    return value

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats.lora import flatten
-from moslora.errors import AdapterError
+from moslora.errors import AdapterError, MissingPackageError
 
 __all__ = ["ARCHITECTURES", "read_with_gguf", "write"]
 
@@ -52,7 +52,7 @@ ARCHITECTURES = {
 
 def _need_gguf() -> Any:
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError("Writing GGUF needs the package gguf: pip install 'moslora[gguf]'.")
+        raise MissingPackageError("Writing GGUF needs the package gguf: pip install 'moslora[gguf]'.")
     import gguf
 
     return gguf
@@ -140,7 +140,7 @@ def write(
 
     Raises:
         AdapterError: If the base's architecture is not verified, or llama.cpp would refuse or misread the file.
-        ImportError: If the package gguf is missing.
+        MissingPackageError: If the package gguf is missing.
         OSError: If it cannot be written.
     """
     gguf = _need_gguf()

@@ -25,7 +25,7 @@ from moslora.adapters.formats.layout import as_stored
 from moslora.adapters.formats.lora import flatten
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import by_component, check_writable, join, name_clip, own_clip
-from moslora.adapters.formats.tensors import load_tensors, read_header, save_tensors
+from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 
@@ -208,7 +208,7 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
         AdapterError: If it is damaged, of another method, or of an unknown model, or every module has its alpha and one
             is given.
     """
-    names, _ = read_header(path)
+    names = read_whole_header(path).tensors
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
     tensors = load_tensors(path)
     for name in names:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from moslora.adapters.convolutions import join_groups, split_groups
 from moslora.adapters.factors import LINEAR, Factors, Form
 from moslora.adapters.formats import experts
 
@@ -101,8 +101,7 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
     groups = r // B.shape[1]
     vectors = ("magnitude", "bias")
     flat.update({name: tensor.flatten(1) for name, tensor in tensors.items() if name not in vectors})
-    if groups > 1:
-        flat["B"] = torch.block_diag(*flat["B"].chunk(groups))  # type: ignore[no-untyped-call]  # (out, r)
+    flat["B"] = join_groups(flat["B"], groups)  # (out, r)
     return flat, Form("conv", kernel, groups)
 
 
@@ -122,10 +121,7 @@ def as_stored(factors: Factors) -> dict[str, Tensor]:
         return {"A": A, "M": M, "B": B, **beside, **bias}
     beside = {name: m.view(1, -1, *(1,) * len(form.kernel)) for name, m in beside.items()} | bias
     ones = (1,) * len(form.kernel)
-    if form.groups > 1:
-        rows, columns = B.shape[0] // form.groups, B.shape[1] // form.groups
-        blocks = B.view(form.groups, rows, form.groups, columns)
-        B = torch.cat([blocks[g, :, g] for g in range(form.groups)])  # (out, r / groups)
+    B = split_groups(B, form.groups)  # (out, r / groups)
     return {
         "A": A.view(A.shape[0], -1, *form.kernel),
         "M": M.view(*M.shape, *ones),

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.building import build_adapter
-from moslora.adapters.formats.directory import SHARED, WEIGHTS, read_config, read_tensors
+from moslora.adapters.formats.configuration import SHARED
+from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors
 from moslora.adapters.formats.layout import group_factors
 from moslora.adapters.formats.tensors import check_tensors
 from moslora.errors import AdapterError
+from moslora.files import read_header
 
 __all__ = ["WARNING", "carries_mixer", "check_mixers", "read"]
 
@@ -50,10 +51,9 @@ def carries_mixer(folder: Path) -> bool:
     """
     try:
         if (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
-                return _any_mixer(file.keys())
+            return _any_mixer(read_header(folder / WEIGHTS).tensors)
         return (folder / PICKLED).is_file() and _any_mixer(_unpickle(folder / PICKLED))
-    except (SafetensorError, OSError, ValueError):
+    except (OSError, ValueError):
         return False
 
 

@@ -18,8 +18,8 @@ from moslora.adapters.formats import (
 )
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS, read_config
 from moslora.adapters.formats.table import FORMATS
-from moslora.adapters.formats.tensors import read_header
-from moslora.errors import AdapterError
+from moslora.adapters.formats.tensors import read_whole_header
+from moslora.errors import AdapterError, UsageError
 
 __all__ = ["detect", "read_adapter"]
 
@@ -77,7 +77,7 @@ def _detect_file(path: Path) -> str:
             f"{path} is a file; an adapter is a directory, or one .safetensors file of diffusers or kohya. "
             "Pickles (.pt, .ckpt) are not opened."
         )
-    names, _ = read_header(path)
+    names = list(read_whole_header(path).tensors)
     if kohya.is_kohya(names):
         return "kohya"
     if diffusers.is_diffusers(names):
@@ -109,7 +109,7 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     Raises:
         AdapterError: If it cannot be read or trusted, or says its alpha itself and one is given; the message says what
             to do.
-        ValueError: If ``alpha`` is not a finite number other than 0.
+        UsageError: If ``alpha`` is not a finite number other than 0.
     """
     path = Path(path)
     found = detect(path)
@@ -118,7 +118,7 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     if alpha is None:
         return read(path)
     if not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(f"alpha={alpha!r} is not an alpha; it must be a finite number other than 0.")
+        raise UsageError(f"alpha={alpha!r} is not an alpha; it must be a finite number other than 0.")
     if not FORMATS[found].takes_alpha:
         raise AdapterError(f"{path} is {found}, whose configuration says its alpha. Leave --alpha out.")
     return read(path, alpha)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moslora.errors import AdapterError
+from moslora.files import Header, read_header
+
+__all__ = ["check_tensors", "load_tensors", "read_whole_header", "save_tensors"]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -35,8 +39,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return check_tensors(path, tensors)
 
 
-def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Read what a safetensors file says of itself, without its tensors.
+def read_whole_header(path: Path) -> Header:
+    """Read the header of a safetensors file, without its tensors.
 
     Args:
         path: The file.
@@ -48,9 +52,8 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
         AdapterError: If it is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        return read_header(path)
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"{path} is damaged or cut off: {error}. Copy it again, or take an earlier checkpoint."
         ) from error
@@ -114,13 +117,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order; its writer leaves that to chance."""
+    """Sort the metadata of a safetensors file; its writer leaves the order to chance."""
+    header = read_header(path)
+    begin = 8 + header.length
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(header.metadata.items()))}
+    for name, tensor in header.tensors.items():
+        offsets = [tensor.start - begin, tensor.end - begin]
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode().ljust(header.length)
+    if len(text) != header.length:
+        raise OSError(f"{path}: its header of {header.length} bytes has {len(text)} after sorting.")
     with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
-        if len(text) != length:
-            raise OSError(f"{path}: its header of {length} bytes came out as {len(text)} when put in order.")
         file.seek(8)
         file.write(text)
