@@ -1,7 +1,7 @@
 """How long does each verb on a small adapter take, beside importing torch?
 
 An adapter and a base of a few small weights are made once. Every contender is a fresh process: ``python -c "import
-torch"``, and each verb. They run in random order, round after round, and the first round, which fills the file cache and
+torch"``, and each verb. They run in random order, round after round; the first round, which fills the file cache and
 compiles, is not counted. Times are medians of wall seconds; what is reported is the ratio to ``import torch`` of the
 same round. Several source trees can be measured together, to compare commits.
 
