@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import laws
 from moslora import MoSLoRAConfig
-from moslora.adapters.arithmetic import compare
+from moslora.adapters.arithmetic import distance
 from moslora.adapters.combine import combine
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
 from moslora.adapters.factors import Adapter, Factors
@@ -138,7 +138,7 @@ def test_experts_whose_parameters_are_not_named_are_not_written(tmp_path: Path) 
         (tmp_path / to).mkdir(exist_ok=True)
         with pytest.raises(AdapterError, match="no target_parameters"):
             format_.write(lost, tmp_path / to)
-    assert compare(adapter, adapter).modules == 18
+    assert distance(adapter, adapter).modules == 18
 
 
 def test_merging_experts_into_files_is_refused_with_the_way_out(tmp_path: Path) -> None:

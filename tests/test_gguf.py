@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapters.arithmetic import compare
+from moslora.adapters.arithmetic import distance
 from moslora.adapters.export import FOLD_TOLERANCE, export_adapter
 from moslora.adapters.factors import Adapter, Factors, Form
 from moslora.adapters.formats import gguf
@@ -76,7 +76,7 @@ def test_gguf_reads_back_what_was_written_whatever_the_ranks(
     for place in places:
         gguf.write(at, place, base=base)
         at, reader = gguf.read_with_gguf(place, before, base=base)
-        assert reader.startswith("gguf ") and compare(before, at).max_relative_error <= FOLD_TOLERANCE
+        assert reader.startswith("gguf ") and distance(before, at).max_relative_error <= FOLD_TOLERANCE
     assert places[0].read_bytes() == places[1].read_bytes()
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
 from moslora import MoSLoRAConfig
-from moslora.adapters.arithmetic import compare
+from moslora.adapters.arithmetic import distance
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import FOLD_TOLERANCE, TOLERANCES, export_adapter
 from moslora.adapters.factors import Adapter, Factors, Form
@@ -162,7 +162,7 @@ def test_reading_what_was_written_gives_the_pipelines_adapter(
             place.mkdir()
         format_.write(at, place)
         at = read_adapter(place)
-        assert compare(before, at).max_relative_error <= FOLD_TOLERANCE
+        assert distance(before, at).max_relative_error <= FOLD_TOLERANCE
     for one in sorted(p for p in folder.rglob("*.safetensors") if str(p).startswith(str(places[0]))):
         two = Path(str(one).replace(str(places[0]), str(places[1])))
         assert one.read_bytes() == two.read_bytes(), "written again, it is another file"
@@ -179,7 +179,7 @@ def test_diffusers_takes_modules_of_different_ranks_at_their_scales(
     assert format_.write is not None and format_.read_back is not None
     format_.write(before, out)
     found, reader = format_.read_back(out, before)
-    assert reader.startswith("diffusers") and compare(before, found).max_relative_error <= FOLD_TOLERANCE
+    assert reader.startswith("diffusers") and distance(before, found).max_relative_error <= FOLD_TOLERANCE
 
 
 def test_without_equal_ranks_diffusers_would_take_kohya_scales_wrongly(
@@ -194,9 +194,9 @@ def test_without_equal_ranks_diffusers_would_take_kohya_scales_wrongly(
         if key.endswith(".alpha"):
             tensors[key] = torch.tensor(float(tensors[key.replace(".alpha", ".lora_down.weight")].shape[0]))
     save_file(tensors, tmp_path / "b.safetensors")
-    assert compare(before, kohya.read(tmp_path / "b.safetensors")).max_relative_error <= FOLD_TOLERANCE
+    assert distance(before, kohya.read(tmp_path / "b.safetensors")).max_relative_error <= FOLD_TOLERANCE
     found, _ = kohya.read_with_diffusers(tmp_path / "b.safetensors", before)
-    assert compare(before, found).max_relative_error > 0.1
+    assert distance(before, found).max_relative_error > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -484,7 +484,7 @@ def test_an_alpha_is_taken_where_a_file_does_not_tell_it_and_refused_where_it_do
     }
     proof = export_adapter(tmp_path / "bare.safetensors", tmp_path / "told.safetensors", "diffusers", alpha=8)
     assert proof.max_relative_error < FOLD_TOLERANCE
-    assert compare(found, read_adapter(tmp_path / "told.safetensors")).max_relative_error < FOLD_TOLERANCE
+    assert distance(found, read_adapter(tmp_path / "told.safetensors")).max_relative_error < FOLD_TOLERANCE
 
     plain = {k.replace("moslora_", "lora_"): t for k, t in bare.items() if "moslora_M" not in k}
     save_file(plain, tmp_path / "plain.safetensors")
@@ -694,11 +694,11 @@ def test_what_diffusers_would_pass_over_in_a_kohya_file_is_not_written(tmp_path:
     kept = {k: t for k, t in load_file(tmp_path / "b.safetensors").items() if "out_proj" not in k}
     save_file(kept, tmp_path / "c.safetensors")
     assert (
-        compare(less, split(kohya.read(tmp_path / "c.safetensors"))["text_encoder"]).max_relative_error
+        distance(less, split(kohya.read(tmp_path / "c.safetensors"))["text_encoder"]).max_relative_error
         < FOLD_TOLERANCE
     )
     with pytest.raises(AdapterError, match=r"Lost: .*q_proj"):
-        compare(less, kohya.read_with_diffusers(tmp_path / "c.safetensors", less)[0])
+        distance(less, kohya.read_with_diffusers(tmp_path / "c.safetensors", less)[0])
 
 
 def test_a_file_that_says_otherwise_fails_the_proof_and_leaves_nothing(

@@ -26,7 +26,7 @@ from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.models.fingerprint import fingerprint
 from moslora.models.loading import load_tokenizer
 from moslora.models.names import resolve_model
-from moslora.models.shards import Weights, open_weights
+from moslora.models.shards import StoredWeights, open_weights
 
 __all__ = ["diagnose"]
 
@@ -231,7 +231,7 @@ def _named(adapter: Adapter, base: str) -> Iterator[Finding]:
         )
 
 
-def _fits(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
+def _fits(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
     missing: dict[str, str] = {}
     unchecked = 0
     is_quantised = weights.quantization is not None
@@ -259,7 +259,7 @@ def _fits(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
         yield Finding("ok", "fits", f"Every module is in the base, with the same shape{beside}.")
 
 
-def _tied(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
+def _tied(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
     tied = [module for module in adapter.modules if weights.is_tied(module)]
     if tied and not tied_heads(adapter.modules, tied):
         yield Finding(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.arithmetic import FOLD_TOLERANCE, compare
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.table import FORMATS, WRITTEN
@@ -271,7 +271,7 @@ def _prove(adapter: Adapter, result: Written, source: str, target: str) -> Expor
     read = FORMATS[target].read
     # Tensors beside the factors exist in directories alone, and our own reader sees all of them.
     extra = read(result.place).extra if read is not None and result.place.is_dir() else result.adapter.extra
-    found = compare(adapter, result.adapter)
+    found = distance(adapter, result.adapter)
     names = adapter.extra.keys() | extra.keys()
     changed = sorted(n for n in names if not _equal(adapter.extra.get(n), extra.get(n)))
     if changed:

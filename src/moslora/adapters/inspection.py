@@ -17,7 +17,7 @@ from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats.native import start_of
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.errors import AdapterError, ModelError
-from moslora.models.shards import Weights, open_weights
+from moslora.models.shards import StoredWeights, open_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,7 +199,7 @@ def _note(adapter: Adapter) -> str:
     return " ".join(text for note, is_said in notes for text in note * is_said)
 
 
-def _look(name: str, factors: Factors, weights: Weights | None, start: Tensor | None) -> ModuleReport:
+def _look(name: str, factors: Factors, weights: StoredWeights | None, start: Tensor | None) -> ModuleReport:
     import torch
 
     values = factors.singular_values()
@@ -249,7 +249,7 @@ def _moved(M: Tensor, start: Tensor | None) -> float | None:
     return float((M - start).norm() / start.norm())
 
 
-def _relative(name: str, norm: float, factors: Factors, weights: Weights | None) -> float | None:
+def _relative(name: str, norm: float, factors: Factors, weights: StoredWeights | None) -> float | None:
     if weights is None or factors.form.kind == "expert":
         return None
     try:

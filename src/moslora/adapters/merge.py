@@ -21,7 +21,7 @@ from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.files import new_directory
-from moslora.models.shards import DTYPES, INDEX, Stored, Weights, open_weights
+from moslora.models.shards import DTYPES, INDEX, Stored, StoredWeights, open_weights
 from moslora.wording import evenly_spaced
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def merge(
     return proof
 
 
-def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
+def _plan(adapter: Adapter, weights: StoredWeights) -> list[_Change]:
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
     adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
     for key, tensor in sorted(adapter.extra.items()):
@@ -195,7 +195,7 @@ def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
     return changes
 
 
-def _change_of_bias(module: str, factors: Factors, weights: Weights) -> list[_Change]:
+def _change_of_bias(module: str, factors: Factors, weights: StoredWeights) -> list[_Change]:
     """Return what a bias on B changes; nothing where there is none, or it is zero."""
     if factors.bias is None or not factors.bias.any():
         return []
@@ -215,7 +215,7 @@ def _change_of_bias(module: str, factors: Factors, weights: Weights) -> list[_Ch
     return [_Change(f"{module}.bias", stored, scaled[:, None], scaled.new_ones(1, 1))]
 
 
-def _is_copy_of_base(key: str, tensor: Tensor, weights: Weights) -> bool:
+def _is_copy_of_base(key: str, tensor: Tensor, weights: StoredWeights) -> bool:
     """Tell whether a tensor is the base's own: PEFT saves adapted embeddings and heads with their base weight."""
     import torch
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moslora.adapters.arithmetic import compare
+from moslora.adapters.arithmetic import distance
 from moslora.adapters.factors import Adapter, Factors
 from moslora.errors import UsageError
 
@@ -116,7 +116,7 @@ def to_rank(adapter: Adapter, r: int) -> Ranked:
     )
     modules = {name: nearest(factors, r) for name, factors in adapter.modules.items()}
     errors = {
-        name: compare(Adapter({name: factors}), Adapter({name: modules[name]})).max_relative_error
+        name: distance(Adapter({name: factors}), Adapter({name: modules[name]})).max_relative_error
         for name, factors in adapter.modules.items()
     }
     norms = {name: factors.norm() for name, factors in adapter.modules.items()}

@@ -18,7 +18,7 @@ from moslora.wording import nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DTYPES", "EMBEDDINGS", "HEADS", "INDEX", "Stored", "Weights", "open_weights"]
+__all__ = ["DTYPES", "EMBEDDINGS", "HEADS", "INDEX", "Stored", "StoredWeights", "open_weights"]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -37,7 +37,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Weights:
+class StoredWeights:
     """A base model's weights on disk.
 
     Attributes:
@@ -126,7 +126,7 @@ class Weights:
         return torch.frombuffer(data, dtype=dtype).view(stored.shape)
 
 
-def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) -> Weights:
+def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) -> StoredWeights:
     """Find where a base model's weights are on disk.
 
     Args:
@@ -142,7 +142,7 @@ def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) 
     folder = _folder(resolve_model(str(base)), say)
     shards = _shards(folder)
     table = {name: stored for shard in shards for name, stored in _stored(folder / shard).items()}
-    return Weights(folder, read_json(folder / "config.json"), tuple(shards), table)
+    return StoredWeights(folder, read_json(folder / "config.json"), tuple(shards), table)
 
 
 def _folder(source: ModelSource, say: Callable[[str], None]) -> Path:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moslora.adapters.arithmetic import FOLD_TOLERANCE, compare
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.formats import diffusers, native, through_diffusers
 from moslora.adapters.formats.directory import WEIGHTS
 from moslora.adapters.formats.layout import KEY_PREFIX
@@ -136,7 +136,7 @@ def _fold(staged: Path, parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], d
     adapter = join({component: native.read(staged / component) for component in parts})
     file = staged / DEFAULT_NAME
     diffusers.write(adapter, file)
-    found = compare(adapter, through_diffusers.with_paths_of(diffusers.read(file), adapter))
+    found = distance(adapter, through_diffusers.with_paths_of(diffusers.read(file), adapter))
     if not found.max_relative_error <= FOLD_TOLERANCE:
         raise AdapterError(
             f"folded, ΔW of {found.worst_module} has a relative error of {found.max_relative_error:.1e}, above "
