@@ -328,7 +328,7 @@ def test_other_methods_in_kohya_names_are_refused_by_name(tmp_path: Path, part: 
     [
         ({"lora_unet_joint_blocks_0_x_block_attn_qkv": (6, 5)}, "of no known model: 'joint'"),
         ({"lora_unet_double_blocks_0_img_attn_norm": (6, 5)}, "of no known model: 'norm'"),
-        ({"lora_unet_double_blocks_0_img_attn_qkv": (6, 5)}, "no adapted module of FLUX"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv": (6, 5)}, "not an adapted module of FLUX"),
     ],
 )
 def test_names_of_other_models_are_refused(
@@ -671,9 +671,9 @@ def test_what_image_files_cannot_hold_is_refused_and_nothing_is_written(
     name = next(iter(unet.modules))
     grouped = Factors(torch.randn(2, 8), torch.eye(2), torch.randn(4, 2), 1.0, Form("conv", (1, 1), 2))
     refused = {
-        "no factor": Adapter(unet.modules, unet.config, {"bias": torch.ones(1)}),
+        "not a factor": Adapter(unet.modules, unet.config, {"bias": torch.ones(1)}),
         "of a form": Adapter({**unet.modules, name: grouped}, unet.config),
-        "no module of a diffusers pipeline": Adapter({"model.layers.0.q_proj": grouped}, unet.config),
+        "not a module of a diffusers pipeline": Adapter({"model.layers.0.q_proj": grouped}, unet.config),
     }
     for message, adapter in refused.items():
         for format_ in (diffusers, kohya):

@@ -29,7 +29,7 @@ def tied_heads(modules: Mapping[str, Factors], sharing: Iterable[str]) -> set[st
         sharing: Paths of those that share one weight in the base.
 
     Returns:
-        Their paths. None of them, if the adapter changes one use of the weight otherwise than another.
+        Their paths. None of them, if the adapter changes the two uses of the weight differently.
     """
     shared = list(sharing)
     sources = [name for name in shared if modules[name].form.kind == "embedding"]
@@ -73,8 +73,8 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     has_experts = any(factors.form.kind == "expert" for factors in modules.values())
     if has_experts and len(parameters) > 1:
         raise AdapterError(
-            f"The adapters adapt different parameters, {sorted(map(list, parameters))}, which lie differently in their "
-            "files. Combine adapters of the same target_parameters."
+            f"The adapters adapt different parameters, {sorted(map(list, parameters))}, which files store "
+            "differently. Combine adapters of the same target_parameters."
         )
     r = max(factors.r for factors in modules.values())
     others = {exact_pattern(name): factors.r for name, factors in modules.items() if factors.r != r}

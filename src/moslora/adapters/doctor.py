@@ -114,14 +114,14 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "note",
             "DoRA",
-            "It has DoRA's magnitude: the factors turn the rows of the weight, a vector says how long they are. What "
-            "is said of ΔW is said of s·B·M·A.",
+            "It has DoRA's magnitude: the factors turn the rows of the weight, a vector is their lengths. Figures of "
+            "ΔW are of s·B·M·A.",
         )
     if adapter.has_biases:
         yield Finding(
             "note",
             "bias",
-            "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). What is said of ΔW says nothing of it.",
+            "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). Figures of ΔW leave it out.",
         )
     if any(
         "init_lora_weights" in part
@@ -131,7 +131,7 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
             "note",
             "start",
             "It started from its base's weights, and subtracts that start, so its ΔW has twice its rank: "
-            "what is said here is said of both together, and so it is exported.",
+            "figures are of both together, and so is the export.",
         )
 
 
@@ -234,15 +234,15 @@ def _named(adapter: Adapter, base: str) -> Iterator[Finding]:
 def _fits(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
     missing: dict[str, str] = {}
     unchecked = 0
-    is_quantised = weights.quantization is not None
+    is_quantized = weights.quantization is not None
     for module, factors in adapter.modules.items():
         if factors.form.kind == "expert" or weights.is_tied(module):
             unchecked += 1
             continue
         try:
             stored = weights.table[weights.find(module)]
-            if is_quantised:
-                unchecked += 1  # packed, so its shape says nothing
+            if is_quantized:
+                unchecked += 1  # packed, so its shape cannot be compared
             else:
                 lay_out(module, factors, stored, adapter.config, weights.folder)
         except ModelError as error:
@@ -255,7 +255,7 @@ def _fits(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
             f"{len(missing)} of {len(adapter.modules)} modules do not fit the base. {first}",
         )
     else:
-        beside = f"; {unchecked} could not be checked (experts, tied or quantised)" if unchecked else ""
+        beside = f"; {unchecked} could not be checked (experts, tied or quantized)" if unchecked else ""
         yield Finding("ok", "fits", f"Every module is in the base, with the same shape{beside}.")
 
 
@@ -271,7 +271,7 @@ def _tied(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
 
 
 def _as_trained(path: Path, base: str) -> Iterator[Finding]:
-    """Compare with the run that the adapter lies in."""
+    """Compare with the run directory that the adapter is in."""
     record = path.resolve().parent / "run.json"
     try:
         hashes = json.loads(record.read_text(encoding="utf-8")).get("hashes") or {}
@@ -279,7 +279,7 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
         yield Finding(
             "note",
             "as trained",
-            "No record of the training lies beside it, so chat template and weights were not compared with its own.",
+            "There is no record of the training beside it, so chat template and weights were not compared.",
         )
         return
     source = resolve_model(base)

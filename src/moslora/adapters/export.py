@@ -80,7 +80,7 @@ class Written:
     Attributes:
         adapter: What was read back.
         reader: Whose reader that was.
-        place: Where it lies for the moment, a directory or a file.
+        place: Where it is now, a directory or a file.
         tolerance: What a relative error of ΔW may be, in its dtype.
         dtype: Of its factors.
     """

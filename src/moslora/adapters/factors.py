@@ -1,7 +1,6 @@
 """An adapter at rest: the factors of every module, without a model.
 
-Folding, exporting, comparing and (later) arithmetic work on this one value. How it lies on disk is the
-business of ``formats/``.
+Folding, exporting, comparing and arithmetic work on this one value. ``formats/`` is about files.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Form:
-    """How the factors of a module lie in files; at rest they are matrices whatever the module is.
+    """How files store the factors of a module; at rest they are matrices for every kind of module.
 
     Attributes:
         kind: ``"linear"``, ``"conv"``, ``"embedding"``, or ``"expert"`` for one of several in a tensor.
@@ -52,7 +51,7 @@ class Factors:
         M: Shape ``(r, r)``; the identity in a plain LoRA.
         B: Shape ``(out, r)``.
         scale: s of ``ΔW = s·B·M·A``, unitless.
-        form: How they lie in files.
+        form: How files store them.
         magnitude: DoRA's, shape ``(out,)``: the length of each row of the adapted weight, which the factors then only
             turn. None in an adapter without. With it the change of the weight is the base's matter too, so what
             would be ΔW alone is refused.
@@ -115,7 +114,7 @@ class Factors:
         return replace(self, A=functional.fold(self.A, self.M), M=torch.eye(self.r, dtype=self.M.dtype))
 
     def unscaled(self) -> Factors:
-        """Move the scale into B, the one form that every reader of LoRA files takes rightly.
+        """Move the scale into B, the one form that every reader of LoRA files reads correctly.
 
         Some take alpha to be r, some ignore rsLoRA or per-module alphas; with a scale of 1 all agree.
 

@@ -36,7 +36,7 @@ class Diagnosis:
         adapter: Where it is.
         format: A key of ``formats.FORMATS``; None if it cannot be told.
         base: The base it was held against; None if none.
-        engines: Where it shall run.
+        engines: Where it will run.
         findings: In the order of the checks.
     """
 

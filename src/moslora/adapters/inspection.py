@@ -33,10 +33,10 @@ __all__ = [
 # Below this share of the median ‖ΔW‖ a module has learned nothing beside the others.
 NOTHING = 1e-3
 MAGNITUDES = (
-    "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; what is said of ΔW is said of s·B·M·A, before "
+    "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; figures of ΔW are of s·B·M·A, before "
     "that."
 )
-BIASES = "It has a bias on B, of which the figures say nothing: h = W0·x + s·(B·M·A·x + b)."
+BIASES = "It has a bias on B, which the figures leave out: h = W0·x + s·(B·M·A·x + b)."
 COMPONENTS = (
     "It started from its base's weights, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
     "at as one product of twice the rank, so the figures of the mixer are of both."
@@ -120,7 +120,7 @@ class Inspection:
     Attributes:
         adapter: Where it is.
         format: A key of ``formats.FORMATS``.
-        base: The base it was compared with; None if with none.
+        base: The base it was compared with; None if with no base.
         mixer: What the configuration names; None for a plain LoRA.
         parameters: How many numbers A, M and B hold.
         modules: What each module learned, by path.

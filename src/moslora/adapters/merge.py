@@ -34,7 +34,7 @@ __all__ = ["MergeProof", "merge"]
 LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
 BLOCK = 1 << 19  # entries of a weight in memory at once; small enough for a processor's cache
 PROOF_BLOCKS = 4  # of 1/8 BLOCK, evenly over each weight, that are read again
-KEPT = 0.9  # share of ΔW below which rounding has swallowed enough of it to be said aloud
+KEPT = 0.9  # share of ΔW below which rounding has lost enough of it to warn
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def merge(
     """Write the base's weights with an adapter merged into them, and prove it.
 
     Args:
-        base: Folder, hub id, GGUF file (dequantised to float32 on the way) or packaged model.
+        base: Folder, hub id, GGUF file (dequantized to float32 on the way) or packaged model.
         adapter: Adapter directory of any format that is read.
         out: Directory to write; must not exist yet, or be empty.
         say: Receives a line before long work.
@@ -133,8 +133,8 @@ def merge(
     folder, shards = weights.folder, weights.shards
     if weights.quantization:
         raise ModelError(
-            f"{base} has quantised weights ({weights.quantization}), into "
-            "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantise the result."
+            f"{base} has quantized weights ({weights.quantization}), into "
+            "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantize the result."
         )
     changes = _plan(found, weights)
     size = sum((folder / shard).stat().st_size for shard in shards)
@@ -167,7 +167,7 @@ def _plan(adapter: Adapter, weights: StoredWeights) -> list[_Change]:
     for key, tensor in sorted(adapter.extra.items()):
         if not _is_copy_of_base(key, tensor, weights):
             raise AdapterError(
-                f"The adapter also holds {key}, which is no factor (a bias, or of modules_to_save). Load it with "
+                f"The adapter also holds {key}, which is not a factor (a bias, or of modules_to_save). Load it with "
                 "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
             )
     changes = []
@@ -239,12 +239,12 @@ def lay_out(
     adapter_config: Any,
     folder: Path,
 ) -> _Change:
-    """Lay ΔW as the base's weight lies.
+    """Lay ΔW out as the base stores its weight.
 
     Args:
         module: Path in the base model.
         factors: Its factors.
-        stored: Where its weight lies.
+        stored: Where its weight is stored.
         adapter_config: The adapter's configuration.
         folder: Of the base.
 
@@ -257,7 +257,7 @@ def lay_out(
     if stored.dtype not in DTYPES:
         raise ModelError(
             f"{module} is stored as {stored.dtype}; weights of {', '.join(DTYPES)} can be merged into. Take the base "
-            "in 16 or 32 bits and quantise the result."
+            "in 16 or 32 bits and quantize the result."
         )
     composed = factors.M.double() @ factors.A.double()  # (r, in)
     B = factors.scale * factors.B.double()  # (out, r)
@@ -285,7 +285,7 @@ def lay_out(
 
 
 def _is_conv1d(module: str, folder: Path) -> bool:
-    """Tell which way a square weight lies, by the class of its module; no weight is loaded."""
+    """Return whether a square weight is stored transposed, by the class of its module; no weight is loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D

@@ -64,7 +64,7 @@ def pad(factors: Factors, r: int) -> Factors:
     """Raise the rank with zeros: exactly the same ΔW.
 
     Args:
-        factors: Of a module that is no convolution of several groups.
+        factors: Of a module that is not a grouped convolution.
         r: Rank, not below theirs.
 
     Returns:

@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that lies inside a Python package.
+    """A model inside a Python package.
 
     Attributes:
         module: The package's import name. It is only looked up, never imported.
@@ -151,7 +151,7 @@ def not_found_message(name: str, path: Path) -> str:
 
 
 def _check_folder(folder: Path, weights: bool = True) -> None:
-    """Refuse a folder that is no model, with safetensors weights unless none are wanted."""
+    """Refuse a folder that is not a model with safetensors weights; without them only if ``weights`` is false."""
     names = sorted(p.name for p in folder.iterdir())
     if "config.json" not in names:
         if "adapter_config.json" in names:

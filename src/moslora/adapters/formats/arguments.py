@@ -92,7 +92,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
 
     Args:
         path: Where it comes from, for messages.
-        config: The arguments; those that are not known are left to who uses them.
+        config: The arguments; unknown ones are not checked here.
 
     Raises:
         AdapterError: With the argument, what it is and what it can be.
@@ -102,5 +102,5 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         if value is not None and not fits(value):
             shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
             raise AdapterError(
-                f"{path}: {name} is {shown}; it must be {wanted}. Mend it, or save the adapter again."
+                f"{path}: {name} is {shown}; it must be {wanted}. Fix it, or save the adapter again."
             )

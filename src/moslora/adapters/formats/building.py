@@ -25,7 +25,7 @@ from moslora.errors import AdapterError
 def _said(config: Mapping[str, Any], module: str) -> set[tuple[Any, Any]]:
     """Return which ranks and alphas a configuration may mean for a module.
 
-    PEFT looks a parameter's up by the parameter's name, which its files do not tell; so all that may lie in the
+    PEFT looks a parameter's up by the parameter's name, which its files do not tell; so all that may be in the
     module are tried.
     """
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
@@ -66,7 +66,7 @@ def module_scale(config: Mapping[str, Any], module: str, r: int) -> float:
         )
     alpha = next(iter(alphas.values()))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise AdapterError(f"{module}: lora_alpha={alpha!r} is no number.")
+        raise AdapterError(f"{module}: lora_alpha={alpha!r} is not a number.")
     return scaling(alpha, r, bool(config.get("use_rslora")))
 
 

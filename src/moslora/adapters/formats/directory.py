@@ -51,7 +51,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         nested = [p.parent for p in sorted(folder.glob(f"*/{CONFIG}"))]
         hint = f" Did you mean {nested[0]}?" if nested else ""
-        raise AdapterError(f"{folder} is no adapter directory: it has no {CONFIG} (found: {inside}).{hint}")
+        raise AdapterError(
+            f"{folder} is not an adapter directory: it has no {CONFIG} (found: {inside}).{hint}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -86,7 +86,7 @@ def _targets(adapter: Adapter, base: Mapping[str, Any]) -> tuple[str, dict[str, 
         )
     for key in adapter.extra:
         raise AdapterError(
-            f"The adapter also has {key}, which is no factor (a bias, or of modules_to_save); llama.cpp's adapters "
+            f"The adapter also has {key}, which is not a factor (a bias, or of modules_to_save); llama.cpp's adapters "
             "have no place for it. Merge the adapter into its base (moslora merge) instead."
         )
     arch = getattr(gguf.MODEL_ARCH, architecture.name)
@@ -187,7 +187,7 @@ def read_with_gguf(path: Path, like: Adapter, *, base: Mapping[str, Any]) -> tup
         What the file says, with the paths of ``like``; and the name of the reader.
 
     Raises:
-        AdapterError: If a tensor is missing or left over, or the file is no adapter.
+        AdapterError: If a tensor is missing or left over, or the file is not an adapter.
     """
     gguf = _need_gguf()
     reader = gguf.GGUFReader(path)

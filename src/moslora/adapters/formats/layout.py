@@ -19,8 +19,8 @@ class Found:
     """Tensors of a file, sorted.
 
     Attributes:
-        modules: Per module path, tensors by ``A``, ``M``, ``B``, ``magnitude`` and ``bias`` (on B), as they lie in the
-            file.
+        modules: Per module path, tensors by ``A``, ``M``, ``B``, ``magnitude`` and ``bias`` (on B), as the file
+            stores them.
         rest: All other tensors, by their full name.
         embeddings: Paths of the modules whose names said that they are embeddings.
     """
@@ -67,7 +67,7 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
     """Lay factors as matrices.
 
     Args:
-        tensors: ``A``, ``B`` and maybe ``M``, ``magnitude`` and ``bias``, as they lie in a file.
+        tensors: ``A``, ``B`` and maybe ``M``, ``magnitude`` and ``bias``, as a file stores them.
         is_embedding: Whether they adapt an embedding.
 
     Returns:
@@ -97,7 +97,7 @@ def as_matrices(tensors: Mapping[str, Tensor], is_embedding: bool) -> tuple[dict
         or r % B.shape[1]
         or B.shape[0] % (r // B.shape[1])
     ):
-        raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no factors of one convolution.")
+        raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not factors of one convolution.")
     groups = r // B.shape[1]
     vectors = ("magnitude", "bias")
     flat.update({name: tensor.flatten(1) for name, tensor in tensors.items() if name not in vectors})

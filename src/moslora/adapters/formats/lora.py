@@ -54,7 +54,9 @@ def read(folder: Path) -> Adapter:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
     set_variants = [name for name in VARIANTS if config.get(name)]
     if set_variants:
-        raise AdapterError(f"{folder} is no plain LoRA: {set_variants[0]} is set. Only plain LoRA is read.")
+        raise AdapterError(
+            f"{folder} is not a plain LoRA: {set_variants[0]} is set. Only plain LoRA can be read."
+        )
     found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
     for key in [key for key in found.rest if key.endswith(f".{MAGNITUDE}")]:
         module = key.removesuffix(f".{MAGNITUDE}").removeprefix(KEY_PREFIX)
@@ -62,7 +64,7 @@ def read(folder: Path) -> Adapter:
     for key in found.rest:
         for mark, meaning in FOREIGN.items():
             if mark in key:
-                raise AdapterError(f"{folder / WEIGHTS} is no plain LoRA: {key} is {meaning}.")
+                raise AdapterError(f"{folder / WEIGHTS} is not a plain LoRA: {key} is {meaning}.")
     kept = {name: config[name] for name in SHARED if name in config}
     return build_adapter(folder, kept, found)
 

@@ -115,12 +115,12 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
         dtype: Of the factors; None for their own.
 
     Raises:
-        AdapterError: If its configuration is none that can be trained with a mixer.
+        AdapterError: If a MoSLoRA adapter cannot have its configuration.
         OSError: If it cannot be written.
     """
     values: dict[str, Any] = settle(adapter)
     values.setdefault("mixer", "identity")
-    values.pop("init_lora_weights", None)  # the start lies beside the factors, in their rank
+    values.pop("init_lora_weights", None)  # the start is in the factors, as part of their rank
     if values.get("bias") == "lora_only":
         values["bias"] = "moslora_only"
     config = moslora_config(values)

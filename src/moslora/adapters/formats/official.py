@@ -80,7 +80,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
     ):
-        raise AdapterError(f"{path} is no table of named tensors, which an adapter's weights are.")
+        raise AdapterError(f"{path} is not a table of named tensors, which an adapter's weights are.")
     return check_tensors(path, found)
 
 
@@ -137,7 +137,7 @@ def read(folder: Path) -> Adapter:
     found = group_factors(tensors, PARTS, EMBEDDING_PARTS)
     strange = [key for key in found.rest if ".lora_" in key]
     if strange:
-        raise AdapterError(f"{folder} holds {strange[0]}, which is no factor of MoSLoRA's authors.")
+        raise AdapterError(f"{folder} holds {strange[0]}, which is not a factor of MoSLoRA's authors.")
     linear = {name: own for name, own in found.modules.items() if name not in found.embeddings}
     check_mixers(str(folder), linear, lambda name: _has_mixer(config, name))
     kept = {name: config[name] for name in SHARED if name in config}

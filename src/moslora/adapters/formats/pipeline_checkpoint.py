@@ -70,7 +70,7 @@ class Part:
 
 
 def place_of(folder: Path, name: str | None = None) -> Path:
-    """Return where the mixers lie that belong to a file.
+    """Return where the mixers are that belong to a file.
 
     Args:
         folder: The file's directory.

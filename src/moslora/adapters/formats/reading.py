@@ -1,4 +1,4 @@
-"""Tell the format of an adapter, and read it."""
+"""Detect the format of an adapter, and read it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def detect(path: Path) -> str:
         A key of ``FORMATS``.
 
     Raises:
-        AdapterError: If it is no adapter, or of another method.
+        AdapterError: If it is not an adapter, or of another method.
     """
     if path.is_file():
         return _detect_file(path)

@@ -164,7 +164,7 @@ def load_with_peft(config: Any, tensors: Mapping[str, Tensor], like: Adapter) ->
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
     config = copy.deepcopy(config)
-    # What is trained whole is no factor, and its modules are not in the skeleton; that PEFT keeps a file's is its law.
+    # Modules trained in full have no factors and are not in the skeleton; PEFT loads them from the file as they are.
     config.modules_to_save = config.trainable_token_indices = None
     config.bias, config.ensure_weight_tying = "none", False
     with warnings.catch_warnings():

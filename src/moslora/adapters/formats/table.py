@@ -16,7 +16,7 @@ __all__ = ["FORMATS", "WRITTEN", "Format"]
 
 @dataclass(frozen=True)
 class Format:
-    """A way for an adapter to lie on disk.
+    """A file format of adapters.
 
     Attributes:
         read: Reads a directory or a file; None for formats that are only written.
