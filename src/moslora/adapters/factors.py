@@ -21,6 +21,7 @@ __all__ = [
     "Factors",
     "Form",
     "exact_pattern",
+    "product_norm",
 ]
 
 

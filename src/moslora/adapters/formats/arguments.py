@@ -10,6 +10,8 @@ from typing import Any
 from moslora.adapters.formats.configuration import TASK_TYPES
 from moslora.errors import AdapterError
 
+__all__ = ["ARGUMENTS", "check_config"]
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12

@@ -21,6 +21,8 @@ from moslora.adapters.formats.layout import Found, as_matrices
 from moslora.core.functional import scaling
 from moslora.errors import AdapterError
 
+__all__ = ["build_adapter", "module_scale", "name_exactly", "settle"]
+
 
 def _said(config: Mapping[str, Any], module: str) -> set[tuple[Any, Any]]:
     """Return which ranks and alphas a configuration may mean for a module.

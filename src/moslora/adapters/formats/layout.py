@@ -11,6 +11,8 @@ from moslora.adapters.convolutions import join_groups, split_groups
 from moslora.adapters.factors import LINEAR, Factors, Form
 from moslora.adapters.formats import experts
 
+__all__ = ["KEY_PREFIX", "Found", "as_matrices", "as_stored", "group_factors", "name_all", "name_tensors"]
+
 KEY_PREFIX = "base_model.model."
 
 
