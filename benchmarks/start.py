@@ -3,7 +3,8 @@
 An adapter and a base of a few small weights are made once. Every contender is a fresh process: ``python -c "import
 torch"``, and each verb. They run in random order, round after round; the first round, which fills the file cache and
 compiles, is not counted. Times are medians of wall seconds; what is reported is the ratio to ``import torch`` of the
-same round, and beside it the ratio of processor seconds. Several source trees can be measured together, to compare commits.
+same round, and beside it the ratio of processor seconds. Several source trees can be measured together, to compare
+commits.
 
     python benchmarks/start.py [--rounds N] [--source NAME=FOLDER ...] [--only VERB ...] [--note TEXT] [--out FILE]
 """
