@@ -34,7 +34,7 @@ KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 FLOOR = "import torch"
 # Words in capitals are places. Those that end with a proof by PEFT's own loader cannot take less than its import.
 VERBS = {
-    "--help": "--help",
+    "help": "--help",
     "inspect": "inspect ADAPTER",
     "doctor": "doctor ADAPTER --base BASE",
     "import": "import LORA OUT",
