@@ -109,9 +109,9 @@ def main() -> None:
         python = [sys.executable, "-W", "ignore"]
         contenders = {
             "cp": ["cp", "-r", base, str(out)],
-            "moslora merge": [*python, "-m", "moslora.cli", "merge", base, str(folder / "native"), str(out)],
+            "moslora merge": [*python, "-m", "moslora", "merge", base, str(folder / "native"), str(out)],
             "PEFT merge_and_unload": [*python, "-c", WITH_PEFT, base, str(folder / "lora"), str(out)],
-            "imports of moslora merge": [*python, "-c", "import torch, peft, moslora.adapters.merge"],
+            "imports of moslora merge": [*python, "-c", "import torch, moslora.adapters.merge"],
         }
         rounds: dict[str, list[tuple[float, float]]] = {contender: [] for contender in contenders}
         order = random.Random(SEED)

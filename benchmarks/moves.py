@@ -26,7 +26,8 @@ from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from moslora import MoSLoRAConfig
-from moslora.models.loading import materialise, resolve_model
+from moslora.models.gguf import materialize
+from moslora.models.names import resolve_model
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "home" / "train.jsonl"
 FACTOR = re.compile(r"lora_(A|M|B|magnitude)")
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    base = str(materialise(resolve_model(options.base), "float32", say=print).path)
+    base = str(materialize(resolve_model(options.base), "float32", say=print).path)
     settings = {
         "base": options.base,
         "quantization": "nf4",

@@ -19,7 +19,9 @@ from peft import LoraConfig, get_peft_model
 
 from moslora import MoSLoRAConfig
 from moslora.core import ops
-from moslora.models.loading import default_device, load_model, materialise, resolve_model
+from moslora.models.gguf import materialize
+from moslora.models.loading import default_device, load_model
+from moslora.models.names import resolve_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -68,7 +70,7 @@ def main() -> None:
         parser.error("a shape takes --layers, --hidden, --inner and --heads together")
 
     device = options.device
-    source = None if all(shape) else materialise(resolve_model(options.model), "float32", say=print)
+    source = None if all(shape) else materialize(resolve_model(options.model), "float32", say=print)
     torch.manual_seed(SEED)
     settings = {"r": options.rank, "lora_alpha": 2 * options.rank, "target_modules": TARGETS}
 

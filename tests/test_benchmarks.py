@@ -192,3 +192,22 @@ def test_pictures_of_a_subject_are_scored_by_what_their_prompts_ask(monkeypatch:
         }
         circle = replace(plain, things={"top left": ("circle", "red")})
         assert subject.score(one, circle) == {"subject": 0, "followed": 0, "both": 0}
+
+
+def test_the_start_of_a_verb_is_measured_beside_importing_torch(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "start.py"),
+        "--rounds",
+        "3",
+        "--only",
+        "help",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert {"question", "versions", "hardware", "seed", "note"} <= result.keys()
+    assert result["sources"]["now"]["verbs"]["help"]["over_floor"] > 0

@@ -50,7 +50,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
         (["train", "--resume", "runs/none"], "is not a run"),
         (["train", "x=1", "--resume", "runs/none"], "takes nothing beside it"),
         (["export", "no-such", "out"], "does not exist"),
-        (["export", ".", "out", "--to", "lor"], "Did you mean lora"),
+        (["export", ".", "out", "--to", "lor"], "Did you mean 'lora'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_one_message(
@@ -76,9 +76,9 @@ def test_a_stopped_export_leaves_nothing_and_says_so_by_its_exit_code(
         "from pathlib import Path\n"
         # A job in the background of a shell ignores SIGINT, and so do those it starts, the tests among them.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from moslora.adapters.formats.directory import staged\n"
+        "from moslora.files import new_directory\n"
         "def work(source, out, *_, **__):\n"
-        "    with staged(Path(out)) as place:\n"
+        "    with new_directory(Path(out)) as place:\n"
         "        (place / 'half').write_text('half')\n"
         "        os.kill(os.getpid(), int(sys.argv.pop()))\n"
         "        while True: pass\n"

@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import add
 from moslora.adapters.combine import combine
 from moslora.adapters.export import PROOF_FILE
-from moslora.adapters.factors import Adapter, Factors, Form, add
-from moslora.adapters.formats import FORMATS, lora, read_adapter
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import lora
+from moslora.adapters.formats.reading import read_adapter
+from moslora.adapters.formats.table import FORMATS
 from moslora.cli import app
 from moslora.errors import AdapterError, ProofError
 from tolerances import MODEL, RELATIVE, relative_error

@@ -15,7 +15,7 @@ import laws
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import export_adapter
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.reading import read_adapter
 from moslora.core.mixers import draw_mixer
 from moslora.tuner.layer import MoSLoRALayer
 from tolerances import MODEL, RELATIVE, relative_error

@@ -45,11 +45,12 @@ from typer.testing import CliRunner
 import moslora
 import tiny_pipelines
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE, compare
 from moslora.adapters.formats import diffusers as diffusers_files
-from moslora.adapters.formats import kohya, read_adapter
+from moslora.adapters.formats import kohya
 from moslora.adapters.formats.pipeline_checkpoint import FOLDER
+from moslora.adapters.formats.reading import read_adapter
 from moslora.cli import app
 from moslora.compat import diffusers as compat_diffusers
 from moslora.errors import AdapterError
@@ -319,7 +320,7 @@ def test_the_option_for_kohya_s_format_gives_the_same_update(
         convert_state_dict_to_kohya(convert_all_state_dict_to_peft(load_file(folder / FILE))),
         tmp_path / "kohya.safetensors",
     )
-    found = compare(diffusers_files.read(folder / FILE), kohya.read(tmp_path / "kohya.safetensors"))
+    found = distance(diffusers_files.read(folder / FILE), kohya.read(tmp_path / "kohya.safetensors"))
     assert found.max_relative_error < FOLD_TOLERANCE
 
 
@@ -330,7 +331,7 @@ def test_what_lies_beside_the_file_is_exported_to_every_format(
     for to in ("kohya", "diffusers"):
         proof = export_adapter(folder / FOLDER, tmp_path / f"{to}.safetensors", to)
         assert proof.source == "native" and proof.max_relative_error < FOLD_TOLERANCE
-    again = compare(
+    again = distance(
         diffusers_files.read(folder / FILE), diffusers_files.read(tmp_path / "diffusers.safetensors")
     )
     assert again.max_relative_error < FOLD_TOLERANCE

@@ -16,12 +16,16 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
-from moslora.adapters.doctor import ENGINES, LEVELS, diagnose
-from moslora.adapters.export import ENGINE_FORMATS, export_adapter, format_for
+from moslora.adapters.doctor import diagnose
+from moslora.adapters.export import export_adapter
 from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.findings import LEVELS
+from moslora.adapters.targets import TARGETS as ENGINES
+from moslora.adapters.targets import format_for
 from moslora.cli import app
 from moslora.errors import AdapterError
-from moslora.models.loading import fingerprint, resolve_model
+from moslora.models.fingerprint import fingerprint
+from moslora.models.names import resolve_model
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -71,13 +75,12 @@ def test_llama_cpp_is_tried_with_a_real_file(tmp_path: Path) -> None:
 
 
 def test_every_engine_loads_a_format_that_is_written() -> None:
-    from moslora.adapters.formats import WRITTEN
+    from moslora.adapters.formats.table import WRITTEN
 
-    assert ENGINES.keys() == ENGINE_FORMATS.keys()
     unet = Adapter(
         {"mid_block.resnets.0.conv1": Factors(torch.ones(2, 6), torch.eye(2), torch.ones(5, 2), 1.0)}
     )
-    assert {format_for(engine, unet) for engine in ENGINES} <= set(WRITTEN)
+    assert {format_for(name, unet) for name in ENGINES} <= set(WRITTEN)
 
 
 def zero(tensors: dict[str, torch.Tensor], where: str = "") -> None:
@@ -191,7 +194,7 @@ def test_a_lora_label_over_a_mixer_is_told(tmp_path: Path) -> None:
 def test_wrong_usage_is_no_diagnosis(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="does not exist"):
         diagnose(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="Did you mean vllm"):
+    with pytest.raises(ValueError, match="Did you mean 'vllm'"):
         diagnose(save_adapter(tmp_path / "a"), engines=["vlm"])
 
 

@@ -16,12 +16,12 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 import laws
 import tiny
 from moslora import MoSLoRAConfig, param_groups
+from moslora.adapters.arithmetic import FOLD_TOLERANCE
 from moslora.adapters.combine import combine
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE
-from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
 from moslora.errors import AdapterError

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import laws
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import FOLD_TOLERANCE
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE
 from moslora.errors import RecipeError
 from moslora.recipe.loading import load_recipe
 from moslora.tuner.layer import MoSLoRALayer

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 import laws
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.combine import combine
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, compare
-from moslora.adapters.formats import experts, read_adapter
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.formats import experts
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.merge import merge
 from moslora.errors import AdapterError, ModelError
 from test_tuner_experts import BOTH, MODELS, build, run
@@ -127,7 +129,7 @@ def test_parameters_of_different_ranks_that_a_file_cannot_tell_are_refused(tmp_p
 def test_experts_whose_parameters_are_not_named_are_not_written(tmp_path: Path) -> None:
     saved(tmp_path / "native")
     adapter = read_adapter(tmp_path / "native")
-    from moslora.adapters.formats import FORMATS
+    from moslora.adapters.formats.table import FORMATS
 
     lost = Adapter(adapter.modules, {k: v for k, v in adapter.config.items() if k != "target_parameters"})
     for to in ("lora", "native"):
@@ -136,7 +138,7 @@ def test_experts_whose_parameters_are_not_named_are_not_written(tmp_path: Path) 
         (tmp_path / to).mkdir(exist_ok=True)
         with pytest.raises(AdapterError, match="no target_parameters"):
             format_.write(lost, tmp_path / to)
-    assert compare(adapter, adapter).modules == 18
+    assert distance(adapter, adapter).modules == 18
 
 
 def test_merging_experts_into_files_is_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import moslora.adapters.export
 import tiny
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, compare
-from moslora.adapters.formats import FORMATS, detect, lora, native, read_adapter
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.formats import lora, native
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS
 from moslora.errors import AdapterError, ProofError
 from test_tuner import adapted, config, train
 from tolerances import MODEL, RELATIVE, relative_error
@@ -60,7 +63,7 @@ def test_folding_twice_changes_no_bit() -> None:
 def test_comparing_factors_is_comparing_delta_weights(seed: int, r1: int, r2: int) -> None:
     one, two = draw(seed, r1), draw(seed + 1, r2)
     expected = (one.delta_weight() - two.delta_weight()).norm() / one.delta_weight().norm()
-    found = compare(Adapter({"m": one}), Adapter({"m": two})).max_relative_error
+    found = distance(Adapter({"m": one}), Adapter({"m": two})).max_relative_error
     assert found == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -71,18 +74,18 @@ def test_comparing_sees_a_dropped_mixer_a_wrong_scale_and_a_swapped_module() -> 
         {n: Factors(f.A, f.M, f.B, 2 * f.scale) for n, f in whole.modules.items()},
         {"layers.0.q": whole.modules["layers.0.v"], "layers.0.v": whole.modules["layers.0.q"]},
     ):
-        assert compare(whole, Adapter(wrong)).max_relative_error > 0.5
+        assert distance(whole, Adapter(wrong)).max_relative_error > 0.5
     zero = Factors(torch.zeros(4, 12), torch.eye(4), torch.ones(9, 4), 1.0)
-    assert compare(Adapter({"m": zero}), Adapter({"m": zero})).max_relative_error == 0
-    assert compare(Adapter({"m": zero}), Adapter({"m": draw()})).max_relative_error == float("inf")
+    assert distance(Adapter({"m": zero}), Adapter({"m": zero})).max_relative_error == 0
+    assert distance(Adapter({"m": zero}), Adapter({"m": draw()})).max_relative_error == float("inf")
     broken = Factors(torch.full((4, 12), float("nan")), torch.eye(4), torch.ones(9, 4), 1.0)
     one, two = draw(), draw()  # a sound module after a broken one does not hide it
-    found = compare(Adapter({"m": one, "n": two}), Adapter({"m": broken, "n": two}))
+    found = distance(Adapter({"m": one, "n": two}), Adapter({"m": broken, "n": two}))
     assert not found.max_relative_error <= FOLD_TOLERANCE and found.worst_module == "m"
     with pytest.raises(AdapterError, match=r"Lost: \['layers.0.v'\]"):
-        compare(whole, Adapter({"layers.0.q": draw()}))
+        distance(whole, Adapter({"layers.0.q": draw()}))
     with pytest.raises(AdapterError, match="no modules"):
-        compare(Adapter({}), Adapter({}))
+        distance(Adapter({}), Adapter({}))
 
 
 # ---- formats
@@ -100,7 +103,7 @@ def test_reading_what_was_written_gives_the_adapter(tmp_path_factory, format_, s
     folder = tmp_path_factory.mktemp("adapter")
     format_.write(before, folder)
     after = format_.read(folder)
-    assert compare(before, after).max_relative_error <= FOLD_TOLERANCE
+    assert distance(before, after).max_relative_error <= FOLD_TOLERANCE
     assert after.extra.keys() == before.extra.keys()
     if format_ is native:
         for name, factors in modules.items():
@@ -144,7 +147,7 @@ def test_half_precision_factors_are_folded_in_float32(tmp_path: Path) -> None:
     lora.write(half, tmp_path)
     after = lora.read(tmp_path)
     assert after.modules["layers.0.q"].A.dtype == torch.float32
-    assert compare(half, after).max_relative_error <= FOLD_TOLERANCE
+    assert distance(half, after).max_relative_error <= FOLD_TOLERANCE
 
 
 # ---- the verb
@@ -211,9 +214,9 @@ def test_a_failed_proof_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch:
 def test_a_nan_in_the_proof_is_a_failure(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nan = moslora.adapters.export.compare
+    nan = moslora.adapters.export.distance
     monkeypatch.setattr(
-        moslora.adapters.export, "compare", lambda a, b: type(nan(a, b))(float("nan"), "layers.0.q", 1)
+        moslora.adapters.export, "distance", lambda a, b: type(nan(a, b))(float("nan"), "layers.0.q", 1)
     )
     with pytest.raises(ProofError):
         export_adapter(saved, tmp_path / "lora")
@@ -308,7 +311,7 @@ def test_a_full_disk_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moslora.adapters.formats.directory.save_file", full)
+    monkeypatch.setattr("moslora.adapters.formats.tensors.save_file", full)
     with pytest.raises(OSError, match="No space"):
         export_adapter(saved, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]

@@ -17,10 +17,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, Form, compare
-from moslora.adapters.formats import FORMATS, WRITTEN, detect, native, read_adapter
-from moslora.adapters.formats.directory import CONFIG, WEIGHTS, as_matrices, as_stored
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import native
+from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.formats.layout import as_matrices, as_stored
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS, WRITTEN
 from moslora.cli import app
 from moslora.errors import AdapterError
 from tolerances import MODEL, relative_error
@@ -101,7 +105,9 @@ def test_native_to_lora_to_native_to_lora_keeps_every_kind(saved: Path, tmp_path
     export_adapter(saved, tmp_path / "lora")
     export_adapter(tmp_path / "lora", tmp_path / "lifted", to="native")
     export_adapter(tmp_path / "lifted", tmp_path / "again")
-    assert compare(read_adapter(saved), read_adapter(tmp_path / "again")).max_relative_error <= FOLD_TOLERANCE
+    assert (
+        distance(read_adapter(saved), read_adapter(tmp_path / "again")).max_relative_error <= FOLD_TOLERANCE
+    )
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "lora" / WEIGHTS).read_bytes()
 
 
@@ -125,7 +131,7 @@ def test_a_changed_form_fails_the_comparison() -> None:
     A, M, B = torch.randn(2, 12), torch.eye(2), torch.randn(3, 2)
     one = Adapter({"m": Factors(A, M, B, 1.0, Form("conv", (2, 2)))})
     with pytest.raises(AdapterError, match="changed its form"):
-        compare(one, Adapter({"m": Factors(A, M, B, 1.0, Form("conv", (4,)))}))
+        distance(one, Adapter({"m": Factors(A, M, B, 1.0, Form("conv", (4,)))}))
 
 
 # ---- other programs' files
@@ -232,7 +238,7 @@ def test_paddles_transposed_layout_gives_the_same_delta_weight(tmp_path: Path, m
     assert relative_error(found.delta_weight("model.layers.0.self_attn.q_proj"), expected) < MODEL
     (tmp_path / "out").mkdir()
     native.write(found, tmp_path / "out")
-    assert compare(found, read_adapter(tmp_path / "out")).max_relative_error <= FOLD_TOLERANCE
+    assert distance(found, read_adapter(tmp_path / "out")).max_relative_error <= FOLD_TOLERANCE
 
 
 def test_paddle_without_safetensors_or_without_its_mixer_is_refused(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, Form, compare
-from moslora.adapters.formats import FORMATS, gguf
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import gguf
+from moslora.adapters.formats.table import FORMATS
 from moslora.cli import app
 from moslora.errors import AdapterError
 from tolerances import MODEL, relative_error
@@ -74,7 +76,7 @@ def test_gguf_reads_back_what_was_written_whatever_the_ranks(
     for place in places:
         gguf.write(at, place, base=base)
         at, reader = gguf.read_with_gguf(place, before, base=base)
-        assert reader.startswith("gguf ") and compare(before, at).max_relative_error <= FOLD_TOLERANCE
+        assert reader.startswith("gguf ") and distance(before, at).max_relative_error <= FOLD_TOLERANCE
     assert places[0].read_bytes() == places[1].read_bytes()
 
 

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moslora.adapters.factors import Adapter, Factors, Form
-from moslora.adapters.formats import FORMATS, WRITTEN, detect, read_adapter
 from moslora.adapters.formats.pipeline import join
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS, WRITTEN
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = {

@@ -15,19 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import TOLERANCES, export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, Form, compare
-from moslora.adapters.formats import (
-    FORMATS,
-    comfyui,
-    detect,
-    diffusers,
-    kohya,
-    read_adapter,
-    through_diffusers,
-)
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats import comfyui, diffusers, kohya, through_diffusers
 from moslora.adapters.formats.pipeline import join, split
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS
 from moslora.errors import AdapterError, ProofError
 from tolerances import MODEL, relative_error
 
@@ -167,7 +162,7 @@ def test_reading_what_was_written_gives_the_pipelines_adapter(
             place.mkdir()
         format_.write(at, place)
         at = read_adapter(place)
-        assert compare(before, at).max_relative_error <= FOLD_TOLERANCE
+        assert distance(before, at).max_relative_error <= FOLD_TOLERANCE
     for one in sorted(p for p in folder.rglob("*.safetensors") if str(p).startswith(str(places[0]))):
         two = Path(str(one).replace(str(places[0]), str(places[1])))
         assert one.read_bytes() == two.read_bytes(), "written again, it is another file"
@@ -184,7 +179,7 @@ def test_diffusers_takes_modules_of_different_ranks_at_their_scales(
     assert format_.write is not None and format_.read_back is not None
     format_.write(before, out)
     found, reader = format_.read_back(out, before)
-    assert reader.startswith("diffusers") and compare(before, found).max_relative_error <= FOLD_TOLERANCE
+    assert reader.startswith("diffusers") and distance(before, found).max_relative_error <= FOLD_TOLERANCE
 
 
 def test_without_equal_ranks_diffusers_would_take_kohya_scales_wrongly(
@@ -199,9 +194,9 @@ def test_without_equal_ranks_diffusers_would_take_kohya_scales_wrongly(
         if key.endswith(".alpha"):
             tensors[key] = torch.tensor(float(tensors[key.replace(".alpha", ".lora_down.weight")].shape[0]))
     save_file(tensors, tmp_path / "b.safetensors")
-    assert compare(before, kohya.read(tmp_path / "b.safetensors")).max_relative_error <= FOLD_TOLERANCE
+    assert distance(before, kohya.read(tmp_path / "b.safetensors")).max_relative_error <= FOLD_TOLERANCE
     found, _ = kohya.read_with_diffusers(tmp_path / "b.safetensors", before)
-    assert compare(before, found).max_relative_error > 0.1
+    assert distance(before, found).max_relative_error > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -333,7 +328,7 @@ def test_other_methods_in_kohya_names_are_refused_by_name(tmp_path: Path, part: 
     [
         ({"lora_unet_joint_blocks_0_x_block_attn_qkv": (6, 5)}, "of no known model: 'joint'"),
         ({"lora_unet_double_blocks_0_img_attn_norm": (6, 5)}, "of no known model: 'norm'"),
-        ({"lora_unet_double_blocks_0_img_attn_qkv": (6, 5)}, "no adapted module of FLUX"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv": (6, 5)}, "not an adapted module of FLUX"),
     ],
 )
 def test_names_of_other_models_are_refused(
@@ -489,7 +484,7 @@ def test_an_alpha_is_taken_where_a_file_does_not_tell_it_and_refused_where_it_do
     }
     proof = export_adapter(tmp_path / "bare.safetensors", tmp_path / "told.safetensors", "diffusers", alpha=8)
     assert proof.max_relative_error < FOLD_TOLERANCE
-    assert compare(found, read_adapter(tmp_path / "told.safetensors")).max_relative_error < FOLD_TOLERANCE
+    assert distance(found, read_adapter(tmp_path / "told.safetensors")).max_relative_error < FOLD_TOLERANCE
 
     plain = {k.replace("moslora_", "lora_"): t for k, t in bare.items() if "moslora_M" not in k}
     save_file(plain, tmp_path / "plain.safetensors")
@@ -649,7 +644,7 @@ def test_an_export_for_comfyui_has_the_form_that_it_applies_whole(
     assert lost.level == "error" and "would leave out" in lost.what and ".to_" in lost.what
     with pytest.raises(ValueError, match="Give one"):
         export_adapter(sdxl[0], tmp_path / "both", "lora", engine="comfyui")
-    with pytest.raises(ValueError, match="Did you mean comfyui"):
+    with pytest.raises(ValueError, match="Did you mean 'comfyui'"):
         export_adapter(sdxl[0], tmp_path / "both", engine="comfy")
 
 
@@ -676,9 +671,9 @@ def test_what_image_files_cannot_hold_is_refused_and_nothing_is_written(
     name = next(iter(unet.modules))
     grouped = Factors(torch.randn(2, 8), torch.eye(2), torch.randn(4, 2), 1.0, Form("conv", (1, 1), 2))
     refused = {
-        "no factor": Adapter(unet.modules, unet.config, {"bias": torch.ones(1)}),
+        "not a factor": Adapter(unet.modules, unet.config, {"bias": torch.ones(1)}),
         "of a form": Adapter({**unet.modules, name: grouped}, unet.config),
-        "no module of a diffusers pipeline": Adapter({"model.layers.0.q_proj": grouped}, unet.config),
+        "not a module of a diffusers pipeline": Adapter({"model.layers.0.q_proj": grouped}, unet.config),
     }
     for message, adapter in refused.items():
         for format_ in (diffusers, kohya):
@@ -699,11 +694,11 @@ def test_what_diffusers_would_pass_over_in_a_kohya_file_is_not_written(tmp_path:
     kept = {k: t for k, t in load_file(tmp_path / "b.safetensors").items() if "out_proj" not in k}
     save_file(kept, tmp_path / "c.safetensors")
     assert (
-        compare(less, split(kohya.read(tmp_path / "c.safetensors"))["text_encoder"]).max_relative_error
+        distance(less, split(kohya.read(tmp_path / "c.safetensors"))["text_encoder"]).max_relative_error
         < FOLD_TOLERANCE
     )
     with pytest.raises(AdapterError, match=r"Lost: .*q_proj"):
-        compare(less, kohya.read_with_diffusers(tmp_path / "c.safetensors", less)[0])
+        distance(less, kohya.read_with_diffusers(tmp_path / "c.safetensors", less)[0])
 
 
 def test_a_file_that_says_otherwise_fails_the_proof_and_leaves_nothing(
@@ -819,7 +814,7 @@ def test_a_full_disk_leaves_no_file(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moslora.adapters.formats.directory.save_file", full)
+    monkeypatch.setattr("moslora.adapters.formats.tensors.save_file", full)
     with pytest.raises(OSError, match="No space"):
         export_adapter(sdxl[0], tmp_path / "a.safetensors", "kohya")
     assert not list(tmp_path.iterdir())

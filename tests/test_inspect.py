@@ -15,11 +15,12 @@ import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import export_adapter
 from moslora.adapters.factors import Factors
-from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.native import START, keep_start
-from moslora.adapters.inspection import effective_rank, inspect_adapter, write_page
+from moslora.adapters.formats.reading import read_adapter
+from moslora.adapters.inspection import effective_rank, inspect_adapter
 from moslora.cli import app
 from moslora.errors import AdapterError, ModelError
+from moslora.reports.inspection import write_page
 from tolerances import MODEL
 
 

@@ -20,8 +20,8 @@ import upstream
 from ecosystem_scripts import arguments
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import export_adapter
-from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.diffusers import METADATA
+from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError
 from tolerances import MODEL, relative_error
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import kinds
 from moslora import MoSLoRAConfig, replace_lora_weights_loftq
+from moslora.adapters.arithmetic import FOLD_TOLERANCE
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE
 from moslora.errors import RecipeError
 from moslora.recipe.loading import load_recipe
 from moslora.tuner.layer import MoSLoRALayer

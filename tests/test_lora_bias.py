@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import laws
 import tiny
 from moslora import MoSLoRAConfig, param_groups
+from moslora.adapters.arithmetic import FOLD_TOLERANCE
 from moslora.adapters.combine import combine
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE
-from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
 from moslora.core import ops
@@ -371,7 +371,7 @@ def test_what_cannot_hold_a_bias_refuses_it_by_name(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"the base has no model.layers.0.self_attn.q_proj.bias"):
         merge(tmp_path / "base", source, out)
     assert not out.exists()
-    assert "of which the figures say nothing" in inspect_adapter(source).note
+    assert "which the figures leave out" in inspect_adapter(source).note
     findings = diagnose(source, str(tmp_path / "base"), ["peft", "vllm", "sglang", "llama.cpp"]).findings
     errors = {f.check: f.fix for f in findings if f.level == "error"}
     assert errors.keys() == {"vllm: bias on B", "sglang: bias on B", "llama.cpp: format"}

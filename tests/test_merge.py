@@ -127,7 +127,7 @@ def rewrite(base: Path, change: Any) -> None:
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 BREAKAGES: dict[str, tuple[Any, type[Exception], str]] = {
-    "quantised": (edit_config, ModelError, "quantised weights"),
+    "quantised": (edit_config, ModelError, "quantized weights"),
     "integers": (
         lambda b, a: rewrite(b, lambda t: t.update({Q: torch.ones(32, 32, dtype=torch.int8)})),
         ModelError,
@@ -309,5 +309,5 @@ def test_a_head_saved_with_its_own_base_weight_merges_and_with_another_is_refuse
     merge(base, adapter, tmp_path / "out")
     other = {name: tensor + 1 for name, tensor in own.items()}
     save_file({**load_file(file), **other}, file)
-    with pytest.raises(AdapterError, match="which is no factor"):
+    with pytest.raises(AdapterError, match="which is not a factor"):
         merge(base, adapter, tmp_path / "other")

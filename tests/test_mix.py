@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
-from moslora.adapters.factors import add
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.arithmetic import add
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.cli import app
 from moslora.errors import AdapterError, ProofError, Stopped

@@ -18,17 +18,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-import moslora.models.loading as models
 from moslora.errors import ModelError
-from moslora.models.loading import (
-    PACKAGED,
-    ModelSource,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    materialise,
-    resolve_model,
-)
+from moslora.models import fingerprint as fingerprints
+from moslora.models import gguf as folders
+from moslora.models.fingerprint import fingerprint
+from moslora.models.gguf import materialize
+from moslora.models.loading import load_model, load_tokenizer
+from moslora.models.names import PACKAGED, ModelSource, resolve_model
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
@@ -154,8 +150,8 @@ def _sharded(folder: Path) -> None:
         (_adapter, "is an adapter, not a model; its base model is 'org/base'"),
         (_sharded, r"not complete: model-00002\.safetensors of 2 files missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "does not say a model_type"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "has no model_type"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(
@@ -171,19 +167,19 @@ def test_a_wrong_name_is_answered_with_the_nearest(folder: Path) -> None:
     (folder.parent / "other.gguf").write_bytes(b"PK\x03\x04")
     for name, message in {
         "smollm-135m-instruct": r"did you mean smollm2-135m-instruct\?",
-        "gpt2": "written org/name",
+        "gpt2": "hub as org/name",
         str(folder.parent / "tiny-lama"): rf"did you mean {folder}\?",
         str(folder.parent / "no" / "thing"): "there is no folder",
         str(folder.parent / "emty.gguf"): r"did you mean .*/empty\.gguf\?",
         str(folder.parent / "empty.gguf"): "is empty",
-        str(folder.parent / "other.gguf"): "no GGUF file: it starts with b'PK",
+        str(folder.parent / "other.gguf"): "not a GGUF file: it starts with b'PK",
         str(folder / "model.safetensors"): f"Give its folder, {folder}",
         str(folder.parent): rf"no config\.json\. Did you mean {folder}\?",
         "org/name.gguf": "there is no folder org",
-        "": "'' is no folder",
+        "": "'' is neither a folder",
         "~nobody-at-all/model": "does not exist",
-        "x" * 5000: "is no folder",
-        "nul\0": "is no folder",
+        "x" * 5000: "is neither a folder",
+        "nul\0": "is neither a folder",
     }.items():
         with pytest.raises(ModelError, match=message):
             resolve_model(name)
@@ -249,7 +245,7 @@ def test_a_materialised_model_is_bit_for_bit_the_gguf(
     gguf_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source, said = resolve_model(str(gguf_file)), []
-    made = materialise(source, cache=tmp_path, say=said.append)
+    made = materialize(source, cache=tmp_path, say=said.append)
     assert made.kind == "folder" and made == resolve_model(made.path).__class__(
         source.name, "folder", made.path
     )
@@ -274,12 +270,12 @@ def test_a_materialised_model_is_bit_for_bit_the_gguf(
 
 def test_a_second_materialisation_finds_the_first(gguf_file: Path, tmp_path: Path) -> None:
     source, said = resolve_model(str(gguf_file)), []
-    first = materialise(source, cache=tmp_path)
-    assert materialise(source, "auto", tmp_path, said.append) == first and not said
-    assert materialise(source, "bfloat16", tmp_path).path != first.path
-    assert materialise(first, cache=tmp_path) is first
+    first = materialize(source, cache=tmp_path)
+    assert materialize(source, "auto", tmp_path, said.append) == first and not said
+    assert materialize(source, "bfloat16", tmp_path).path != first.path
+    assert materialize(first, cache=tmp_path) is first
     (Path(first.path) / "model.safetensors").write_bytes(b"cut")
-    assert materialise(source, cache=tmp_path, say=said.append) == first
+    assert materialize(source, cache=tmp_path, say=said.append) == first
     assert "damaged" in said[0] and load_model(first)
 
 
@@ -295,7 +291,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(
     for path in (dead, alive, elsewhere, old):
         path.mkdir(parents=True)
     os.utime(old, (0, 0))
-    materialise(resolve_model(str(gguf_file)), cache=tmp_path)
+    materialize(resolve_model(str(gguf_file)), cache=tmp_path)
     left = sorted(path.name for path in root.glob(".partial-*"))
     assert left == sorted([alive.name, elsewhere.name])
 
@@ -303,15 +299,15 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(
 def test_the_loser_of_a_race_takes_the_winners_folder(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = models._write_folder
+    write = folders._write_folder
 
     def write_and_lose(source: ModelSource, dtype: str, folder: Path, digest: str) -> None:
         write(source, dtype, folder, digest)
         name = f"tiny-llama.q8_0-{digest[:16]}-{dtype}-transformers-{__import__('transformers').__version__}"
         shutil.copytree(folder, folder.parent / name)
 
-    monkeypatch.setattr(models, "_write_folder", write_and_lose)
-    made = materialise(resolve_model(str(gguf_file)), cache=tmp_path)
+    monkeypatch.setattr(folders, "_write_folder", write_and_lose)
+    made = materialize(resolve_model(str(gguf_file)), cache=tmp_path)
     assert load_model(made) and [path.name for path in (tmp_path / "models").iterdir()] == [
         Path(made.path).name
     ]
@@ -324,28 +320,28 @@ def test_a_failed_materialisation_leaves_nothing(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ModelError, match="0 MB are free"):
-        materialise(source, cache=tmp_path)
+        materialize(source, cache=tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(models, "TOKENIZER_PROBES", ("text",))
+    monkeypatch.setattr(folders, "TOKENIZER_PROBES", ("text",))
     digests = iter([{"a": "1"}, {"a": "2"}])
-    monkeypatch.setattr(models, "_digests", lambda model: next(digests))
+    monkeypatch.setattr(folders, "_digests", lambda model: next(digests))
     with pytest.raises(ModelError, match="not written as it was read: a"):
-        materialise(source, cache=tmp_path)
+        materialize(source, cache=tmp_path)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf_file.read_bytes()[:3000])
     with pytest.raises(ModelError, match="damaged or cut off"):
-        materialise(resolve_model(str(cut)), cache=tmp_path)
+        materialize(resolve_model(str(cut)), cache=tmp_path)
     with pytest.raises(ModelError, match="dtype='int8' is unknown"):
-        materialise(source, "int8", tmp_path)
+        materialize(source, "int8", tmp_path)
     assert not list((tmp_path / "models").iterdir())
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.delenv("MOSLORA_CACHE", raising=False)
-    assert models.cache_folder() == Path("/x/moslora")
+    assert folders.cache_folder() == Path("/x/moslora")
     monkeypatch.setenv("MOSLORA_CACHE", "/m")
-    assert models.cache_folder() == Path("/m")
+    assert folders.cache_folder() == Path("/m")
 
 
 # --- Fingerprint
@@ -357,7 +353,7 @@ def test_a_fingerprint_changes_with_the_weights_whichever_way_it_is_taken(
     source = resolve_model(str(folder))
     whole = fingerprint(source)
     assert whole["method"] == "sha256" and set(whole["files"]) == {"model.safetensors", "config.json"}
-    monkeypatch.setattr(models, "HASH_LIMIT", 10)
+    monkeypatch.setattr(fingerprints, "HASH_LIMIT", 10)
     headers = fingerprint(source)
     assert headers["method"] == "sha256-of-headers" and headers["files"] != whole["files"]
     _rewrite(folder, lambda tensors: tensors.update(more=torch.ones(3)))

@@ -13,8 +13,9 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 import tiny
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, Factors, Form
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.arithmetic import FOLD_TOLERANCE
+from moslora.adapters.factors import Adapter, Factors, Form
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.ranks import nearest, pad, to_rank
 from moslora.cli import app
 from test_tuner import adapted

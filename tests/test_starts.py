@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import laws
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.adapters.arithmetic import FOLD_TOLERANCE
 from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import FOLD_TOLERANCE
-from moslora.adapters.formats import read_adapter
 from moslora.adapters.formats.directory import WEIGHTS
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
 from moslora.errors import AdapterError

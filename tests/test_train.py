@@ -21,7 +21,7 @@ import moslora.training.reload_proof.proof
 import moslora.training.run
 import moslora.training.saving
 import tiny
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.formats.reading import read_adapter
 from moslora.display import Display
 from moslora.errors import ProofError, Stopped, TrainingError
 from moslora.training.run import check, resume, train

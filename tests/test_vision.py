@@ -31,7 +31,8 @@ from moslora.display import Display
 from moslora.errors import Stopped
 from moslora.evaluation.evaluate import evaluate
 from moslora.metrics.answers import choice_equal, short_equal
-from moslora.models.loading import build_skeleton, quantization_options, resolve_model
+from moslora.models.loading import build_skeleton, quantization_options
+from moslora.models.names import resolve_model
 from moslora.recipe.loading import load_recipe
 from moslora.tasks.text.loss import scores_plainly
 from moslora.tasks.vision.scopes import scope_of

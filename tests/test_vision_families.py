@@ -18,7 +18,7 @@ from torch import nn
 import tiny_vision
 from moslora.display import Display
 from moslora.errors import ModelError
-from moslora.models.loading import resolve_model
+from moslora.models.names import resolve_model
 from moslora.recipe.loading import load_recipe
 from moslora.tasks.vision.processors import IMAGE, PROCESSOR_FAMILIES, load_processor, parts_of
 from moslora.tasks.vision.scopes import scope_of

@@ -131,12 +131,14 @@ def build(folder: Path, say: Any = print) -> None:
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    from moslora.models.loading import load_model, load_tokenizer, materialise, resolve_model
+    from moslora.models.gguf import materialize
+    from moslora.models.loading import load_model, load_tokenizer
+    from moslora.models.names import resolve_model
 
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it to build it anew, or name another folder.")
     torch.manual_seed(0)
-    source = materialise(resolve_model("smollm2-135m-instruct"), "float32", say=say)
+    source = materialize(resolve_model("smollm2-135m-instruct"), "float32", say=say)
     language, tokenizer = load_model(source, "float32"), load_tokenizer(source)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -20,13 +20,13 @@ from moslora import versions
 
 if TYPE_CHECKING:
     from moslora.adapters.factors import Adapter
-    from moslora.adapters.formats import read_adapter
-    from moslora.adapters.formats.pipeline_checkpoint import resume_for_diffusers, save_for_diffusers
+    from moslora.adapters.formats.reading import read_adapter
     from moslora.tuner.config import MoSLoRAConfig
     from moslora.tuner.loftq import replace_lora_weights_loftq
     from moslora.tuner.lora_fa import create_lorafa_optimizer
     from moslora.tuner.model import MoSLoRAModel
     from moslora.tuner.param_groups import param_groups
+    from moslora.tuner.pipelines import resume_for_diffusers, save_for_diffusers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,10 +48,10 @@ _PLACES = {
     "MoSLoRAModel": "moslora.tuner.model",
     "create_lorafa_optimizer": "moslora.tuner.lora_fa",
     "param_groups": "moslora.tuner.param_groups",
-    "read_adapter": "moslora.adapters.formats",
+    "read_adapter": "moslora.adapters.formats.reading",
     "replace_lora_weights_loftq": "moslora.tuner.loftq",
-    "resume_for_diffusers": "moslora.adapters.formats.pipeline_checkpoint",
-    "save_for_diffusers": "moslora.adapters.formats.pipeline_checkpoint",
+    "resume_for_diffusers": "moslora.tuner.pipelines",
+    "save_for_diffusers": "moslora.tuner.pipelines",
 }
 
 

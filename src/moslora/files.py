@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ __all__ = [
     "process_start",
     "read_header",
     "replaced_file",
+    "sha256",
     "write_text",
 ]
 
@@ -146,6 +148,16 @@ def new_file(out: Path) -> Iterator[Path]:
 def _beside(path: Path) -> Path:
     """Return a new hidden name in the same directory."""
     return path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits.
+
+    Args:
+        path: The file.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- Other processes ----------------------------------------------------------------------------------------

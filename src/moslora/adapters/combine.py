@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from moslora.adapters.arithmetic import add, relative, sum_error
 from moslora.adapters.export import check_format, written
-from moslora.adapters.factors import Factors, add
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.factors import Factors
+from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.ranks import to_rank
 from moslora.errors import AdapterError, ProofError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["CombineProof", "combine"]
 
@@ -72,9 +72,9 @@ def combine(
 
     Raises:
         AdapterError: If an adapter cannot be read, or they cannot be added.
-        FileExistsError: If something lies at ``out`` already.
+        ExistsError: If something exists at ``out`` already.
         ProofError: If the proof failed; nothing is left at ``out``.
-        ValueError: If the format is not written.
+        UsageError: If the format is not written.
     """
     check_format(to)
     parts = [read_adapter(path) for path in adapters]
@@ -91,22 +91,14 @@ def combine(
             )
         worst, worst_module = -1.0, ""
         for name, factors in result.adapter.modules.items():
-            # Against the sources, not against the sum that was written: each ΔW on its own, subtracted here. After
-            # a change of rank the sum is what it was brought to, whose distance from the sources is stated beside.
+            # Against the sources, not against the sum that was written. After a change of rank the sum is what it was
+            # brought to, whose distance from the sources is stated beside.
             summands = [
                 (w, p.modules[name]) for w, p in zip(weights, parts, strict=True) if name in p.modules
             ]
             if ranked is not None:
                 summands = [(1.0, ranked.adapter.modules[name])]
-            left, size = factors.delta_weight(), 0.0
-            beside, length = _bias_of(1.0, factors), 0.0
-            for weight, part in summands:
-                delta, bias = weight * part.delta_weight(), _bias_of(weight, part)
-                left -= delta
-                size += float(delta.norm())
-                beside -= bias
-                length += float(bias.norm())
-            errors = (float(left.norm()) / (size or 1), float(beside.norm()) / (length or 1))
+            errors = (sum_error(name, factors, summands), _bias_error(factors, summands))
             error = math.nan if any(map(math.isnan, errors)) else max(errors)
             if not (error <= worst or math.isnan(worst)):  # NaN counts as worse than anything
                 worst, worst_module = error, name
@@ -129,8 +121,15 @@ def combine(
     return proof
 
 
-def _bias_of(weight: float, factors: Factors) -> Tensor:
-    """Return what a bias on B adds to the output, in float64; zero where there is none."""
+def _bias_error(written: Factors, summands: Sequence[tuple[float, Factors]]) -> float:
+    """Return ``‖b - Σ w·b‖ / Σ ‖w·b‖`` of what biases on B add to the output, in float64."""
+    biases = [weight * _scaled_bias(part) for weight, part in summands]
+    difference = _scaled_bias(written) - torch.stack(biases).sum(0)
+    return relative(float(difference.norm()), sum(float(bias.norm()) for bias in biases))
+
+
+def _scaled_bias(factors: Factors) -> Tensor:
+    """Return what a bias on B adds to the output; zero where there is none."""
     if factors.bias is None:
         return factors.B.new_zeros(len(factors.B)).double()
-    return weight * factors.scale * factors.bias.double()
+    return factors.scale * factors.bias.double()

@@ -1,4 +1,4 @@
-"""Doctor: whether an adapter is sound, fits its base, and will run where it is meant to.
+"""Doctor: whether an adapter is sound, fits its base, and will run where it is meant to run.
 
 What an engine would do is not guessed where it can be tried: the adapter is written in the engine's format into a
 temporary place and read back. What cannot be tried here stands as a rule, with its source.
@@ -8,99 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.export import check_engine, export_adapter, format_for
-from moslora.adapters.factors import Adapter, Factors, tied_heads
-from moslora.adapters.formats import FORMATS, comfyui, detect, read_adapter
+from moslora.adapters.arithmetic import tied_heads
+from moslora.adapters.export import export_adapter
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.findings import Diagnosis, Finding, some
+from moslora.adapters.formats import comfyui
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.merge import lay_out
+from moslora.adapters.targets import MERGE_BIAS, MERGE_WHOLE, TARGETS, check_target, format_for
 from moslora.errors import AdapterError, ModelError, ProofError
-from moslora.models.loading import fingerprint, load_tokenizer, resolve_model
-from moslora.models.shards import EMBEDDINGS, HEADS, Weights, open_weights
+from moslora.models.fingerprint import fingerprint
+from moslora.models.loading import load_tokenizer
+from moslora.models.names import resolve_model
+from moslora.models.shards import StoredWeights, open_weights
 
-__all__ = ["ENGINES", "LEVELS", "Diagnosis", "Engine", "Finding", "diagnose"]
+__all__ = ["diagnose"]
 
-LEVELS = ("ok", "note", "warning", "error")
 # Beyond this alpha / r training usually diverges or the number is a slip; the paper's largest is 2.
 LARGE_SCALE = 16.0
 # Of the smallest to the largest singular value of a mixer: below it a direction of the rank is lost.
 SINGULAR = 1e-4
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        level: One of ``LEVELS``; only ``"error"`` makes the adapter unusable as asked.
-        check: What was looked at, in a word.
-        what: What was found.
-        fix: What to do about it; empty where there is nothing to do.
-    """
-
-    level: str
-    check: str
-    what: str
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All that was found.
-
-    Attributes:
-        adapter: Where it is.
-        format: A key of ``formats.FORMATS``; None if it cannot be told.
-        base: The base it was held against; None if none.
-        engines: Where it shall run.
-        findings: In the order of the checks.
-    """
-
-    adapter: str
-    format: str | None
-    base: str | None
-    engines: tuple[str, ...]
-    findings: tuple[Finding, ...]
-
-    def count(self, level: str) -> int:
-        """Count the findings of a level.
-
-        Args:
-            level: One of ``LEVELS``.
-        """
-        return sum(finding.level == level for finding in self.findings)
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether there is no error."""
-        return self.count("error") == 0
-
-    @property
-    def verdict(self) -> str:
-        """A sentence to act on."""
-        errors, warnings = self.count("error"), self.count("warning")
-        where = f" for {', '.join(self.engines)}" if self.engines else ""
-        if errors:
-            return f"Not usable{where} as it is: {errors} fault{'s' * (errors > 1)}."
-        if warnings:
-            return f"Usable{where}, with {warnings} thing{'s' * (warnings > 1)} to know first."
-        return f"Sound{where}: nothing wrong was found."
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A program that runs adapters, and loads what ``export.ENGINE_FORMATS`` says.
-
-    Attributes:
-        rules: What it refuses or ignores beyond its format, and cannot be tried here.
-    """
-
-    rules: tuple[Callable[[Adapter], Iterator[Finding]], ...] = ()
 
 
 def diagnose(
@@ -114,20 +47,20 @@ def diagnose(
     Args:
         adapter: Adapter of any format that is read.
         base: Base model to hold it against; None to look at the adapter alone.
-        engines: Keys of ``ENGINES``, where it shall run.
+        engines: Keys of ``targets.TARGETS``, where it will run.
         say: Receives a line before long work.
 
     Returns:
         Every finding; an adapter that cannot be read is one.
 
     Raises:
-        AdapterError: If nothing lies at ``adapter``.
+        AdapterError: If nothing exists at ``adapter``.
         ModelError: If the base cannot be read.
-        ValueError: If an engine is unknown.
+        UsageError: If an engine is unknown.
     """
     path = Path(adapter)
     for name in engines:
-        check_engine(name)
+        check_target(name)
     if not path.exists():
         detect(path)  # raises, with the nearest name
     try:
@@ -151,10 +84,6 @@ def diagnose(
     for name in engines:
         findings_list += _tried(name, path, found, format_, base)
     return Diagnosis(str(adapter), format_, base, tuple(engines), tuple(findings_list))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 # --- The adapter alone --------------------------------------------------------------------------------------
@@ -185,14 +114,14 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "note",
             "DoRA",
-            "It has DoRA's magnitude: the factors turn the rows of the weight, a vector says how long they are. What "
-            "is said of ΔW is said of s·B·M·A.",
+            "It has DoRA's magnitude: the factors turn the rows of the weight, a vector is their lengths. Figures of "
+            "ΔW are of s·B·M·A.",
         )
     if adapter.has_biases:
         yield Finding(
             "note",
             "bias",
-            "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). What is said of ΔW says nothing of it.",
+            "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). Figures of ΔW leave it out.",
         )
     if any(
         "init_lora_weights" in part
@@ -202,7 +131,7 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
             "note",
             "start",
             "It started from its base's weights, and subtracts that start, so its ΔW has twice its rank: "
-            "what is said here is said of both together, and so it is exported.",
+            "figures are of both together, and so is the export.",
         )
 
 
@@ -224,7 +153,7 @@ def _trained(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "trained",
-            f"ΔW is zero in {len(zero)} of {len(adapter.modules)} modules: {_some(zero)}.",
+            f"ΔW is zero in {len(zero)} of {len(adapter.modules)} modules: {some(zero)}.",
             "Were they frozen, or never reached? moslora inspect shows all modules.",
         )
     else:
@@ -241,13 +170,13 @@ def _scales(adapter: Adapter) -> Iterator[Finding]:
         else (f"{min(scales.values()):g} to {max(scales.values()):g}")
     )
     if wrong:
-        yield Finding("error", "scale", f"alpha / r is not above 0 in {_some(wrong)}.", "Mend lora_alpha.")
+        yield Finding("error", "scale", f"alpha / r is not above 0 in {some(wrong)}.", "Fix lora_alpha.")
     elif large:
         yield Finding(
             "warning",
             "scale",
-            f"alpha / r is {span}, large in {_some(large)}.",
-            "Is lora_alpha meant so? The usual is 1 or 2.",
+            f"alpha / r is {span}, large in {some(large)}.",
+            "Is this lora_alpha intended? Usual values of alpha / r are 1 and 2.",
         )
     else:
         yield Finding("ok", "scale", f"alpha / r is {span}.")
@@ -266,7 +195,7 @@ def _mixers(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "mixer",
-            f"M is nearly singular in {len(flat)} of {len(mixed)} modules, so part of the rank is lost: {_some(flat)}.",
+            f"M is nearly singular in {len(flat)} of {len(mixed)} modules, so part of the rank is lost: {some(flat)}.",
             "A smaller rank would do (moslora export --rank), or a smaller rate for M.",
         )
     elif mixed:
@@ -278,14 +207,14 @@ def _beside(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "note",
             "beside",
-            f"{len(adapter.extra)} tensors beside the factors (bias, modules_to_save): {_some(sorted(adapter.extra))}.",
+            f"{len(adapter.extra)} tensors beside the factors (bias, modules_to_save): {some(sorted(adapter.extra))}.",
         )
     unlike = adapter.config.get("unlike_lora") or {}
     if unlike:
         yield Finding(
             "warning",
             "layers",
-            f"{len(unlike)} modules that a plain LoRA would compute otherwise: {_some(sorted(unlike))}.",
+            f"{len(unlike)} modules that a plain LoRA would compute otherwise: {some(sorted(unlike))}.",
             "Merge into the base instead: moslora merge, or merge_and_unload().",
         )
 
@@ -298,22 +227,22 @@ def _named(adapter: Adapter, base: str) -> Iterator[Finding]:
     names = {str(name) for part in parts if (name := part.get("base_model_name_or_path"))}
     if names and base not in names and Path(base).name not in {Path(name).name for name in names}:
         yield Finding(
-            "note", "base", f"It names {_some(sorted(names))} as its base; held against {base}, as you asked."
+            "note", "base", f"It names {some(sorted(names))} as its base; held against {base}, as you asked."
         )
 
 
-def _fits(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
+def _fits(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
     missing: dict[str, str] = {}
     unchecked = 0
-    is_quantised = weights.quantisation is not None
+    is_quantized = weights.quantization is not None
     for module, factors in adapter.modules.items():
         if factors.form.kind == "expert" or weights.is_tied(module):
             unchecked += 1
             continue
         try:
             stored = weights.table[weights.find(module)]
-            if is_quantised:
-                unchecked += 1  # packed, so its shape says nothing
+            if is_quantized:
+                unchecked += 1  # packed, so its shape cannot be compared
             else:
                 lay_out(module, factors, stored, adapter.config, weights.folder)
         except ModelError as error:
@@ -326,23 +255,23 @@ def _fits(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
             f"{len(missing)} of {len(adapter.modules)} modules do not fit the base. {first}",
         )
     else:
-        beside = f"; {unchecked} could not be checked (experts, tied or quantised)" if unchecked else ""
+        beside = f"; {unchecked} could not be checked (experts, tied or quantized)" if unchecked else ""
         yield Finding("ok", "fits", f"Every module is in the base, with the same shape{beside}.")
 
 
-def _tied(adapter: Adapter, weights: Weights) -> Iterator[Finding]:
+def _tied(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
     tied = [module for module in adapter.modules if weights.is_tied(module)]
     if tied and not tied_heads(adapter.modules, tied):
         yield Finding(
             "warning",
             "tied",
-            f"{_some(tied)} shares its weight between embedding and head: the adapter changes one use, a merge both.",
+            f"{some(tied)} shares its weight between embedding and head: the adapter changes one use, a merge both.",
             "Keep it an adapter, or untie the base before training.",
         )
 
 
 def _as_trained(path: Path, base: str) -> Iterator[Finding]:
-    """Compare with the run that the adapter lies in."""
+    """Compare with the run directory that the adapter is in."""
     record = path.resolve().parent / "run.json"
     try:
         hashes = json.loads(record.read_text(encoding="utf-8")).get("hashes") or {}
@@ -350,7 +279,7 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
         yield Finding(
             "note",
             "as trained",
-            "No record of the training lies beside it, so chat template and weights were not compared with its own.",
+            "There is no record of the training beside it, so chat template and weights were not compared.",
         )
         return
     source = resolve_model(base)
@@ -392,88 +321,7 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
         )
 
 
-# --- Where it shall run -------------------------------------------------------------------------------------
-
-MERGE_BIAS = (
-    "If the base's layers have biases: moslora merge, and ship the full model. Else set lora_bias=False."
-)
-MERGE_WHOLE = "Load it on its base with PEFT, merge_and_unload(), and ship the full model."
-# vLLM 0.22: vllm.config.lora, MaxLoRARanks, and its default.
-VLLM_RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
-
-
-def _only_factors(adapter: Adapter) -> Iterator[Finding]:
-    """Servers keep the base's own weights for all adapters."""
-    if adapter.extra:
-        yield Finding(
-            "error",
-            "beside",
-            f"Servers refuse modules_to_save and biases; it holds {_some(sorted(adapter.extra))}.",
-            "Merge it: PeftModel.merge_and_unload(), and serve the full model.",
-        )
-
-
-def _no_magnitude(adapter: Adapter) -> Iterator[Finding]:
-    """What vLLM's PEFTHelper says: "vLLM does not yet support DoRA."; nothing in SGLang is known to read it."""
-    if adapter.has_magnitudes:
-        yield Finding(
-            "error",
-            "DoRA",
-            "Servers run s·B·A and have no place for DoRA's magnitude; they refuse it, or would be wrong without.",
-            MERGE_WHOLE,
-        )
-
-
-def _no_bias(adapter: Adapter) -> Iterator[Finding]:
-    """A server's kernels take A and B; nothing in them is known to read a bias."""
-    if adapter.has_biases:
-        yield Finding(
-            "error",
-            "bias on B",
-            "Servers run s·B·A and have no place for a bias on B; they refuse it, or would be wrong without.",
-            MERGE_BIAS,
-        )
-
-
-def _served_layers(adapter: Adapter) -> Iterator[Finding]:
-    odd = [name for name, f in adapter.modules.items() if f.form.kind in ("conv", "expert")]
-    if odd:
-        yield Finding(
-            "error",
-            "layers",
-            f"Convolutions and experts are not served as adapters: {_some(odd)}.",
-            "Merge it.",
-        )
-    ends = [name for name in adapter.modules if name.rpartition(".")[2] in HEADS + EMBEDDINGS]
-    if ends:
-        yield Finding(
-            "warning",
-            "layers",
-            f"Embeddings and heads are served for some models only: {_some(ends)}.",
-            "Try it, or merge it.",
-        )
-    vision = [name for name in adapter.modules if re.search(r"(^|[._])(vision|visual|projector)", name)]
-    if vision:
-        yield Finding(
-            "warning",
-            "layers",
-            f"Adapters of vision towers and projectors are often left out by servers: {_some(vision)}.",
-            "Merge it, or adapt the language model alone.",
-        )
-
-
-def _vllm_ranks(adapter: Adapter) -> Iterator[Finding]:
-    r = max(factors.r for factors in adapter.modules.values())
-    room = next((rank for rank in VLLM_RANKS if rank >= r), None)
-    if room is None:
-        yield Finding(
-            "error",
-            "rank",
-            f"Rank {r} is above vLLM's largest, {VLLM_RANKS[-1]}.",
-            f"moslora export ADAPTER OUT --rank {VLLM_RANKS[-1]}, which says what it costs.",
-        )
-    elif room > DEFAULT_RANK:
-        yield Finding("note", "rank", f"Rank {r} needs vLLM's option --max-lora-rank {room}.")
+# --- Where it will run --------------------------------------------------------------------------------------
 
 
 def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | None) -> Iterator[Finding]:
@@ -483,7 +331,7 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
     except AdapterError as error:
         yield Finding("error", f"{name}: format", str(error))
         return
-    for rule in ENGINES[name].rules:
+    for rule in TARGETS[name].rules:
         for found in rule(adapter):
             yield Finding(found.level, f"{name}: {found.check}", found.what, found.fix)
     suffix = FORMATS[wanted].suffix
@@ -505,47 +353,10 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
         f"{name}: format",
         (
             f"It is {format_}, of which {name} would leave out {len(lost)} of {len(adapter.modules)} modules "
-            f"({_some(sorted(lost))}) and run the rest: {next(iter(lost.values()))}. As {wanted} it runs whole. "
+            f"({some(sorted(lost))}) and run the rest: {next(iter(lost.values()))}. As {wanted} it runs whole. "
             if lost
             else f"It is {format_}, and {name} loads {wanted}. "
         )
         + f"Tried: {proven}",
         f"moslora export ADAPTER OUT{suffix} --to {wanted}",
     )
-
-
-def _known_to_comfyui(adapter: Adapter) -> Iterator[Finding]:
-    left_out = comfyui.passed_over(adapter, comfyui.best_format(adapter))
-    for reason in sorted(set(left_out.values())):
-        modules = sorted(name for name, why in left_out.items() if why == reason)
-        yield Finding(
-            "warning",
-            "layers",
-            f"ComfyUI is not known to apply {len(modules)} of {len(adapter.modules)} modules "
-            f"({_some(modules)}): {reason}.",
-            'See there whether it logs "lora key not loaded", or merge the adapter into the model.',
-        )
-
-
-ENGINES: Mapping[str, Engine] = {
-    "peft": Engine(),
-    "vllm": Engine((_no_magnitude, _no_bias, _only_factors, _served_layers, _vllm_ranks)),
-    "sglang": Engine((_no_magnitude, _no_bias, _only_factors, _served_layers)),
-    "llama.cpp": Engine(),
-    "diffusers": Engine(),
-    "comfyui": Engine((_known_to_comfyui,)),
-}
-
-
-def to_json(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return a diagnosis for programs.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        A JSON object: its attributes, ``usable`` and ``verdict``.
-    """
-    from dataclasses import asdict
-
-    return {**asdict(diagnosis), "usable": diagnosis.is_usable, "verdict": diagnosis.verdict}

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moslora.adapters.factors import FOLD_TOLERANCE, Adapter, compare
-from moslora.adapters.formats import FORMATS, WRITTEN, comfyui, detect, read_adapter
-from moslora.adapters.formats.directory import staged, staged_file
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
+from moslora.adapters.factors import Adapter
+from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.table import FORMATS, WRITTEN
 from moslora.adapters.ranks import to_rank
-from moslora.errors import AdapterError, ProofError
+from moslora.adapters.targets import check_target, format_for
+from moslora.errors import AdapterError, ProofError, UsageError
+from moslora.files import new_directory, new_file
+from moslora.wording import did_you_mean, first_line
 
 __all__ = [
-    "ENGINE_FORMATS",
     "FOLD_TOLERANCE",
     "TOLERANCES",
     "ExportProof",
-    "check_engine",
     "check_format",
     "export_adapter",
-    "format_for",
     "written",
 ]
-
-# What programs load, of a given adapter.
-ENGINE_FORMATS: Mapping[str, Callable[[Adapter], str]] = {
-    "peft": lambda _: "lora",
-    "vllm": lambda _: "lora",
-    "sglang": lambda _: "lora",
-    "llama.cpp": lambda _: "gguf",
-    "diffusers": lambda _: "diffusers",
-    "comfyui": comfyui.best_format,
-}
 
 # As for FOLD_TOLERANCE, by what the dtype rounds an entry by: 5e-4 or 4e-3.
 TOLERANCES = {"float32": FOLD_TOLERANCE, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -90,7 +80,7 @@ class Written:
     Attributes:
         adapter: What was read back.
         reader: Whose reader that was.
-        place: Where it lies for the moment, a directory or a file.
+        place: Where it is now, a directory or a file.
         tolerance: What a relative error of ΔW may be, in its dtype.
         dtype: Of its factors.
     """
@@ -115,51 +105,15 @@ def check_format(to: str) -> None:
         to: Its name.
 
     Raises:
-        ValueError: If it is unknown or only read; the nearest name is in the message.
+        UsageError: If it is unknown or only read; the nearest name is in the message.
     """
     if to in WRITTEN:
         return
     if to in FORMATS:
-        raise ValueError(f"The format {to} is only read; choose one of {', '.join(WRITTEN)}.")
-    near = difflib.get_close_matches(to, WRITTEN, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ValueError(f"The format {to} is unknown; choose one of {', '.join(WRITTEN)}.{hint}")
-
-
-def check_engine(engine: str) -> None:
-    """Refuse a program that is not known.
-
-    Args:
-        engine: Its name.
-
-    Raises:
-        ValueError: If it is unknown; the nearest name is in the message.
-    """
-    if engine in ENGINE_FORMATS:
-        return
-    near = difflib.get_close_matches(engine, ENGINE_FORMATS, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ValueError(
-        f"The engine {engine!r} is unknown; choose of {', '.join(sorted(ENGINE_FORMATS))}.{hint}"
+        raise UsageError(f"The format {to} is only read; choose one of {', '.join(WRITTEN)}.")
+    raise UsageError(
+        f"The format {to} is unknown; choose one of {', '.join(WRITTEN)}.{did_you_mean(to, WRITTEN)}"
     )
-
-
-def format_for(engine: str, adapter: Adapter) -> str:
-    """Return the format that a program loads.
-
-    Args:
-        engine: A key of ``ENGINE_FORMATS``.
-        adapter: What it shall run.
-
-    Returns:
-        One of ``WRITTEN``.
-
-    Raises:
-        AdapterError: If it runs nothing of this adapter's kind.
-        ValueError: If the program is unknown; the nearest name is in the message.
-    """
-    check_engine(engine)
-    return ENGINE_FORMATS[engine](adapter)
 
 
 @contextlib.contextmanager
@@ -180,21 +134,21 @@ def written(
 
     Raises:
         AdapterError: If the adapter has no place in the format, or its base is not known.
-        FileExistsError: If something lies at ``out`` already.
-        ValueError: If the format or dtype is unknown, or the file's ending is another.
+        ExistsError: If something exists at ``out`` already.
+        UsageError: If the format or dtype is unknown, or the file's ending is another.
     """
     import torch
 
     check_format(to)
     format_ = FORMATS[to]
     if dtype is not None and dtype not in TOLERANCES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(TOLERANCES)}.")
+        raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(TOLERANCES)}.")
     if format_.suffix and out.suffix != format_.suffix:
-        raise ValueError(f"{out} must end in {format_.suffix}: --to {to} writes a single file.")
+        raise UsageError(f"{out} must end in {format_.suffix}: --to {to} writes a single file.")
     about: dict[str, Any] = {"base": base_config(adapter, base)} if format_.needs_base else {}
     how = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     assert format_.write is not None, "check_format saw to it"
-    with staged_file(out) if format_.suffix else staged(out) as place:
+    with new_file(out) if format_.suffix else new_directory(out) as place:
         format_.write(adapter, place, **about, **how)
         if format_.read_back is not None:
             found, reader = format_.read_back(place, adapter, **about)
@@ -221,7 +175,8 @@ def base_config(adapter: Adapter, base: str | None) -> dict[str, Any]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from moslora.models.loading import quiet_transformers, resolve_model
+    from moslora.models.loading import quiet_transformers
+    from moslora.models.names import resolve_model
 
     name = base or adapter.config.get("base_model_name_or_path")
     if not name:
@@ -236,10 +191,9 @@ def base_config(adapter: Adapter, base: str | None) -> dict[str, Any]:
         with quiet_transformers():
             found: dict[str, Any] = AutoConfig.from_pretrained(source.path, **options).to_dict()
     except Exception as error:  # whatever a damaged or unknown configuration raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AdapterError(
-            f"The configuration of the base {name} cannot be read: {reason} Give --base MODEL, a folder with its "
-            "config.json."
+            f"The configuration of the base {name} cannot be read: {first_line(error)} Give --base MODEL, a "
+            "folder with its config.json."
         ) from error
     if not found.get("architectures"):  # a GGUF base says its type alone
         kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(found.get("model_type"))
@@ -265,7 +219,7 @@ def export_adapter(
         out: Directory to write, or file where the format is a single one; must not exist yet.
         to: One of ``WRITTEN``; ``"lora"`` if neither this nor ``engine`` is given. All but ``"native"`` fold the
             mixers.
-        engine: A key of ``ENGINE_FORMATS``, instead of ``to``: what it loads is written.
+        engine: A key of ``targets.TARGETS``, instead of ``to``: what it loads is written.
         rank: Bring every module to this rank, by the singular values of ΔW.
         dtype: A key of ``TOLERANCES``; None for float32, or natively what the factors have.
         base: Base model, for formats that need its configuration; None for the one the adapter names.
@@ -276,14 +230,14 @@ def export_adapter(
 
     Raises:
         AdapterError: If the source cannot be read or trusted, or has no place in the format.
-        FileExistsError: If something lies at ``out`` already.
+        ExistsError: If something exists at ``out`` already.
         ProofError: If the proof failed; nothing is left at ``out``.
-        ValueError: If an argument makes no sense.
+        UsageError: If an argument makes no sense.
     """
     if engine is not None and to is not None:
-        raise ValueError(f"--for {engine} chooses the format, so --to {to} has no place beside it. Give one.")
+        raise UsageError(f"--for {engine} chooses the format, so --to {to} has no place beside it. Give one.")
     if engine is not None:
-        check_engine(engine)
+        check_target(engine)
     else:
         to = to or "lora"
         check_format(to)
@@ -317,7 +271,7 @@ def _prove(adapter: Adapter, result: Written, source: str, target: str) -> Expor
     read = FORMATS[target].read
     # Tensors beside the factors exist in directories alone, and our own reader sees all of them.
     extra = read(result.place).extra if read is not None and result.place.is_dir() else result.adapter.extra
-    found = compare(adapter, result.adapter)
+    found = distance(adapter, result.adapter)
     names = adapter.extra.keys() | extra.keys()
     changed = sorted(n for n in names if not _equal(adapter.extra.get(n), extra.get(n)))
     if changed:

@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moslora.adapters.factors import Adapter, Factors
-from moslora.adapters.formats import detect, read_adapter
 from moslora.adapters.formats.native import start_of
+from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.errors import AdapterError, ModelError
-from moslora.models.shards import Weights, open_weights
+from moslora.models.shards import StoredWeights, open_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NOTHING", "Group", "Inspection", "ModuleReport", "inspect_adapter", "write_page"]
+__all__ = [
+    "NOTHING",
+    "Group",
+    "Inspection",
+    "ModuleReport",
+    "inspect_adapter",
+]
 
 # Below this share of the median ‖ΔW‖ a module has learned nothing beside the others.
 NOTHING = 1e-3
 MAGNITUDES = (
-    "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; what is said of ΔW is said of s·B·M·A, before "
+    "It has DoRA's magnitude, which rescales each row of W0 + s·B·M·A; figures of ΔW are of s·B·M·A, before "
     "that."
 )
-BIASES = "It has a bias on B, of which the figures say nothing: h = W0·x + s·(B·M·A·x + b)."
+BIASES = "It has a bias on B, which the figures leave out: h = W0·x + s·(B·M·A·x + b)."
 COMPONENTS = (
     "It started from its base's weights, and the start is subtracted: ΔW = s·(B·M·A - B0·M0·A0), looked "
     "at as one product of twice the rank, so the figures of the mixer are of both."
@@ -114,7 +120,7 @@ class Inspection:
     Attributes:
         adapter: Where it is.
         format: A key of ``formats.FORMATS``.
-        base: The base it was compared with; None if with none.
+        base: The base it was compared with; None if with no base.
         mixer: What the configuration names; None for a plain LoRA.
         parameters: How many numbers A, M and B hold.
         modules: What each module learned, by path.
@@ -176,7 +182,8 @@ def inspect_adapter(
         found.parameters,
         reports,
         tuple(
-            _group(kind, [r for r in reports if r.kind == kind]) for kind in _unique(r.kind for r in reports)
+            _group(kind, [r for r in reports if r.kind == kind])
+            for kind in dict.fromkeys(r.kind for r in reports)
         ),
         tuple(r.module for r in reports if r.norm == 0 or r.norm < NOTHING * typical),
         _note(found),
@@ -192,7 +199,7 @@ def _note(adapter: Adapter) -> str:
     return " ".join(text for note, is_said in notes for text in note * is_said)
 
 
-def _look(name: str, factors: Factors, weights: Weights | None, start: Tensor | None) -> ModuleReport:
+def _look(name: str, factors: Factors, weights: StoredWeights | None, start: Tensor | None) -> ModuleReport:
     import torch
 
     values = factors.singular_values()
@@ -242,7 +249,7 @@ def _moved(M: Tensor, start: Tensor | None) -> float | None:
     return float((M - start).norm() / start.norm())
 
 
-def _relative(name: str, norm: float, factors: Factors, weights: Weights | None) -> float | None:
+def _relative(name: str, norm: float, factors: Factors, weights: StoredWeights | None) -> float | None:
     if weights is None or factors.form.kind == "expert":
         return None
     try:
@@ -272,10 +279,6 @@ def _group(kind: str, reports: Sequence[ModuleReport]) -> Group:
     return Group(kind, len(reports), max(r.rank for r in reports), *(median(figure) for figure in figures))
 
 
-def _unique(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
-
-
 def natural(path: str) -> list[tuple[int, str]]:
     """Return a key that sorts ``layers.10`` after ``layers.9``.
 
@@ -283,116 +286,3 @@ def natural(path: str) -> list[tuple[int, str]]:
         path: Of a module.
     """
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
-
-
-# --- The page -----------------------------------------------------------------------------------------------
-
-# What is drawn: the figure's name, its title, and what a reader shall take from it.
-MAPS = (
-    ("relative_norm", "‖ΔW‖ ÷ ‖W0‖", "How much each weight moved, relative to its own size."),
-    ("norm", "‖ΔW‖", "How much each weight moved."),
-    ("effective_rank", "Effective rank of ΔW", "How many directions each update really uses, of at most r."),
-    ("from_identity", "‖M - I‖ ÷ ‖I‖", "0 is plain LoRA: nothing is mixed."),
-    ("from_orthogonal", "Distance of M from orthogonal", "0 mixes without stretching any direction."),
-    ("moved", "‖M - M0‖ ÷ ‖M0‖", "How far the mixer moved from its start."),
-    ("mixed_scale", "‖M·A‖ ÷ ‖A‖", "How the mixer scales A; about 0.58 for a fresh kaiming mixer."),
-)
-
-
-def write_page(inspection: Inspection, out: Path) -> None:
-    """Write the figures as one page of heat maps that opens offline.
-
-    Args:
-        inspection: What to show.
-        out: The ``.html`` file; must not exist yet.
-
-    Raises:
-        FileExistsError: If something lies at ``out`` already.
-    """
-    import jinja2
-
-    from moslora.adapters.formats.directory import staged_file
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "reports" / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    has_mixers = any(report.from_identity > 0 for report in inspection.modules)
-    maps = [
-        drawn
-        for figure, title, meaning in MAPS
-        if (has_mixers or figure in ("relative_norm", "norm", "effective_rank"))
-        and (drawn := _heat_map(inspection, figure, title, meaning)) is not None
-    ]
-    page = environment.get_template("inspection.html.jinja").render(
-        inspection=inspection, maps=maps, spectra=_spectra(inspection) if has_mixers else [], shown=shown
-    )
-    with staged_file(out) as place:
-        place.write_text(page, encoding="utf-8")
-
-
-def _heat_map(inspection: Inspection, figure: str, title: str, meaning: str) -> dict[str, Any] | None:
-    """Lay a figure out as layers × kinds; several modules in a cell (experts) by their median."""
-    cells: dict[tuple[str, str], list[float]] = {}
-    for report in inspection.modules:
-        value = getattr(report, figure)
-        if value is not None:
-            cells.setdefault((report.layer, report.kind), []).append(value)
-    if not cells:
-        return None
-    middle = {place: statistics.median(values) for place, values in cells.items()}
-    low, high = min(middle.values()), max(middle.values())
-    layers, kinds = (_unique(place[axis] for place in middle) for axis in (0, 1))
-    start = _shared_beginning(layers)
-
-    def cell(layer: str, kind: str) -> dict[str, Any]:
-        value = middle.get((layer, kind))
-        share = 0.0 if value is None or high == low else (value - low) / (high - low)
-        name = f"{layer}.{kind}".strip(".")
-        return {"value": value, "heat": round(100 * share), "name": name}
-
-    return {
-        "title": title,
-        "meaning": meaning,
-        "low": low,
-        "high": high,
-        "start": start,
-        "kinds": kinds,
-        "rows": [
-            {"layer": layer.removeprefix(start) or "none", "cells": [cell(layer, k) for k in kinds]}
-            for layer in layers
-        ],
-    }
-
-
-def _spectra(inspection: Inspection) -> list[dict[str, Any]]:
-    """Lay out the singular values of the mixers, the median of each by kind of module."""
-    drawn = []
-    for group in inspection.groups:
-        spectra = [
-            r.mixer_values for r in inspection.modules if r.kind == group.kind and r.rank == group.rank
-        ]
-        values = [statistics.median(column) for column in zip(*spectra, strict=True)]
-        drawn.append({"kind": group.kind, "values": values, "high": max(values) or 1.0})
-    return drawn
-
-
-def _shared_beginning(layers: Sequence[str]) -> str:
-    """Return what the layers' names have in common up to a dot, as ``model.layers.``."""
-    stems = {layer.rpartition(".")[0] for layer in layers}
-    stem = stems.pop()
-    return f"{stem}." if stem and not stems else ""
-
-
-def shown(value: float | None) -> str:
-    """Write a figure as people read it.
-
-    Args:
-        value: The figure; None if there is none.
-    """
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"

@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import PROOF_FILE
-from moslora.adapters.factors import Adapter, Factors, tied_heads
-from moslora.adapters.formats import read_adapter
-from moslora.adapters.formats.directory import KEY_PREFIX, staged
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.formats.layout import KEY_PREFIX
+from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError, ModelError, ProofError
-from moslora.models.shards import DTYPES, INDEX, Stored, Weights, open_weights
+from moslora.files import new_directory
+from moslora.models.shards import DTYPES, INDEX, Stored, StoredWeights, open_weights
+from moslora.wording import evenly_spaced
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +34,7 @@ __all__ = ["MergeProof", "merge"]
 LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
 BLOCK = 1 << 19  # entries of a weight in memory at once; small enough for a processor's cache
 PROOF_BLOCKS = 4  # of 1/8 BLOCK, evenly over each weight, that are read again
-KEPT = 0.9  # share of ΔW below which rounding has swallowed enough of it to be said aloud
+KEPT = 0.9  # share of ΔW below which rounding has lost enough of it to warn
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def merge(
     """Write the base's weights with an adapter merged into them, and prove it.
 
     Args:
-        base: Folder, hub id, GGUF file (dequantised to float32 on the way) or packaged model.
+        base: Folder, hub id, GGUF file (dequantized to float32 on the way) or packaged model.
         adapter: Adapter directory of any format that is read.
         out: Directory to write; must not exist yet, or be empty.
         say: Receives a line before long work.
@@ -121,21 +124,21 @@ def merge(
 
     Raises:
         AdapterError, ModelError: If adapter and base cannot be read, or do not fit; the message says what to do.
-        FileExistsError: If something lies at ``out`` already.
+        ExistsError: If something exists at ``out`` already.
         ProofError: If a weight was not changed, or not to what it should be. Nothing is left at ``out``.
         OSError: If the disk is too small.
     """
     found, out = read_adapter(adapter), Path(out)
     weights = open_weights(base, say)
     folder, shards = weights.folder, weights.shards
-    if weights.quantisation:
+    if weights.quantization:
         raise ModelError(
-            f"{base} has quantised weights ({weights.quantisation}), into "
-            "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantise the result."
+            f"{base} has quantized weights ({weights.quantization}), into "
+            "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantize the result."
         )
     changes = _plan(found, weights)
     size = sum((folder / shard).stat().st_size for shard in shards)
-    with staged(out) as place:
+    with new_directory(out) as place:
         free = shutil.disk_usage(place).free
         if free < size + (1 << 20):
             raise OSError(f"{out} needs {size:,} bytes, {free:,} are free. Name a place on a larger disk.")
@@ -158,13 +161,13 @@ def merge(
     return proof
 
 
-def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
+def _plan(adapter: Adapter, weights: StoredWeights) -> list[_Change]:
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
     adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
     for key, tensor in sorted(adapter.extra.items()):
         if not _is_copy_of_base(key, tensor, weights):
             raise AdapterError(
-                f"The adapter also holds {key}, which is no factor (a bias, or of modules_to_save). Load it with "
+                f"The adapter also holds {key}, which is not a factor (a bias, or of modules_to_save). Load it with "
                 "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
             )
     changes = []
@@ -192,7 +195,7 @@ def _plan(adapter: Adapter, weights: Weights) -> list[_Change]:
     return changes
 
 
-def _change_of_bias(module: str, factors: Factors, weights: Weights) -> list[_Change]:
+def _change_of_bias(module: str, factors: Factors, weights: StoredWeights) -> list[_Change]:
     """Return what a bias on B changes; nothing where there is none, or it is zero."""
     if factors.bias is None or not factors.bias.any():
         return []
@@ -212,7 +215,7 @@ def _change_of_bias(module: str, factors: Factors, weights: Weights) -> list[_Ch
     return [_Change(f"{module}.bias", stored, scaled[:, None], scaled.new_ones(1, 1))]
 
 
-def _is_copy_of_base(key: str, tensor: Tensor, weights: Weights) -> bool:
+def _is_copy_of_base(key: str, tensor: Tensor, weights: StoredWeights) -> bool:
     """Tell whether a tensor is the base's own: PEFT saves adapted embeddings and heads with their base weight."""
     import torch
 
@@ -236,12 +239,12 @@ def lay_out(
     adapter_config: Any,
     folder: Path,
 ) -> _Change:
-    """Lay ΔW as the base's weight lies.
+    """Lay ΔW out as the base stores its weight.
 
     Args:
         module: Path in the base model.
         factors: Its factors.
-        stored: Where its weight lies.
+        stored: Where its weight is stored.
         adapter_config: The adapter's configuration.
         folder: Of the base.
 
@@ -254,7 +257,7 @@ def lay_out(
     if stored.dtype not in DTYPES:
         raise ModelError(
             f"{module} is stored as {stored.dtype}; weights of {', '.join(DTYPES)} can be merged into. Take the base "
-            "in 16 or 32 bits and quantise the result."
+            "in 16 or 32 bits and quantize the result."
         )
     composed = factors.M.double() @ factors.A.double()  # (r, in)
     B = factors.scale * factors.B.double()  # (out, r)
@@ -282,7 +285,7 @@ def lay_out(
 
 
 def _is_conv1d(module: str, folder: Path) -> bool:
-    """Tell which way a square weight lies, by the class of its module; no weight is loaded."""
+    """Return whether a square weight is stored transposed, by the class of its module; no weight is loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -340,7 +343,7 @@ def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> Merg
             (folder / change.stored.shard).open("rb") as before,
             (place / change.stored.shard).open("rb") as after,
         ):
-            for first, last in _evenly(list(change.blocks(BLOCK // 8)), PROOF_BLOCKS):
+            for first, last in evenly_spaced(list(change.blocks(BLOCK // 8)), PROOF_BLOCKS):
                 checked += (last - first) * change.right.shape[1]
                 old, found = (change.read(file, first, last).double() for file in (before, after))
                 delta = change.left[first:last] @ change.right
@@ -357,13 +360,6 @@ def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> Merg
         if size_of_delta and not arrived / size_of_delta >= least:
             least, least_module = arrived / size_of_delta, change.module
     return MergeProof(len(changes), checked, worst, worst_module, relative, least, least_module, size)
-
-
-def _evenly(blocks: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Pick blocks from the first to the last, evenly; all, if they are so few."""
-    if len(blocks) <= count:
-        return blocks
-    return [blocks[i * (len(blocks) - 1) // (count - 1)] for i in range(count)]
 
 
 def _rounding(expected: Tensor, sizes: Tensor, change: _Change) -> Tensor:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moslora.adapters.factors import Adapter, Factors, compare
+from moslora.adapters.arithmetic import distance
+from moslora.adapters.factors import Adapter, Factors
+from moslora.errors import UsageError
 
 __all__ = ["Ranked", "nearest", "pad", "to_rank"]
 
@@ -33,10 +35,10 @@ def nearest(factors: Factors, r: int) -> Factors:
 
     Raises:
         AdapterError: If there is a magnitude.
-        ValueError: If ``r`` is below 1.
+        UsageError: If ``r`` is below 1.
     """
     if r < 1:
-        raise ValueError(f"A rank must be at least 1; found {r}.")
+        raise UsageError(f"A rank must be at least 1; found {r}.")
     factors.require_no_magnitude()
     dtype = torch.promote_types(factors.A.dtype, torch.float32)
     wide = factors.at_least(torch.float64).fold()
@@ -62,7 +64,7 @@ def pad(factors: Factors, r: int) -> Factors:
     """Raise the rank with zeros: exactly the same ΔW.
 
     Args:
-        factors: Of a module that is no convolution of several groups.
+        factors: Of a module that is not a grouped convolution.
         r: Rank, not below theirs.
 
     Returns:
@@ -107,14 +109,14 @@ def to_rank(adapter: Adapter, r: int) -> Ranked:
 
     Raises:
         AdapterError: If it has DoRA's magnitude.
-        ValueError: If ``r`` is below 1.
+        UsageError: If ``r`` is below 1.
     """
     adapter.refuse_magnitudes(
         "What another rank would cost depends on the base's weights, so --rank is not done"
     )
     modules = {name: nearest(factors, r) for name, factors in adapter.modules.items()}
     errors = {
-        name: compare(Adapter({name: factors}), Adapter({name: modules[name]})).max_relative_error
+        name: distance(Adapter({name: factors}), Adapter({name: modules[name]})).max_relative_error
         for name, factors in adapter.modules.items()
     }
     norms = {name: factors.norm() for name, factors in adapter.modules.items()}

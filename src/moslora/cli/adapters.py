@@ -179,7 +179,8 @@ def inspect_(
     """
 
     def action() -> None:
-        from moslora.adapters.inspection import inspect_adapter, write_page
+        from moslora.adapters.inspection import inspect_adapter
+        from moslora.reports.inspection import write_page
 
         found = inspect_adapter(adapter, base, lambda line: print(line, file=sys.stderr))
         if html is not None:
@@ -224,7 +225,8 @@ def doctor(
     """
 
     def action() -> None:
-        from moslora.adapters.doctor import diagnose, to_json
+        from moslora.adapters.doctor import diagnose
+        from moslora.adapters.findings import to_json
 
         names = [name.strip() for name in engines.split(",") if name.strip()]
         found = diagnose(adapter, base, names, lambda line: print(line, file=sys.stderr))
@@ -255,7 +257,7 @@ def _convert(
 ) -> None:
     """Write an adapter in another format and say what was proven."""
     from moslora.adapters.export import export_adapter
-    from moslora.adapters.formats import FORMATS
+    from moslora.adapters.formats.table import FORMATS
 
     proof = export_adapter(source, out, to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha)
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moslora.adapters.doctor import Diagnosis
+    from moslora.adapters.findings import Diagnosis
     from moslora.adapters.inspection import Inspection
     from moslora.memory.plan import Plan
 
@@ -54,7 +54,7 @@ def groups_table(found: Inspection) -> Table:
     """Lay out medians by kind of module, leaving out what no module has."""
     from rich.table import Table
 
-    from moslora.adapters.inspection import shown
+    from moslora.reports.inspection import shown
 
     columns = {
         "modules": [str(group.modules) for group in found.groups],

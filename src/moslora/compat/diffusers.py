@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moslora.adapters.formats import pipeline_checkpoint
-from moslora.adapters.formats.directory import save_tensors
 from moslora.adapters.formats.pipeline_checkpoint import Part
+from moslora.adapters.formats.tensors import save_tensors
 from moslora.errors import AdapterError
 from moslora.tuner.config import MoSLoRAConfig
 

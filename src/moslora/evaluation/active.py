@@ -74,7 +74,7 @@ def as_inputs(prompts: Sequence[Sequence[int]]) -> list[Any]:
 
 def learned_anything(adapter: Path) -> bool | None:
     """Return whether any update of the adapter differs from zero; None if this package cannot read it."""
-    from moslora.adapters.formats import read_adapter
+    from moslora.adapters.formats.reading import read_adapter
     from moslora.errors import AdapterError
 
     try:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moslora.display import Display
-from moslora.models.loading import default_device, load_model, load_tokenizer, materialise, resolve_model
+from moslora.models.gguf import materialize
+from moslora.models.loading import default_device, load_model, load_tokenizer
+from moslora.models.names import resolve_model
 
 if TYPE_CHECKING:
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,6 @@ class Judge:
 
 def load_judge(model: str, display: Display) -> tuple[Judge, Any]:
     """Load a model in its own dtype, with its tokenizer, on the default device."""
-    source: ModelSource = materialise(resolve_model(model), "float32", say=display.say)
+    source: ModelSource = materialize(resolve_model(model), "float32", say=display.say)
     device = default_device()
     return Judge(load_tokenizer(source), device, display), load_model(source, device=device)

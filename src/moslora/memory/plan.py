@@ -21,7 +21,8 @@ from moslora.errors import PlanError
 from moslora.memory.counting import TILE_TOKENS, TILE_WORDS, count_step
 from moslora.memory.four_bit import quantize_linears
 from moslora.memory.placement import OPTIMISERS, Placement, Weights, place
-from moslora.models.loading import load_config, quiet_transformers, resolve_model
+from moslora.models.loading import load_config, quiet_transformers
+from moslora.models.names import resolve_model
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 

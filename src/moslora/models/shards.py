@@ -1,11 +1,8 @@
-"""The weights of a base model as they lie on disk: which shard and bytes. Nothing is loaded before it is asked for."""
+"""The weights of a base model on disk: the shard and the bytes of every tensor. Nothing is loaded in advance."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.adapters.formats import experts
 from moslora.errors import ModelError
-from moslora.models.loading import ModelSource, materialise, read_json, resolve_model
+from moslora.files import read_header
+from moslora.models.gguf import materialize
+from moslora.models.names import ModelSource, read_json, resolve_model
+from moslora.wording import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DTYPES", "EMBEDDINGS", "HEADS", "INDEX", "Stored", "Weights", "open_weights"]
+__all__ = ["DTYPES", "EMBEDDINGS", "HEADS", "INDEX", "Stored", "StoredWeights", "open_weights"]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -28,7 +28,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its shard, dtype, shape, and first byte in the file."""
+    """Where a tensor is: its shard, dtype, shape, and first byte in the file."""
 
     shard: str
     dtype: str
@@ -37,14 +37,14 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Weights:
+class StoredWeights:
     """A base model's weights on disk.
 
     Attributes:
-        folder: Where they lie.
+        folder: The directory.
         config: The model's ``config.json``.
         shards: Names of the files.
-        table: Where each tensor lies, by its name.
+        table: Where each tensor is, by its name.
     """
 
     folder: Path
@@ -74,8 +74,8 @@ class Weights:
         fitting = [wanted] if wanted in table else []
         fitting = fitting or [n for n in table if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
         if len(fitting) != 1:
-            near = difflib.get_close_matches(wanted, table, n=1)
-            hint = f" Nearest: {near[0]}." if near else ""
+            near = nearest(wanted, table)
+            hint = f" Nearest: {near}." if near else ""
             count = "no weight" if not fitting else f"{len(fitting)} weights"
             raise ModelError(
                 f"The base has {count} for {module}.{hint} Name the base that the adapter was trained on."
@@ -83,8 +83,8 @@ class Weights:
         return fitting[0]
 
     @property
-    def quantisation(self) -> str | None:
-        """What quantised the weights; None if nothing did."""
+    def quantization(self) -> str | None:
+        """What quantized the weights; None if nothing did."""
         about = self.config.get("quantization_config")
         if not about:
             return None
@@ -116,7 +116,7 @@ class Weights:
 
         stored = self.table[name]
         if stored.dtype not in DTYPES:
-            raise ModelError(f"{name} is stored as {stored.dtype}; read are {', '.join(DTYPES)}.")
+            raise ModelError(f"{name} is stored as {stored.dtype}; supported: {', '.join(DTYPES)}.")
         dtype: torch.dtype = getattr(torch, DTYPES[stored.dtype])
         if 0 in stored.shape:
             return torch.empty(stored.shape, dtype=dtype)
@@ -126,11 +126,11 @@ class Weights:
         return torch.frombuffer(data, dtype=dtype).view(stored.shape)
 
 
-def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) -> Weights:
-    """Find out where a base model's weights lie.
+def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) -> StoredWeights:
+    """Find where a base model's weights are on disk.
 
     Args:
-        base: Folder, hub id, GGUF file (dequantised to float32 on the way) or packaged model.
+        base: Folder, hub id, GGUF file (dequantized to float32 on the way) or packaged model.
         say: Receives a line before long work.
 
     Returns:
@@ -141,14 +141,14 @@ def open_weights(base: str | Path, say: Callable[[str], None] = lambda _: None) 
     """
     folder = _folder(resolve_model(str(base)), say)
     shards = _shards(folder)
-    table = {name: stored for shard in shards for name, stored in _header(folder / shard).items()}
-    return Weights(folder, read_json(folder / "config.json"), tuple(shards), table)
+    table = {name: stored for shard in shards for name, stored in _stored(folder / shard).items()}
+    return StoredWeights(folder, read_json(folder / "config.json"), tuple(shards), table)
 
 
 def _folder(source: ModelSource, say: Callable[[str], None]) -> Path:
     """Find the folder that holds the base's weights."""
     if source.kind != "hub":
-        return Path(materialise(source, "float32", say=say).path)
+        return Path(materialize(source, "float32", say=say).path)
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -157,7 +157,7 @@ def _folder(source: ModelSource, say: Callable[[str], None]) -> Path:
 
 def _shards(folder: Path) -> list[str]:
     shards = [SINGLE]
-    if (folder / INDEX).is_file():  # resolve_model saw to its form
+    if (folder / INDEX).is_file():  # validated by resolve_model
         shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     for name in shards:
         if Path(name).name != name or not (folder / name).is_file():
@@ -168,26 +168,13 @@ def _shards(folder: Path) -> list[str]:
     return shards
 
 
-def _header(path: Path) -> dict[str, Stored]:
-    """Read where a shard's tensors lie, checking that they lie inside the file."""
-    from safetensors import SafetensorError, safe_open
-
+def _stored(path: Path) -> dict[str, Stored]:
+    """Return where a shard's tensors are."""
     try:
-        with safe_open(path, framework="pt"):
-            pass  # its own checks: no gaps, no tensor over another, all bytes there
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            if length > min(size, 100_000_000):
-                raise ValueError("its header is longer than the file")
-            entries = json.loads(file.read(length))
-        found = {}
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                start, end = (8 + length + offset for offset in entry["data_offsets"])
-                if not 8 + length <= start <= end <= size:
-                    raise ValueError(f"{name} lies outside of the file")
-                found[name] = Stored(path.name, entry["dtype"], tuple(entry["shape"]), start)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
+        header = read_header(path)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged or cut off: {error}. Download the base again.") from error
-    return found
+    return {
+        name: Stored(path.name, tensor.dtype, tensor.shape, tensor.start)
+        for name, tensor in header.tensors.items()
+    }

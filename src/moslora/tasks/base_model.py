@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moslora.models.loading import (
-    build_skeleton,
-    fingerprint,
-    load_model,
-    materialise,
-    quantization_options,
-    resolve_model,
-)
+from moslora.models.fingerprint import fingerprint
+from moslora.models.gguf import materialize
+from moslora.models.loading import build_skeleton, load_model, quantization_options
+from moslora.models.names import resolve_model
 from moslora.tasks.task import Count
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
     from moslora.recipe.schema import ModelSection
 
 __all__ = ["BaseModel", "count_parameters"]
@@ -60,7 +56,7 @@ class BaseModel:
             say: Receives progress, a line each.
         """
         dtype = "float32" if self.settings.dtype == "auto" else self.settings.dtype
-        self.source = materialise(self.source, dtype, say=say)
+        self.source = materialize(self.source, dtype, say=say)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the model exactly."""

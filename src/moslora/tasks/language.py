@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moslora.data.shapes import Example
     from moslora.data.tokenization import Encoded
     from moslora.display import Display
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
     from moslora.recipe.schema import Recipe
 
 __all__ = ["LanguageTask", "judge_answer", "pad_token_of", "question_of", "show_data"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
     from moslora.display import Display
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
     from moslora.recipe.schema import Recipe
 
 __all__ = ["Answer", "Count", "Evaluation", "Shown", "Task"]

@@ -89,7 +89,7 @@ def save_start(run: RunContext, adapted: Any) -> None:
     """Keep what the mixers start as: no seed gives it again in another version of torch."""
     from safetensors.torch import save_file
 
-    from moslora.adapters.formats import read_adapter
+    from moslora.adapters.formats.reading import read_adapter
 
     with tempfile.TemporaryDirectory(prefix=".start.", dir=run.directory.path) as folder:
         adapted.save_pretrained(folder)  # whose names are those of what is saved in the end

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.adapters.factors import Adapter, add
-from moslora.adapters.formats import read_adapter
+from moslora.adapters.arithmetic import add
+from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
+from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError, ProofError
 
 if TYPE_CHECKING:

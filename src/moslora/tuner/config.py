@@ -14,11 +14,12 @@ from peft.config import PeftConfig
 from peft.tuners.lora.config import LoraRuntimeConfig
 from torch import Generator, Tensor
 
+from moslora.adapters.formats.configuration import subtracts_start
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 from moslora.errors import UsageError
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
 
-__all__ = ["MoSLoRAConfig", "MoSLoRAType", "subtracts_start"]
+__all__ = ["MoSLoRAConfig", "MoSLoRAType"]
 
 
 class MoSLoRAType(str, enum.Enum):  # noqa: UP042  PEFT's get_model_status takes the name off "Type.NAME"
@@ -29,15 +30,6 @@ class MoSLoRAType(str, enum.Enum):  # noqa: UP042  PEFT's get_model_status takes
 
 # Values of init_lora_weights, beside True, False and "pissa_niter_N".
 STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
-
-
-def subtracts_start(init_lora_weights: Any) -> bool:
-    """Tell whether an adapter starts from the base weight, its start to be subtracted from it.
-
-    Args:
-        init_lora_weights: As a configuration has it.
-    """
-    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
 
 
 def _was_read_from_json(config: PeftConfig) -> bool:

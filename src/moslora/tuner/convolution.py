@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moslora.adapters.convolutions import CONVOLUTIONS, join_groups
 from moslora.compat.torch import convolve
 from moslora.core import functional
 from moslora.core.fused_update import chains
@@ -19,9 +20,6 @@ from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.reading import check_present
 
 __all__ = ["MoSLoRAConv"]
-
-# By the number of dimensions of the weight.
-CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class MoSLoRAConv(MoSLoRALayer):
@@ -46,7 +44,7 @@ class MoSLoRAConv(MoSLoRALayer):
     def make_factors(self, adapter_name: str, r: int, has_bias: bool) -> None:
         """Put A, M and B in their places."""
         base = self.get_base_layer()
-        kind: Any = CONVOLUTIONS[base.weight.ndim]
+        kind = CONVOLUTIONS[base.weight.ndim - 2]
         A = kind(
             self.in_features,
             r,
@@ -75,8 +73,7 @@ class MoSLoRAConv(MoSLoRALayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return A ``(r, in · kernel)``, M ``(r, r)``, B ``(out, r)``; between groups B is filled with zeros."""
         A, M, B = (factor.flatten(1) for factor in (A, M, B))
-        groups = self.get_base_layer().groups
-        return A, M, B if groups == 1 else torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
+        return A, M, join_groups(B, self.get_base_layer().groups)
 
     def lay(self, delta: Tensor) -> Tensor:
         """Return ΔW in the shape of the base weight."""

@@ -1,12 +1,13 @@
 """diffusers' LoRA files: one ``.safetensors`` that ``pipe.load_lora_weights`` reads.
 
-Keys are the model's name, the module's path, ``lora_A`` and ``lora_B``. Alphas are no tensors: they stand in the
+Keys are the model's name, the module's path, ``lora_A`` and ``lora_B``. Alphas are not tensors: they are in the
 metadata, under ``lora_adapter_metadata``, and where there is none, diffusers takes alpha for r. Older files have
 ``to_q_lora.down`` and the like, which are read too; so is a mixer as MoSLoRA's authors saved it, which diffusers drops
 with a warning. Their fork calls it ``lora_AB``, and diffusers, which renames ``lora_A`` wherever it stands in a name,
 made ``lora.downB`` of it, in text encoders ``lora_linear_layer.downB``.
 
-Written are equal ranks, filled up with zeros, and alpha = r: with the metadata and without it means the same.
+All modules are written with one rank, padded with zeros, and alpha = r: the file means the same with its metadata
+and without.
 """
 
 from __future__ import annotations
@@ -22,16 +23,9 @@ from torch import Tensor
 
 from moslora.adapters.factors import Adapter, exact_pattern
 from moslora.adapters.formats import through_diffusers
-from moslora.adapters.formats.directory import (
-    SHARED,
-    Found,
-    as_stored,
-    build_adapter,
-    load_tensors,
-    name_exactly,
-    read_header,
-    save_tensors,
-)
+from moslora.adapters.formats.building import build_adapter, name_exactly
+from moslora.adapters.formats.configuration import SHARED
+from moslora.adapters.formats.layout import Found, as_stored
 from moslora.adapters.formats.lora import MAGNITUDE, flatten
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import (
@@ -42,6 +36,7 @@ from moslora.adapters.formats.pipeline import (
     name_clip,
     own_clip,
 )
+from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 
@@ -65,7 +60,7 @@ IN_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_
 
 
 def _split_key(key: str) -> tuple[str, str, str] | None:
-    """Return the model, the module's path in it and the letter of a key; None if it is none of diffusers'."""
+    """Return the model, the module's path in it and the letter of a key; None if it is not one of diffusers'."""
     component, _, rest = key.partition(".")
     if component not in COMPONENTS:
         return None
@@ -89,9 +84,9 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         found = json.loads(metadata.get(METADATA, "{}"))
     except json.JSONDecodeError as error:
-        raise AdapterError(f"{path}: its {METADATA} is no JSON: {error}.") from error
+        raise AdapterError(f"{path}: its {METADATA} is not JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise AdapterError(f"{path}: its {METADATA} is no JSON object.")
+        raise AdapterError(f"{path}: its {METADATA} is not a JSON object.")
     return found
 
 
@@ -109,15 +104,15 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
     Raises:
         AdapterError: If it is damaged or holds anything but factors, or says its alpha itself and one is given.
     """
-    _, about = read_header(path)
+    about = read_whole_header(path).metadata
     metadata = _read_metadata(path, about)
     found: dict[str, Found] = {}
     for key, tensor in load_tensors(path).items():
         split = _split_key(key)
         if split is None:
             raise AdapterError(
-                f"{path}: {key} is no factor that diffusers' files have. Files of other methods (LoKr, biases) are not "
-                "read."
+                f"{path}: {key} is not a factor that diffusers' files have. Files of other methods (LoKr, biases) are "
+                "not read."
             )
         component, module, letter = split
         own = found.setdefault(component, Found({}, {}, set())).modules.setdefault(module, {})

@@ -63,7 +63,7 @@ def separate(path: str, tensors: Mapping[str, Tensor], experts: int) -> dict[str
 
     Args:
         path: Their module.
-        tensors: ``A``, ``B`` and maybe ``M``, as they lie in a file.
+        tensors: ``A``, ``B`` and maybe ``M``, as a file stores them.
         experts: Their number, above 1.
 
     Returns:
@@ -74,7 +74,7 @@ def separate(path: str, tensors: Mapping[str, Tensor], experts: int) -> dict[str
     """
     A, B = tensors["A"], tensors["B"]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise AdapterError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no factors of {experts} experts.")
+        raise AdapterError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not factors of {experts} experts.")
     columns = B.view(B.shape[0], -1, experts)  # (out, r, E)
     found = {}
     for e in range(experts):
@@ -87,7 +87,7 @@ def gather(modules: Mapping[str, Factors]) -> dict[str, dict[str, Tensor]]:
     """Put experts together as PEFT's files hold them: the inverse of ``separate``.
 
     Args:
-        modules: Factors by path; those that are no experts are left out.
+        modules: Factors by path; those that are not experts are left out.
 
     Returns:
         ``A``, ``M`` and ``B`` by the path of the module.

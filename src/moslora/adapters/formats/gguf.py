@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats.lora import flatten
-from moslora.errors import AdapterError
+from moslora.errors import AdapterError, MissingPackageError
 
 __all__ = ["ARCHITECTURES", "read_with_gguf", "write"]
 
@@ -52,7 +52,7 @@ ARCHITECTURES = {
 
 def _need_gguf() -> Any:
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError("Writing GGUF needs the package gguf: pip install 'moslora[gguf]'.")
+        raise MissingPackageError("Writing GGUF needs the package gguf: pip install 'moslora[gguf]'.")
     import gguf
 
     return gguf
@@ -86,7 +86,7 @@ def _targets(adapter: Adapter, base: Mapping[str, Any]) -> tuple[str, dict[str, 
         )
     for key in adapter.extra:
         raise AdapterError(
-            f"The adapter also has {key}, which is no factor (a bias, or of modules_to_save); llama.cpp's adapters "
+            f"The adapter also has {key}, which is not a factor (a bias, or of modules_to_save); llama.cpp's adapters "
             "have no place for it. Merge the adapter into its base (moslora merge) instead."
         )
     arch = getattr(gguf.MODEL_ARCH, architecture.name)
@@ -140,7 +140,7 @@ def write(
 
     Raises:
         AdapterError: If the base's architecture is not verified, or llama.cpp would refuse or misread the file.
-        ImportError: If the package gguf is missing.
+        MissingPackageError: If the package gguf is missing.
         OSError: If it cannot be written.
     """
     gguf = _need_gguf()
@@ -187,7 +187,7 @@ def read_with_gguf(path: Path, like: Adapter, *, base: Mapping[str, Any]) -> tup
         What the file says, with the paths of ``like``; and the name of the reader.
 
     Raises:
-        AdapterError: If a tensor is missing or left over, or the file is no adapter.
+        AdapterError: If a tensor is missing or left over, or the file is not an adapter.
     """
     gguf = _need_gguf()
     reader = gguf.GGUFReader(path)

@@ -3,11 +3,11 @@
 A module's path has its dots turned to underscores and a prefix for the model: ``lora_unet_``, ``lora_te1_``,
 ``lora_te2_``. It holds ``lora_down`` (A), ``lora_up`` (B) and ``alpha``, and in LoCon files of convolutions maybe
 ``lora_mid``, a core with ``ΔW = up · mid · down``. Files that MoSLoRA's authors converted have their mixers as
-``lora_downB``. Read are diffusers' names of modules and the original UNet's (``input_blocks``, SDXL as sd-scripts
-trains it), and FLUX's with its fused projections. Written are diffusers' names.
+``lora_downB``. Three ways to name modules are read: diffusers', the original UNet's (``input_blocks``, SDXL as
+sd-scripts trains it), and FLUX's with its fused projections. diffusers' names are written.
 
 diffusers reads one alpha for a whole file: where ranks differ, its converter loses the others, and the scale of those
-modules is wrong without a word (0.42.1). So all modules get one rank, filled up with zeros, and alpha = r.
+modules is wrong without a word (0.42.1). So all modules get one rank, padded with zeros, and alpha = r.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from moslora.adapters.factors import LINEAR, Adapter, Factors, Form
 from moslora.adapters.formats import through_diffusers
-from moslora.adapters.formats.directory import as_stored, load_tensors, read_header, save_tensors
+from moslora.adapters.formats.layout import as_stored
 from moslora.adapters.formats.lora import flatten
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import by_component, check_writable, join, name_clip, own_clip
+from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 
@@ -159,7 +160,7 @@ def _place(component: str, path: str, factors: Factors) -> dict[str, Factors]:
     shares = (FLUX_DOUBLE if side == "double" else FLUX_SINGLE).get(rest)
     total = sum(share for _, share in shares or ())
     if not shares or factors.B.shape[0] % total:
-        raise AdapterError(f"{path} with {factors.B.shape[0]} outputs is no adapted module of FLUX.")
+        raise AdapterError(f"{path} with {factors.B.shape[0]} outputs is not an adapted module of FLUX.")
     unit, start, placed = factors.B.shape[0] // total, 0, {}
     stem = f"transformer.{'single_' if side == 'single' else ''}transformer_blocks.{index}"
     for name, share in shares:
@@ -176,7 +177,7 @@ def _factors(where: str, parts: dict[str, Tensor], given_alpha: float | None) ->
         raise AdapterError(f"{where} lacks {names}.")
     A, B = parts["A"], parts["B"]
     if A.ndim not in (2, 3, 4, 5) or B.ndim != A.ndim or B.shape[2:].numel() != 1:
-        raise AdapterError(f"{where}: {tuple(A.shape)} and {tuple(B.shape)} are no factors of one module.")
+        raise AdapterError(f"{where}: {tuple(A.shape)} and {tuple(B.shape)} are not factors of one module.")
     r, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
     alpha = float(parts["alpha"]) if "alpha" in parts else float(r if given_alpha is None else given_alpha)
     if "core" in parts:
@@ -207,13 +208,13 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
         AdapterError: If it is damaged, of another method, or of an unknown model, or every module has its alpha and one
             is given.
     """
-    names, _ = read_header(path)
+    names = read_whole_header(path).tensors
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
     tensors = load_tensors(path)
     for name in names:
         found = KEY.fullmatch(name)
         if not found:
-            raise AdapterError(f"{path}: {name} is no key of a kohya file, while others are.")
+            raise AdapterError(f"{path}: {name} is not a key of a kohya file, while others are.")
         prefix, flat, part = found.groups()
         if part not in PARTS:
             method = next(
@@ -224,7 +225,7 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
                 "trained it."
             )
         if not tensors[name].is_floating_point() and part != "alpha":
-            raise AdapterError(f"{path}: {name} is {tensors[name].dtype}, which is no factor.")
+            raise AdapterError(f"{path}: {name} is {tensors[name].dtype}, which is not a factor.")
         if part == "alpha" and tensors[name].numel() != 1:
             raise AdapterError(f"{path}: {name} has {tensors[name].numel()} values; an alpha is one number.")
         grouped.setdefault((PREFIXES[prefix], flat), {})[PARTS[part]] = tensors[name]

@@ -11,24 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils.save_and_load import load_peft_weights
 
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import skeleton
-from moslora.adapters.formats.directory import (
-    KEY_PREFIX,
-    SHARED,
-    WEIGHTS,
-    build_adapter,
-    group_factors,
-    name_all,
-    read_config,
-    read_tensors,
-    settle,
-    write_files,
-)
+from moslora.adapters.formats.building import build_adapter, settle
+from moslora.adapters.formats.configuration import SHARED, lora_config
+from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors, write_files
+from moslora.adapters.formats.layout import KEY_PREFIX, group_factors, name_all
 from moslora.errors import AdapterError
+from moslora.wording import first_line
 
 __all__ = ["PEFT_TYPE", "flatten", "read", "read_with_peft", "write"]
 
@@ -63,7 +54,9 @@ def read(folder: Path) -> Adapter:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
     set_variants = [name for name in VARIANTS if config.get(name)]
     if set_variants:
-        raise AdapterError(f"{folder} is no plain LoRA: {set_variants[0]} is set. Only plain LoRA is read.")
+        raise AdapterError(
+            f"{folder} is not a plain LoRA: {set_variants[0]} is set. Only plain LoRA can be read."
+        )
     found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
     for key in [key for key in found.rest if key.endswith(f".{MAGNITUDE}")]:
         module = key.removesuffix(f".{MAGNITUDE}").removeprefix(KEY_PREFIX)
@@ -71,7 +64,7 @@ def read(folder: Path) -> Adapter:
     for key in found.rest:
         for mark, meaning in FOREIGN.items():
             if mark in key:
-                raise AdapterError(f"{folder / WEIGHTS} is no plain LoRA: {key} is {meaning}.")
+                raise AdapterError(f"{folder / WEIGHTS} is not a plain LoRA: {key} is {meaning}.")
     kept = {name: config[name] for name in SHARED if name in config}
     return build_adapter(folder, kept, found)
 
@@ -118,11 +111,10 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
     values: dict[str, Any] = {name: value for name, value in settle(plain).items() if name in SHARED}
     if values.get("bias") == "moslora_only":
         values["bias"] = "lora_only"
-    config = LoraConfig(inference_mode=True, **values)
     tensors = dict(plain.extra)
     named = name_all(plain.modules, PARTS, EMBEDDING_PARTS, MAGNITUDE)
     tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
-    write_files(folder, config.to_dict(), tensors)
+    write_files(folder, lora_config(values), tensors)
 
 
 def read_with_peft(folder: Path, like: Adapter) -> tuple[Adapter, str]:
@@ -138,6 +130,9 @@ def read_with_peft(folder: Path, like: Adapter) -> tuple[Adapter, str]:
     Raises:
         AdapterError: If PEFT could not load it, or passed over a tensor.
     """
+    from peft import LoraConfig
+    from peft.utils.save_and_load import load_peft_weights
+
     config = LoraConfig.from_pretrained(folder)
     own = {key: t for key, t in load_peft_weights(folder, device="cpu").items() if key not in like.extra}
     try:
@@ -147,9 +142,8 @@ def read_with_peft(folder: Path, like: Adapter) -> tuple[Adapter, str]:
     except AdapterError:
         raise
     except Exception as error:  # whatever PEFT raises for a configuration that it cannot follow
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AdapterError(
-            f"Stock PEFT could not load what was written: {reason} Check the arguments in the source's "
+            f"Stock PEFT could not load what was written: {first_line(error)} Check the arguments in the source's "
             "adapter_config.json."
         ) from error
     return found, f"peft {importlib.metadata.version('peft')}"

@@ -17,23 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats.directory import (
-    SHARED,
-    WEIGHTS,
-    build_adapter,
-    group_factors,
-    load_tensors,
-    name_all,
-    read_config,
-    read_header,
-    read_tensors,
-    settle,
-    write_files,
-)
+from moslora.adapters.formats.building import build_adapter, settle
+from moslora.adapters.formats.configuration import SHARED, moslora_config, subtracts_start
+from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors, write_files
+from moslora.adapters.formats.layout import group_factors, name_all
+from moslora.adapters.formats.tensors import load_tensors, read_whole_header
 from moslora.core import functional
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES
 from moslora.errors import AdapterError
-from moslora.tuner.config import MoSLoRAConfig, subtracts_start
 
 __all__ = ["PEFT_TYPE", "START", "keep_start", "read", "read_start", "start_of", "write"]
 
@@ -124,22 +115,19 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
         dtype: Of the factors; None for their own.
 
     Raises:
-        AdapterError: If its configuration is none that can be trained with a mixer.
+        AdapterError: If a MoSLoRA adapter cannot have its configuration.
         OSError: If it cannot be written.
     """
     values: dict[str, Any] = settle(adapter)
     values.setdefault("mixer", "identity")
-    values.pop("init_lora_weights", None)  # the start lies beside the factors, in their rank
+    values.pop("init_lora_weights", None)  # the start is in the factors, as part of their rank
     if values.get("bias") == "lora_only":
         values["bias"] = "moslora_only"
-    try:
-        config = MoSLoRAConfig(inference_mode=True, **values)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"The adapter's configuration has no native form: {error}") from error
+    config = moslora_config(values)
     tensors = dict(adapter.extra)
     named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS, f"{MAGNITUDE}.weight")
     tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
-    write_files(folder, config.to_dict(), tensors)
+    write_files(folder, config, tensors)
 
 
 def keep_start(folder: Path, mixers: Mapping[str, Tensor]) -> None:
@@ -189,7 +177,7 @@ def start_of(folder: Path) -> dict[str, Tensor] | None:
     path = folder / START
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         return None
-    _, about = read_header(path)
+    about = read_whole_header(path).metadata
     return read_start(path) if about.get("of") == _digest(folder) else None
 
 

@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats.directory import (
-    SHARED,
-    WEIGHTS,
-    build_adapter,
-    check_tensors,
-    group_factors,
-    read_config,
-    read_tensors,
-)
+from moslora.adapters.formats.building import build_adapter
+from moslora.adapters.formats.configuration import SHARED
+from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors
+from moslora.adapters.formats.layout import group_factors
+from moslora.adapters.formats.tensors import check_tensors
 from moslora.errors import AdapterError
+from moslora.files import read_header
 
 __all__ = ["WARNING", "carries_mixer", "check_mixers", "read"]
 
@@ -55,10 +51,9 @@ def carries_mixer(folder: Path) -> bool:
     """
     try:
         if (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
-                return _any_mixer(file.keys())
+            return _any_mixer(read_header(folder / WEIGHTS).tensors)
         return (folder / PICKLED).is_file() and _any_mixer(_unpickle(folder / PICKLED))
-    except (SafetensorError, OSError, ValueError):
+    except (OSError, ValueError):
         return False
 
 
@@ -85,7 +80,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
     ):
-        raise AdapterError(f"{path} is no table of named tensors, which an adapter's weights are.")
+        raise AdapterError(f"{path} is not a table of named tensors, which an adapter's weights are.")
     return check_tensors(path, found)
 
 
@@ -142,7 +137,7 @@ def read(folder: Path) -> Adapter:
     found = group_factors(tensors, PARTS, EMBEDDING_PARTS)
     strange = [key for key in found.rest if ".lora_" in key]
     if strange:
-        raise AdapterError(f"{folder} holds {strange[0]}, which is no factor of MoSLoRA's authors.")
+        raise AdapterError(f"{folder} holds {strange[0]}, which is not a factor of MoSLoRA's authors.")
     linear = {name: own for name, own in found.modules.items() if name not in found.embeddings}
     check_mixers(str(folder), linear, lambda name: _has_mixer(config, name))
     kept = {name: config[name] for name in SHARED if name in config}

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats.directory import Found, build_adapter, load_tensors
+from moslora.adapters.formats.building import build_adapter
+from moslora.adapters.formats.layout import Found
+from moslora.adapters.formats.tensors import load_tensors
 from moslora.errors import AdapterError
 
 __all__ = ["CONFIG", "read"]
@@ -40,7 +42,9 @@ def read(folder: Path) -> Adapter:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AdapterError(f"{folder / CONFIG} cannot be read: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("r"), int):
-        raise AdapterError(f"{folder / CONFIG} has no rank r, so it is no LoRA configuration of PaddleNLP.")
+        raise AdapterError(
+            f"{folder / CONFIG} has no rank r, so it is not a LoRA configuration of PaddleNLP."
+        )
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise AdapterError(
@@ -51,7 +55,9 @@ def read(folder: Path) -> Adapter:
     for key, tensor in load_tensors(files[0]).items():
         path, _, part = key.rpartition(".")
         if part not in PARTS or tensor.ndim != 2:
-            raise AdapterError(f"{files[0]}: {key} {tuple(tensor.shape)} is no factor of PaddleNLP's LoRA.")
+            raise AdapterError(
+                f"{files[0]}: {key} {tuple(tensor.shape)} is not a factor of PaddleNLP's LoRA."
+            )
         module = re.sub(r"^[a-z0-9_]+\.(?=layers\.)", "model.", path)
         found.modules.setdefault(module, {})[PARTS[part]] = tensor.T.contiguous()
     without = [name for name, factors in found.modules.items() if "M" not in factors]

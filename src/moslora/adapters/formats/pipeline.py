@@ -92,7 +92,7 @@ def by_component(adapter: Adapter) -> dict[str, Adapter]:
         if any(re.match(beginning, path) for path in adapter.modules):
             return {name: adapter}
     raise AdapterError(
-        f"{next(iter(adapter.modules), 'The adapter')} is no module of a diffusers pipeline, and this format is for "
+        f"{next(iter(adapter.modules), 'The adapter')} is not a module of a diffusers pipeline, and this format is for "
         "those alone. For a language model, choose --to lora or --to gguf."
     )
 
@@ -104,7 +104,7 @@ def folders(path: Path) -> dict[str, Path]:
         path: The directory around them.
 
     Returns:
-        By model, its directory; none if this is no such directory.
+        By model, its directory; empty if there is none.
     """
     found = {name: path / name for name in COMPONENTS}
     return {name: folder for name, folder in found.items() if (folder / "adapter_config.json").is_file()}
@@ -125,7 +125,7 @@ def name_clip(component: str, path: str) -> str:
 
 
 def own_clip(component: str, path: str) -> str:
-    """Take ``text_model.`` away where transformers 5 has it no more: from the first text encoder.
+    """Remove ``text_model.`` from the first text encoder's paths, where transformers 5 no longer has it.
 
     Args:
         component: A model of a pipeline.
@@ -151,8 +151,8 @@ def check_writable(parts: dict[str, Adapter], allowed: Callable[[Form], bool], w
     for component, part in parts.items():
         for key in part.extra:
             raise AdapterError(
-                f"{component} also has {key}, which is no factor (a bias, or of modules_to_save) and has no place in "
-                f"{where}. Write --to lora, or train without it."
+                f"{component} also has {key}, which is not a factor (a bias, or of modules_to_save) and has no place "
+                f"in {where}. Write --to lora, or train without it."
             )
         for path, factors in part.modules.items():
             if not allowed(factors.form):

@@ -19,17 +19,18 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moslora.adapters.factors import FOLD_TOLERANCE, compare
+from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.formats import diffusers, native, through_diffusers
-from moslora.adapters.formats.directory import KEY_PREFIX, WEIGHTS, load_tensors, read_header, save_tensors
+from moslora.adapters.formats.directory import WEIGHTS
+from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.pipeline import join
+from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.errors import AdapterError
-from moslora.tuner.config import MoSLoRAConfig
 
 __all__ = [
     "FOLDER",
@@ -37,9 +38,7 @@ __all__ = [
     "find",
     "native_tensors",
     "place_of",
-    "resume_for_diffusers",
     "save",
-    "save_for_diffusers",
 ]
 
 FOLDER = "moslora_checkpoint"
@@ -48,21 +47,30 @@ BELONGS_TO = "belongs_to.json"
 DEFAULT_NAME = "pytorch_lora_weights.safetensors"
 
 
+class Configuration(Protocol):
+    """A configuration of PEFT, which writes itself."""
+
+    inference_mode: bool
+
+    def save_pretrained(self, save_directory: str) -> None:
+        """Write ``adapter_config.json``."""
+
+
 @dataclass(frozen=True)
 class Part:
     """The adapter of one model of a pipeline.
 
     Attributes:
-        config: Its configuration.
+        config: Its configuration, a ``MoSLoRAConfig``.
         tensors: What ``get_peft_model_state_dict`` gives.
     """
 
-    config: MoSLoRAConfig
+    config: Configuration
     tensors: Mapping[str, Tensor]
 
 
 def place_of(folder: Path, name: str | None = None) -> Path:
-    """Return where the mixers lie that belong to a file.
+    """Return where the mixers are that belong to a file.
 
     Args:
         folder: The file's directory.
@@ -128,14 +136,14 @@ def _fold(staged: Path, parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], d
     adapter = join({component: native.read(staged / component) for component in parts})
     file = staged / DEFAULT_NAME
     diffusers.write(adapter, file)
-    found = compare(adapter, through_diffusers.with_paths_of(diffusers.read(file), adapter))
+    found = distance(adapter, through_diffusers.with_paths_of(diffusers.read(file), adapter))
     if not found.max_relative_error <= FOLD_TOLERANCE:
         raise AdapterError(
             f"folded, ΔW of {found.worst_module} has a relative error of {found.max_relative_error:.1e}, above "
             f"{FOLD_TOLERANCE:.0e}."
         )
     tensors = load_tensors(file)
-    _, about = read_header(file)
+    about = read_whole_header(file).metadata
     file.unlink()
     metadata: dict[str, Any] = json.loads(about[diffusers.METADATA])
     return tensors, metadata
@@ -203,81 +211,3 @@ def native_tensors(folder: Path) -> dict[str, Tensor]:
         AdapterError: If the file is missing or damaged.
     """
     return {key.removeprefix(KEY_PREFIX): t for key, t in load_tensors(folder / WEIGHTS).items()}
-
-
-def save_for_diffusers(folder: str | Path, *, name: str | None = None, **models: nn.Module) -> None:
-    """Save adapters of a pipeline's models: a plain LoRA for ``load_lora_weights``, and the mixers beside it.
-
-    diffusers' own scripts do this with their ``save_lora_weights``; this is for loops of one's own::
-
-        moslora.save_for_diffusers("out", unet=unet, text_encoder=text_encoder)
-        pipe.load_lora_weights("out")  # in any program
-
-    Args:
-        folder: Directory to write into. What an earlier save left there is replaced.
-        name: The file's name; None for diffusers' own.
-        **models: Models that carry an adapter of the name "default", by their names in the pipeline.
-
-    Raises:
-        AdapterError: If diffusers' files have no place for what was trained; it is in
-            ``folder/moslora_checkpoint`` then.
-        OSError: If it cannot be written.
-        TypeError: If no model is given.
-        ValueError: If a model carries no such adapter.
-    """
-    from peft import get_peft_model_state_dict
-
-    if not models:
-        raise TypeError("save_for_diffusers takes models by their names in the pipeline: unet=unet, …")
-    parts = {
-        component: Part(_config(component, model), get_peft_model_state_dict(model))
-        for component, model in models.items()
-    }
-    path = Path(folder)
-
-    def write_file(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Mapping[str, Tensor]:
-        text = json.dumps(metadata, indent=2, sort_keys=True)
-        save_tensors(path / (name or DEFAULT_NAME), tensors, {"format": "pt", diffusers.METADATA: text})
-        return tensors
-
-    save(path, parts, write_file, name)
-
-
-def resume_for_diffusers(folder: str | Path, *, name: str | None = None, **models: nn.Module) -> None:
-    """Load what ``save_for_diffusers`` or a script of diffusers saved into models that carry the adapter already.
-
-    Args:
-        folder: Where it was saved.
-        name: The file's name; None for diffusers' own.
-        **models: By their names in the pipeline.
-
-    Raises:
-        AdapterError: If there is nothing for a model.
-        TypeError: If no model is given.
-        ValueError: If a model carries no such adapter, or another than was saved.
-    """
-    from peft import set_peft_model_state_dict
-
-    if not models:
-        raise TypeError("resume_for_diffusers takes models by their names in the pipeline: unet=unet, …")
-    place = place_of(Path(folder), name)
-    for component, model in models.items():
-        _config(component, model)
-        if not (place / component).is_dir():
-            there = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
-            raise AdapterError(
-                f"{place} has nothing for {component}; it has {', '.join(there) or 'nothing'}."
-            )
-    for component, model in models.items():
-        set_peft_model_state_dict(model, native_tensors(place / component))
-
-
-def _config(component: str, model: nn.Module) -> MoSLoRAConfig:
-    configs: Any = getattr(model, "peft_config", {})
-    config = configs.get("default")
-    if not isinstance(config, MoSLoRAConfig):
-        raise ValueError(
-            f"{component} carries no MoSLoRA adapter of the name 'default'; it has {sorted(configs) or 'none'}. Add "
-            f"one with {component}.add_adapter(MoSLoRAConfig(...))."
-        )
-    return config

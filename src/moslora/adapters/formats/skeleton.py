@@ -13,17 +13,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from moslora.adapters.convolutions import CONVOLUTIONS, join_groups
 from moslora.adapters.factors import LINEAR, Adapter, Factors, Form
 from moslora.adapters.formats.experts import EXPERT, owner, separate
 from moslora.errors import AdapterError
 
 __all__ = ["build", "filled_factors", "load_with_peft"]
-
-CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def _module(factors: Factors) -> nn.Module:
@@ -112,6 +109,8 @@ def filled_factors(model: nn.Module) -> dict[str, Factors]:
     Raises:
         AdapterError: If a layer got no values.
     """
+    from peft.tuners.lora import LoraLayer
+
     found: dict[str, Factors] = {}
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -141,19 +140,18 @@ def filled_factors(model: nn.Module) -> dict[str, Factors]:
         if bias is not None and bias.is_meta:
             raise AdapterError(f"{path}: the other project's loader left its bias on B empty.")
         A, B = A.flatten(1), B.flatten(1)
-        if form.groups > 1:
-            B = torch.block_diag(*B.chunk(form.groups))  # type: ignore[no-untyped-call]
+        B = join_groups(B, form.groups)
         M, scale = torch.eye(A.shape[0], dtype=A.dtype), float(layer.scaling[name])
         bias = bias if bias is None else bias.detach()
         found[path] = Factors(A, M, B, scale, form, magnitude, bias)
     return found
 
 
-def load_with_peft(config: LoraConfig, tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
+def load_with_peft(config: Any, tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
     """Let stock PEFT choose its modules, ranks and scales by a configuration, and load tensors into them.
 
     Args:
-        config: As read from a file.
+        config: PEFT's ``LoraConfig``, as read from a file.
         tensors: By path and part, as ``layers.0.q_proj.lora_A.weight``.
         like: Whose modules the base has.
 
@@ -163,8 +161,10 @@ def load_with_peft(config: LoraConfig, tensors: Mapping[str, Tensor], like: Adap
     Raises:
         AdapterError: If PEFT passed over a tensor.
     """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
     config = copy.deepcopy(config)
-    # What is trained whole is no factor, and its modules are not in the skeleton; that PEFT keeps a file's is its law.
+    # Modules trained in full have no factors and are not in the skeleton; PEFT loads them from the file as they are.
     config.modules_to_save = config.trainable_token_indices = None
     config.bias, config.ensure_weight_tying = "none", False
     with warnings.catch_warnings():

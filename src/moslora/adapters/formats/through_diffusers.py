@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from moslora.adapters.factors import Adapter, Factors
@@ -96,7 +95,7 @@ def understood(
                 k.removeprefix(prefix): v for k, v in (metadata or {}).items() if k.startswith(prefix)
             }
             ranks = {key: t.shape[1] for key, t in own.items() if key.endswith(".lora_B.weight")}
-            config: LoraConfig = peft_utils._create_lora_config(
+            config = peft_utils._create_lora_config(
                 own, own_alphas or None, own_metadata or None, ranks, is_unet=False
             )
             found = dict(skeleton.load_with_peft(config, own, part).modules)

@@ -20,15 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.errors import ModelError
 from moslora.metrics.intervals import mean_interval
-from moslora.models.loading import (
-    HUB_ID,
-    ModelSource,
-    _call,
-    _check_loaded,
-    _not_found,
-    fingerprint,
-    read_json,
-)
+from moslora.models.fingerprint import fingerprint
+from moslora.models.loading import call_loader, check_loaded
+from moslora.models.names import HUB_ID, ModelSource, not_found_message, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +112,7 @@ def find_judge(key: str, name: str) -> Judge:
         source = ModelSource(name, "hub", bare, revision=revision or None)
         config = _hub_config(source)
     else:
-        raise ModelError(f"task.{key}: {_not_found(name, path)}")
+        raise ModelError(f"task.{key}: {not_found_message(name, path)}")
     _check_kind(key, name, config)
     vision = config.get("vision_config") or {} if key == "clip_model" else config
     # A field that is the class's default may be left out of the file.
@@ -134,7 +128,9 @@ def _hub_config(source: ModelSource) -> dict[str, Any]:
     def load(path: str, **options: Any) -> dict[str, Any]:
         return read_json(Path(hf_hub_download(path, "config.json", **options)))
 
-    found: dict[str, Any] = _call(source, load, {"revision": source.revision} if source.revision else {})
+    found: dict[str, Any] = call_loader(
+        source, load, {"revision": source.revision} if source.revision else {}
+    )
     return found
 
 
@@ -187,7 +183,7 @@ def _load(judge: Judge, device: str) -> _Loaded:
     unpooled = {"add_pooling_layer": False} if judge.key == "dino_model" else {}
     weights = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
-        model, info = _call(judge.source, kind.from_pretrained, {**options, **unpooled, **weights})
+        model, info = call_loader(judge.source, kind.from_pretrained, {**options, **unpooled, **weights})
     except ModelError as error:
         if "safetensors" not in str(error):
             raise
@@ -201,12 +197,12 @@ def _load(judge: Judge, device: str) -> _Loaded:
             f"task.dino_model={judge.source.name} is a ViT, but not one of DINO's, which have no pooler ({pooler[0]} "
             f"is one); a ViT trained on labels has. Name {WANTED['dino_model']}, or leave it out."
         )
-    _check_loaded(judge.source, info)
+    check_loaded(judge.source, info)
     model = model.to(device).eval()
     # Always the PIL version, so that a score does not depend on whether torchvision is installed.
     name = "CLIPImageProcessor" if judge.key == "clip_model" else "ViTImageProcessor"
     processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-    prepare = _call(judge.source, processor.from_pretrained, options)
+    prepare = call_loader(judge.source, processor.from_pretrained, options)
 
     def unit(batch: Tensor) -> Tensor:
         vector: Tensor = batch[0].double().cpu()
@@ -228,7 +224,7 @@ def _load(judge: Judge, device: str) -> _Loaded:
 
     if judge.key == "dino_model":
         return _Loaded(class_token)
-    tokenizer = _call(judge.source, transformers.AutoTokenizer.from_pretrained, options)
+    tokenizer = call_loader(judge.source, transformers.AutoTokenizer.from_pretrained, options)
     longest = int(model.config.text_config.max_position_embeddings)
 
     @torch.inference_mode()

@@ -18,19 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import ModelError, RecipeError, UsageError
-from moslora.models.loading import (
-    HASH_LIMIT,
-    HUB_ID,
-    ModelSource,
-    _call,
-    _check_loaded,
-    _commit,
-    _header_sha256,
-    _not_found,
-    _sha256,
-    quiet_transformers,
-    read_json,
-)
+from moslora.files import sha256
+from moslora.models.fingerprint import HASH_LIMIT, header_sha256, hub_commit
+from moslora.models.loading import call_loader, check_loaded, quiet_transformers
+from moslora.models.names import HUB_ID, ModelSource, not_found_message, read_json
 from moslora.tasks.image.families import FAMILIES, Family
 from moslora.wording import first_line
 
@@ -87,7 +78,7 @@ def find_pipeline(name: str, revision: str | None = None) -> ModelSource:
         )
     if HUB_ID.fullmatch(name):
         return ModelSource(name, "hub", name, revision=revision)
-    raise ModelError(_not_found(name, path))
+    raise ModelError(not_found_message(name, path))
 
 
 @dataclass(frozen=True)
@@ -154,15 +145,15 @@ class PipelineFiles:
         """Return what identifies the base: the hub's commit, or hashes of its files."""
         identity: dict[str, Any] = {"kind": self.source.kind, "name": self.source.name}
         if self.source.kind == "hub":
-            return {**identity, "method": "commit", "commit": _commit(self.source, INDEX)}
+            return {**identity, "method": "commit", "commit": hub_commit(self.source, INDEX)}
         weights = sorted(self.folder.glob("*/*.safetensors"))
         whole = sum(path.stat().st_size for path in weights) <= HASH_LIMIT
         files = {
-            str(path.relative_to(self.folder)): _sha256(path) if whole else _header_sha256(path)
+            str(path.relative_to(self.folder)): sha256(path) if whole else header_sha256(path)
             for path in weights
         }
         configs = [self.folder / INDEX, *sorted(self.folder.glob("*/*.json"))]
-        files |= {str(path.relative_to(self.folder)): _sha256(path) for path in configs}
+        files |= {str(path.relative_to(self.folder)): sha256(path) for path in configs}
         return {**identity, "method": "sha256" if whole else "sha256-of-headers", "files": files}
 
 
@@ -229,7 +220,7 @@ def download_weights(files: PipelineFiles, variant: str | None = None) -> Pipeli
 
     options = {"revision": files.source.revision} if files.source.revision else {}
     options |= {"variant": variant} if variant else {}
-    folder = _call(files.source, DiffusionPipeline.download, {**options, "use_safetensors": True})
+    folder = call_loader(files.source, DiffusionPipeline.download, {**options, "use_safetensors": True})
     return dataclasses.replace(files, folder=Path(folder))
 
 
@@ -317,7 +308,7 @@ def _load_part(
     kind = _class(files.index[name])
     place = ModelSource(f"{files.source.name}/{name}", "folder", str(files.folder / name))
     if not issubclass(kind, nn.Module):
-        return _call(place, kind.from_pretrained, {})
+        return call_loader(place, kind.from_pretrained, {})
     options: dict[str, Any] = {
         "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype": dtype,
         "use_safetensors": True,
@@ -328,6 +319,6 @@ def _load_part(
             options["variant"] = variant
         else:
             say(f"{name} has no files of model.variant={variant}; its plain ones are loaded.")
-    model, info = _call(place, kind.from_pretrained, options)
-    _check_loaded(place, info)
+    model, info = call_loader(place, kind.from_pretrained, options)
+    check_loaded(place, info)
     return model.to(device).eval().requires_grad_(False)

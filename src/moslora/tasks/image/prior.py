@@ -10,7 +10,7 @@ from typing import Any
 
 from moslora.errors import UsageError
 from moslora.files import replaced_file, write_text
-from moslora.models.loading import read_json
+from moslora.models.names import read_json
 from moslora.tasks.image.folders import SUFFIXES, Folder
 
 __all__ = ["ClassPictures"]

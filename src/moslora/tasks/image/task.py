@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.distributed import launched
 from moslora.errors import UsageError
-from moslora.models.loading import ModelSource, default_device
+from moslora.models.loading import default_device
+from moslora.models.names import ModelSource
 from moslora.recipe.schema import ImageRecipe
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.image import adapters, checks, preview

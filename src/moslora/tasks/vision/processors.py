@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.compat.processors import multimodal_token_types
 from moslora.errors import UsageError
-from moslora.models.loading import _call
+from moslora.models.loading import call_loader
 
 if TYPE_CHECKING:
-    from moslora.models.loading import ModelSource
+    from moslora.models.names import ModelSource
 
 __all__ = [
     "IMAGE",
@@ -73,7 +73,7 @@ def load_processor(source: ModelSource, options: Mapping[str, Any]) -> Any:
     """Load a model's processor: transformers' own, without its part for videos if torchvision is not installed.
 
     Args:
-        source: From ``resolve_model`` or ``materialise``.
+        source: From ``resolve_model`` or ``materialize``.
         options: Of ``from_pretrained``: ``revision``, ``trust_remote_code``.
 
     Returns:
@@ -87,11 +87,11 @@ def load_processor(source: ModelSource, options: Mapping[str, Any]) -> Any:
     from moslora.compat.processors import without_videos
 
     if importlib.util.find_spec("torchvision") is None:
-        config = _call(source, AutoConfig.from_pretrained, dict(options))
+        config = call_loader(source, AutoConfig.from_pretrained, dict(options))
         kind = without_videos(config)
         if kind is not None:
-            return _call(source, kind.from_pretrained, dict(options))
-    return _call(source, AutoProcessor.from_pretrained, dict(options))
+            return call_loader(source, kind.from_pretrained, dict(options))
+    return call_loader(source, AutoProcessor.from_pretrained, dict(options))
 
 
 # --- Rendering ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from moslora.data.shapes import Example
 from moslora.data.splitting import prompt_of
 from moslora.data.tokenization import Encoded
 from moslora.errors import ModelError, UsageError
-from moslora.models.loading import _call
+from moslora.models.loading import call_loader
 from moslora.recipe.schema import VisionRecipe
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.language import LanguageTask, judge_answer, show_data
@@ -143,7 +143,7 @@ class VisionTask(LanguageTask):
         options: dict[str, Any] = {"trust_remote_code": self.recipe.model.trust_remote_code}
         if source.revision:
             options["revision"] = source.revision
-        kind = _call(source, AutoConfig.from_pretrained, options).model_type
+        kind = call_loader(source, AutoConfig.from_pretrained, options).model_type
         if kind not in PROCESSOR_FAMILIES:
             raise ModelError(
                 f"{source.name} is of the family {kind!r}; task=vision was tested on "

@@ -1,0 +1,124 @@
+"""Detect the format of an adapter, and read it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from moslora.adapters.factors import Adapter
+from moslora.adapters.formats import (
+    diffusers,
+    kohya,
+    lora,
+    native,
+    official,
+    paddle,
+    pipeline,
+    pipeline_checkpoint,
+)
+from moslora.adapters.formats.directory import CONFIG, WEIGHTS, read_config
+from moslora.adapters.formats.table import FORMATS
+from moslora.adapters.formats.tensors import read_whole_header
+from moslora.errors import AdapterError, UsageError
+
+__all__ = ["detect", "read_adapter"]
+
+
+TYPES = {lora.PEFT_TYPE: "lora", native.PEFT_TYPE: "native"}
+# What diffusers names a file that it saves into a directory; the authors' SDXL script saved so too.
+IMAGE_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def detect(path: Path) -> str:
+    """Tell the format of an adapter.
+
+    Args:
+        path: Its directory, or its file where it is a single one.
+
+    Returns:
+        A key of ``FORMATS``.
+
+    Raises:
+        AdapterError: If it is not an adapter, or of another method.
+    """
+    if path.is_file():
+        return _detect_file(path)
+    if (path / paddle.CONFIG).is_file() and not (path / CONFIG).exists():
+        return "paddle"
+    if not (path / CONFIG).exists():
+        parts = pipeline.folders(path)
+        kinds = {name: detect(folder) for name, folder in parts.items()}
+        if len(set(kinds.values())) > 1:
+            raise AdapterError(f"{path} has adapters of several formats, {kinds}. Convert them one by one.")
+        if kinds:
+            return next(iter(kinds.values()))
+        if (path / IMAGE_WEIGHTS).is_file():
+            beside = path / pipeline_checkpoint.FOLDER
+            mixers = f", or with its mixers {beside}" if beside.is_dir() else ""
+            raise AdapterError(
+                f"{path} is a directory of diffusers; give its file, {path / IMAGE_WEIGHTS}{mixers}."
+            )
+    found = read_config(path)["peft_type"]
+    if found not in TYPES:
+        known = ", ".join(sorted(TYPES))
+        raise AdapterError(f"{path} is an adapter of type {found}; only {known} can be read.")
+    return "official" if TYPES[found] == "lora" and official.carries_mixer(path) else TYPES[found]
+
+
+def _detect_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        raise AdapterError(f"{path} is GGUF, which is written here but not read. Give what it was made from.")
+    if path.name in (CONFIG, WEIGHTS, official.PICKLED):
+        raise AdapterError(
+            f"{path} is a file; give the adapter's directory, {path.parent}, which holds {CONFIG}."
+        )
+    if path.suffix != ".safetensors":
+        raise AdapterError(
+            f"{path} is a file; an adapter is a directory, or one .safetensors file of diffusers or kohya. "
+            "Pickles (.pt, .ckpt) are not opened."
+        )
+    names = list(read_whole_header(path).tensors)
+    if kohya.is_kohya(names):
+        return "kohya"
+    if diffusers.is_diffusers(names):
+        return "diffusers"
+    if any(".moslora_" in name for name in names):
+        raise AdapterError(
+            f"{path} has factors of MoSLoRA, but not the name of the model that they are for, as {names[0]!r}. Save "
+            "it with moslora.save_for_diffusers(folder, unet=unet) or the pipeline's save_lora_weights, or a PeftModel "
+            "with save_pretrained."
+        )
+    example = f", as {names[0]!r}" if names else ""
+    raise AdapterError(
+        f"{path} has no names of diffusers' or kohya's LoRA files{example}. If it belongs to a PEFT adapter, give the "
+        f"directory with its {CONFIG}."
+    )
+
+
+def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
+    """Read an adapter of any format that is read.
+
+    Args:
+        path: Its directory, or its file where it is a single one.
+        alpha: The ``lora_alpha`` that it was trained with, for a file that does not say it; the scale of a module is
+            then alpha ÷ its rank.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterError: If it cannot be read or trusted, or says its alpha itself and one is given; the message says what
+            to do.
+        UsageError: If ``alpha`` is not a finite number other than 0.
+    """
+    path = Path(path)
+    found = detect(path)
+    read = FORMATS[found].read
+    assert read is not None, "what is detected is read"
+    if alpha is None:
+        return read(path)
+    if not math.isfinite(alpha) or alpha == 0:
+        raise UsageError(f"alpha={alpha!r} is not an alpha; it must be a finite number other than 0.")
+    if not FORMATS[found].takes_alpha:
+        raise AdapterError(f"{path} is {found}, whose configuration says its alpha. Leave --alpha out.")
+    return read(path, alpha)
