@@ -20,15 +20,6 @@ from moslora.compat import hooks
 PACKAGE = Path(__file__).parents[1] / "src" / "moslora"
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 COMPAT = [module for module in MODULES if module.startswith("compat.") and not module.endswith("__init__")]
-# Modules that reach into a library today, to be emptied as their parts move to compat.
-PENDING = {
-    "adapters.formats.through_diffusers",
-    "comparison.together",
-    "distributed",
-    "evaluation.lm_eval",
-    "memory.plan",
-    "models.loading",
-}
 
 
 def is_private(name: str) -> bool:
@@ -166,9 +157,6 @@ def test_only_compat_reaches_into_other_libraries(module: str) -> None:
     found += [
         f"{where}:{line} changes os.environ for good" for line in environment_that_stays(parsed(module))
     ]
-    if module in PENDING:
-        assert found, f"{module} reaches into nothing any more: take it out of PENDING"
-        pytest.xfail("\n".join(found))
     assert not found, "move to moslora/compat, with its reason and versions:\n" + "\n".join(found)
 
 
@@ -229,8 +217,6 @@ PATCHES = re.compile(r"peft\.patches$")
 
 @pytest.mark.parametrize("module", COMPAT)
 def test_every_entry_says_in_which_versions_it_was_seen(module: str) -> None:
-    if module in PENDING:
-        pytest.xfail("to be written")
     tree = parsed(module)
     assert ast.get_docstring(tree), module
     for node in functions_and_classes(tree):

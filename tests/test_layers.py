@@ -31,6 +31,9 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "adapters": (1, {"torch", "safetensors"}),
     "tuner": (2, {"torch", "safetensors", "peft", "transformers"}),
     "compat.torch": (0, {"torch"}),
+    "compat.accelerate": (0, set()),  # these import nothing when they are imported
+    "compat.diffusers_loading": (0, set()),
+    "compat.gguf_loading": (0, set()),
     "compat": (2, {"torch", "safetensors", "peft", "transformers"}),
     "__init__": (2, set()),  # nothing below imports the root
     "recipe": (3, YAML),

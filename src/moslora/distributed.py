@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from moslora.compat.accelerate import leave_launcher
+
 __all__ = ["Team", "environment_alone", "is_first", "launched", "refuse_sharding"]
 
 # What the first process does alone, as measuring a large model, may take days; whoever launched ends those left behind.
@@ -142,13 +144,10 @@ class Team:
         """Part, once all are here: from now on each process is one alone, to itself and to those that it starts."""
         if self.size == 1:
             return
-        from accelerate.state import AcceleratorState
         from torch import distributed
 
         self.wait()
         if not self._made:
             return
         distributed.destroy_process_group()
-        for name in os.environ.keys() - environment_alone().keys():
-            del os.environ[name]
-        AcceleratorState._reset_state(reset_partial_state=True)
+        leave_launcher(os.environ.keys() - environment_alone().keys())

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moslora.compat.accelerate import accumulation_state, set_accumulation_state
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -36,7 +38,6 @@ class Surroundings:
 
         import numpy
         import torch
-        from accelerate.state import GradientState
 
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return cls(
@@ -44,7 +45,7 @@ class Surroundings:
             cuda,
             random.getstate(),
             numpy.random.get_state(),
-            dict(GradientState._shared_state),
+            accumulation_state(),
         )
 
     def install(self) -> None:
@@ -53,15 +54,13 @@ class Surroundings:
 
         import numpy
         import torch
-        from accelerate.state import GradientState
 
         torch.set_rng_state(self.torch_state)
         if self.cuda_states:
             torch.cuda.set_rng_state_all(self.cuda_states)
         random.setstate(self.python_state)
         numpy.random.set_state(self.numpy_state)
-        GradientState._shared_state.clear()
-        GradientState._shared_state.update(self.accumulation)
+        set_accumulation_state(self.accumulation)
 
     @contextlib.contextmanager
     def stream(self, device: torch.device) -> Iterator[None]:

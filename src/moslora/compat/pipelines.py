@@ -23,6 +23,8 @@ __all__ = ["latent_image_ids", "pack_latents", "unpack_latents"]
 def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
     """Arrange latents as FLUX's transformer takes them.
 
+    Seen in diffusers 0.38.
+
     Args:
         pipeline: A ``FluxPipeline``.
         latents: ``(rows, channels, height, width)``; height and width are even.
@@ -36,6 +38,8 @@ def pack_latents(pipeline: Any, latents: Tensor) -> Tensor:
 
 def unpack_latents(pipeline: Any, packed: Tensor, height: int, width: int) -> Tensor:
     """Undo ``pack_latents``.
+
+    Seen in diffusers 0.38.
 
     Args:
         pipeline: A ``FluxPipeline``.
@@ -53,6 +57,8 @@ def unpack_latents(pipeline: Any, packed: Tensor, height: int, width: int) -> Te
 
 def latent_image_ids(pipeline: Any, latents: Tensor) -> Tensor:
     """Return the positions of packed latents.
+
+    Seen in diffusers 0.38.
 
     Args:
         pipeline: A ``FluxPipeline``.

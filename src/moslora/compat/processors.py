@@ -11,6 +11,8 @@ __all__ = ["multimodal_token_types", "without_videos"]
 def without_videos(config: Any) -> Any:
     """Make a class of processors that has no part for videos, for models whose own needs torchvision for it.
 
+    Seen in transformers 5.23.
+
     The class is a subclass of the model's own with its name; everything about text and pictures is the model's own.
 
     - Private: the table ``PROCESSOR_MAPPING``; ``ProcessorMixin.get_attributes`` and ``from_args_and_dict``, which are
@@ -62,6 +64,8 @@ class _WithoutVideos:
 
 def multimodal_token_types(processor: Any, ids: Sequence[int]) -> list[int]:
     """Return the type of each token: 0 for text, 1 for a picture's.
+
+    Seen in transformers 5.23.
 
     - Private: ``ProcessorMixin.create_mm_token_type_ids``, which processors call but transformers does not document.
     - Without it: positions of pictures' tokens in Qwen-VL and Gemma 3 are wrong, silently.

@@ -17,6 +17,8 @@ TRAINER_FIELDS = ("log_probs", "entropy", "is_top1")
 def fuse_head_in_float32(model: nn.Module) -> None:
     """Replace the forward of TRL's fused head by one that computes the head's product in float32.
 
+    Seen in trl 1.16.
+
     ``SFTTrainer`` adds the fused head to the base model, before PEFT wraps it; the head's weight is float32 only later.
     The fused head reads that weight directly, so the module's hooks do not convert its inputs.
 
@@ -35,6 +37,8 @@ def fuse_head_in_float32(model: nn.Module) -> None:
 
 def collate_padding_free(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """Make a padding-free batch, as ``SFTTrainer`` does.
+
+    Seen in trl 1.16.
 
     - Private: ``trl.trainer.sft_trainer.DataCollatorForLanguageModeling``, which is not exported by ``trl``.
     - Without it: the check whether padding-free batches are exact would check other batches than those trained on.

@@ -167,23 +167,22 @@ class Harness:
         Raises:
             ValueError: If a task's data cannot be had.
         """
-        import logging
-
-        from lm_eval import evaluator, simple_evaluate
+        from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being handed a model
-        # It asks git for a hash, unused here, and git complains aloud outside a repository.
-        evaluator.get_git_commit_hash = lambda: None
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        from moslora.compat.lm_eval import quiet_lm_eval
+
+        with quiet_lm_eval():
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
         if lm.model is not model:
             raise ValueError(
                 "lm-eval runs another model than it was given; this version of it is not usable."
             )
         try:
-            found = simple_evaluate(
-                lm, tasks=list(self.names), limit=self.limit, task_manager=self.manager, log_samples=True
-            )
+            with quiet_lm_eval():
+                found = simple_evaluate(
+                    lm, tasks=list(self.names), limit=self.limit, task_manager=self.manager, log_samples=True
+                )
         except (OSError, ConnectionError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"lm-eval could not get the data of {', '.join(self.names)}: {first}") from error

@@ -53,7 +53,8 @@ def count_step(
         PlanError: If the model's code asks for values that are not there.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moslora.compat.tracing import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), _without_values(model), _training(model, checkpointing):
         for parameter in model.parameters() if accumulating else ():
@@ -188,17 +189,15 @@ def _dropped(p: float, x: torch.Tensor) -> torch.Tensor:
 
 def _live_bytes(model: nn.Module) -> Any:
     """Return a mode that counts the bytes of tensors made under it while they live; ``.peak`` is the most."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+    from moslora.compat.tracing import EveryTensor
 
-    class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class LiveBytes(EveryTensor):  # type: ignore[no-untyped-call]
         def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
+            super().__init__(lambda tensor: self.note(tensor.untyped_storage()))
             self.now = self.peak = 0
             grads = [p.grad for p in model.parameters() if p.grad is not None]
-            there = (*model.parameters(), *model.buffers(), *grads)
-            self.known = weakref.WeakKeyDictionary({t.untyped_storage(): True for t in there})
+            existing = (*model.parameters(), *model.buffers(), *grads)
+            self.known = weakref.WeakKeyDictionary({t.untyped_storage(): True for t in existing})
 
         def note(self, storage: torch.UntypedStorage) -> None:
             if storage in self.known:
@@ -211,12 +210,5 @@ def _live_bytes(model: nn.Module) -> Any:
 
         def forget(self, size: int) -> None:
             self.now -= size
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = function(*args, **(kwargs or {}))
-            for leaf in tree_leaves(made):
-                if isinstance(leaf, torch.Tensor):
-                    self.note(leaf.untyped_storage())
-            return made
 
     return LiveBytes()

@@ -6,13 +6,13 @@ Nothing here opens a pickle, and a load that leaves a weight at its random start
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.compat.gguf_loading import no_gguf_bar
 from moslora.distributed import launched
 from moslora.errors import ModelError
 from moslora.models.names import ModelSource
@@ -46,21 +46,15 @@ def default_device() -> str:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and load reports inside the block, and only there."""
-    from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # The GGUF loader takes its bar from tqdm itself, so transformers' switch does not reach it.
-    bar = getattr(gguf_loader, "tqdm", None)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if bar is not None:
-        gguf_loader.tqdm = functools.partial(bar, disable=True)
     try:
-        yield
+        with no_gguf_bar():
+            yield
     finally:
-        if bar is not None:
-            gguf_loader.tqdm = bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

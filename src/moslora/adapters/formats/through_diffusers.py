@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats import skeleton
 from moslora.adapters.formats.pipeline import by_component, name_clip
+from moslora.compat.diffusers_loading import lora_config_of
 
 __all__ = ["is_installed", "understood", "with_paths_of"]
 
@@ -64,7 +65,6 @@ def understood(
         AdapterError: If diffusers passed over a tensor.
     """
     from diffusers.loaders.peft import PeftAdapterMixin
-    from diffusers.utils import peft_utils
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 
     class Model(nn.Module, PeftAdapterMixin):  # type: ignore[misc]
@@ -95,9 +95,7 @@ def understood(
                 k.removeprefix(prefix): v for k, v in (metadata or {}).items() if k.startswith(prefix)
             }
             ranks = {key: t.shape[1] for key, t in own.items() if key.endswith(".lora_B.weight")}
-            config = peft_utils._create_lora_config(
-                own, own_alphas or None, own_metadata or None, ranks, is_unet=False
-            )
+            config = lora_config_of(own, own_alphas or None, own_metadata or None, ranks)
             found = dict(skeleton.load_with_peft(config, own, part).modules)
         modules.update({f"{component}.{path}": factors for path, factors in found.items()})
     reader = f"diffusers {importlib.metadata.version('diffusers')}"
