@@ -125,6 +125,11 @@ def test_every_module_has_a_floor():
     assert not homeless, f"add {homeless} to FLOORS in tests/test_layers.py and to the tree in README.md"
 
 
+def test_no_file_is_longer_than_a_head_can_hold():
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
+    assert not {module: length for module, length in lengths.items() if length > 500}
+
+
 def test_no_arrow_points_up_and_none_in_a_circle():
     graph: dict[str, set[str]] = {module: set() for module in MODULES}
     for module, path in MODULES.items():

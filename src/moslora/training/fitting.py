@@ -22,6 +22,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
     """Train, from the newest complete checkpoint if there is one."""
     from transformers import PrinterCallback
 
+    from moslora.compat.trainer import load_checkpoint
     from moslora.training import callbacks
 
     directory, team = run.directory, run.team
@@ -64,7 +65,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
                 run.display.say(f"{team.size} processes train together: {a_step * team.size} rows to a step.")
             if checkpoint and 0 < trainer.args.max_steps <= checkpoint.step:
                 # The trainer would take one more step before it looks whether enough were taken.
-                trainer._load_from_checkpoint(str(checkpoint.path))
+                load_checkpoint(trainer, checkpoint.path)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if number := run.stop.agreed():
