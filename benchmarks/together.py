@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from moslora.comparison.lanes import Surroundings
 from moslora.comparison.methods import METHODS
-from moslora.comparison.together import share, train_together
+from moslora.comparison.together import share_weights, train_together
 from moslora.display import Display
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
@@ -70,7 +70,7 @@ class Trainings:
                 update={"seed": seed, "trainer": {**task.recipe.trainer, "seed": seed, "data_seed": seed}}
             )
             config = METHODS["moslora"].configure(task.recipe.adapter)
-            trainers.append(own.build_trainer(share(base), config, scratch, [Gate(holds=seed == 0)]))
+            trainers.append(own.build_trainer(share_weights(base), config, scratch, [Gate(holds=seed == 0)]))
             trainers[-1].remove_callback(PrinterCallback)
             surroundings.append(Surroundings.now())
 

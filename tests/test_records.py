@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moslora.data.files import READERS, Records, read_records
+from moslora.data.files import FILE_READERS, Records, read_records
 from moslora.data.shapes import DATA_FORMATS, Example, Message, to_examples
 from moslora.data.splitting import overlap, split_heldout
 from moslora.errors import DataError
@@ -60,7 +60,7 @@ def error(*rows, format="auto") -> str:
 # ---- files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", FILE_READERS)
 def test_every_format_holds_the_same_rows(tmp_path, suffix):
     import hashlib
 
@@ -160,7 +160,7 @@ def test_five_faults_are_shown_and_the_rest_counted(tmp_path):
 
 
 @given(
-    st.sampled_from(sorted(READERS)),
+    st.sampled_from(sorted(FILE_READERS)),
     st.binary(max_size=60) | st.text('[]{}",:\\u\n\tNaN1e.').map(str.encode),
     st.data(),
 )

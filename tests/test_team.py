@@ -212,6 +212,6 @@ def test_a_process_to_be_alone_is_told_nothing_of_others(monkeypatch: pytest.Mon
 
 def test_a_process_alone_waits_for_nobody() -> None:
     team = Team.join()
-    assert team.first and team.size == 1 and team.share("x") == "x" and team.largest(3) == 3
+    assert team.is_main_process and team.size == 1 and team.broadcast("x") == "x" and team.maximum(3) == 3
     team.wait()
-    team.leave()
+    team.shut_down()

@@ -12,7 +12,7 @@ import torch
 import tiny
 from moslora.comparison.lanes import CannotShare, Surroundings
 from moslora.comparison.methods import METHODS
-from moslora.comparison.together import share, train_together
+from moslora.comparison.together import share_weights, train_together
 from moslora.display import Display
 from moslora.recipe.loading import load_recipe
 from moslora.tasks.text.task import TextTask
@@ -110,7 +110,7 @@ def together(task: TextTask, cells: list[Cell], out: Path) -> list[Any]:
     base = task.load()
     trainers, surroundings = [], []
     for cell in cells:
-        trainers.append(make(task, share(base), cell, out))
+        trainers.append(make(task, share_weights(base), cell, out))
         surroundings.append(Surroundings.now())
     errors = train_together(base, trainers, surroundings)
     assert errors == [None] * len(cells)
@@ -166,7 +166,7 @@ def test_a_cell_whose_trainer_fails_leaves_the_others_alone(world, tmp_path, in_
     base = task.load()
     trainers, surroundings = [], []
     for cell in CELLS[:3]:
-        trainers.append(make(task, share(base), cell, tmp_path))
+        trainers.append(make(task, share_weights(base), cell, tmp_path))
         surroundings.append(Surroundings.now())
     step = trainers[1].create_optimizer
 
@@ -197,7 +197,7 @@ def test_the_base_and_the_random_state_are_what_they_were(world, tmp_path):
     kinds = [type(module) for module in base.modules()]
     trainers, surroundings = [], []
     for cell in CELLS[:2]:
-        trainers.append(make(task, share(base), cell, tmp_path))
+        trainers.append(make(task, share_weights(base), cell, tmp_path))
         surroundings.append(Surroundings.now())
     torch.manual_seed(11)
     state = torch.get_rng_state()
@@ -215,7 +215,7 @@ def refused(task: TextTask, cells: list[Cell], out: Path, base: Any = None) -> s
     base = task.load() if base is None else base
     trainers, surroundings = [], []
     for cell in cells:
-        trainers.append(make(task, share(base), cell, out))
+        trainers.append(make(task, share_weights(base), cell, out))
         surroundings.append(Surroundings.now())
     with pytest.raises(CannotShare) as said:
         train_together(base, trainers, surroundings)
@@ -270,4 +270,4 @@ def test_a_model_whose_forward_was_replaced_is_not_copied(world):
     inner = mlp.forward
     mlp.forward = lambda x: inner(x)
     with pytest.raises(CannotShare, match="replaced"):
-        share(base)
+        share_weights(base)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from moslora.compat.accelerate import leave_launcher
 
-__all__ = ["Team", "environment_alone", "is_first", "launched", "refuse_sharding"]
+__all__ = ["Team", "environment_alone", "in_main_process", "launched", "refuse_sharding"]
 
 # What the first process does alone, as measuring a large model, may take days; whoever launched ends those left behind.
 PATIENCE = timedelta(days=30)
@@ -30,7 +30,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first() -> bool:
+def in_main_process() -> bool:
     """Return whether this process is the first of those launched, or alone."""
     return launched() == 1 or os.environ["RANK"] == "0"
 
@@ -103,11 +103,11 @@ class Team:
         return cls(distributed.get_rank(), distributed.get_world_size(), group, made)
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that does all that is done once."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return what the first process gave here.
 
         Args:
@@ -121,7 +121,7 @@ class Team:
         distributed.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
-    def largest(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         """Return the largest number that any process gave here.
 
         Args:
@@ -138,9 +138,9 @@ class Team:
 
     def wait(self) -> None:
         """Wait until all processes are here."""
-        self.largest(0)
+        self.maximum(0)
 
-    def leave(self) -> None:
+    def shut_down(self) -> None:
         """Part, once all are here: from now on each process is one alone, to itself and to those that it starts."""
         if self.size == 1:
             return

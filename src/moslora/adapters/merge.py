@@ -34,7 +34,7 @@ __all__ = ["MergeProof", "merge"]
 LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
 BLOCK = 1 << 19  # entries of a weight in memory at once; small enough for a processor's cache
 PROOF_BLOCKS = 4  # of 1/8 BLOCK, evenly over each weight, that are read again
-KEPT = 0.9  # share of ΔW below which rounding has lost enough of it to warn
+LEAST_SURVIVING = 0.9  # share of ΔW below which rounding has lost enough of it to warn
 
 
 @dataclass(frozen=True)

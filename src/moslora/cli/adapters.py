@@ -137,7 +137,7 @@ def merge(
     """
 
     def action() -> None:
-        from moslora.adapters.merge import KEPT
+        from moslora.adapters.merge import LEAST_SURVIVING
         from moslora.adapters.merge import merge as merge_into
 
         proof = merge_into(base, adapter, out, lambda line: print(line, file=sys.stderr))
@@ -153,7 +153,7 @@ def merge(
             f"{proof.max_relative_error:.1e}; each entry within its rounding (at worst {proof.error_ratio:.2f} of it, "
             f"in {proof.worst_module})."
         )
-        if proof.least_kept < KEPT:
+        if proof.least_kept < LEAST_SURVIVING:
             print(
                 f"Rounding to the base's dtype kept {proof.least_kept:.0%} of ΔW in {proof.least_kept_module}: it is "
                 "small beside the weights. To keep it all, merge into the base in float32, or ship the adapter."

@@ -54,18 +54,18 @@ def groups_table(found: Inspection) -> Table:
     """Lay out medians by kind of module, leaving out what no module has."""
     from rich.table import Table
 
-    from moslora.reports.inspection import shown
+    from moslora.reports.inspection import figure_or_dash
 
     columns = {
         "modules": [str(group.modules) for group in found.groups],
         "rank": [str(group.rank) for group in found.groups],
-        "eff. rank": [shown(group.effective_rank) for group in found.groups],
-        "‖ΔW‖": [shown(group.norm) for group in found.groups],
-        "÷ ‖W0‖": [shown(group.relative_norm) for group in found.groups],
-        "M - I": [shown(group.from_identity) for group in found.groups],
-        "M - orth.": [shown(group.from_orthogonal) for group in found.groups],
-        "moved": [shown(group.moved) for group in found.groups],
-        "‖MA‖/‖A‖": [shown(group.mixed_scale) for group in found.groups],
+        "eff. rank": [figure_or_dash(group.effective_rank) for group in found.groups],
+        "‖ΔW‖": [figure_or_dash(group.norm) for group in found.groups],
+        "÷ ‖W0‖": [figure_or_dash(group.relative_norm) for group in found.groups],
+        "M - I": [figure_or_dash(group.from_identity) for group in found.groups],
+        "M - orth.": [figure_or_dash(group.from_orthogonal) for group in found.groups],
+        "moved": [figure_or_dash(group.moved) for group in found.groups],
+        "‖MA‖/‖A‖": [figure_or_dash(group.mixed_scale) for group in found.groups],
     }
     told = {name: cells for name, cells in columns.items() if any(cell != "–" for cell in cells)}
     table = Table(box=None, header_style="bold")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moslora.comparison.lanes import CannotShare, Surroundings
 from moslora.comparison.methods import Method
 from moslora.comparison.plan import Comparison, Planned
-from moslora.comparison.together import share, train_together
+from moslora.comparison.together import share_weights, train_together
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
@@ -44,7 +44,7 @@ class Bench:
         self.plan, self.task, self.display, self.stop = plan, task, display, stop
         self.model: Any = task.load()
         self.fingerprint = _fingerprint(self.model)
-        self.alone: set[str] = set()  # methods that were seen not to share the base
+        self.alone: set[str] = set()  # methods that were seen to be unable to share the base
 
     def measure_base(self) -> dict[str, list[float]]:
         """Measure the untrained base on validation and held-out examples."""
@@ -105,7 +105,7 @@ class Bench:
         surroundings = []
         for cell in cells:
             try:
-                made[cell] = self._make(share(self.model), *cell, shows=not made)
+                made[cell] = self._make(share_weights(self.model), *cell, shows=not made)
             except (Stopped, KeyboardInterrupt, CannotShare):
                 raise
             except Exception as error:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-SCHEMA_VERSION = 1
+COMPARISON_SCHEMA_VERSION = 1
 # Examples set aside to choose a learning rate by.
 VALIDATION = 64
 # Tried where the user names no rates: these times the recipe's.
@@ -244,7 +244,11 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
             done = sum(plan.cell_file(*cell).exists() for cell in plan.cells)
             display.say(f"Going on with {folder}: {done} of {len(plan.cells)} cells are finished.")
         else:
-            about = {"schema_version": SCHEMA_VERSION, "command": command, "hardware": collect_hardware()}
+            about = {
+                "schema_version": COMPARISON_SCHEMA_VERSION,
+                "command": command,
+                "hardware": collect_hardware(),
+            }
             document = {**about, "versions": collect_versions(), "identity": identity}
             write_text(record, json.dumps(document, indent=2, ensure_ascii=False))
             display.say(f"Comparison: {folder}")

@@ -28,14 +28,14 @@ from moslora.comparison.lanes import CannotShare, Lane, Surroundings
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["share", "train_together"]
+__all__ = ["share_weights", "train_together"]
 
 # Largest difference of a cell's gradients to those alone, relative to their norm: only the order of sums differs, and
 # in low precision where they are rounded. A mask, row or scale that is not its own is off by tenths.
 SAME_GRADIENTS = {"float32": 1e-3, "float64": 1e-9, "float16": 2e-2, "bfloat16": 5e-2}
 
 
-def share(model: nn.Module) -> Any:
+def share_weights(model: nn.Module) -> Any:
     """Make a model of the same weights: its modules are new, its parameters and buffers are the very same.
 
     Args:
@@ -61,7 +61,7 @@ def train_together(
 
     Args:
         base: The frozen model. It is only read.
-        trainers: Of ``tasks.text``, each made over its own ``share(base)``, none of them run yet.
+        trainers: Of ``tasks.text``, each made over its own ``share_weights(base)``, none of them run yet.
         surroundings: For each trainer those that were there when it was ready: ``Surroundings.now()``.
 
     Returns:
@@ -137,7 +137,7 @@ class _Conductor:
         self.lanes = list(lanes)
         self.layout = Layout()
         self.models = {id(lane): unwrapped(lane.trainer.model) for lane in lanes}
-        self.carrier: Any = share(base)
+        self.carrier: Any = share_weights(base)
         self.carrier.train()
         self.stand_ins: list[tuple[nn.Module, nn.Module, nn.Module]] = []
         own: dict[str, dict[int, nn.Module]] = {}

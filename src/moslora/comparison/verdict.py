@@ -24,7 +24,7 @@ __all__ = ["Cell", "Contrast", "MethodResult", "Verdict", "foresee", "judge"]
 
 LEVEL = 0.95
 # A rate belongs to the stable range if it keeps this much of the best rate's improvement over the base.
-KEPT = 0.9
+LEAST_IMPROVEMENT = 0.9
 
 Status = Literal["done", "diverged", "crashed"]
 
@@ -290,7 +290,7 @@ def _stable(cells: Sequence[Cell], best: float | None, base: float) -> tuple[flo
     curve = _curve(cells)
     if best is None or curve[best] >= base:
         return None  # nothing was improved, so there is nothing to keep
-    allowed = base - KEPT * (base - curve[best])
+    allowed = base - LEAST_IMPROVEMENT * (base - curve[best])
     rates = sorted({cell.learning_rate for cell in cells})
     low = high = rates.index(best)
     while low > 0 and curve.get(rates[low - 1], float("inf")) <= allowed:

@@ -22,9 +22,9 @@ from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
 from moslora.wording import did_you_mean, nearest
 
-__all__ = ["READERS", "Records", "read_records"]
+__all__ = ["FILE_READERS", "Records", "read_records"]
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BOM = b"\xef\xbb\xbf"
 
 # Suffixes that are known and not supported: why, and what to do instead.
@@ -159,7 +159,7 @@ def _read_parquet(file: BinaryIO, faults: Faults) -> _Rows:
         faults.add(f"after row {number}" if number else "", f"not readable as Parquet: {problem}")
 
 
-READERS: dict[str, Callable[[BinaryIO, Faults], _Rows]] = {
+FILE_READERS: dict[str, Callable[[BinaryIO, Faults], _Rows]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
@@ -201,11 +201,11 @@ def read_records(source: str, split: str = "train", limit: int | None = None) ->
 
 def _read_file(path: Path, limit: int | None) -> Records:
     suffix = path.suffix.lower()
-    if suffix not in READERS:
+    if suffix not in FILE_READERS:
         reason = f": {REFUSED[suffix]}" if suffix in REFUSED else ""
-        hint = "" if reason else did_you_mean(suffix, READERS)
+        hint = "" if reason else did_you_mean(suffix, FILE_READERS)
         fault = f"files with {suffix or 'no extension'} are not supported{reason}"
-        raise DataError(str(path), [fault], f"Supported: {listed(READERS)}.{hint}")
+        raise DataError(str(path), [fault], f"Supported: {listed(FILE_READERS)}.{hint}")
     faults = Faults(str(path))
     rows: list[dict[str, Any]] = []
     places = []
@@ -214,7 +214,7 @@ def _read_file(path: Path, limit: int | None) -> Records:
         if not file.tell():
             raise DataError(str(path), ["the file is empty"], "Put at least one row into it.")
         file.seek(0)
-        for place, row in islice(READERS[suffix](file, faults), limit):
+        for place, row in islice(FILE_READERS[suffix](file, faults), limit):
             if isinstance(row, dict):
                 rows.append(row)
                 places.append(place)
@@ -233,8 +233,8 @@ def _locate(source: str, split: str) -> Path | None:
         return _file_of_split(path, split)
     if path.exists():
         return path
-    looks_like_file = path.suffix.lower() in {*READERS, *REFUSED} or path.parent.is_dir()
-    if HUB_ID.fullmatch(source) and not looks_like_file:
+    looks_like_file = path.suffix.lower() in {*FILE_READERS, *REFUSED} or path.parent.is_dir()
+    if DATASET_ID.fullmatch(source) and not looks_like_file:
         return None
     if not path.parent.is_dir():
         raise DataError(source, [f"there is no folder {path.parent}"], "Check the path.")
@@ -247,7 +247,7 @@ def _file_of_split(folder: Path, split: str) -> Path:
     # The hub's own layout names a single shard train-00000-of-00001.parquet.
     shard = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
     readable = sorted(
-        f for f in folder.iterdir() if f.suffix.lower() in READERS and not f.name.startswith(".")
+        f for f in folder.iterdir() if f.suffix.lower() in FILE_READERS and not f.name.startswith(".")
     )
     of_split = [f for f in readable if shard.fullmatch(f.stem)]
     if len(of_split) == 1:
@@ -261,7 +261,7 @@ def _file_of_split(folder: Path, split: str) -> Path:
             str(folder), [fault], f"Name a file itself, or rename one to {split}{readable[0].suffix}."
         )
     fault = "the folder is empty" if not any(folder.iterdir()) else "no file in the folder can be read"
-    raise DataError(str(folder), [fault], f"Put {split}.jsonl into it; supported: {listed(READERS)}.")
+    raise DataError(str(folder), [fault], f"Put {split}.jsonl into it; supported: {listed(FILE_READERS)}.")
 
 
 def _read_hub(source: str, split: str, limit: int | None) -> Records:

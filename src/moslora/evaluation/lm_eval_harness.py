@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["Harness", "TaskScores"]
 
 # Requests that the harness sends to the model at once.
-BATCH = 8
+HARNESS_BATCH = 8
 
 
 class TaskScores:
@@ -173,7 +173,7 @@ class Harness:
         from moslora.compat.lm_eval import quiet_lm_eval
 
         with quiet_lm_eval():
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=HARNESS_BATCH)
         if lm.model is not model:
             raise ValueError(
                 "lm-eval runs another model than it was given; this version of it is not usable."

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from moslora.display import Display
-from moslora.evaluation.commonsense.questions import REPORTED, TASKS
+from moslora.evaluation.commonsense.questions import COMMONSENSE_TASKS, REPORTED
 
 __all__ = ["Activity", "Measure", "Report", "show"]
 
@@ -141,7 +141,9 @@ def _show_measures(report: Report, protocol: str, display: Display) -> None:
             mean += [f"{tuned:.1%}", f"{tuned - base:+.1%}", "", ""]
         mean += [""] if unread else []
         own = [m.published for m in measures if m.published is not None]
-        rows.append([*mean, f"{fmean(own):.1f} %" + ("" if len(own) == len(TASKS) else " (these)")])
+        rows.append(
+            [*mean, f"{fmean(own):.1f} %" + ("" if len(own) == len(COMMONSENSE_TASKS) else " (these)")]
+        )
     display.table(f"{report.model}, protocol {protocol or report.protocol}", columns, rows)
 
 

@@ -124,7 +124,7 @@ def plan(
     wanted = settings.get("gradient_checkpointing", settings.get("activation_checkpointing", False))
     accumulation = int(settings.get("gradient_accumulation_steps", 1))
 
-    model, base = build(recipe, quantize)
+    model, base = build_adapted_model(recipe, quantize)
     weights = Weights.of(model)
     say(f"Counting a step of {weights.parameters / 1e9:.2f} billion parameters, on tensors without values …")
     activations = {
@@ -161,7 +161,7 @@ def plan(
 # --- The model, without weights -----------------------------------------------------------------------------
 
 
-def build(recipe: Recipe, quantize: str | None = None) -> tuple[nn.Module, str]:
+def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn.Module, str]:
     """Build the adapted model from its configuration, without weights.
 
     Args:

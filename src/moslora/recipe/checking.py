@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moslora.errors import RecipeError
-from moslora.recipe.field_types import check_fields, explain, fields_of, shown
+from moslora.recipe.field_types import check_fields, explain, fields_of, value_in_words
 from moslora.recipe.keys import UNFIT
 from moslora.recipe.paths import user_path
 from moslora.recipe.schema import (
@@ -42,7 +42,9 @@ def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe
     raw = {**raw, "adapter": _with_defaults(raw.get("adapter"), defaults), "trainer": raw.get("trainer", {})}
     if not isinstance(kind, str) or kind not in RECIPES:
         kinds = " or ".join(map(repr, RECIPES))
-        problems.append(f"task.kind is {shown(kind)}, but must be {kinds}.{did_you_mean(kind, RECIPES)}")
+        problems.append(
+            f"task.kind is {value_in_words(kind)}, but must be {kinds}.{did_you_mean(kind, RECIPES)}"
+        )
         raw["task"] = {**raw["task"], "kind": "text"}
         kind = "text"
     recipe = None

@@ -17,7 +17,7 @@ from moslora.recipe.keys import MANAGED, MISNAMED, MISSING
 from moslora.recipe.schema import RECIPES, SECTIONS_OF
 from moslora.wording import did_you_mean
 
-__all__ = ["check_fields", "convert", "explain", "fields_of", "shown"]
+__all__ = ["check_fields", "convert", "explain", "fields_of", "value_in_words"]
 
 
 def fields_of(config: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def check_fields(
             try:
                 checked[name] = convert(value, fields[name])
             except ValueError as error:
-                problems.append(f"{place} is {shown(value)}, but must be {error}")
+                problems.append(f"{place} is {value_in_words(value)}, but must be {error}")
     return checked
 
 
@@ -108,7 +108,7 @@ def _expected(hint: Any) -> str:
     return EXPECTED.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-KINDS: dict[type, str] = {
+TYPE_WORDS: dict[type, str] = {
     str: "a text",
     bool: "a truth value",
     int: "a whole number",
@@ -118,11 +118,11 @@ KINDS: dict[type, str] = {
 }
 
 
-def shown(value: Any) -> str:
+def value_in_words(value: Any) -> str:
     """Write a value and its type, for messages."""
     text = repr(value)
-    shown = text if len(text) <= 60 else text[:57] + "..."
-    return "null" if value is None else f"{shown} ({KINDS.get(type(value), type(value).__name__)})"
+    short = text if len(text) <= 60 else text[:57] + "..."
+    return "null" if value is None else f"{short} ({TYPE_WORDS.get(type(value), type(value).__name__)})"
 
 
 def _unknown(place: str, names: Iterable[str]) -> str:
@@ -151,15 +151,15 @@ def explain(found: Any, kind: str) -> str:
         case "missing":
             return f"{place} is missing; {MISSING[outer[0] if outer else name]}."
         case "model_type":
-            return f"{place} is {shown(value)}, but must be a mapping, or one name."
+            return f"{place} is {value_in_words(value)}, but must be a mapping, or one name."
         case "literal_error":
             choices = typing.get_args(model.model_fields[name].annotation)
             hint = did_you_mean(value, choices)
-            return f"{place} is {shown(value)}, but must be {found['ctx']['expected']}.{hint}"
+            return f"{place} is {value_in_words(value)}, but must be {found['ctx']['expected']}.{hint}"
         case "value_error":
-            return f"{place} is {shown(value)}, but must be {found['ctx']['error']}."
+            return f"{place} is {value_in_words(value)}, but must be {found['ctx']['error']}."
         case "string_type":
-            return f"{place} is {shown(value)}, but must be a text; put it in quotes."
+            return f"{place} is {value_in_words(value)}, but must be a text; put it in quotes."
     message = found["msg"].replace("dictionary", "mapping").replace("Input should", "it should")
     message = message.replace("String should", "it should")
-    return f"{place} is {shown(value)}; {message}."
+    return f"{place} is {value_in_words(value)}; {message}."

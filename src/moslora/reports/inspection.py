@@ -11,7 +11,7 @@ from moslora.adapters.inspection import Inspection
 from moslora.files import new_file
 from moslora.reports.page import render
 
-__all__ = ["shown", "write_page"]
+__all__ = ["figure_or_dash", "write_page"]
 
 # What is drawn: the figure's name, its title, and what it tells a reader.
 MAPS = (
@@ -47,7 +47,7 @@ def write_page(inspection: Inspection, out: Path) -> None:
         inspection=inspection,
         maps=maps,
         spectra=_spectra(inspection) if has_mixers else [],
-        shown=shown,
+        shown=figure_or_dash,
     )
     with new_file(out) as place:
         place.write_text(page, encoding="utf-8")
@@ -106,7 +106,7 @@ def _shared_beginning(layers: Sequence[str]) -> str:
     return f"{stem}." if stem and not stems else ""
 
 
-def shown(value: float | None) -> str:
+def figure_or_dash(value: float | None) -> str:
     """Return a figure with three significant digits.
 
     Args:

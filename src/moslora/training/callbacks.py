@@ -93,7 +93,7 @@ class Painter(TrainerCallback):  # type: ignore[misc]
         due = (
             self.task.shows_at(step) and 0 < step < state.max_steps
         )  # the run measures after the last step anyway
-        if not due or not run.team.first or run.stop.received is not None:
+        if not due or not run.team.is_main_process or run.stop.received is not None:
             return due
         during = run.directory.read().get("pictures", {}).get("during", {})
         records = list(during.get(str(step), []))

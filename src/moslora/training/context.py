@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moslora.distributed import Team, is_first
+from moslora.distributed import Team, in_main_process
 from moslora.recipe.schema import Recipe
 from moslora.training.mix import Mix
 from moslora.training.run_directory import RunDirectory
@@ -78,4 +78,4 @@ def only_of_first(display: Display) -> Display:
     """Return the display of the first of several processes, and a silent one in the others."""
     from moslora.display import Display as AnyDisplay
 
-    return display if is_first() else AnyDisplay(io.StringIO(), quiet=True)
+    return display if in_main_process() else AnyDisplay(io.StringIO(), quiet=True)

@@ -27,11 +27,13 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
 
     directory, team = run.directory, run.team
     config: Any = task.adapter_config(model)
-    checkpoint = team.share(directory.latest_checkpoint(run.display.warn) if team.first else None)
+    checkpoint = team.broadcast(
+        directory.latest_checkpoint(run.display.warn) if team.is_main_process else None
+    )
     _warn_of_world_size(run, checkpoint)
     with contextlib.ExitStack() as open_files:
         log = None
-        if team.first:
+        if team.is_main_process:
             log = open_files.enter_context(
                 MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0)
             )
@@ -42,7 +44,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
             adapted: Any = trainer.model
             if run.mix is not None:
                 run.mix.put_into(adapted)
-            if team.first and not run.start.exists() and checkpoint is None:
+            if team.is_main_process and not run.start.exists() and checkpoint is None:
                 save_start(run, adapted)
             trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
             total = sum(p.numel() for p in adapted.parameters())
@@ -51,7 +53,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
                 total_parameters=total,
                 trainer=trainer.args.to_dict(),  # with every default of the installed version
             )
-        if run.mix is not None and team.first:
+        if run.mix is not None and team.is_main_process:
             measure(run, task, adapted, "start", "weighted sum")
         team.wait()
         with run.stage("train", "training"):
@@ -79,7 +81,7 @@ def _warn_of_world_size(run: RunContext, checkpoint: Checkpoint | None) -> None:
         return
     team = run.team
     name = "rng_state.pth" if team.size == 1 else f"rng_state_{team.rank}.pth"
-    if team.largest(int(not (checkpoint.path / name).exists())):
+    if team.maximum(int(not (checkpoint.path / name).exists())):
         run.display.warn(
             f"{checkpoint.path.name} was written by another number of processes than the {team.size} of today, or not "
             "by all: from here on random numbers, and maybe rows to a step, are others than without the interruption."

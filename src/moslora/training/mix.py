@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["FrozenProof", "Mix", "arguments_of", "open_mix"]
 
 # What a recipe may say of the adapter beside what the sources decide.
-KEPT = ("lora_dropout",)
+DROPOUT_SETTINGS = ("lora_dropout",)
 # Of the adapter section: what would train more than the mixer.
 REFUSED = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
 
@@ -87,7 +87,7 @@ class Mix:
             raise ValueError(
                 f"{what} does not go with mix, which trains the mixers and nothing else. Leave it out."
             )
-        kept = {name: section[name] for name in KEPT if name in section}
+        kept = {name: section[name] for name in DROPOUT_SETTINGS if name in section}
         config = self.whole.config
         own = {name: config[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
         # "identity" is the one start that the values put in its place do not hang on; inspect reads the real one.

@@ -108,14 +108,14 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
         _check_mix(mix, task, display)
         resolved = resolve_trainer_arguments(recipe, default_device())
         kind, recipe = recipe.task.kind, recipe.model_copy(update={"trainer": resolved})
-        if team.first:
+        if team.is_main_process:
             directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or kind)
             display.say(f"Run: {directory.path}")
             write_text(directory.recipe, recipe.to_yaml())
             directory.update(command=command, seed=recipe.seed)
-            team.share(directory.path)
+            team.broadcast(directory.path)
         else:
-            directory = FollowedRun(team.share(Path()))
+            directory = FollowedRun(team.broadcast(Path()))
         return _run_stages(RunContext(directory, recipe, display, stop, mix, team), task)
 
 
@@ -149,7 +149,7 @@ def resume(path: Path, display: Display) -> RunDirectory:
         _check_mix(mix, task, display)
         _check_same_inputs(directory, _hashes(task, mix))
         team.wait()  # until all have looked at the record, before it changes
-        if team.first:
+        if team.is_main_process:
             directory.claim()
             display.say(f"Resuming {directory.path}")
         else:
@@ -194,7 +194,7 @@ def _hashes(task: Task, mix: Mix | None) -> dict[str, Any]:
 def _run_stages(run: RunContext, task: Task) -> RunDirectory:
     """Run all stages, and leave a truthful status whatever happens."""
     try:
-        _stages(run, task) if run.team.first else _follow(run, task)
+        _stages(run, task) if run.team.is_main_process else _follow(run, task)
     except (Stopped, KeyboardInterrupt) as stopped:
         _end_interrupted(
             run, stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT, stopped
@@ -204,12 +204,12 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
             _end_interrupted(
                 run, run.stop.received, error
             )  # another process stopped first, and was waited for in vain
-        if not run.team.first:
+        if not run.team.is_main_process:
             raise
         run.directory.update(status="failed", error=f"{type(error).__name__}: {error}")
         _write_report(run)
         raise
-    if run.team.first:
+    if run.team.is_main_process:
         run.directory.update(status="completed", stage="done")
         _write_report(run)
     return run.directory
@@ -217,7 +217,7 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
 
 def _end_interrupted(run: RunContext, number: int, cause: BaseException) -> NoReturn:
     """Leave the run as one that can go on, and say how; the first process does."""
-    if not run.team.first:
+    if not run.team.is_main_process:
         raise Stopped(number) from cause
     run.directory.update(status="interrupted")
     _write_report(run)
@@ -241,7 +241,7 @@ def _follow(run: RunContext, task: Task) -> None:
     model = task.load()
     run.team.wait()
     fit(run, task, model)
-    run.team.leave()
+    run.team.shut_down()
 
 
 def _stages(run: RunContext, task: Task) -> None:
@@ -267,7 +267,7 @@ def _stages(run: RunContext, task: Task) -> None:
     trainer = fit(run, task, model)
     # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
     adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    run.team.leave()
+    run.team.shut_down()
     with run.stage("save", "saving and folding the adapter"):
         save_adapter(run, task, adapted)
     after = measure(run, task, adapted, "after", "tuned model")

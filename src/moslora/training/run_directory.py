@@ -43,7 +43,7 @@ __all__ = [
     "is_alive",
 ]
 
-SCHEMA_VERSION = 1
+RUN_SCHEMA_VERSION = 1
 STATUSES = ("running", "interrupted", "failed", "completed")
 # A process on another machine cannot be asked, so the age of what it writes has to answer.
 HEARTBEAT_SECONDS = 60.0
@@ -95,7 +95,12 @@ class RunDirectory:
             except FileExistsError:
                 attempt += 1
         run = cls(path)
-        opening = {"schema_version": SCHEMA_VERSION, "name": path.name, "stage": "starting", "ended": None}
+        opening = {
+            "schema_version": RUN_SCHEMA_VERSION,
+            "name": path.name,
+            "stage": "starting",
+            "ended": None,
+        }
         run._write({**opening, **_this_process(), "started": _now()})
         return run
 
@@ -119,10 +124,10 @@ class RunDirectory:
             found = "has no run.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
             raise FileNotFoundError(f"{path} is not a run: it {found}. {_nearest_run(path)}")
         version = run.read().get("schema_version")
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
+        if not isinstance(version, int) or version > RUN_SCHEMA_VERSION:
             raise ValueError(
                 f"{run.record} has schema_version {version!r}, and this version of moslora reads up to "
-                f"{SCHEMA_VERSION}; use the version that wrote it, or a newer one."
+                f"{RUN_SCHEMA_VERSION}; use the version that wrote it, or a newer one."
             )
         return run
 

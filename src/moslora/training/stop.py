@@ -54,9 +54,9 @@ class StopRequest:
         Raises:
             Stopped: If a signal came in.
         """
-        if self.received is not None and self.team.first:
+        if self.received is not None and self.team.is_main_process:
             raise Stopped(self.received)
 
     def agreed(self) -> int | None:
         """Return the signal that any of the run's processes was sent; all of them have to ask at the same place."""
-        return self.team.largest(self.received or 0) or None
+        return self.team.maximum(self.received or 0) or None

@@ -11,7 +11,7 @@ from moslora.compat.peft.quantization import ReadOnlyBackend
 from moslora.errors import UsageError
 from moslora.tuner import bias, dora, tying
 from moslora.tuner.factor_holder import FactorHolder, unknown_quantization
-from moslora.tuner.sharding import check_mergeable
+from moslora.tuner.sharding import check_mergeable_when_sharded
 
 __all__ = ["check_layer", "merge", "unmerge"]
 
@@ -26,7 +26,7 @@ def check_layer(layer: FactorHolder) -> None:
         RuntimeError: If the base's weight is sharded between processes.
         ValueError: If the base's quantization cannot be written.
     """
-    check_mergeable(layer.get_base_layer())
+    check_mergeable_when_sharded(layer.get_base_layer())
     backend = layer.quantization_backend
     if isinstance(backend, ReadOnlyBackend):
         raise UsageError(backend.why_not_merged(layer.get_base_layer()))

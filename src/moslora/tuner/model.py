@@ -31,9 +31,9 @@ from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.mixed_batches import check_names, handing_over
 from moslora.tuner.names import PREFIX
-from moslora.tuner.sharding import check_mergeable, warn_of_whole_factors
+from moslora.tuner.sharding import check_mergeable_when_sharded, warn_of_whole_factors
 from moslora.tuner.state_dict import check_fit, gather_beside, tensors_for_file, tensors_from_file
-from moslora.tuner.weighted import REFUSED_IN_SUMS, How, check_summable, combine
+from moslora.tuner.weighted import REFUSED_IN_SUMS, How, check_summable, combine_factors
 
 __all__ = ["MoSLoRAModel"]
 
@@ -246,7 +246,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
             RuntimeError: If a parameter is sharded.
             ValueError: If a target module's weight is tied to the embedding, or a bias has none to go to.
         """
-        check_mergeable(self.model)
+        check_mergeable_when_sharded(self.model)
         layers = [module for module in self.model.modules() if isinstance(module, MoSLoRALayer)]
         bias.check_mergeable(layers, self.active_adapters)
         tied = self._get_tied_target_modules(self.model)
@@ -338,7 +338,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
             if value is not None:
                 raise UsageError(f"{name}={value!r} cannot be used: {REFUSED_IN_SUMS[name]}")
         how = How(combination_type, svd_rank, density, majority_sign_method)
-        combined = combine(layers, adapters, weights, how)
+        combined = combine_factors(layers, adapters, weights, how)
         ranks = {path: factors.A.shape[0] for path, factors in combined.items()}
         # What is inside an attention is adapted with it, and is not a target of its own.
         inside = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moslora.tuner.names import factor_in
 
 __all__ = [
-    "check_mergeable",
+    "check_mergeable_when_sharded",
     "check_whole",
     "gather",
     "shard_like",
@@ -95,7 +95,7 @@ def check_whole(state_dict: dict[str, Tensor]) -> None:
             )
 
 
-def check_mergeable(module: nn.Module) -> None:
+def check_mergeable_when_sharded(module: nn.Module) -> None:
     """Refuse to merge into weights of which each process holds a part: what is put there does not arrive.
 
     Args:

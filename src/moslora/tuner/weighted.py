@@ -25,9 +25,17 @@ from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.layer import MoSLoRALayer
 
-__all__ = ["COMBINATIONS", "REFUSED_IN_SUMS", "Combination", "Combined", "How", "check_summable", "combine"]
+__all__ = [
+    "COMBINATIONS",
+    "REFUSED_IN_SUMS",
+    "Combination",
+    "Combined",
+    "How",
+    "check_summable",
+    "combine_factors",
+]
 
-Part = tuple[float, float, Tensor, Tensor, Tensor]  # weight, scale, A, M, B
+WeightedFactors = tuple[float, float, Tensor, Tensor, Tensor]  # weight, scale, A, M, B
 
 
 @dataclass(frozen=True)
@@ -136,12 +144,12 @@ class How:
         return found
 
 
-def _side_by_side(parts: Sequence[Part]) -> Combined:
+def _side_by_side(parts: Sequence[WeightedFactors]) -> Combined:
     """Concatenate: exact, and the ranks add up."""
     return Combined(*concatenate([(weight * scale, A, M, B) for weight, scale, A, M, B in parts]))
 
 
-def _nearest(parts: Sequence[Part], rank: int) -> Combined:
+def _nearest(parts: Sequence[WeightedFactors], rank: int) -> Combined:
     """Take the nearest ΔW of a rank, by the singular values of the exact sum."""
     A, M, B = concatenate(
         [(w * s, A.double().cpu(), M.double().cpu(), B.double().cpu()) for w, s, A, M, B in parts]
@@ -151,13 +159,13 @@ def _nearest(parts: Sequence[Part], rank: int) -> Combined:
     return _like(parts, found.A, found.M, found.B)
 
 
-def _like(parts: Sequence[Part], *factors: Tensor) -> Combined:
+def _like(parts: Sequence[WeightedFactors], *factors: Tensor) -> Combined:
     """Put factors where those of the adapters are, in their dtype."""
     like = parts[0][2]
     return Combined(*(t.to(like.device, like.dtype) for t in factors))
 
 
-def _pruned(parts: Sequence[Part], rank: int, combination: Combination, how: How) -> Combined:
+def _pruned(parts: Sequence[WeightedFactors], rank: int, combination: Combination, how: How) -> Combined:
     """Take the nearest of a rank to what is made of the entries of each ΔW."""
     W = _choose_entries(parts, combination, how)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -167,7 +175,7 @@ def _pruned(parts: Sequence[Part], rank: int, combination: Combination, how: How
     return _like(parts, root[:, None] * Vh[:r], eye, U[:, :r] * root)
 
 
-def _choose_entries(parts: Sequence[Part], combination: Combination, how: How) -> Tensor:
+def _choose_entries(parts: Sequence[WeightedFactors], combination: Combination, how: How) -> Tensor:
     """Prune each ΔW, elect signs if that is asked for, and sum: a matrix ``(out, in)``, float32 at least.
 
     As in PEFT, signs are elected before the weights are applied, and DARE rescales by ``1 / density``.
@@ -190,7 +198,7 @@ def _choose_entries(parts: Sequence[Part], combination: Combination, how: How) -
 
 
 @torch.no_grad()
-def combine(
+def combine_factors(
     layers: Mapping[str, MoSLoRALayer], adapters: Sequence[str], weights: Sequence[float], how: How
 ) -> dict[str, Combined]:
     """Sum the ΔW of adapters in every layer.
@@ -217,7 +225,7 @@ def combine(
         raise UsageError(f"weights has {bad[0]!r}, which is not a finite number.")
     found: dict[str, Combined] = {}
     for name, layer in layers.items():
-        parts: list[Part] = []
+        parts: list[WeightedFactors] = []
         biases: list[Tensor] = []
         for adapter, weight in zip(adapters, weights, strict=True):
             if adapter in layer.scaling:

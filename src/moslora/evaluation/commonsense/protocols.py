@@ -10,9 +10,9 @@ from moslora.display import Display
 from moslora.evaluation.active import PROBES, as_inputs, prove_active, with_adapter
 from moslora.evaluation.commonsense.questions import (
     BEAMS,
+    COMMONSENSE_TASKS,
     NEW_TOKENS,
     PUBLISHED,
-    TASKS,
     Question,
     answer_text_prompt,
     eval_prompt,
@@ -27,7 +27,7 @@ __all__ = ["PROTOCOLS"]
 
 
 # Questions generated at once; beams multiply it. The published script takes one, which gives the same beams.
-BATCH = 8
+QUESTION_BATCH = 8
 
 
 Protocol = Callable[[Any, Judge, str, Sequence[Question]], list[tuple[str, str]]]
@@ -44,7 +44,7 @@ def _generate(model: Any, judge: Judge, task: str, questions: Sequence[Question]
     prompts = [tokenizer(eval_prompt(question), verbose=False)["input_ids"] for question in questions]
     with judge.display.progress(f"{task}, answers", len(prompts)) as progress:
         texts = generate_from_prompts(
-            model, tokenizer, prompts, settings, judge.device, BATCH, progress.advance
+            model, tokenizer, prompts, settings, judge.device, QUESTION_BATCH, progress.advance
         )
     return [(extract(task, text), text) for text in texts]
 
@@ -150,11 +150,11 @@ def _task_names(tasks: Sequence[str], data: Path, display: Display) -> list[str]
     """Return the tasks asked for; ``commonsense`` alone means all whose data are there."""
     if list(tasks) != ["commonsense"]:
         return list(tasks)
-    there = [name for name in TASKS if (data / name / "test.json").is_file()]
-    missing = [name for name in TASKS if name not in there]
+    there = [name for name in COMMONSENSE_TASKS if (data / name / "test.json").is_file()]
+    missing = [name for name in COMMONSENSE_TASKS if name not in there]
     if missing and there:
         display.warn(
             f"{data} has {len(there)} of the eight tasks; without {', '.join(missing)} their mean is not the published "
             "one."
         )
-    return there or list(TASKS)
+    return there or list(COMMONSENSE_TASKS)

@@ -17,9 +17,9 @@ from typing import Any
 from moslora.files import write_text
 
 __all__ = [
+    "COMMONSENSE_TASKS",
     "PUBLISHED",
     "REPORTED",
-    "TASKS",
     "Question",
     "Reported",
     "answer_text_prompt",
@@ -81,7 +81,7 @@ SPLIT_AT = "### Response:"
 BEAMS, NEW_TOKENS = 4, 32
 
 # What an answer looks like; the first match counts, none is wrong.
-TASKS: dict[str, str] = {
+COMMONSENSE_TASKS: dict[str, str] = {
     "boolq": "true|false",
     "piqa": "solution1|solution2",
     "social_i_qa": "answer1|answer2|answer3|answer4|answer5",
@@ -158,7 +158,7 @@ def read_questions(folder: Path, task: str, limit: int | None = None, split: str
 
     Args:
         folder: Holds one folder per task.
-        task: A key of ``TASKS``.
+        task: A key of ``COMMONSENSE_TASKS``.
         limit: How many at most, at even distances; None for all.
         split: ``"test"`` or ``"train"``, the file's name.
 
@@ -168,8 +168,8 @@ def read_questions(folder: Path, task: str, limit: int | None = None, split: str
     Raises:
         ValueError: If task or file cannot be used; names the place.
     """
-    if task not in TASKS:
-        raise ValueError(f"Task {task!r} is unknown; choose from {', '.join(TASKS)}.")
+    if task not in COMMONSENSE_TASKS:
+        raise ValueError(f"Task {task!r} is unknown; choose from {', '.join(COMMONSENSE_TASKS)}.")
     file = Path(folder) / task / f"{split}.json"
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
@@ -189,7 +189,7 @@ def _question(task: str, file: Path, index: int, row: Any) -> Question:
     place = f"{task} {index}"
     if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("instruction", "answer")):
         raise ValueError(f"{file}, question {index}: instruction and answer must be texts.")
-    labels = TASKS[task].split("|")
+    labels = COMMONSENSE_TASKS[task].split("|")
     if row["answer"] not in labels:
         raise ValueError(f"{file}, question {index}: answer {row['answer']!r} is none of {labels}.")
     stem, choices = _parts(row["instruction"], labels)
@@ -233,7 +233,7 @@ def eval_prompt(question: Question) -> str:
 
 def extract(task: str, text: str) -> str:
     """Find the answer in what a model wrote, as published: the first match, or nothing."""
-    found = re.search(TASKS[task], text.split(SPLIT_AT)[0].strip())
+    found = re.search(COMMONSENSE_TASKS[task], text.split(SPLIT_AT)[0].strip())
     return found[0] if found else ""
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from moslora.tasks.image.pipeline import PipelineFiles
 
-__all__ = ["adapted_modules", "count_parameters", "denoiser_config", "text_encoder_config"]
+__all__ = ["adapted_modules", "count_pipeline_parameters", "denoiser_config", "text_encoder_config"]
 
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -117,7 +117,7 @@ def _refuse_unknown_names(
         raise RecipeError([f"{fault}; correct or remove it." for fault in faults])
 
 
-def count_parameters(
+def count_pipeline_parameters(
     files: PipelineFiles, settings: Mapping[str, Any], text_encoder: PeftConfig | None = None
 ) -> list[Count]:
     """Count the parameters of a pipeline's models, from their configurations alone.

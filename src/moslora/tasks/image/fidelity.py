@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from moslora.tasks.task import Shown
 
-__all__ = ["SCORES", "Judge", "about", "find_judge", "judge_pictures", "paired_change", "summarize"]
+__all__ = ["SCORES", "ScoreModel", "about", "find_judge", "judge_pictures", "paired_change", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ PREPARATIONS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
-class Judge:
+class ScoreModel:
     """A model that scores are computed with.
 
     Attributes:
@@ -82,7 +82,7 @@ class Judge:
         return fingerprint(self.source)
 
 
-def find_judge(key: str, name: str) -> Judge:
+def find_judge(key: str, name: str) -> ScoreModel:
     """Find a model by its name, and check that the score is named after it. Reads no weights.
 
     Args:
@@ -119,7 +119,7 @@ def find_judge(key: str, name: str) -> Judge:
     width, patch = vision.get("hidden_size", 768), vision.get("patch_size", 32 if key == "clip_model" else 16)
     known = WIDTHS.get(width)
     title = f"ViT-{known}/{patch}" if known else f"ViT of width {width} on patches of {patch}"
-    return Judge(key, source, title)
+    return ScoreModel(key, source, title)
 
 
 def _hub_config(source: ModelSource) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class _Loaded:
     count: Callable[[str], int] | None = None
 
 
-def _load(judge: Judge, device: str) -> _Loaded:
+def _load(judge: ScoreModel, device: str) -> _Loaded:
     import torch
     import transformers
 
@@ -239,7 +239,7 @@ def _load(judge: Judge, device: str) -> _Loaded:
 
 
 def judge_pictures(
-    judge: Judge,
+    judge: ScoreModel,
     device: str,
     made: Sequence[tuple[str, Any]],
     real: Sequence[tuple[str, Any]],

@@ -14,7 +14,7 @@ from moslora.errors import ModelError
 from moslora.tasks.image.crops import Crop, cut
 from moslora.tasks.image.folders import Picture
 
-__all__ = ["Shot", "decode", "encode", "encode_picture"]
+__all__ = ["Shot", "decode_latents", "encode", "encode_picture"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decode(vae: Any, latents: Tensor) -> Any:
+def decode_latents(vae: Any, latents: Tensor) -> Any:
     """Decode one picture.
 
     Args:

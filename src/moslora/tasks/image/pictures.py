@@ -57,7 +57,7 @@ class PictureMaker:
         """
         import torch
 
-        from moslora.tasks.image.latents import decode
+        from moslora.tasks.image.latents import decode_latents
 
         settings = {
             "guidance_scale": self.guidance_scale,
@@ -76,7 +76,7 @@ class PictureMaker:
         side = self.resolution // self.pipeline.vae_scale_factor
         latents = self.family.unpack(self.pipeline, latents, side, side)
         buffer = io.BytesIO()
-        decode(self.pipeline.vae, latents).save(buffer, "PNG")
+        decode_latents(self.pipeline.vae, latents).save(buffer, "PNG")
         return buffer.getvalue()
 
 

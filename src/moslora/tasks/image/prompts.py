@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moslora.errors import RecipeError
-from moslora.tasks.image.published_prompts import PUBLISHED
+from moslora.tasks.image.published_prompts import DREAMBOOTH_PROMPTS
 
 __all__ = ["Subject", "evaluation_prompts", "fill", "places", "read_prompts_file"]
 
@@ -98,7 +98,7 @@ def evaluation_prompts(
     Args:
         subject: Fills the templates.
         templates: The recipe's own.
-        published: A key of ``PUBLISHED``; ``"none"`` adds none.
+        published: A key of ``DREAMBOOTH_PROMPTS``; ``"none"`` adds none.
         prompts_file: A text file with one template a line.
 
     Returns:
@@ -108,7 +108,9 @@ def evaluation_prompts(
         RecipeError: If the file cannot be used, or a template cannot be filled.
     """
     listed = [] if prompts_file is None else read_prompts_file(Path(prompts_file))
-    return list(dict.fromkeys(map(subject.fill, [*templates, *PUBLISHED.get(published, ()), *listed])))
+    return list(
+        dict.fromkeys(map(subject.fill, [*templates, *DREAMBOOTH_PROMPTS.get(published, ()), *listed]))
+    )
 
 
 def read_prompts_file(path: Path) -> list[str]:

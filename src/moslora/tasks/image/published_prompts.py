@@ -6,7 +6,7 @@ The first place is the subject's token, the second its class.
 
 from __future__ import annotations
 
-__all__ = ["PUBLISHED"]
+__all__ = ["DREAMBOOTH_PROMPTS"]
 
 _ANYWHERE = (
     "a {} {} in the jungle",
@@ -23,7 +23,7 @@ _ANYWHERE = (
 _CHANGED = ("a red {} {}", "a purple {} {}", "a shiny {} {}", "a wet {} {}", "a cube shaped {} {}")
 
 # By what the subject is, as ``task.published_prompts`` names it.
-PUBLISHED: dict[str, tuple[str, ...]] = {
+DREAMBOOTH_PROMPTS: dict[str, tuple[str, ...]] = {
     "object": (
         *_ANYWHERE,
         "a {} {} with a wheat field in the background",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moslora.data.pictures import open_image
-from moslora.tasks.image.fidelity import SCORES, Judge, about, judge_pictures, open_made
+from moslora.tasks.image.fidelity import SCORES, ScoreModel, about, judge_pictures, open_made
 from moslora.tasks.image.randomness import seed_of
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_fidelity", "measure_loss"]
 
-BATCH = 4  # draws whose loss is measured at once
+LATENT_BATCH = 4  # draws whose loss is measured at once
 
 
 def measure_loss(
@@ -41,8 +41,8 @@ def measure_loss(
     for index in examples:
         draws = _fixed_draws(model, index, count, seed)
         with torch.no_grad():
-            for start in range(0, len(draws), BATCH):
-                losses += model.losses(draws[start : start + BATCH]).tolist()
+            for start in range(0, len(draws), LATENT_BATCH):
+                losses += model.losses(draws[start : start + LATENT_BATCH]).tolist()
         advance(sum(losses) / len(losses))
     return sum(losses) / len(losses)
 
@@ -62,7 +62,7 @@ def _fixed_draws(model: Denoising, index: int, count: int, seed: int) -> list[Dr
 
 
 def measure_fidelity(
-    judges: Sequence[Judge],
+    judges: Sequence[ScoreModel],
     shown: Sequence[Shown],
     photos: Sequence[Picture],
     max_pixels: int,

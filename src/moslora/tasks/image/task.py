@@ -23,7 +23,7 @@ from moslora.recipe.schema import ImageRecipe
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.image import adapters, checks, preview
 from moslora.tasks.image.crops import Crop, plan_crops
-from moslora.tasks.image.fidelity import Judge, find_judge
+from moslora.tasks.image.fidelity import ScoreModel, find_judge
 from moslora.tasks.image.folders import Folder, Picture, read_folder, warn_of_left_out
 from moslora.tasks.image.order import planned_steps
 from moslora.tasks.image.pictures import PictureMaker, draw_pictures, plan_pictures
@@ -79,7 +79,7 @@ class ImageTask(Task):
     heldout_folder: Folder | None
     class_pictures: ClassPictures | None
     prompts: list[str]
-    judges: list[Judge]
+    judges: list[ScoreModel]
     # Set by ``prepare``:
     files: PipelineFiles
     resolution: int
@@ -94,7 +94,7 @@ class ImageTask(Task):
         self._find()
         self._open()
         text_encoder = self._text_encoder_config() if self._with_text else None
-        return adapters.count_parameters(self.files, self.recipe.adapter, text_encoder)
+        return adapters.count_pipeline_parameters(self.files, self.recipe.adapter, text_encoder)
 
     def read(self) -> None:
         """Find the base, and read all pictures and their words."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VisionTask"]
 
-BATCH = 16  # examples measured or answered at once
+PICTURE_BATCH = 16  # examples measured or answered at once
 PROBES = 4  # held-out examples whose logits the proof compares
 
 
@@ -208,8 +208,8 @@ class VisionTask(LanguageTask):
     def batches(self, examples: EncodedRows) -> Iterator[Batch]:
         """Make batches whose loss is measured, rows of similar length together."""
         order = sorted(range(len(examples)), key=examples.lengths.__getitem__)
-        for start in range(0, len(order), BATCH):
-            numbers = order[start : start + BATCH]
+        for start in range(0, len(order), PICTURE_BATCH):
+            numbers = order[start : start + PICTURE_BATCH]
             yield numbers, self.encoder.batch(*examples.take(numbers))
 
     def ask(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:
@@ -239,8 +239,8 @@ class VisionTask(LanguageTask):
         settings = Generation(task.max_new_tokens, stop_ids, self.pad_id)
         answers: list[Answer] = []
         with self.display.progress(f"Answers, {label}", len(pairs)) as progress:
-            for start in range(0, len(pairs), BATCH):
-                batch = pairs[start : start + BATCH]
+            for start in range(0, len(pairs), PICTURE_BATCH):
+                batch = pairs[start : start + PICTURE_BATCH]
                 rows: list[Encoded] = []
                 images: list[Any] = []
                 for example, other in batch:
