@@ -60,7 +60,7 @@ def refuse_sharding(trainer: Mapping[str, Any]) -> None:
     if asked:
         raise ValueError(
             f"{asked[0]} spreads a model over processes, and what a run measures and proves takes a whole one. Each "
-            "process of a run holds the model: leave it out, quantise the base if it is too large, or "
+            "process of a run holds the model: leave it out, quantize the base if it is too large, or "
             "train in a script of PEFT's with MoSLoRAConfig, where DDP, FSDP and FSDP2 are tested."
         )
 

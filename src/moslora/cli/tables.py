@@ -37,7 +37,7 @@ def findings_table(found: Diagnosis) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+    colors = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
     table = Table(box=None, show_header=False, padding=(0, 1))
     for column in ("level", "check"):
         table.add_column(column, no_wrap=True)
@@ -46,7 +46,7 @@ def findings_table(found: Diagnosis) -> Table:
         what = Text(finding.what)
         if finding.fix:
             what.append(f"\n→ {finding.fix}", style="bold")
-        table.add_row(Text(finding.level, style=colours[finding.level]), Text(finding.check), what)
+        table.add_row(Text(finding.level, style=colors[finding.level]), Text(finding.check), what)
     return table
 
 

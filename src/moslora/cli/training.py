@@ -126,7 +126,7 @@ def plan(
         )
         Display().show(memory_table(found))
         print(
-            "GB of 10⁹ bytes at the fullest moment of a step; state is the optimiser's. "
+            "GB of 10⁹ bytes at the fullest moment of a step; state is the optimizer's. "
             f"The recipe has checkpointing {'on' if found.checkpointing else 'off'}."
         )
 

@@ -1,6 +1,6 @@
 """Several trainings over one frozen base at once, each the training that it would be alone.
 
-Every cell keeps its own trainer, which runs its own loop: data order, schedule, optimiser, clipping, accumulation and
+Every cell keeps its own trainer, which runs its own loop: data order, schedule, optimizer, clipping, accumulation and
 logging are transformers', untouched. Only the model's work is shared. The trainers take turns, each in a thread of its
 own of which one runs at a time, until all have a batch; the batches are laid one upon the other, the base runs once
 over all rows, and in each adapted layer every cell's rows go on through that cell's own adapter. One backward pass

@@ -32,7 +32,7 @@ def count_step(
     *,
     accumulating: bool = False,
 ) -> int:
-    """Count what a training step takes beside weights, gradients and the optimiser's state.
+    """Count what a training step takes beside weights, gradients and the optimizer's state.
 
     Gradients appear while activations go. What is returned is so much that with all gradients it is the fullest moment,
     or nothing where the end of the backward pass is that.

@@ -38,7 +38,7 @@ def _four_bit(linear: nn.Linear, double: bool) -> nn.Module:
     from torch import nn
 
     class Product(torch.autograd.Function):
-        """As bitsandbytes multiplies: the weight is dequantised in both passes and never kept."""
+        """As bitsandbytes multiplies: the weight is dequantized in both passes and never kept."""
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ __all__ = ["CARDS", "Placement", "smallest_card"]
 CARDS = (24, 40, 48, 80, 141)
 # What is left free on a card: of the total, for gaps between tensors; and bytes, for CUDA's context and workspaces.
 SPARE_SHARE, SPARE_BYTES = 0.10, 1_000_000_000
-# Bytes of state that an optimiser keeps for each trained number, by TRL's and transformers' names.
+# Bytes of state that an optimizer keeps for each trained number, by TRL's and transformers' names.
 OPTIMISERS: dict[str, float] = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -83,7 +83,7 @@ def place(
         gpus: How many.
         checkpointing: Whether ``activations`` are those under checkpointing.
         weights: What there is.
-        state: Bytes of the optimiser's state in all.
+        state: Bytes of the optimizer's state in all.
         activations: Bytes, on each GPU.
 
     Returns:

@@ -173,7 +173,7 @@ def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn
         take as many bytes and make what such a layer makes.
 
     Raises:
-        PlanError: If the base is quantised in a way that is not counted.
+        PlanError: If the base is quantized in a way that is not counted.
     """
     import torch
     from peft import get_peft_model
@@ -193,7 +193,7 @@ def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn
         method = stored.get("quant_method", "a method without a name")
         raise PlanError(
             f"{recipe.model.name} is stored by {method}, whose memory is not counted; bitsandbytes' 4 bits are, and "
-            "models that are not quantised."
+            "models that are not quantized."
         )
     double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else True
     is_4bit = quantize is not None or bool(stored.get("load_in_4bit"))

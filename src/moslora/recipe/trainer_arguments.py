@@ -91,7 +91,7 @@ def resolve_trainer_arguments(recipe: Recipe, device: str, steps: int | None = N
     Args:
         recipe: A checked recipe.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:0"``, ...
-        steps: How many optimiser steps the run will take, if known.
+        steps: How many optimizer steps the run will take, if known.
 
     Returns:
         Arguments of the trainer's configuration, all but ``output_dir``.
@@ -132,7 +132,7 @@ def build_trainer_config(
         recipe: A checked recipe.
         device: Where the run trains.
         output_dir: Where checkpoints go.
-        steps: How many optimiser steps the run will take, if known.
+        steps: How many optimizer steps the run will take, if known.
         **changes: Fields that the run decides, over all others.
 
     Returns:

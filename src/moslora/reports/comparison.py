@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["write_comparison_report"]
 
 INK, MUTED, LINE, _, _ = INKS
-# Readable on white and on black; a method keeps its colour on the whole page.
-COLOURS = (
+# Readable on white and on black; a method keeps its color on the whole page.
+COLORS = (
     "#2f7ed8",
     "#e0662b",
     "#1d9a6c",
@@ -48,7 +48,7 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
     """
     record = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    colours = {m["name"]: COLOURS[i % len(COLOURS)] for i, m in enumerate(results["methods"])}
+    colors = {m["name"]: COLORS[i % len(COLORS)] for i, m in enumerate(results["methods"])}
     drawings = []
     if any(c["measure"] == "loss" for c in results["contrasts"]):
         drawings.append(
@@ -59,7 +59,7 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
                 "svg": _draw(
                     "Paired differences with intervals",
                     1.2 + 0.55 * len(results["methods"]),
-                    lambda axes: _differences(axes, results, colours),
+                    lambda axes: _differences(axes, results, colors),
                 ),
             }
         )
@@ -67,7 +67,7 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
         {
             "title": "Every seed at the best rate",
             "text": "Held-out loss of each seed, rates chosen on validation examples. Lines join equal seeds.",
-            "svg": _draw("Seed points by method", 3.4, lambda axes: _seeds(axes, results, colours)),
+            "svg": _draw("Seed points by method", 3.4, lambda axes: _seeds(axes, results, colors)),
         }
     )
     drawings.append(
@@ -75,9 +75,7 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
             "title": "Learning rates",
             "text": "Validation loss by learning rate; dots are seeds, lines their means where every seed finished. "
             "Crosses at the top diverged or crashed.",
-            "svg": _draw(
-                "Validation loss by learning rate", 3.8, lambda axes: _rates(axes, results, colours)
-            ),
+            "svg": _draw("Validation loss by learning rate", 3.8, lambda axes: _rates(axes, results, colors)),
         }
     )
     page = render(
@@ -86,7 +84,7 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
         results=results,
         record=record,
         about=about,
-        colours=colours,
+        colors=colors,
         drawings=drawings,
         points=[(m["name"], p) for m in results["methods"] for p in m["points"]],
         asks=any(m["exact_match"] is not None for m in results["methods"]),
@@ -99,17 +97,17 @@ def _draw(description: str, height: float, paint: Callable[[Axes], None]) -> str
     return drawing(description, (7.2, height), lambda figure: paint(figure.subplots()))
 
 
-def _differences(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _differences(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, str]) -> None:
     contrasts = [c for c in results["contrasts"] if c["measure"] == "loss"]
     axes.axvline(0, color=MUTED, linewidth=1)
     for row, contrast in enumerate(contrasts):
-        found, colour = contrast["difference"], colours[contrast["method"]]
+        found, color = contrast["difference"], colors[contrast["method"]]
         axes.plot(
-            [found["low"], found["high"]], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt"
+            [found["low"], found["high"]], [row, row], color=color, linewidth=2.5, solid_capstyle="butt"
         )
-        axes.plot([found["mean"]], [row], "D", color=colour, markersize=7)
+        axes.plot([found["mean"]], [row], "D", color=color, markersize=7)
         axes.plot(
-            contrast["by_seed"], [row + 0.18] * len(contrast["by_seed"]), "o", color=colour, alpha=0.6, ms=4
+            contrast["by_seed"], [row + 0.18] * len(contrast["by_seed"]), "o", color=color, alpha=0.6, ms=4
         )
     axes.set_yticks(range(len(contrasts)), [c["method"] for c in contrasts])
     axes.set_ylim(len(contrasts) - 0.5, -0.5)
@@ -117,7 +115,7 @@ def _differences(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, s
     axes.grid(axis="x", linewidth=0.8)
 
 
-def _seeds(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _seeds(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, str]) -> None:
     lines: dict[int, list[tuple[int, float]]] = {}
     for column, method in enumerate(results["methods"]):
         best = [p for p in method["points"] if p["learning_rate"] == method["best_rate"]]
@@ -127,34 +125,32 @@ def _seeds(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -
         axes.plot(*zip(*points, strict=True), color=LINE, linewidth=1, zorder=1)
         for column, value in points:
             name = results["methods"][column]["name"]
-            axes.plot([column], [value], "o", color=colours[name], markersize=6, zorder=2)
+            axes.plot([column], [value], "o", color=colors[name], markersize=6, zorder=2)
     axes.set_xticks(range(len(results["methods"])), [m["name"] for m in results["methods"]], rotation=20)
     axes.set_xlim(-0.5, len(results["methods"]) - 0.5)
     axes.set_ylabel("held-out loss")
     axes.grid(axis="y", linewidth=0.8)
 
 
-def _rates(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _rates(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, str]) -> None:
     lost: list[tuple[float, str]] = []
     values: list[float] = []
     for method in results["methods"]:
-        colour, means = colours[method["name"]], []
+        color, means = colors[method["name"]], []
         for rate in sorted({p["learning_rate"] for p in method["points"]}):
             points = [p["validation"] for p in method["points"] if p["learning_rate"] == rate]
             known: Sequence[float] = [value for value in points if value is not None]
             values += known
-            axes.plot([rate] * len(known), known, "o", color=colour, alpha=0.55, markersize=4)
+            axes.plot([rate] * len(known), known, "o", color=color, alpha=0.55, markersize=4)
             if len(known) == len(points):
                 means.append((rate, sum(known) / len(known)))
-            lost += [(rate, colour)] * (len(points) - len(known))
+            lost += [(rate, color)] * (len(points) - len(known))
         label = method["name"]
-        axes.plot(
-            *(zip(*means, strict=True) if means else ([], [])), color=colour, linewidth=1.8, label=label
-        )
+        axes.plot(*(zip(*means, strict=True) if means else ([], [])), color=color, linewidth=1.8, label=label)
     axes.set_xscale("log")
     if values and min(values) > 0 and max(values) / min(values) > 10:
         axes.set_yscale("log")
-    for index, (rate, colour) in enumerate(lost):
+    for index, (rate, color) in enumerate(lost):
         axes.annotate(
             "✕",
             (rate, 1),
@@ -162,7 +158,7 @@ def _rates(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -
             textcoords="offset points",
             xytext=(0, -8 - 9 * (index % 6)),
             ha="center",
-            color=colour,
+            color=color,
         )
         axes.plot([rate], [min(values) if values else 1.0], alpha=0)  # the axis reaches as far
     axes.set_xlabel("learning rate")

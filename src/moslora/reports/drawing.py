@@ -27,7 +27,7 @@ INKS = {
     "#050505": "var(--held-out)",
 }
 INK, MUTED, LINE, TRAIN, HELD_OUT = INKS
-PLOT_POINTS = 600  # more than a screen shows; beyond that neighbours are averaged
+PLOT_POINTS = 600  # more than a screen shows; beyond that neighbors are averaged
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], width: float) -> str:
@@ -39,7 +39,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
         width: In inches; text keeps its size, so that a narrow drawing serves a phone.
 
     Returns:
-        An ``<svg>`` element, coloured by the page's CSS variables; equal input gives equal text.
+        An ``<svg>`` element, colored by the page's CSS variables; equal input gives equal text.
     """
     train, held_out, rates = (_series(log, key) for key in ("loss", "eval_loss", "learning_rate"))
     before, after = (number(section_of(metrics, phase).get("loss")) for phase in ("before", "after"))
@@ -71,7 +71,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], wid
 def drawing(
     description: str, size: tuple[float, float], paint: Callable[[Figure], None], name: str | None = None
 ) -> str:
-    """Draw an SVG element to put into a page, coloured by the page's CSS variables.
+    """Draw an SVG element to put into a page, colored by the page's CSS variables.
 
     Args:
         description: What it shows, for who cannot see it.
@@ -148,7 +148,7 @@ def _draw_losses(
 
 
 def _as_element(document: str, description: str) -> str:
-    """Strip what only a file of its own needs, and let CSS choose the colours and the typeface.
+    """Strip what only a file of its own needs, and let CSS choose the colors and the typeface.
 
     Args:
         document: An SVG file as matplotlib writes it, drawn in ``INKS``.

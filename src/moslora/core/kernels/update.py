@@ -294,7 +294,7 @@ def accumulate(
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
 ) -> Tensor:
-    """Add the update to what a base layer of any kind (a quantised one) has made, in place.
+    """Add the update to what a base layer of any kind (a quantized one) has made, in place.
 
     Args:
         out: The base layer's output, shape ``(T, out)``, any strides, and any of the three dtypes.

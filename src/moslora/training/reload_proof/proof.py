@@ -155,7 +155,7 @@ def prove_reload(
         adapter: Directory or file of the plain LoRA.
         say: Told when the adapter has no effect.
         auto_class: Class of transformers or diffusers that loads the base.
-        quantization: Arguments of ``BitsAndBytesConfig`` for the base, if it is quantised.
+        quantization: Arguments of ``BitsAndBytesConfig`` for the base, if it is quantized.
         reader: A key of ``READERS``.
         variant: Of the base's files, as ``fp16``; for pipelines.
 

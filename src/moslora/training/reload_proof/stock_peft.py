@@ -23,7 +23,7 @@ def main(
     inputs: str,
     outputs: str,
     kind: str,
-    quantised: str = "",
+    quantized: str = "",
 ) -> None:
     """Write the logits of the adapted model.
 
@@ -36,16 +36,16 @@ def main(
         outputs: Safetensors file to write: float32 logits under the same names, and under ``base.NAME``
             those of the base alone.
         kind: Class of transformers that loads the base.
-        quantised: Arguments of ``BitsAndBytesConfig`` as JSON; empty for a base that is not quantised.
+        quantized: Arguments of ``BitsAndBytesConfig`` as JSON; empty for a base that is not quantized.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
-    if quantised:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**json.loads(quantised))
+    if quantized:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**json.loads(quantized))
         options["device_map"] = {"": device}
     model = getattr(transformers, kind).from_pretrained(base, **options)
-    if not quantised:
+    if not quantized:
         model = model.to(device)
     asked: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(inputs).items():
