@@ -22,7 +22,8 @@ def export(
     engine: Annotated[
         str | None,
         typer.Option(
-            "--for", help="Instead of --to, where it shall run: comfyui, diffusers, llama.cpp, vllm, …"
+            "--for",
+            help="Instead of --to, the program that will run it: comfyui, diffusers, llama.cpp, vllm, …",
         ),
     ] = None,
     rank: Rank = None,
@@ -62,7 +63,7 @@ def import_(
     [bold]moslora import authors-checkpoint my-adapter[/]
     [bold]moslora import style.safetensors my-style[/]
 
-    Read are checkpoints of MoSLoRA's authors ([bold]lora_AB[/], in their SDXL files [bold]lora.downB[/]; also pickled
+    Supported: checkpoints of MoSLoRA's authors ([bold]lora_AB[/], in their SDXL files [bold]lora.downB[/]; also pickled
     ones, of which only tensors are opened) and of PEFT pull request 2294 ([bold]lora_mixer[/]), PaddleNLP's in
     safetensors, kohya's and diffusers' files, and plain LoRA, whose mixers become the identity. The adapter of a
     pipeline becomes one directory for each of its models. Proven as [bold]export[/] is, by reading back what was
@@ -90,7 +91,7 @@ def combine(
 
     [bold]moslora combine math code --weights 1,0.5 --out both[/]
 
-    Factors are laid side by side, never added to each other: the ranks of a module add up. Each adapter's ΔW is
+    Factors are concatenated, never added to each other: the ranks of a module add up. Each adapter's ΔW is
     subtracted from what was written; if anything is left, nothing stays at OUT and the exit code is 1.
     """
 
@@ -100,7 +101,7 @@ def combine(
         try:
             numbers = [float(part) for part in weights.split(",")] if weights else [1.0] * len(adapters)
         except ValueError:
-            raise ValueError(f"--weights {weights} is no list of numbers, as 1,0.5 would be.") from None
+            raise ValueError(f"--weights {weights} is not a list of numbers, such as 1,0.5.") from None
         proof = combine_adapters(adapters, numbers, out, to, rank=rank, dtype=dtype, base=base)
         if as_json:
             print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
@@ -210,7 +211,10 @@ def doctor(
     adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
     base: Annotated[str | None, typer.Option(help="Base model, to hold the adapter against.")] = None,
     engines: Annotated[
-        str, typer.Option("--for", help="Where it shall run, separated by commas: vllm, sglang, llama.cpp, …")
+        str,
+        typer.Option(
+            "--for", help="Programs that will run it, separated by commas: vllm, sglang, llama.cpp, …"
+        ),
     ] = "",
     as_json: Json = False,
     debug: Debug = False,

@@ -67,7 +67,7 @@ def compare(
             rates = [float(rate) for rate in learning_rates.split(",") if rate]
         except ValueError:
             raise ValueError(
-                f"--learning-rates {learning_rates} is no list of numbers, as 1e-4,1e-3 is."
+                f"--learning-rates {learning_rates} is not a list of numbers, such as 1e-4,1e-3."
             ) from None
         folder, verdict = compare_methods(
             arguments,
@@ -130,8 +130,8 @@ def evaluate(
     [bold]moslora evaluate my-model --adapter my-lora --lm-eval arc_easy,gsm8k --limit 200[/]
     [bold]moslora evaluate my-llava --adapter my-lora --recipe recipes/shapes-vision.yaml[/]
 
-    First it is proven that the adapter takes part: logits with and without it must differ. One that learned nothing is
-    said to; one that is not felt ends with exit code 1.
+    First the adapter is proven to be active: logits with and without it must differ. An all-zero adapter is reported; one
+    that does not change the logits is an error (exit code 1).
     """
 
     def action() -> None:

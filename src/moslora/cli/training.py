@@ -155,7 +155,7 @@ def mix(
     [bold]moslora mix runs/when/adapter runs/many/adapter --recipe both.yaml[/]
     [bold]moslora mix runs/when/adapter runs/many/adapter --recipe both.yaml --weights mean trainer.max_steps=40[/]
 
-    Factors are laid side by side and frozen; only the mixer over all of them is trained, which starts as the weighted
+    Factors are concatenated and frozen; only the mixer over all of them is trained, which starts as the weighted
     sum. What comes out is a run as [bold]train[/] leaves it, with one plain LoRA;
     [bold]train --resume[/] goes on with it.
     """

@@ -44,7 +44,7 @@ class Bench:
         self.plan, self.task, self.display, self.stop = plan, task, display, stop
         self.model: Any = task.load()
         self.fingerprint = _fingerprint(self.model)
-        self.alone: set[str] = set()  # methods that were seen to be unable to share the base
+        self.alone: set[str] = set()  # methods that cannot share the base
 
     def measure_base(self) -> dict[str, list[float]]:
         """Measure the untrained base on validation and held-out examples."""
@@ -99,7 +99,7 @@ class Bench:
 
     def _train_together(self, cells: Sequence[Planned]) -> list[Cell]:
         if self.plan.recipe.task.kind != "text":
-            raise CannotShare("batches with pictures are not laid one upon the other")
+            raise CannotShare("batches with pictures are not concatenated")
         found: dict[Planned, Cell] = {}
         made: dict[Planned, tuple[LanguageTask, Any]] = {}
         surroundings = []

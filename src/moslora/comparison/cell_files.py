@@ -56,7 +56,7 @@ def forget(plan: Comparison, cell: Planned) -> None:
 
 
 def mark_crashed_cells(plan: Comparison, display: Display, cells: Sequence[Planned] | None = None) -> None:
-    """Count a cell as crashed in which the process died again and again, as for want of memory.
+    """Count a cell as crashed in which the process died again and again, for example out of memory.
 
     Args:
         plan: What is compared.
@@ -67,7 +67,7 @@ def mark_crashed_cells(plan: Comparison, display: Display, cells: Sequence[Plann
         method, rate, seed = cell
         if plan.cell_file(*cell).exists() or _begun(plan, cell) < DEATHS:
             continue
-        reason = f"the process died {DEATHS} times in this cell, perhaps for want of memory"
+        reason = f"the process died {DEATHS} times in this cell, perhaps out of memory"
         keep(plan, Cell(method.name, rate, seed, "crashed", reason))
         display.warn(f"{method.name}, {rate:g}, seed {seed}: {reason}.")
 

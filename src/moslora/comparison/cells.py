@@ -65,7 +65,7 @@ def in_groups(plan: Comparison, left: Sequence[Planned], together: int) -> list[
 
     Cells of one method go together, so that a method's time and memory remain its own; groups of a method are as alike
     in size as can be, so that methods remain comparable. Methods that change the base run alone, and so do cells in
-    which a process died, so that what one of them did is not laid on the others.
+    which a process died, so that what one of them did is not blamed on the others.
 
     Args:
         plan: What is compared.

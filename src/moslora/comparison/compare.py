@@ -119,7 +119,7 @@ def compare(
     return plan.directory, verdict
 
 
-# --- What shall be compared ---------------------------------------------------------------------------------
+# --- What is compared ---------------------------------------------------------------------------------------
 
 
 def _plan(
@@ -226,7 +226,9 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
     folder, record = plan.directory, plan.directory / "compare.json"
     identity = _identity(plan, task)
     if folder.exists() and not record.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something that is no comparison; name another folder with --out.")
+        raise ValueError(
+            f"{folder} holds something that is not a comparison. Name another folder with --out."
+        )
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if record.exists():

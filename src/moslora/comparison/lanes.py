@@ -180,5 +180,5 @@ class Lane:
         return [p for p in self.trainer.model.parameters() if p.requires_grad]
 
 
-class CannotShare(Exception):  # noqa: N818 - it is no error: the cells run alone
+class CannotShare(Exception):  # noqa: N818 - not an error: the cells run alone
     """Trainings cannot share their base, or not be proven to; the message says why."""

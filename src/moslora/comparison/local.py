@@ -80,7 +80,7 @@ def _run_in_processes(
                 stop.check()
     except BrokenProcessPool as broken:
         raise TrainingError(
-            "A worker process died, perhaps for want of memory. Run the same command with fewer --workers; finished "
+            "A worker process died, perhaps out of memory. Run the same command with fewer --workers; finished "
             f"cells are kept, and a cell in which a process dies {DEATHS} times counts as crashed."
         ) from broken
     finally:

@@ -164,7 +164,7 @@ def _after_death(
     plan: Comparison, group: Sequence[Planned], display: Display
 ) -> tuple[int, list[list[Planned]]]:
     """Bury the cells in which a worker died too often, and return the others of its group, to be run one by one."""
-    display.warn(f"A worker died in {len(group)} cells, perhaps for want of memory; another takes its place.")
+    display.warn(f"A worker died in {len(group)} cells, perhaps out of memory; another one replaces it.")
     mark_crashed_cells(plan, display, group)
     again = [[cell] for cell in group if not plan.cell_file(*cell).exists()]
     return len(group) - len(again), again

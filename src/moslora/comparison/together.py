@@ -1,10 +1,10 @@
-"""Several trainings over one frozen base at once, each the training that it would be alone.
+"""Train several adapters over one frozen base at once; each result equals training it separately.
 
 Every cell keeps its own trainer, which runs its own loop: data order, schedule, optimizer, clipping, accumulation and
 logging are transformers', untouched. Only the model's work is shared. The trainers take turns, each in a thread of its
-own of which one runs at a time, until all have a batch; the batches are laid one upon the other, the base runs once
-over all rows, and in each adapted layer every cell's rows go on through that cell's own adapter. One backward pass
-follows, and each trainer goes on with its own gradients.
+own of which one runs at a time, until all have a batch. The batches are concatenated along the batch dimension, the
+base runs once over all rows, and in each adapted layer every cell's rows pass through that cell's own adapter. One
+backward pass follows, and each trainer continues with its own gradients.
 
     cell 1   rows of batch 1 ─┐            ┌─ own adapter ─┐            ┌─ own loss 1
     cell 2   rows of batch 2 ─┼─ base W·x ─┼─ own adapter ─┼─ … layers ─┼─ own loss 2
@@ -111,7 +111,7 @@ def _why_alone(base: Any, trainer: Any) -> str | None:
         return "its positions depend on the longest row of the batch, which may be another cell's"
     attention = getattr(base.config, "_attn_implementation", None) or ""
     if "flash" in attention and getattr(trainer, "padding_free", False):
-        return f"{attention} takes rows laid end to end one at a time"
+        return f"{attention} takes padding-free rows one at a time"
     if arguments.torch_compile or getattr(arguments, "activation_offloading", False):
         return "compiled or offloaded layers cannot be split by rows"
     return None

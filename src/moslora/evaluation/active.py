@@ -23,7 +23,8 @@ def with_adapter(base: Any, adapter: Path) -> Any:
 
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(
-            f"{adapter} is no adapter directory that PEFT loads; bring others in with: moslora import {adapter} OUT"
+            f"{adapter} is not an adapter directory that PEFT loads. Convert other formats "
+            f"with: moslora import {adapter} OUT"
         )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -209,7 +209,7 @@ def _task_of(file: Path) -> tuple[str, str]:
                 return found[kind], kind
     except (OSError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
-    raise ValueError(f"{file} is no task of lm-eval: it names none (task: NAME).")
+    raise ValueError(f"{file} is not a task of lm-eval: it has no line task: NAME.")
 
 
 def _without_tags(text: str) -> str:

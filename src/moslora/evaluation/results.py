@@ -37,7 +37,7 @@ class Measure:
             ``"accuracy_shuffled_images"``.
         items: How many.
         base: Of the base; None if the adapted model alone was asked for.
-        base_interval: 95 %; None for losses, whose spread between examples is no error of the difference.
+        base_interval: 95 %; None for losses, whose spread between examples is not an error of the difference.
         tuned, tuned_interval: Of the adapted model; None without an adapter.
         difference, low, high, p: Tuned less base, paired over items; None without an adapter.
         fixed, broken: Items that became right, and that became wrong; None for losses.

@@ -1,4 +1,4 @@
-"""The recipe: what a run shall do, typed and checked before anything heavy is loaded.
+"""The recipe: what a run does, typed and checked before anything heavy is loaded.
 
 A recipe is a YAML file, ``section.key=value`` overrides, or both::
 

@@ -52,7 +52,7 @@ class FrozenProof:
 
 @dataclass(frozen=True)
 class Mix:
-    """Several adapters, laid side by side.
+    """Several adapters whose factors are concatenated.
 
     Attributes:
         sources: Where they are.
@@ -231,7 +231,7 @@ def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = No
         The adapters as one.
 
     Raises:
-        AdapterError: If they cannot be read or added, or have modules whose factors cannot be laid side by side in
+        AdapterError: If they cannot be read or added, or have modules whose factors cannot be concatenated in
             a model.
     """
     paths = tuple(Path(source) for source in sources)
@@ -245,7 +245,7 @@ def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = No
     if odd or whole.config.get("unlike_lora"):
         name = odd[0] if odd else next(iter(whole.config["unlike_lora"]))
         raise AdapterError(
-            f"{name} is an expert, a grouped convolution or another layer whose factors cannot be laid side by side in "
+            f"{name} is an expert, a grouped convolution or another layer whose factors cannot be concatenated in "
             "a model. Combine or merge such adapters instead."
         )
     return Mix(paths, factors, whole, hashes)
@@ -264,7 +264,7 @@ def arguments_of(adapters: Sequence[Path], recipe: str, weights: str, overrides:
         Arguments of ``train``.
 
     Raises:
-        ValueError: If the weights are no numbers, or not one for each adapter.
+        ValueError: If the weights are not numbers, or not one for each adapter.
     """
     count = len(adapters)
     if weights == "mean":
@@ -274,7 +274,7 @@ def arguments_of(adapters: Sequence[Path], recipe: str, weights: str, overrides:
             numbers = [float(part) for part in weights.split(",")] if weights else [1.0] * count
         except ValueError:
             raise ValueError(
-                f"--weights {weights} is no list of numbers, as 1,0.5 would be, nor mean."
+                f"--weights {weights} is neither a list of numbers, such as 1,0.5, nor mean."
             ) from None
     if len(numbers) != count:
         raise ValueError(f"--weights has {len(numbers)} numbers for {count} adapters; give one for each.")

@@ -56,7 +56,7 @@ def main(
             logits[f"base.{name}"] = model.eval()(**given).logits.float().cpu()
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
         if type(model.peft_config["default"]) is not peft.LoraConfig:
-            raise SystemExit("the adapter is no plain LoRA")
+            raise SystemExit("the adapter is not a plain LoRA")
         for name, given in asked.items():
             logits[name] = model(**given).logits.float().cpu()
     if "moslora" in sys.modules:
