@@ -130,8 +130,8 @@ def evaluate(
     [bold]moslora evaluate my-model --adapter my-lora --lm-eval arc_easy,gsm8k --limit 200[/]
     [bold]moslora evaluate my-llava --adapter my-lora --recipe recipes/shapes-vision.yaml[/]
 
-    First the adapter is proven to be active: logits with and without it must differ. An all-zero adapter is reported; one
-    that does not change the logits is an error (exit code 1).
+    First the adapter is proven to be active: logits with and without it must differ. An all-zero adapter is reported;
+    one that does not change the logits is an error (exit code 1).
     """
 
     def action() -> None:
