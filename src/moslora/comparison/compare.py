@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,8 +29,8 @@ from moslora.comparison.methods import find_method
 from moslora.comparison.plan import DECISIVE, Comparison
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
-from moslora.errors import Stopped
-from moslora.files import write_text
+from moslora.errors import Stopped, UsageError
+from moslora.files import locked, write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
@@ -136,24 +135,24 @@ def _plan(
     recipe = load_recipe(list(arguments))
     if steps is not None:
         if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1.")
+            raise UsageError(f"steps={steps} must be at least 1.")
         recipe = recipe.model_copy(update={"trainer": {**recipe.trainer, "max_steps": steps}})
     found = [find_method(name) for name in methods]
     names = [method.name for method in found]
     if len(set(names)) != len(names) or len(names) < 2:
-        raise ValueError(f"methods={','.join(names)} must name at least two, none of them twice.")
+        raise UsageError(f"methods={','.join(names)} must name at least two, none of them twice.")
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
-        raise ValueError(f"baseline={baseline!r} is none of the methods compared: {', '.join(names)}.")
+        raise UsageError(f"baseline={baseline!r} is none of the methods compared: {', '.join(names)}.")
     if seeds < 2:
-        raise ValueError(f"seeds={seeds} shows no noise between seeds; take at least 2, better 3 to 5.")
+        raise UsageError(f"seeds={seeds} shows no noise between seeds; take at least 2, better 3 to 5.")
     if validation < 2 or (examples is not None and examples < 2):
-        raise ValueError("At least 2 validation and 2 held-out examples are needed.")
+        raise UsageError("At least 2 validation and 2 held-out examples are needed.")
     if not rates:
         middle = float(resolve_trainer_arguments(recipe, default_device())["learning_rate"])
         rates = [float(f"{middle * factor:.2g}") for factor in RATE_FACTORS]
     if any(not (0 < rate < math.inf) for rate in rates) or len({f"{rate:g}" for rate in rates}) != len(rates):
-        raise ValueError(f"Learning rates {list(rates)} must be positive and all different.")
+        raise UsageError(f"Learning rates {list(rates)} must be positive and all different.")
     for method in found:
         method.configure(recipe.adapter)  # says now what it would say after an hour
     name = recipe.output.name or recipe.task.kind
@@ -226,19 +225,19 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
     folder, record = plan.directory, plan.directory / "compare.json"
     identity = _identity(plan, task)
     if folder.exists() and not record.exists() and any(folder.iterdir()):
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds something that is not a comparison. Name another folder with --out."
         )
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, wait=False):
         if record.exists():
             try:
                 old = json.loads(record.read_text(encoding="utf-8"))["identity"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{record} is damaged; name another folder with --out.") from error
+                raise UsageError(f"{record} is damaged; name another folder with --out.") from error
             changed = [name for name in identity if old.get(name) != identity[name]]
             if changed:
-                raise ValueError(
+                raise UsageError(
                     f"{folder} holds a comparison with other {', '.join(changed)}. Go on with those, or name another "
                     "folder with --out. (Adding seeds or methods after seeing a result would make findings by chance "
                     "likelier than the intervals say.)"
@@ -255,28 +254,6 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
             write_text(record, json.dumps(document, indent=2, ensure_ascii=False))
             display.say(f"Comparison: {folder}")
         yield
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows; there the user has to see to it
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another process is at work in {folder}; wait for it, or name another."
-            ) from None
-        except OSError:  # some network file systems cannot lock
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # --- What came of it ----------------------------------------------------------------------------------------

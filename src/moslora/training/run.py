@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moslora.distributed import Team, refuse_sharding
-from moslora.errors import ModelError, Stopped
+from moslora.errors import ModelError, Stopped, UsageError
 from moslora.files import write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
@@ -73,7 +73,7 @@ def check(arguments: Sequence[str], display: Display) -> None:
         if str(error) not in map(str, problems):
             problems.append(error)
     if len(problems) > 1:
-        raise ValueError("\n".join(map(str, problems)))
+        raise UsageError("\n".join(map(str, problems)))
     if problems:
         raise problems[0]
     _check_mix(mix, task, display)
@@ -136,7 +136,7 @@ def resume(path: Path, display: Display) -> RunDirectory:
     """
     directory = RunDirectory.open(path)
     if directory.read().get("status") == "completed":
-        raise ValueError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
+        raise UsageError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
     display = only_of_first(display)
     recipe, mix = _with_mix(load_recipe([str(directory.recipe)]))
     refuse_sharding(recipe.trainer)
@@ -285,7 +285,7 @@ def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
         return
     changed = [name for name in hashes if old.get(name) != json.loads(json.dumps(hashes[name]))]
     if changed:
-        raise ValueError(
+        raise UsageError(
             f"Cannot go on with {directory.path}: its {' and '.join(changed)} changed since it began. Put "
             "the old files back, or start a new run."
         )
