@@ -6,6 +6,7 @@ notebook; ``Silence`` is what the Python API has by default, and raises warnings
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import sys
@@ -20,7 +21,7 @@ from moslora.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["Display", "NotebookDisplay", "Progress", "Silence", "as_text", "find_display"]
+__all__ = ["Display", "NotebookDisplay", "Printable", "Progress", "Silence", "find_display"]
 
 # Seconds between plain progress lines, so that a log file stays readable.
 PLAIN_INTERVAL = 10.0
@@ -243,12 +244,34 @@ def find_display(progress: str | Display | None) -> Display:
     return known[progress]()
 
 
-def as_text(*parts: RenderableType, width: int = 110) -> str:
-    """Return rich tables and lines as plain text, for ``repr``."""
-    from rich.console import Console
+class Printable:
+    """A result that reads well: ``show`` writes it on a display, and ``repr`` is the same as plain text."""
 
-    stream = io.StringIO()
-    console = Console(file=stream, highlight=False, width=width, no_color=True, markup=False)
-    for part in parts:
-        console.print(part)
-    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
+    def show(self, display: Display) -> None:
+        """Write the result for people.
+
+        Args:
+            display: Where to.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result for programs: what ``--json`` prints."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        display = Display(stream := io.StringIO())
+        # Whatever surrounds it, a terminal or a notebook, it is text that is wanted.
+        display.console = Console(
+            file=stream,
+            highlight=False,
+            soft_wrap=True,
+            width=160,
+            no_color=True,
+            force_terminal=False,
+            force_jupyter=False,
+        )
+        self.show(display)
+        return "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines())

@@ -82,3 +82,14 @@ def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     if count <= 0 or len(items) <= count:
         return list(items)[: max(count, 0)]
     return [items[round(k * (len(items) - 1) / max(count - 1, 1))] for k in range(count)]
+
+
+def figure_or_dash(value: float | None) -> str:
+    """Return a figure with three significant digits.
+
+    Args:
+        value: The figure; None if there is none.
+    """
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"

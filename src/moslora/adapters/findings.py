@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LEVELS", "Diagnosis", "Finding", "some", "to_json"]
+from moslora.display import Display, Printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["LEVELS", "Diagnosis", "Finding", "some"]
 
 LEVELS = ("ok", "note", "warning", "error")
 
@@ -28,8 +33,8 @@ class Finding:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Printable):
     """All that was found.
 
     Attributes:
@@ -45,6 +50,15 @@ class Diagnosis:
     base: str | None
     engines: tuple[str, ...]
     findings: tuple[Finding, ...]
+
+    def show(self, display: Display) -> None:
+        """Write the findings, each with its fix, and the verdict."""
+        display.show(_findings_table(self.findings))
+        display.say(self.verdict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its attributes, ``usable`` and ``verdict``."""
+        return {**super().to_dict(), "usable": self.is_usable, "verdict": self.verdict}
 
     def count(self, level: str) -> int:
         """Count the findings of a level.
@@ -76,15 +90,19 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def to_json(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return a diagnosis for programs.
+def _findings_table(findings: Sequence[Finding]) -> Table:
+    """Lay out findings, each with its fix below it."""
+    from rich.table import Table
+    from rich.text import Text
 
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        A JSON object: its attributes, ``usable`` and ``verdict``.
-    """
-    from dataclasses import asdict
-
-    return {**asdict(diagnosis), "usable": diagnosis.is_usable, "verdict": diagnosis.verdict}
+    colors = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for column in ("level", "check"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for finding in findings:
+        what = Text(finding.what)
+        if finding.fix:
+            what.append(f"\n→ {finding.fix}", style="bold")
+        table.add_row(Text(finding.level, style=colors[finding.level]), Text(finding.check), what)
+    return table

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats.native import start_of
 from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.display import Display, Printable
 from moslora.errors import AdapterError, ModelError
 from moslora.models.shards import StoredWeights, open_weights
+from moslora.wording import figure_or_dash
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor
 
 __all__ = [
@@ -113,8 +116,8 @@ class Group:
     mixed_scale: float | None
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Printable):
     """An adapter, looked at.
 
     Attributes:
@@ -138,6 +141,21 @@ class Inspection:
     groups: tuple[Group, ...]
     learned_nothing: tuple[str, ...]
     note: str = ""
+
+    def show(self, display: Display) -> None:
+        """Write the medians by kind of module, and what is to be known of them."""
+        display.show(_groups_table(self.groups))
+        mixer = f", mixer {self.mixer}" if self.mixer else ""
+        display.say(
+            f"Read {self.adapter}: {self.format}{mixer}, {len(self.modules)} modules, {self.parameters:,} parameters."
+        )
+        if self.note:
+            display.say(self.note)
+        if self.learned_nothing:
+            names = ", ".join(self.learned_nothing[:3]) + (", …" if len(self.learned_nothing) > 3 else "")
+            display.say(
+                f"Learned nothing: {len(self.learned_nothing)} of {len(self.modules)} modules ({names})."
+            )
 
 
 def inspect_adapter(
@@ -286,3 +304,28 @@ def natural(path: str) -> list[tuple[int, str]]:
         path: Of a module.
     """
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+
+
+def _groups_table(groups: Sequence[Group]) -> Table:
+    """Lay out medians by kind of module, leaving out what no module has."""
+    from rich.table import Table
+
+    columns = {
+        "modules": [str(group.modules) for group in groups],
+        "rank": [str(group.rank) for group in groups],
+        "eff. rank": [figure_or_dash(group.effective_rank) for group in groups],
+        "‖ΔW‖": [figure_or_dash(group.norm) for group in groups],
+        "÷ ‖W0‖": [figure_or_dash(group.relative_norm) for group in groups],
+        "M - I": [figure_or_dash(group.from_identity) for group in groups],
+        "M - orth.": [figure_or_dash(group.from_orthogonal) for group in groups],
+        "moved": [figure_or_dash(group.moved) for group in groups],
+        "‖MA‖/‖A‖": [figure_or_dash(group.mixed_scale) for group in groups],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cell != "–" for cell in cells)}
+    table = Table(box=None, header_style="bold")
+    table.add_column("kind", overflow="fold")
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, group in enumerate(groups):
+        table.add_row(group.kind, *(cells[index] for cells in shown.values()))
+    return table

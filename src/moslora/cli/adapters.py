@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +9,9 @@ from typing import Annotated
 import typer
 
 from moslora.cli.options import FORMAT_HELP, Alpha, Base, Debug, Dtype, Json, Rank
-from moslora.cli.running import run_verb
-from moslora.cli.tables import findings_table, groups_table
+from moslora.cli.running import print_result, run_verb
+from moslora.display import Display
+from moslora.errors import UsageError
 
 
 def export(
@@ -46,7 +45,12 @@ def export(
     """
 
     def action() -> None:
-        _convert(adapter, out, to, as_json, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha)
+        from moslora.api.adapters import export as export_adapter
+
+        print_result(
+            export_adapter(adapter, out, to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha),
+            as_json,
+        )
 
     run_verb(action, debug)
 
@@ -69,7 +73,13 @@ def import_(
     pipeline becomes one directory for each of its models. Proven as [bold]export[/] is, by reading back what was
     written.
     """
-    run_verb(lambda: _convert(source, out, "native", as_json, alpha=alpha), debug)
+
+    def action() -> None:
+        from moslora.api.adapters import import_adapter
+
+        print_result(import_adapter(source, out, alpha=alpha), as_json)
+
+    run_verb(action, debug)
 
 
 def combine(
@@ -96,27 +106,13 @@ def combine(
     """
 
     def action() -> None:
-        from moslora.adapters.combine import combine as combine_adapters
+        from moslora.api.adapters import combine as combine_adapters
 
         try:
-            numbers = [float(part) for part in weights.split(",")] if weights else [1.0] * len(adapters)
+            numbers = [float(part) for part in weights.split(",")] if weights else None
         except ValueError:
-            raise ValueError(f"--weights {weights} is not a list of numbers, such as 1,0.5.") from None
-        proof = combine_adapters(adapters, numbers, out, to, rank=rank, dtype=dtype, base=base)
-        if as_json:
-            print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
-            return
-        for folder, weight in zip(adapters, proof.weights, strict=True):
-            print(f"Read {folder}, weight {weight:g}.")
-        print(f"Wrote {out}: {to}, {proof.modules} modules, rank up to {proof.rank}.")
-        if proof.rank_error is not None:
-            print(
-                f"Rank {rank}: relative error of ΔW {proof.rank_error:.1e} over all modules, against the exact sum."
-            )
-        print(
-            f"Proven: largest relative error of ΔW against the sum {proof.max_relative_error:.1e} "
-            f"(at most {proof.tolerance:.2g} allowed), in {proof.worst_module}; read back by {proof.reader}."
-        )
+            raise UsageError(f"--weights {weights} is not a list of numbers, such as 1,0.5.") from None
+        print_result(combine_adapters(adapters, out, numbers, to, rank=rank, dtype=dtype, base=base), as_json)
 
     run_verb(action, debug)
 
@@ -138,27 +134,9 @@ def merge(
     """
 
     def action() -> None:
-        from moslora.adapters.merge import LEAST_SURVIVING
-        from moslora.adapters.merge import merge as merge_into
+        from moslora.api.adapters import merge as merge_into
 
-        proof = merge_into(base, adapter, out, lambda line: print(line, file=sys.stderr))
-        if as_json:
-            print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
-            return
-        print(f"Read {base} and {adapter}: {proof.modules} modules.")
-        print(
-            f"Wrote {out}: {proof.bytes:,} bytes of weights. Every adapted weight changed, the rest is a copy."
-        )
-        print(
-            f"Proven: {proof.checked:,} entries of all {proof.modules} modules read back, largest relative error "
-            f"{proof.max_relative_error:.1e}; each entry within its rounding (at worst {proof.error_ratio:.2f} of it, "
-            f"in {proof.worst_module})."
-        )
-        if proof.least_kept < LEAST_SURVIVING:
-            print(
-                f"Rounding to the base's dtype kept {proof.least_kept:.0%} of ΔW in {proof.least_kept_module}: it is "
-                "small beside the weights. To keep it all, merge into the base in float32, or ship the adapter."
-            )
+        print_result(merge_into(base, adapter, out, progress=Display(sys.stderr)), as_json)
 
     run_verb(action, debug)
 
@@ -180,28 +158,10 @@ def inspect_(
     """
 
     def action() -> None:
-        from moslora.adapters.inspection import inspect_adapter
-        from moslora.reports.inspection import write_page
+        from moslora.api.adapters import inspect as inspect_adapter
 
-        found = inspect_adapter(adapter, base, lambda line: print(line, file=sys.stderr))
-        if html is not None:
-            write_page(found, html)
-        if as_json:
-            print(json.dumps(dataclasses.asdict(found), indent=2))
-            return
-        from moslora.display import Display
-
-        Display().show(groups_table(found))
-        mixer = f", mixer {found.mixer}" if found.mixer else ""
-        print(
-            f"Read {adapter}: {found.format}{mixer}, {len(found.modules)} modules, {found.parameters:,} parameters."
-        )
-        if found.note:
-            print(found.note)
-        if found.learned_nothing:
-            named = ", ".join(found.learned_nothing[:3]) + (", …" if len(found.learned_nothing) > 3 else "")
-            print(f"Learned nothing: {len(found.learned_nothing)} of {len(found.modules)} modules ({named}).")
-        if html is not None:
+        print_result(inspect_adapter(adapter, base, html=html, progress=Display(sys.stderr)), as_json)
+        if html is not None and not as_json:
             print(f"Wrote {html}.")
 
     run_verb(action, debug)
@@ -229,60 +189,12 @@ def doctor(
     """
 
     def action() -> None:
-        from moslora.adapters.doctor import diagnose
-        from moslora.adapters.findings import to_json
+        from moslora.api.adapters import doctor as diagnose
 
         names = [name.strip() for name in engines.split(",") if name.strip()]
-        found = diagnose(adapter, base, names, lambda line: print(line, file=sys.stderr))
-        if as_json:
-            print(json.dumps(to_json(found), indent=2))
-        else:
-            from moslora.display import Display
-
-            Display().show(findings_table(found))
-            print(found.verdict)
-        if not found.is_usable:
+        diagnosis = diagnose(adapter, base, names, progress=Display(sys.stderr))
+        print_result(diagnosis, as_json)
+        if not diagnosis.is_usable:
             raise typer.Exit(1)
 
     run_verb(action, debug)
-
-
-def _convert(
-    source: Path,
-    out: Path,
-    to: str | None,
-    as_json: bool,
-    *,
-    engine: str | None = None,
-    rank: int | None = None,
-    dtype: str | None = None,
-    base: str | None = None,
-    alpha: float | None = None,
-) -> None:
-    """Write an adapter in another format and say what was proven."""
-    from moslora.adapters.export import export_adapter
-    from moslora.adapters.formats.table import FORMATS
-
-    proof = export_adapter(source, out, to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha)
-    if as_json:
-        print(json.dumps({"out": str(out), **dataclasses.asdict(proof)}, indent=2))
-        return
-    said = "" if alpha is None else f", alpha {alpha:g} as given"
-    print(f"Read {source}: {proof.source}, {proof.modules} modules{said}.")
-    if FORMATS[proof.source].warning:
-        print(FORMATS[proof.source].warning)
-    print(f"Wrote {out}: {proof.target}, {FORMATS[proof.target].purpose}.")
-    if proof.has_magnitudes:
-        print(
-            "It has DoRA's magnitude: PEFT reads it, most engines do not; moslora doctor --for says which, and why."
-        )
-    if proof.rank_error is not None:
-        worst = max(proof.rank_errors, key=lambda name: proof.rank_errors[name])
-        print(
-            f"Rank {rank}: relative error of ΔW {proof.rank_error:.1e} over all modules, at most "
-            f"{proof.rank_errors[worst]:.1e}, in {worst}. --json and moslora_proof.json have every module's."
-        )
-    print(
-        f"Proven: largest relative error of ΔW {proof.max_relative_error:.1e} "
-        f"(at most {proof.tolerance:.2g} allowed), in {proof.worst_module}; read back by {proof.reader}."
-    )

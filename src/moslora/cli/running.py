@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from moslora.display import Printable
 
 
 @contextlib.contextmanager
@@ -72,3 +77,13 @@ def run_verb(action: Callable[[], None], debug: bool, together: bool = False) ->
     if not known:
         print("Run again with --debug to see where it happened.", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def print_result(result: Printable, as_json: bool) -> None:
+    """Print a verb's result on standard output, for people or as JSON."""
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        from moslora.display import Display
+
+        result.show(Display())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -12,8 +11,7 @@ from typing import Annotated
 import typer
 
 from moslora.cli.options import Debug, Json
-from moslora.cli.running import run_verb
-from moslora.cli.tables import memory_table
+from moslora.cli.running import print_result, run_verb
 
 
 def train(
@@ -112,23 +110,7 @@ def plan(
             quantize=quantize,
             say=lambda line: print(line, file=sys.stderr),
         )
-        if as_json:
-            print(json.dumps(dataclasses.asdict(found), indent=2))
-            return
-        from moslora.display import Display
-
-        kind = f"{found.base}, adapter {found.trained / 1e6:.1f} M trained numbers"
-        print(f"{found.model}: {found.architecture}, {found.parameters / 1e9:.2f} G parameters in {kind}.")
-        steps = f", {found.accumulation} batches to a step" if found.accumulation > 1 else ""
-        print(
-            f"On each GPU {found.rows} × {found.length} tokens, {found.scored} of each row trained on{steps}; "
-            f"{found.optimiser}; logits {found.logits / 1e9:.2f} GB at a time."
-        )
-        Display().show(memory_table(found))
-        print(
-            "GB of 10⁹ bytes at the fullest moment of a step; state is the optimizer's. "
-            f"The recipe has checkpointing {'on' if found.checkpointing else 'off'}."
-        )
+        print_result(found, as_json)
 
     run_verb(action, debug)
 

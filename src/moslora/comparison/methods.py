@@ -71,10 +71,10 @@ class Method:
 def _make(library: str, arguments: dict[str, Any]) -> PeftConfig:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    import moslora  # registers MOSLORA with PEFT
+    from moslora.tuner.config import MoSLoRAConfig
 
     if library == "moslora":
-        return moslora.MoSLoRAConfig(**arguments)
+        return MoSLoRAConfig(**arguments)
     kind = str(arguments.pop("peft_type", "LORA")).upper()
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = [str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING]

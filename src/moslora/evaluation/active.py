@@ -19,8 +19,6 @@ def with_adapter(base: Any, adapter: Path) -> Any:
 
     from peft import PeftModel
 
-    import moslora  # noqa: F401 - registers MOSLORA with PEFT
-
     if not (adapter / "adapter_config.json").is_file():
         raise UsageError(
             f"{adapter} is not an adapter directory that PEFT loads. Convert other formats "

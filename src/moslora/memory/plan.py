@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moslora.display import Display, Printable
 from moslora.errors import PlanError
 from moslora.memory.counting import TILE_TOKENS, TILE_WORDS, count_step
 from moslora.memory.four_bit import quantize_linears
@@ -27,20 +28,18 @@ from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
     from moslora.recipe.schema import Recipe
 
-__all__ = [
-    "Plan",
-    "plan",
-]
+__all__ = ["Plan", "count_memory", "plan"]
 
 GPUS = (2, 4, 8)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Printable):
     """The memory of a fine-tune.
 
     Attributes:
@@ -73,6 +72,21 @@ class Plan:
     logits: int
     placements: tuple[Placement, ...]
 
+    def show(self, display: Display) -> None:
+        """Write what each way of training takes of a GPU."""
+        kind = f"{self.base}, adapter {self.trained / 1e6:.1f} M trained numbers"
+        display.say(f"{self.model}: {self.architecture}, {self.parameters / 1e9:.2f} G parameters in {kind}.")
+        steps = f", {self.accumulation} batches to a step" if self.accumulation > 1 else ""
+        display.say(
+            f"On each GPU {self.rows} × {self.length} tokens, {self.scored} of each row trained on{steps}; "
+            f"{self.optimiser}; logits {self.logits / 1e9:.2f} GB at a time."
+        )
+        display.show(_placements_table(self.placements))
+        display.say(
+            "GB of 10⁹ bytes at the fullest moment of a step; state is the optimizer's. "
+            f"The recipe has checkpointing {'on' if self.checkpointing else 'off'}."
+        )
+
 
 def plan(
     arguments: Sequence[str],
@@ -103,6 +117,18 @@ def plan(
     named = any(a.split("=", 1)[0].split(".", 1)[0] == "data" for a in arguments if "=" in a)
     without_recipe = bool(arguments) and all("=" in a for a in arguments)
     recipe = load_recipe([*arguments, *(["data=none"] if without_recipe and not named else [])])
+    return count_memory(recipe, length=length, scored=scored, quantize=quantize, say=say)
+
+
+def count_memory(
+    recipe: Recipe,
+    *,
+    length: int | None = None,
+    scored: int | None = None,
+    quantize: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Count the memory that a recipe takes of each GPU; arguments, result and errors are those of ``plan``."""
     if recipe.task.kind != "text":
         raise PlanError(
             f"task.kind is {recipe.task.kind!r}: how many tokens a picture becomes is for its processor to say. Only "
@@ -179,7 +205,7 @@ def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from moslora import MoSLoRAConfig
+    from moslora.tuner.config import MoSLoRAConfig
 
     source = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
     config = load_config(source, recipe.model.trust_remote_code)
@@ -220,3 +246,23 @@ def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn
         skipped = tuple(stored.get("llm_int8_skip_modules") or ())
         quantize_linears(adapted, model, double, skipped)
     return adapted, "nf4" if is_4bit else kind
+
+
+def _placements_table(placements: Sequence[Placement]) -> Table:
+    """Lay out what each way of training takes of a GPU, in GB."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("GPUs", no_wrap=True)
+    table.add_column("ckpt", no_wrap=True)
+    parts = ("weights", "gathered", "gradients", "optimiser", "activations", "total")
+    for name in (*parts, "card"):
+        table.add_column("state" if name == "optimiser" else name, justify="right", no_wrap=True)
+    for placement in placements:
+        if placement.strategy == "DDP" and placement.gpus > 2:
+            continue  # each holds the same, however many there are
+        where = {"one": "1", "DDP": "DDP, 2+", "FSDP": f"FSDP, {placement.gpus}"}[placement.strategy]
+        cells = [f"{getattr(placement, name) / 1e9:.2f}" for name in parts]
+        card = f"{placement.card} GB" if placement.card else "none"
+        table.add_row(where, "on" if placement.checkpointing else "off", *cells, card)
+    return table

@@ -15,7 +15,7 @@ from moslora.recipe.schema import Recipe
 from moslora.recipe.yaml_core import parse_yaml
 from moslora.wording import nearest
 
-__all__ = ["load_recipe"]
+__all__ = ["load_recipe", "read_recipe_file"]
 
 LARGEST_RECIPE = 1 << 20  # bytes; somebody who names a data file or a model is told so
 
@@ -46,7 +46,7 @@ def load_recipe(arguments: Sequence[str], base: Path | None = None) -> Recipe:
     raw: dict[str, Any] = {}
     if "=" not in arguments[0] or (here / arguments[0]).is_file():
         path = here / user_path(arguments.pop(0))
-        raw = expand_shorthands(_read(path))
+        raw = expand_shorthands(read_recipe_file(path))
         for section, values in raw.items():
             anchor(section, values, (path.parent, here))
     problems: list[str] = []
@@ -54,8 +54,15 @@ def load_recipe(arguments: Sequence[str], base: Path | None = None) -> Recipe:
     return check_recipe(raw, here, problems)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a recipe file into its sections."""
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """Read a recipe file into its sections; nothing in them is checked.
+
+    Args:
+        path: A YAML file.
+
+    Raises:
+        RecipeError: If it cannot be read, or is not a mapping.
+    """
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".yaml", ".yml"))
         hint = f" Did you mean {path / inside[0]}?" if inside else " Give the YAML file."

@@ -10,8 +10,9 @@ from typing import Any
 from moslora.adapters.inspection import Inspection
 from moslora.files import new_file
 from moslora.reports.page import render
+from moslora.wording import figure_or_dash
 
-__all__ = ["figure_or_dash", "write_page"]
+__all__ = ["write_page"]
 
 # What is drawn: the figure's name, its title, and what it tells a reader.
 MAPS = (
@@ -104,14 +105,3 @@ def _shared_beginning(layers: Sequence[str]) -> str:
     stems = {layer.rpartition(".")[0] for layer in layers}
     stem = stems.pop()
     return f"{stem}." if stem and not stems else ""
-
-
-def figure_or_dash(value: float | None) -> str:
-    """Return a figure with three significant digits.
-
-    Args:
-        value: The figure; None if there is none.
-    """
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"

@@ -239,6 +239,6 @@ class Task(ABC):
 
     def adapter_config(self, model: nn.Module) -> PeftConfig:
         """Return the adapter's configuration on this base model."""
-        from moslora import MoSLoRAConfig
+        from moslora.tuner.config import MoSLoRAConfig
 
         return MoSLoRAConfig(task_type="CAUSAL_LM", **self.adapter_arguments(model))

@@ -26,7 +26,7 @@ def denoiser_config(settings: Mapping[str, Any]) -> PeftConfig:
     Args:
         settings: The recipe's ``adapter`` section.
     """
-    from moslora import MoSLoRAConfig
+    from moslora.tuner.config import MoSLoRAConfig
 
     return MoSLoRAConfig(**settings)
 
@@ -41,7 +41,7 @@ def text_encoder_config(
         r: Rank; None takes the denoiser's.
         alpha: ``lora_alpha``; None takes the denoiser's.
     """
-    from moslora import MoSLoRAConfig
+    from moslora.tuner.config import MoSLoRAConfig
 
     changes: dict[str, Any] = {
         "target_modules": CLIP_TARGETS,

@@ -1,0 +1,89 @@
+"""Building a recipe in Python: a path, a mapping or a recipe, and sections over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moslora import versions
+from moslora.errors import RecipeError
+from moslora.recipe.checking import check_recipe
+from moslora.recipe.keys import SHORTHANDS
+from moslora.recipe.loading import read_recipe_file
+from moslora.recipe.overrides import expand_shorthands, replace_section
+from moslora.recipe.paths import anchor
+from moslora.recipe.schema import Recipe
+
+__all__ = ["RecipeSource", "build_recipe", "plain"]
+
+# What a recipe is made from: a YAML file, its sections, or a recipe; None for the sections alone.
+RecipeSource = str | os.PathLike[str] | Mapping[str, Any] | Recipe | None
+
+
+def build_recipe(source: RecipeSource, sections: Mapping[str, Any], base: Path | None = None) -> Recipe:
+    """Build a recipe, with the checks of ``load_recipe``.
+
+    Args:
+        source: A recipe's file, its sections, or a recipe.
+        sections: By name, what goes over it: a mapping is merged over the section, and a plain value has the shorthand
+            meaning of the command line, as ``data="my.jsonl"``. None leaves the section as it is.
+        base: The folder that stands for the current one.
+
+    Returns:
+        The recipe, with its defaults filled in. Paths that exist are absolute.
+
+    Raises:
+        RecipeError: If anything is wrong; all of it is named.
+        VersionError: If PEFT, transformers or TRL is older than the tasks are written for.
+
+    Example:
+        >>> build_recipe({"model": "org/base", "data": "org/examples"}, {"adapter": {"r": 8}}).adapter["r"]
+        8
+    """
+    versions.require_for_command()
+    here = Path(base) if base is not None else Path.cwd()
+    folders: tuple[Path, ...] = (here,)
+    if isinstance(source, str | os.PathLike):
+        path = here / os.path.expanduser(source)  # noqa: PTH111 - Path's raises for a user that does not exist
+        values: Any = read_recipe_file(path)
+        folders = (path.parent, here)
+    elif isinstance(source, Recipe):
+        values = source.model_dump(exclude_none=True)
+    elif isinstance(source, Mapping | None):
+        values = plain(source or {})
+    else:
+        raise RecipeError(
+            f"recipe is a {type(source).__name__}; give a YAML file's path, a dict of sections, or a Recipe."
+        )
+    raw = expand_shorthands(values)
+    for section, value in raw.items():
+        anchor(section, value, folders)
+    for section, value in sections.items():
+        value = plain(value)
+        if value is None:
+            continue
+        if isinstance(value, dict) and isinstance(raw.get(section), dict):
+            anchor(section, value, (here,))
+            raw[section] = {**raw[section], **value}
+        elif section in SHORTHANDS or isinstance(value, dict):
+            replace_section(raw, section, value, here)
+        else:
+            raw[section] = value
+    if not raw:
+        raise RecipeError("There is no recipe: give a YAML file, or at least model=… and data=….")
+    return check_recipe(raw, here, [])
+
+
+def plain(value: Any) -> Any:
+    """Return a value of Python as YAML would give it: paths as text, tuples and sets as lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(plain, value))
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
