@@ -199,7 +199,7 @@ def test_a_folder_with_another_comparison_is_refused(finished, world):
             methods=["lora", "pissa", "moslora", "full"],
             arguments=arguments(world, seed=0, **{"adapter.r": 8}),
         )
-    with pytest.raises(ValueError, match="no comparison"):
+    with pytest.raises(ValueError, match="not a comparison"):
         run(world, folder / "cells")
 
 
