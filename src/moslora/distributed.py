@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from moslora.compat.accelerate import leave_launcher
+from moslora.errors import UsageError
 
 __all__ = ["Team", "environment_alone", "in_main_process", "launched", "refuse_sharding"]
 
@@ -58,7 +59,7 @@ def refuse_sharding(trainer: Mapping[str, Any]) -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             asked.append(f"accelerate's configuration, which asks for {name},")
     if asked:
-        raise ValueError(
+        raise UsageError(
             f"{asked[0]} spreads a model over processes, and what a run measures and proves takes a whole one. Each "
             "process of a run holds the model: leave it out, quantize the base if it is too large, or "
             "train in a script of PEFT's with MoSLoRAConfig, where DDP, FSDP and FSDP2 are tested."

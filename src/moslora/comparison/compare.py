@@ -30,7 +30,7 @@ from moslora.comparison.methods import find_method
 from moslora.comparison.plan import DECISIVE, Comparison
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
-from moslora.errors import Stopped
+from moslora.errors import Stopped, UsageError
 from moslora.files import write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
@@ -136,24 +136,24 @@ def _plan(
     recipe = load_recipe(list(arguments))
     if steps is not None:
         if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1.")
+            raise UsageError(f"steps={steps} must be at least 1.")
         recipe = recipe.model_copy(update={"trainer": {**recipe.trainer, "max_steps": steps}})
     found = [find_method(name) for name in methods]
     names = [method.name for method in found]
     if len(set(names)) != len(names) or len(names) < 2:
-        raise ValueError(f"methods={','.join(names)} must name at least two, none of them twice.")
+        raise UsageError(f"methods={','.join(names)} must name at least two, none of them twice.")
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
-        raise ValueError(f"baseline={baseline!r} is none of the methods compared: {', '.join(names)}.")
+        raise UsageError(f"baseline={baseline!r} is none of the methods compared: {', '.join(names)}.")
     if seeds < 2:
-        raise ValueError(f"seeds={seeds} shows no noise between seeds; take at least 2, better 3 to 5.")
+        raise UsageError(f"seeds={seeds} shows no noise between seeds; take at least 2, better 3 to 5.")
     if validation < 2 or (examples is not None and examples < 2):
-        raise ValueError("At least 2 validation and 2 held-out examples are needed.")
+        raise UsageError("At least 2 validation and 2 held-out examples are needed.")
     if not rates:
         middle = float(resolve_trainer_arguments(recipe, default_device())["learning_rate"])
         rates = [float(f"{middle * factor:.2g}") for factor in RATE_FACTORS]
     if any(not (0 < rate < math.inf) for rate in rates) or len({f"{rate:g}" for rate in rates}) != len(rates):
-        raise ValueError(f"Learning rates {list(rates)} must be positive and all different.")
+        raise UsageError(f"Learning rates {list(rates)} must be positive and all different.")
     for method in found:
         method.configure(recipe.adapter)  # says now what it would say after an hour
     name = recipe.output.name or recipe.task.kind
@@ -226,7 +226,7 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
     folder, record = plan.directory, plan.directory / "compare.json"
     identity = _identity(plan, task)
     if folder.exists() and not record.exists() and any(folder.iterdir()):
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds something that is not a comparison. Name another folder with --out."
         )
     (folder / "cells").mkdir(parents=True, exist_ok=True)
@@ -235,10 +235,10 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
             try:
                 old = json.loads(record.read_text(encoding="utf-8"))["identity"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{record} is damaged; name another folder with --out.") from error
+                raise UsageError(f"{record} is damaged; name another folder with --out.") from error
             changed = [name for name in identity if old.get(name) != identity[name]]
             if changed:
-                raise ValueError(
+                raise UsageError(
                     f"{folder} holds a comparison with other {', '.join(changed)}. Go on with those, or name another "
                     "folder with --out. (Adding seeds or methods after seeing a result would make findings by chance "
                     "likelier than the intervals say.)"
@@ -269,7 +269,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UsageError(
                 f"Another process is at work in {folder}; wait for it, or name another."
             ) from None
         except OSError:  # some network file systems cannot lock

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from moslora.errors import UsageError
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -63,7 +65,7 @@ class Method:
         try:
             return _make(self.library, arguments)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Method {self.name} cannot be made: {error}") from error
+            raise UsageError(f"Method {self.name} cannot be made: {error}") from error
 
 
 def _make(library: str, arguments: dict[str, Any]) -> PeftConfig:
@@ -79,7 +81,7 @@ def _make(library: str, arguments: dict[str, Any]) -> PeftConfig:
             kind, [str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING], 1
         )
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"peft_type {kind} is unknown to the installed PEFT.{hint}")
+        raise UsageError(f"peft_type {kind} is unknown to the installed PEFT.{hint}")
     return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**arguments)
 
 
@@ -180,7 +182,7 @@ def find_method(name: str) -> Method:
     if not file.is_file():
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(
+        raise UsageError(
             f"Method {name!r} is unknown.{hint} Choose from {', '.join(METHODS)}, or name an adapter_config.json."
         )
     own = (
@@ -201,9 +203,9 @@ def _read(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(value, dict) or not any(key in value for key in ("peft_type", "r", "target_modules")):
-        raise ValueError(
+        raise UsageError(
             f"{file} holds no configuration of PEFT: it needs peft_type, and what that type takes."
         )
     # What PEFT notes of where an adapter came from, and a flag that would train nothing.

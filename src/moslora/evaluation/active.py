@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moslora.errors import ProofError
+from moslora.errors import ProofError, UsageError
 from moslora.evaluation.results import Activity
 
 # Prompts on which the adapter has to show itself, and tokens of each.
@@ -20,7 +20,7 @@ def with_adapter(base: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     if not (adapter / "adapter_config.json").is_file():
-        raise ValueError(
+        raise UsageError(
             f"{adapter} is not an adapter directory that PEFT loads. Convert other formats "
             f"with: moslora import {adapter} OUT"
         )

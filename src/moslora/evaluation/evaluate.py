@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moslora.display import Display
+from moslora.errors import ExistsError, UsageError
 from moslora.evaluation.commonsense.protocols import PROTOCOLS, evaluate_commonsense
 from moslora.evaluation.lm_eval import evaluate_lm_eval
 from moslora.evaluation.own_data import evaluate_own_data
@@ -63,18 +64,18 @@ def evaluate(
         ProofError: If the adapter has weights that the model does not feel.
     """
     if predictions is not None and predictions.exists():
-        raise FileExistsError(f"{predictions} exists already; name another file for the predictions.")
+        raise ExistsError(f"{predictions} exists already; name another file for the predictions.")
     protocols = list(dict.fromkeys(name.strip() for name in protocol.split(",") if name.strip()))
     for name in protocols or [protocol]:
         if name not in PROTOCOLS:
-            raise ValueError(f"protocol={name!r} is unknown; choose from {', '.join(PROTOCOLS)}.")
+            raise UsageError(f"protocol={name!r} is unknown; choose from {', '.join(PROTOCOLS)}.")
     if not tasks and not harness and recipe is None and data is None:
-        raise ValueError(
+        raise UsageError(
             "Nothing to evaluate on: give --data FILE, --recipe FILE, --task NAME with --data FOLDER, or --lm-eval "
             "TASKS."
         )
     if harness and (tasks or recipe is not None or data is not None):
-        raise ValueError("--lm-eval brings its own data; run it without --task, --recipe and --data.")
+        raise UsageError("--lm-eval brings its own data; run it without --task, --recipe and --data.")
     if harness:
         report = evaluate_lm_eval(model, display, adapter, harness, limit)
     elif tasks:

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from moslora.display import Display
+from moslora.errors import UsageError
 from moslora.evaluation.active import prove_active, with_adapter
 from moslora.evaluation.results import Measure, Report
 from moslora.metrics.answers import wilson_interval
@@ -36,7 +37,7 @@ def evaluate_own_data(
     wanted = load_recipe([*([recipe] if recipe else []), f"model={model}", *given, *settings])
     kind = find_task(wanted.task.kind)
     if not issubclass(kind, LanguageTask):
-        raise ValueError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
+        raise UsageError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
     task = kind(wanted, Display(quiet=True), lambda: None)
     task.measures_only = True
     task.read()
@@ -109,7 +110,7 @@ def _loss(base: Sequence[float], tuned: Sequence[float] | None) -> Measure:
         return Measure("loss", len(base), fmean(base))
     differences = [b - a for a, b in zip(base, tuned, strict=True)]
     if not all(map(math.isfinite, differences)):
-        raise ValueError(
+        raise UsageError(
             "A held-out loss is NaN or infinite: the adapter or the base is broken (moslora doctor)."
         )
     found = paired_examples(differences) if len(differences) > 1 else None

@@ -20,7 +20,7 @@ from moslora.adapters.arithmetic import add
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
 from moslora.adapters.formats.reading import read_adapter
-from moslora.errors import AdapterError, ProofError
+from moslora.errors import AdapterError, ProofError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class Mix:
             asked.append("bias")
         if asked or section.get("train_mixer") is False:
             what = f"adapter.{asked[0]}" if asked else "adapter.train_mixer=false"
-            raise ValueError(
+            raise UsageError(
                 f"{what} does not go with mix, which trains the mixers and nothing else. Leave it out."
             )
         kept = {name: section[name] for name in DROPOUT_SETTINGS if name in section}
@@ -273,10 +273,10 @@ def arguments_of(adapters: Sequence[Path], recipe: str, weights: str, overrides:
         try:
             numbers = [float(part) for part in weights.split(",")] if weights else [1.0] * count
         except ValueError:
-            raise ValueError(
+            raise UsageError(
                 f"--weights {weights} is neither a list of numbers, such as 1,0.5, nor mean."
             ) from None
     if len(numbers) != count:
-        raise ValueError(f"--weights has {len(numbers)} numbers for {count} adapters; give one for each.")
+        raise UsageError(f"--weights has {len(numbers)} numbers for {count} adapters; give one for each.")
     paths = json.dumps([str(Path(adapter).absolute()) for adapter in adapters])
     return [recipe, *overrides, f"mix.adapters={paths}", f"mix.weights={json.dumps(numbers)}"]

@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moslora.errors import NotFoundError, TrainingError, UsageError
 from moslora.files import is_running, locked, process_start, write_text
 from moslora.training.checkpoints import Checkpoint, checkpoint_faults
 from moslora.training.json_values import json_value, merged
@@ -122,10 +123,10 @@ class RunDirectory:
         run = cls(path)
         if not run.record.is_file():
             found = "has no run.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"{path} is not a run: it {found}. {_nearest_run(path)}")
+            raise NotFoundError(f"{path} is not a run: it {found}. {_nearest_run(path)}")
         version = run.read().get("schema_version")
         if not isinstance(version, int) or version > RUN_SCHEMA_VERSION:
-            raise ValueError(
+            raise UsageError(
                 f"{run.record} has schema_version {version!r}, and this version of moslora reads up to "
                 f"{RUN_SCHEMA_VERSION}; use the version that wrote it, or a newer one."
             )
@@ -180,12 +181,12 @@ class RunDirectory:
         try:
             document = json.loads(self.record.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{self.record} is damaged ({error}). moslora replaces this file in one piece, so something "
                 "else wrote it or the disk lost it: restore it from a copy, or start a new run."
             ) from error
         if not isinstance(document, dict):
-            raise ValueError(f"{self.record} holds a {type(document).__name__}, not an object; restore it.")
+            raise UsageError(f"{self.record} holds a {type(document).__name__}, not an object; restore it.")
         return document
 
     def update(self, **fields: Any) -> None:
@@ -205,7 +206,7 @@ class RunDirectory:
         if status not in STATUSES:
             nearest = difflib.get_close_matches(str(status), STATUSES, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {list(STATUSES)}."
-            raise ValueError(f"status={status!r} is unknown; {hint}")
+            raise UsageError(f"status={status!r} is unknown; {hint}")
         if status != "running":
             fields.setdefault("ended", _now())
         self._write(merged(self.read(), {key: json_value(value, key) for key, value in fields.items()}))
@@ -219,7 +220,7 @@ class RunDirectory:
         with locked(self.path):
             record = self.read()
             if is_alive(self):
-                raise RuntimeError(
+                raise TrainingError(
                     f"{self.path} is still in progress: process {record.get('pid')} on {record.get('host')}, "
                     f"stage {record.get('stage')!r}. Wait for it, or stop that process and resume then."
                 )
@@ -301,7 +302,7 @@ def _check_name(name: str) -> None:
     }
     for fault, present in faults.items():
         if present:
-            raise ValueError(f"Run name {name!r} {fault}; use a plain folder name such as 'demo'.")
+            raise UsageError(f"Run name {name!r} {fault}; use a plain folder name such as 'demo'.")
 
 
 def _nearest_run(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.display import Display
+from moslora.errors import UsageError
 from moslora.evaluation.active import PROBES, as_inputs, prove_active, with_adapter
 from moslora.evaluation.commonsense.questions import (
     BEAMS,
@@ -94,7 +95,7 @@ def evaluate_commonsense(
     limit: int | None,
 ) -> Report:
     if data is None:
-        raise ValueError(
+        raise UsageError(
             "Commonsense tasks need --data FOLDER, which holds one folder per task with its test.json."
         )
     names = _task_names(tasks, Path(data), display)

@@ -71,7 +71,7 @@ class TextTask(LanguageTask):
         """Convert the base if it must be, encode the examples, and show what is trained on."""
         recipe = self.recipe
         self.base_model.convert(self.display.say)
-        self.tokenizer = load_tokenizer(self.base_model.source, recipe.model.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.base_model.tokenizer_source, recipe.model.trust_remote_code)
         encoder = Encoder(
             self.tokenizer,
             recipe.data.template,

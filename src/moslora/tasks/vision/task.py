@@ -151,7 +151,9 @@ class VisionTask(LanguageTask):
                 "in a script of your own with get_peft_model(model, MoSLoRAConfig(...)) and the family's own collator."
             )
         family = PROCESSOR_FAMILIES[kind]
-        processor = load_processor(source, options)
+        if self.recipe.model.tokenizer is not None:  # the revision is the model's
+            options.pop("revision", None)
+        processor = load_processor(self.base_model.tokenizer_source, options)
         if not hasattr(processor, "image_processor"):
             raise ModelError(
                 f"{source.name} reads no pictures; choose a vision-language model, or task=text."
