@@ -69,10 +69,11 @@ def test_every_public_name_is_there_and_every_error_has_the_same_base() -> None:
     assert set(moslora.__all__) <= set(dir(moslora))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["export", "import_adapter", "combine", "merge", "inspect", "doctor", "plan", "train", "resume", "mix"],
-)
+AT_REST = ["export", "import_adapter", "combine", "merge", "inspect", "doctor", "plan"]
+VERBS = [*AT_REST, "train", "resume", "mix", "evaluate", "compare"]
+
+
+@pytest.mark.parametrize("name", VERBS)
 def test_the_examples_of_a_public_function_run(name: str, here: Path) -> None:
     run_examples(name)
 
@@ -273,7 +274,11 @@ def test_a_section_over_a_recipe_and_shorthands(here: Path) -> None:
         "model: base-model\ndata: data.jsonl\ntrainer: {max_steps: 50, logging_steps: 1}\n"
     )
     run = moslora.train(
-        "recipe.yaml", trainer={"max_steps": 1}, adapter={"r": 2}, output="runs/merged", seed=3
+        "recipe.yaml",
+        trainer={"max_steps": 2, "learning_rate": 1e-2},
+        adapter={"r": 2},
+        output="runs/merged",
+        seed=3,
     )
     trainer = run.record["trainer"]
     assert trainer["max_steps"] == 2 and trainer["logging_steps"] == 1 and run.record["seed"] == 3
@@ -289,3 +294,49 @@ def test_pictures_of_rows_become_files(tmp_path: Path) -> None:
     assert lines[0] == lines[1] and lines[0]["n"] == 3 and lines[0]["x"] == [1.0, 1.0]
     assert Image.open(lines[0]["images"][0]).getpixel((0, 0)) == (255, 0, 0)
     assert len(list((tmp_path / "data" / "pictures").iterdir())) == 1
+
+
+# --- Judging ------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_evaluated_with_rows_and_metrics_and_is_as_before(here: Path) -> None:
+    model = tiny.llama(3, vocab_size=259, max_position_embeddings=256, bos_token_id=None)
+    state = state_of(model)
+    report = moslora.evaluate(
+        model,
+        tiny.tokenizer(),
+        rows(6),
+        adapter=here / "my-adapter",
+        metrics={"right": right, "closeness": closeness},
+        task={"max_new_tokens": 4},
+        predictions="items.jsonl",
+    )
+    assert state_of(model) == state
+    assert [measure.name for measure in report.measures] == ["loss", "right", "closeness"]
+    assert report["loss"].difference is not None and report["right"].base_interval is not None
+    assert "takes part in 4 modules" in repr(report) and "LlamaForCausalLM" in repr(report)
+    assert len(Path("items.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(moslora.UsageError, match="Nothing to evaluate"):
+        moslora.evaluate(model)
+    with pytest.raises(moslora.ExistsError, match="exists already"):
+        moslora.evaluate(model, tiny.tokenizer(), rows(6), predictions="items.jsonl")
+    with pytest.raises(KeyError, match="was not measured"):
+        report["none"]
+
+
+def test_a_comparison_of_rows_goes_on_with_the_same_call(here: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained("base-model")
+    given = {"model": model, "data": rows(), "heldout": rows(6, "tell"), "out": "runs/comparison"}
+    settings = {"seeds": 2, "learning_rates": [1e-2], "steps": 2, "validation": 4, "adapter": {"r": 2}}
+    result = moslora.compare(**given, **settings)
+    assert result.report.exists() and result.results.exists()
+    assert "lora" in repr(result) and str(result.report) in repr(result)
+    shown = io.StringIO()
+    again = moslora.compare(**given, **settings, progress=Display(shown))
+    assert again.verdict == result.verdict and "Going on" in shown.getvalue()
+    with pytest.raises(moslora.UsageError, match="holds a comparison with other"):
+        moslora.compare(**{**given, "data": rows(23)}, **settings)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    with pytest.raises(moslora.UsageError, match="No folder holds"):
+        moslora.compare(**given, **settings)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moslora.adapters.factors import Adapter
     from moslora.adapters.formats.reading import read_adapter
     from moslora.api.adapters import combine, doctor, export, import_adapter, inspect, merge
+    from moslora.api.judging import compare, evaluate
     from moslora.api.planning import plan
     from moslora.api.run import Run
     from moslora.api.training import mix, resume, train
@@ -73,8 +74,10 @@ __all__ = [
     "UsageError",
     "VersionError",
     "combine",
+    "compare",
     "create_lorafa_optimizer",
     "doctor",
+    "evaluate",
     "export",
     "import_adapter",
     "inspect",
@@ -113,8 +116,10 @@ _PLACES = {
     "UsageError": "moslora.errors",
     "VersionError": "moslora.errors",
     "combine": "moslora.api.adapters",
+    "compare": "moslora.api.judging",
     "create_lorafa_optimizer": "moslora.tuner.lora_fa",
     "doctor": "moslora.api.adapters",
+    "evaluate": "moslora.api.judging",
     "export": "moslora.api.adapters",
     "import_adapter": "moslora.api.adapters",
     "inspect": "moslora.api.adapters",

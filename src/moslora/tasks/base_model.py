@@ -50,8 +50,13 @@ class BaseModel:
         Raises:
             ModelError: If there is no such model.
         """
-        needs_weights = needs_weights and self.handed_over is None
-        self.source = resolve_model(self.settings.name, self.settings.revision, needs_weights)
+        name = self.settings.name
+        try:
+            self.source = resolve_model(name, self.settings.revision, needs_weights)
+        except ModelError:
+            if self.handed_over is None:
+                raise
+            self.source = ModelSource(name, "folder", name)
 
     def convert(self, say: Callable[[str], None]) -> None:
         """Make sure that the model is a folder or hub id that every program can load; GGUF files are converted once.
@@ -59,6 +64,8 @@ class BaseModel:
         Args:
             say: Receives progress, a line each.
         """
+        if self.handed_over is not None:
+            return
         dtype = "float32" if self.settings.dtype == "auto" else self.settings.dtype
         self.source = materialize(self.source, dtype, say=say)
 

@@ -61,7 +61,7 @@ class TextTask(LanguageTask):
                 "by content and seed), because data.heldout names none."
             )
         shared = overlap(self.train_examples, self.heldout_examples)
-        if shared:
+        if shared and not self.measures_only:
             self.display.warn(
                 f"{shared} of {len(self.heldout_examples)} held-out prompts are also trained on, so the "
                 "held-out numbers are too good. Remove these prompts from one of the two files."

@@ -143,7 +143,9 @@ class VisionTask(LanguageTask):
         options: dict[str, Any] = {"trust_remote_code": self.recipe.model.trust_remote_code}
         if source.revision:
             options["revision"] = source.revision
-        kind = call_loader(source, AutoConfig.from_pretrained, options).model_type
+        model = self.base_model.handed_over
+        config = call_loader(source, AutoConfig.from_pretrained, options) if model is None else model.config
+        kind = config.model_type
         if kind not in PROCESSOR_FAMILIES:
             raise ModelError(
                 f"{source.name} is of the family {kind!r}; task=vision was tested on "
