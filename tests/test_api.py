@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def run_examples(name: str) -> None:
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
     for test in tests:
         assert runner.run(test).failed == 0, f"an example of moslora.{name} failed; see the output"
+
+
+REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", REFERENCE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_a_block_of_the_reference_runs_as_it_stands(block: str, here: Path) -> None:
+    exec(compile(block, "docs/reference.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_reference_documents_every_function_and_result() -> None:
+    for name in VERBS:
+        assert f"::: {getattr(moslora, name).__module__}.{name}\n" in REFERENCE
 
 
 def test_results_carry_path_and_proof_and_read_as_the_command_prints(here: Path) -> None:
