@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from moslora.adapters.factors import Adapter
     from moslora.adapters.formats.reading import read_adapter
     from moslora.api.adapters import combine, doctor, export, import_adapter, inspect, merge
+    from moslora.api.judging import compare, evaluate
     from moslora.api.planning import plan
+    from moslora.api.run import Run
+    from moslora.api.training import mix, resume, train
     from moslora.errors import (
         AdapterError,
         DataError,
@@ -65,23 +68,29 @@ __all__ = [
     "PlanError",
     "ProofError",
     "RecipeError",
+    "Run",
     "Stopped",
     "TrainingError",
     "UsageError",
     "VersionError",
     "combine",
+    "compare",
     "create_lorafa_optimizer",
     "doctor",
+    "evaluate",
     "export",
     "import_adapter",
     "inspect",
     "merge",
+    "mix",
     "param_groups",
     "plan",
     "read_adapter",
     "replace_lora_weights_loftq",
+    "resume",
     "resume_for_diffusers",
     "save_for_diffusers",
+    "train",
 ]
 
 # Where each public name is; it is imported when it is used.
@@ -101,23 +110,29 @@ _PLACES = {
     "PlanError": "moslora.errors",
     "ProofError": "moslora.errors",
     "RecipeError": "moslora.errors",
+    "Run": "moslora.api.run",
     "Stopped": "moslora.errors",
     "TrainingError": "moslora.errors",
     "UsageError": "moslora.errors",
     "VersionError": "moslora.errors",
     "combine": "moslora.api.adapters",
+    "compare": "moslora.api.judging",
     "create_lorafa_optimizer": "moslora.tuner.lora_fa",
     "doctor": "moslora.api.adapters",
+    "evaluate": "moslora.api.judging",
     "export": "moslora.api.adapters",
     "import_adapter": "moslora.api.adapters",
     "inspect": "moslora.api.adapters",
     "merge": "moslora.api.adapters",
+    "mix": "moslora.api.training",
     "param_groups": "moslora.tuner.param_groups",
     "plan": "moslora.api.planning",
     "read_adapter": "moslora.adapters.formats.reading",
     "replace_lora_weights_loftq": "moslora.tuner.loftq",
+    "resume": "moslora.api.training",
     "resume_for_diffusers": "moslora.tuner.pipelines",
     "save_for_diffusers": "moslora.tuner.pipelines",
+    "train": "moslora.api.training",
 }
 
 

@@ -40,9 +40,10 @@ from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from moslora.display import Display
+    from moslora.recipe.schema import Recipe
     from moslora.tasks.language import LanguageTask
 
-__all__ = ["compare"]
+__all__ = ["compare", "compare_recipe", "show_verdict"]
 
 COMPARISON_SCHEMA_VERSION = 1
 # Examples set aside to choose a learning rate by.
@@ -97,7 +98,45 @@ def compare(
         TrainingError: If the base changes in a way that cannot be undone, or a worker dies.
         Stopped: If it was asked to stop; the same command goes on.
     """
-    plan = _plan(arguments, methods, seeds, rates, baseline, steps, validation, examples, out)
+    return compare_recipe(
+        load_recipe(list(arguments)),
+        display,
+        methods=methods,
+        seeds=seeds,
+        rates=rates,
+        baseline=baseline,
+        steps=steps,
+        validation=validation,
+        examples=examples,
+        out=out,
+        engine=engine,
+        workers=workers,
+        together=together,
+        command=command,
+        plan_only=plan_only,
+    )
+
+
+def compare_recipe(
+    recipe: Recipe,
+    display: Display,
+    *,
+    methods: Sequence[str] = ("lora", "moslora"),
+    seeds: int = 3,
+    rates: Sequence[float] = (),
+    baseline: str | None = None,
+    steps: int | None = None,
+    validation: int = VALIDATION,
+    examples: int | None = None,
+    out: Path | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    together: int = 1,
+    command: str = "",
+    plan_only: bool = False,
+) -> tuple[Path, Verdict | None]:
+    """Compare methods on a checked recipe; arguments, result and errors are those of ``compare``."""
+    plan = _plan(recipe, methods, seeds, rates, baseline, steps, validation, examples, out)
     chosen = make_engine(engine, workers, together)
     with StopRequest(display) as stop:
         task = prepare_task(plan, display, stop.check)
@@ -122,7 +161,7 @@ def compare(
 
 
 def _plan(
-    arguments: Sequence[str],
+    recipe: Recipe,
     methods: Sequence[str],
     seeds: int,
     rates: Sequence[float],
@@ -132,7 +171,6 @@ def _plan(
     examples: int | None,
     out: Path | None,
 ) -> Comparison:
-    recipe = load_recipe(list(arguments))
     if steps is not None:
         if steps < 1:
             raise UsageError(f"steps={steps} must be at least 1.")
@@ -272,13 +310,14 @@ def _conclude(plan: Comparison, display: Display) -> Verdict:
         write_comparison_report(plan.directory, {m.name: m.about for m in plan.methods})
     except Exception as error:  # it shows a comparison and must not decide one
         display.warn(f"The report could not be written: {error}")
-    _show(verdict, display)
+    show_verdict(verdict, display)
     display.say(f"Results, for programs:        {plan.directory / 'results.json'}")
     display.say(f"Report, opens in a browser:   {plan.directory / 'report.html'}")
     return verdict
 
 
-def _show(verdict: Verdict, display: Display) -> None:
+def show_verdict(verdict: Verdict, display: Display) -> None:
+    """Show every method at its best rate, and what can be said of their differences."""
     rows = []
     for result in verdict.methods:
         interval = "{:.4f} to {:.4f}".format(*result.interval) if result.interval else ""

@@ -7,20 +7,23 @@ the adapter took part is proven first: an evaluation that ignores it is a known 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moslora.display import Display
 from moslora.errors import ExistsError, UsageError
 from moslora.evaluation.commonsense.protocols import PROTOCOLS, evaluate_commonsense
+from moslora.evaluation.judge import Subject
 from moslora.evaluation.lm_eval import evaluate_lm_eval
 from moslora.evaluation.own_data import evaluate_own_data
 from moslora.evaluation.results import Report
 from moslora.files import write_text
+from moslora.recipe.loading import load_recipe
+from moslora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    pass
+    from moslora.tasks.language import AnswerMetric
 
 __all__ = [
     "evaluate",
@@ -28,11 +31,11 @@ __all__ = [
 
 
 def evaluate(
-    model: str,
+    model: str | Subject,
     display: Display,
     *,
     adapter: Path | None = None,
-    recipe: str | None = None,
+    recipe: str | Recipe | None = None,
     data: str | None = None,
     settings: Sequence[str] = (),
     tasks: Sequence[str] = (),
@@ -40,14 +43,15 @@ def evaluate(
     harness: Sequence[str] = (),
     limit: int | None = None,
     predictions: Path | None = None,
+    metrics: Mapping[str, AnswerMetric] | None = None,
 ) -> Report:
     """Evaluate a model, and an adapter beside it.
 
     Args:
-        model: The base: hub id, folder, GGUF file or packaged name.
+        model: The base: hub id, folder, GGUF file or packaged name; or with objects of a script's.
         display: Where to tell of progress.
         adapter: A directory that PEFT loads; None for the base alone.
-        recipe: Its held-out data, metric and settings are used.
+        recipe: Its held-out data, metric and settings are used; a ``Recipe`` as it is.
         data: A file of examples to judge by; with ``tasks`` the folder of their data.
         settings: ``section.key=value`` over the recipe.
         tasks: Commonsense tasks, keys of ``TASKS``.
@@ -55,6 +59,7 @@ def evaluate(
         harness: Tasks of EleutherAI's lm-eval, by name or as paths of its YAML files.
         limit: Items at most, of each task.
         predictions: A JSONL to write every item to; must not exist yet.
+        metrics: By name, functions of an answer and its reference, of own data.
 
     Returns:
         The report.
@@ -76,22 +81,20 @@ def evaluate(
         )
     if harness and (tasks or recipe is not None or data is not None):
         raise UsageError("--lm-eval brings its own data; run it without --task, --recipe and --data.")
+    subject = model if isinstance(model, Subject) else Subject(model)
+    if metrics and (tasks or harness):
+        raise UsageError("metrics judges answers to your own data; these tasks have their own metrics.")
     if harness:
-        report = evaluate_lm_eval(model, display, adapter, harness, limit)
+        report = evaluate_lm_eval(subject, display, adapter, harness, limit)
     elif tasks:
-        report = evaluate_commonsense(model, display, adapter, data, tasks, protocols, limit)
+        report = evaluate_commonsense(subject, display, adapter, data, tasks, protocols, limit)
     else:
-        report = evaluate_own_data(model, display, adapter, recipe, data, settings, limit)
+        if not isinstance(recipe, Recipe):
+            # Nothing is trained on, so a file of examples serves as both halves of a recipe.
+            both = [] if data is None else [f"data={data}", f"data.heldout={data}"]
+            recipe = load_recipe([*([recipe] if recipe else []), f"model={subject.name}", *both, *settings])
+        report = evaluate_own_data(subject, display, adapter, recipe, limit, metrics or {})
     if predictions is not None:
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in report.predictions)
         write_text(predictions, "".join(lines))
     return report
-
-
-# --- The adapter --------------------------------------------------------------------------------------------
-
-
-# --- Commonsense tasks --------------------------------------------------------------------------------------
-
-
-# --- In words -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moslora.display import Display
 from moslora.errors import ProofError
 from moslora.evaluation.active import PROBES, as_inputs, prove_active, with_adapter
-from moslora.evaluation.judge import load_judge
+from moslora.evaluation.judge import Subject, load_judge
 from moslora.evaluation.own_data import compare_shares
 from moslora.evaluation.results import Activity, Measure, Report
 from moslora.metrics.intervals import paired_examples
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def evaluate_lm_eval(
-    model: str, display: Display, adapter: Path | None, tasks: Sequence[str], limit: int | None
+    subject: Subject, display: Display, adapter: Path | None, tasks: Sequence[str], limit: int | None
 ) -> Report:
     """Run EleutherAI's tasks on the base and on the adapted model."""
     from moslora.evaluation.lm_eval_harness import Harness
 
     harness = Harness(tasks, limit)
-    judge, base = load_judge(model, display)
+    judge, base = load_judge(subject, display)
     before = harness.run(base, judge.tokenizer)
     after, activity = None, None
     if adapter is not None:
@@ -42,7 +42,9 @@ def evaluate_lm_eval(
         for metric in task.metrics:
             measures.append(_of_harness(task, tuned, metric))
         lines += _items(task, tuned)
-    return Report(model, None if adapter is None else str(adapter), "lm-eval", activity, measures, lines)
+    return Report(
+        subject.name, None if adapter is None else str(adapter), "lm-eval", activity, measures, lines
+    )
 
 
 def _check_felt(

@@ -5,41 +5,44 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moslora.display import Display
 from moslora.errors import UsageError
 from moslora.evaluation.active import prove_active, with_adapter
+from moslora.evaluation.judge import Subject
 from moslora.evaluation.results import Measure, Report
 from moslora.metrics.answers import wilson_interval
 from moslora.metrics.intervals import paired_examples
-from moslora.recipe.loading import load_recipe
+from moslora.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from moslora.tasks.language import AnswerMetric
+    from moslora.tasks.task import Answer
 
 
 def evaluate_own_data(
-    model: str,
+    subject: Subject,
     display: Display,
     adapter: Path | None,
-    recipe: str | None,
-    data: str | None,
-    settings: Sequence[str],
+    wanted: Recipe,
     limit: int | None,
+    metrics: Mapping[str, AnswerMetric],
 ) -> Report:
     """Measure loss and answers on the user's own examples, for base and adapted model."""
     from moslora.tasks import find_task
     from moslora.tasks.language import LanguageTask, question_of
 
-    # Nothing is trained on, so a file of examples serves as both halves of a recipe.
-    given = [] if data is None else [f"data={data}", f"data.heldout={data}"]
-    wanted = load_recipe([*([recipe] if recipe else []), f"model={model}", *given, *settings])
     kind = find_task(wanted.task.kind)
     if not issubclass(kind, LanguageTask):
         raise UsageError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
-    task = kind(wanted, Display(quiet=True), lambda: None)
+    quiet = display if display.quiet else Display(display.stream, quiet=True)
+    task = kind(wanted, quiet, lambda: None)
     task.measures_only = True
+    task.base_model.handed_over, task.answer_metrics = subject.model, metrics
     task.read()
     if limit is not None:
         every = len(task.heldout_examples)
@@ -71,6 +74,9 @@ def evaluate_own_data(
         for name, (before, after) in shares.items():
             right = [[bool(a.correct) for a in of] for of in (before, after)]
             measures.append(compare_shares(name, right[0], right[1] if adapter is not None else None))
+    for name, metric in metrics.items() if answers else ():
+        before, after = (_judged(metric, of) for of in (answers, tuned_answers))
+        measures.append(_compare(name, before, after if adapter is not None else None))
     asked, strange = (
         {a.place: (a, b) for a, b in itertools.zip_longest(one, two)}
         for one, two in ((answers, tuned_answers), (shuffled, tuned_shuffled))
@@ -102,7 +108,19 @@ def evaluate_own_data(
                 "tuned_shuffled_ok": None if now is None else now.correct,
             }
         lines.append(line)
-    return Report(model, None if adapter is None else str(adapter), "data", activity, measures, lines)
+    return Report(subject.name, None if adapter is None else str(adapter), "data", activity, measures, lines)
+
+
+def _judged(metric: AnswerMetric, answers: Sequence[Answer]) -> list[bool | float]:
+    return [metric(answer.text, answer.reference) for answer in answers]
+
+
+def _compare(name: str, base: Sequence[float], tuned: Sequence[float] | None) -> Measure:
+    """Compare a metric of the caller's: shares if it says right or wrong, else means."""
+    if all(isinstance(value, bool) for value in (*base, *(tuned or ()))):
+        return compare_shares(name, list(map(bool, base)), None if tuned is None else list(map(bool, tuned)))
+    base = list(map(float, base))
+    return dataclasses.replace(_loss(base, None if tuned is None else list(map(float, tuned))), name=name)
 
 
 def _loss(base: Sequence[float], tuned: Sequence[float] | None) -> Measure:

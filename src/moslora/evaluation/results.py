@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from moslora.display import Display
+from moslora.display import Display, Printable
 from moslora.evaluation.commonsense.questions import COMMONSENSE_TASKS, REPORTED
 
 __all__ = ["Activity", "Measure", "Report", "show"]
@@ -63,8 +63,8 @@ class Measure:
     unread: int | None = None
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Printable):
     """What an evaluation found.
 
     Attributes:
@@ -82,6 +82,17 @@ class Report:
     activity: Activity | None
     measures: Sequence[Measure]
     predictions: Sequence[dict[str, Any]] = field(default_factory=tuple)
+
+    def __getitem__(self, name: str) -> Measure:
+        """Return a measure by its name; of several protocols the first."""
+        for measure in self.measures:
+            if measure.name == name:
+                return measure
+        raise KeyError(f"{name!r} was not measured; there are {', '.join(m.name for m in self.measures)}.")
+
+    def show(self, display: Display) -> None:
+        """Write the measures, and some of the items that changed."""
+        show(self, display)
 
 
 def show(report: Report, display: Display, samples: int = 3) -> None:

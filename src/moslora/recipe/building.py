@@ -16,19 +16,24 @@ from moslora.recipe.overrides import expand_shorthands, replace_section
 from moslora.recipe.paths import anchor
 from moslora.recipe.schema import Recipe
 
-__all__ = ["RecipeSource", "build_recipe", "plain"]
+__all__ = ["RecipeSource", "WholeSection", "build_recipe", "plain"]
 
 # What a recipe is made from: a YAML file, its sections, or a recipe; None for the sections alone.
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any] | Recipe | None
 
 
-def build_recipe(source: RecipeSource, sections: Mapping[str, Any], base: Path | None = None) -> Recipe:
+class WholeSection(dict[str, Any]):
+    """A section that replaces the recipe's, instead of being merged over it."""
+
+
+def build_recipe(source: RecipeSource, *layers: Mapping[str, Any], base: Path | None = None) -> Recipe:
     """Build a recipe, with the checks of ``load_recipe``.
 
     Args:
         source: A recipe's file, its sections, or a recipe.
-        sections: By name, what goes over it: a mapping is merged over the section, and a plain value has the shorthand
-            meaning of the command line, as ``data="my.jsonl"``. None leaves the section as it is.
+        *layers: What goes over it, one after the other; by a section's name: a mapping is merged over the section, and
+            a plain value has the shorthand meaning of the command line, as ``data="my.jsonl"``. None leaves the section
+            as it is.
         base: The folder that stands for the current one.
 
     Returns:
@@ -60,11 +65,12 @@ def build_recipe(source: RecipeSource, sections: Mapping[str, Any], base: Path |
     raw = expand_shorthands(values)
     for section, value in raw.items():
         anchor(section, value, folders)
-    for section, value in sections.items():
-        value = plain(value)
+    for section, given in ((name, value) for layer in layers for name, value in layer.items()):
+        value = plain(given)
         if value is None:
             continue
-        if isinstance(value, dict) and isinstance(raw.get(section), dict):
+        merges = isinstance(raw.get(section), dict) and not isinstance(given, WholeSection)
+        if isinstance(value, dict) and merges:
             anchor(section, value, (here,))
             raw[section] = {**raw[section], **value}
         elif section in SHORTHANDS or isinstance(value, dict):

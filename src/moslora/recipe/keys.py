@@ -10,7 +10,7 @@ SHORTHANDS: dict[str, str] = {"task": "kind", "model": "name", "data": "train", 
 # or the revision of another model, would be wrong without anybody noticing.
 BELONGING: dict[str, tuple[str, ...]] = {
     "task": (),
-    "model": ("revision", "variant"),
+    "model": ("revision", "variant", "tokenizer"),
     "data": (
         *("heldout", "train_split", "heldout_split", "format"),
         *("prompt", "token", "class_name", "class_images", "class_prompt"),

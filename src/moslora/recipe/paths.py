@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["anchor", "user_path"]
 
 PATHS: dict[str, tuple[str, ...]] = {
-    "model": ("name",),
+    "model": ("name", "tokenizer"),
     "data": ("train", "heldout", "images", "class_images"),
     "task": ("prompts_file", "clip_model", "dino_model"),
     "mix": ("adapters",),

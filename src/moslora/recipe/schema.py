@@ -66,6 +66,7 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     attn_implementation: Name | None = None
+    tokenizer: Name | None = None
     quantization: Literal["none", "nf4"] = "none"
 
 

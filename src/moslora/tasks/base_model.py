@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.errors import ModelError
 from moslora.models.fingerprint import fingerprint
 from moslora.models.gguf import materialize
 from moslora.models.loading import build_skeleton, load_model, quantization_options
-from moslora.models.names import resolve_model
+from moslora.models.names import HUB_ID, ModelSource, resolve_model
 from moslora.tasks.task import Count
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from moslora.models.names import ModelSource
     from moslora.recipe.schema import ModelSection
 
 __all__ = ["BaseModel", "count_parameters"]
@@ -31,9 +32,11 @@ class BaseModel:
 
     Attributes:
         source: Where the model is; set by ``find``, and replaced by ``convert``.
+        handed_over: The model itself, if a script gave it; it is used instead of loading one.
     """
 
     source: ModelSource
+    handed_over: Any = None
 
     def __init__(self, settings: ModelSection, auto_class: str, unquantized: Sequence[str] = ()) -> None:
         self.settings, self.auto_class, self.unquantized = settings, auto_class, unquantized
@@ -47,7 +50,13 @@ class BaseModel:
         Raises:
             ModelError: If there is no such model.
         """
-        self.source = resolve_model(self.settings.name, self.settings.revision, needs_weights)
+        name = self.settings.name
+        try:
+            self.source = resolve_model(name, self.settings.revision, needs_weights)
+        except ModelError:
+            if self.handed_over is None:
+                raise
+            self.source = ModelSource(name, "folder", name)
 
     def convert(self, say: Callable[[str], None]) -> None:
         """Make sure that the model is a folder or hub id that every program can load; GGUF files are converted once.
@@ -55,8 +64,23 @@ class BaseModel:
         Args:
             say: Receives progress, a line each.
         """
+        if self.handed_over is not None:
+            return
         dtype = "float32" if self.settings.dtype == "auto" else self.settings.dtype
         self.source = materialize(self.source, dtype, say=say)
+
+    @property
+    def tokenizer_source(self) -> ModelSource:
+        """Where the tokenizer or processor is: the model's own, or what the recipe names instead."""
+        name = self.settings.tokenizer
+        if name is None:
+            return self.source
+        folder = Path(name)
+        if folder.is_dir():
+            return ModelSource(name, "folder", str(folder.absolute()))
+        if not HUB_ID.fullmatch(name):
+            raise ModelError(f"model.tokenizer={name} is neither a folder nor a hub id.")
+        return ModelSource(name, "hub", name)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the model exactly."""
@@ -78,6 +102,8 @@ class BaseModel:
             device: Where its weights go.
         """
         settings = self.settings
+        if self.handed_over is not None:
+            return self._prepared(device)
         model: nn.Module = load_model(
             self.source,
             settings.dtype,
@@ -88,6 +114,14 @@ class BaseModel:
             self.quantization(device),
         )
         return model
+
+    def _prepared(self, device: str) -> nn.Module:
+        """Return the model that was handed over, where and as a loaded one would be; who gave it restores it."""
+        model = self.handed_over
+        model.name_or_path = model.config._name_or_path = self.source.path  # PEFT writes it with the adapter
+        if not getattr(model, "is_quantized", False) and getattr(model, "hf_device_map", None) is None:
+            model.to(device)
+        return model.eval()  # type: ignore[no-any-return]
 
     def build_skeleton(self) -> nn.Module:
         """Build the model on the meta device from its configuration alone."""

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from moslora.models.names import ModelSource
     from moslora.recipe.schema import Recipe
 
-__all__ = ["LanguageTask", "judge_answer", "pad_token_of", "question_of", "show_data"]
+__all__ = ["AnswerMetric", "LanguageTask", "judge_answer", "pad_token_of", "question_of", "show_data"]
+
+
+# From a model's answer and its reference to whether it is right, or how good it is.
+AnswerMetric = Callable[[str, str], bool | float]
 
 
 class LanguageTask(Task):
@@ -49,6 +53,7 @@ class LanguageTask(Task):
         train_set, heldout_set, validation_set: The encoded examples.
         asked: The held-out examples that are to be answered.
         by_place: The held-out examples by their place in the data.
+        answer_metrics: By name, functions of an answer and its reference, measured beside the recipe's metric.
         measures_only: Whether only held-out data are used; a task may then leave the rest unread.
     """
 
@@ -69,6 +74,7 @@ class LanguageTask(Task):
     validation_set: Sequence[Encoded]
     asked: Sequence[Encoded]
     by_place: Mapping[str, Example]
+    answer_metrics: Mapping[str, AnswerMetric] = {}
     measures_only = False
 
     def __init__(self, recipe: Recipe, display: Display, raise_if_stopped: Callable[[], None]) -> None:
@@ -186,6 +192,8 @@ class LanguageTask(Task):
             UsageError: If there is one.
         """
         name = self.recipe.task.metric
+        if self.answer_metrics:
+            self._check_answer_metrics()
         metric = ANSWER_METRICS.get(name)
         if metric is None:
             return
@@ -194,6 +202,20 @@ class LanguageTask(Task):
                 metric(encoded.answer, encoded.answer)
             except ValueError as error:
                 raise UsageError(f"task.metric={name}, {encoded.place}: {error}") from error
+
+    def _check_answer_metrics(self) -> None:
+        """Refuse metrics of the caller's that cannot be measured, before anything is loaded."""
+        for name, metric in self.answer_metrics.items():
+            if name in ("loss", self.accuracy_name, f"{self.accuracy_name}_shuffled_images"):
+                raise UsageError(f"metrics has {name!r}, which is measured already; choose another name.")
+            for encoded in self.asked[:1]:
+                value = metric(encoded.answer, encoded.answer)
+                if not isinstance(value, bool | int | float):
+                    raise UsageError(f"metrics[{name!r}] returned {value!r}; return a bool or a float.")
+        if not self.asked:
+            self.display.warn(
+                "metrics has no answer to judge: no held-out example has an answer, or task.generate_examples is 0."
+            )
 
     # ---- measurements --------------------------------------------------------------------------------
 
@@ -210,6 +232,11 @@ class LanguageTask(Task):
                 right = sum(bool(answer.correct) for answer in group)
                 metrics[name] = right / len(group)
                 intervals[name] = wilson_interval(right, len(group))
+        for name, metric in self.answer_metrics.items() if answers else ():
+            values = [metric(answer.text, answer.reference) for answer in answers]
+            metrics[name] = sum(map(float, values)) / len(values)
+            if all(isinstance(value, bool) for value in values):
+                intervals[name] = wilson_interval(sum(map(bool, values)), len(values))
         return Evaluation(metrics, len(self.heldout_set), intervals, answers)
 
     def loss(self, model: nn.Module, label: str) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moslora.distributed import Team, in_main_process
 from moslora.recipe.schema import Recipe
@@ -31,6 +31,7 @@ class RunContext:
         stop: Whether Ctrl-C or SIGTERM came in.
         mix: The adapters whose common mixer is learned, if any.
         team: The processes that train together.
+        callbacks: The caller's own callbacks of the trainer.
     """
 
     directory: RunDirectory
@@ -39,6 +40,7 @@ class RunContext:
     stop: StopRequest
     mix: Mix | None = None
     team: Team = field(default_factory=Team)
+    callbacks: Sequence[Any] = ()
     _inner_seconds: float = 0.0  # of the stages that ended inside the current one
     _stage: str | None = None  # the current stage, in words
 

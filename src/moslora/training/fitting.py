@@ -38,7 +38,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
                 MetricsLog(directory.metrics, checkpoint.step if checkpoint else 0)
             )
         with run.stage("train", "preparing to train"):
-            recorders = [callbacks.Recorder(run, log), callbacks.Painter(run, task)]
+            recorders = [callbacks.Recorder(run, log), callbacks.Painter(run, task), *run.callbacks]
             trainer = task.build_trainer(model, config, directory.checkpoints, recorders)
             trainer.remove_callback(PrinterCallback)
             adapted: Any = trainer.model

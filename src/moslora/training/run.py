@@ -9,7 +9,9 @@ Where several processes were launched they train together; the first does everyt
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from moslora.tasks.task import Task
 from moslora.training.artifacts import write_predictions
 from moslora.training.context import RunContext, only_of_first
 from moslora.training.fitting import fit
+from moslora.training.handed_over import HandedOver
 from moslora.training.measuring import measure, record_change
 from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
@@ -39,7 +42,7 @@ from moslora.training.summary import show_counts, show_result
 if TYPE_CHECKING:
     from moslora.display import Display
 
-__all__ = ["check", "resume", "train"]
+__all__ = ["check", "resume", "train", "train_recipe"]
 
 
 def check(arguments: Sequence[str], display: Display) -> None:
@@ -97,34 +100,69 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
         TrainingError: If training failed otherwise; the same.
         Stopped: If it was asked to stop; the run can be resumed.
     """
+    return train_recipe(load_recipe(list(arguments)), display, command)
+
+
+def train_recipe(
+    recipe: Recipe, display: Display, command: str = "", handed_over: HandedOver | None = None
+) -> RunDirectory:
+    """Carry out a recipe; result and errors are those of ``train``.
+
+    Args:
+        recipe: A checked recipe.
+        display: Where to tell of progress.
+        command: How it was called, for ``run.json``.
+        handed_over: Objects that a script gives beside the recipe.
+    """
+    handed_over = handed_over or HandedOver()
     display = only_of_first(display)
-    recipe, mix = _with_mix(load_recipe(list(arguments)))
+    recipe, mix = _with_mix(recipe)
     refuse_sharding(recipe.trainer)
     team = Team.join(recipe.trainer)
-    with StopRequest(display, team) as stop:
-        task = find_task(recipe.task.kind)(recipe, display, stop.check)
+    kind, own = recipe.task.kind, None
+    handed_over.check(kind, team.size)
+    with StopRequest(display, team) as stop, contextlib.ExitStack() as until_usable:
+        if handed_over.needs_files:
+            parent = Path(recipe.output.dir)
+            is_new = not parent.exists()
+            own = RunDirectory.create(parent, recipe.output.name or kind)
+            until_usable.callback(_remove, own.path, is_new)
+            recipe = handed_over.write(own.path, recipe, display)
+        task = find_task(kind)(recipe, display, stop.check)
+        handed_over.put_into(task)
         task.read()
         task.prepare()
         _check_mix(mix, task, display)
         resolved = resolve_trainer_arguments(recipe, default_device())
-        kind, recipe = recipe.task.kind, recipe.model_copy(update={"trainer": resolved})
+        recipe = recipe.model_copy(update={"trainer": resolved})
+        until_usable.pop_all()
         if team.is_main_process:
-            directory = RunDirectory.create(Path(recipe.output.dir), recipe.output.name or kind)
+            directory = own or RunDirectory.create(Path(recipe.output.dir), recipe.output.name or kind)
             display.say(f"Run: {directory.path}")
             write_text(directory.recipe, recipe.to_yaml())
             directory.update(command=command, seed=recipe.seed)
             team.broadcast(directory.path)
         else:
             directory = FollowedRun(team.broadcast(Path()))
-        return _run_stages(RunContext(directory, recipe, display, stop, mix, team), task)
+        run = RunContext(directory, recipe, display, stop, mix, team, handed_over.callbacks)
+        return _run_stages(run, task)
 
 
-def resume(path: Path, display: Display) -> RunDirectory:
+def _remove(path: Path, with_parent: bool) -> None:
+    """Remove a run directory of which nothing came, and the folder of runs if it was made for it."""
+    shutil.rmtree(path, ignore_errors=True)
+    if with_parent:
+        with contextlib.suppress(OSError):  # another run has begun in it
+            path.parent.rmdir()
+
+
+def resume(path: Path, display: Display, handed_over: HandedOver | None = None) -> RunDirectory:
     """Go on with a run that was interrupted, killed or failed.
 
     Args:
         path: Its directory.
         display: Where to tell of progress.
+        handed_over: Callbacks and metrics that the script gave to the run; they are in no file.
 
     Returns:
         The run directory, completed.
@@ -134,6 +172,7 @@ def resume(path: Path, display: Display) -> RunDirectory:
         RuntimeError: If another process still runs it.
         ProofError, TrainingError, Stopped: As for ``train``.
     """
+    handed_over = handed_over or HandedOver()
     directory = RunDirectory.open(path)
     if directory.read().get("status") == "completed":
         raise UsageError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
@@ -143,6 +182,7 @@ def resume(path: Path, display: Display) -> RunDirectory:
     team = Team.join(recipe.trainer)
     with StopRequest(display, team) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
+        handed_over.put_into(task)
         # Refusals come before the claim, so that they leave the run's status as it was.
         task.read()
         task.prepare()
@@ -154,7 +194,8 @@ def resume(path: Path, display: Display) -> RunDirectory:
             display.say(f"Resuming {directory.path}")
         else:
             directory = FollowedRun(directory.path)
-        return _run_stages(RunContext(directory, recipe, display, stop, mix, team), task)
+        run = RunContext(directory, recipe, display, stop, mix, team, handed_over.callbacks)
+        return _run_stages(run, task)
 
 
 def _with_mix(recipe: Recipe) -> tuple[Recipe, Mix | None]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.training.context import RunContext
-from moslora.training.measuring import read_evaluation
 from moslora.wording import evenly_spaced, one_line
 
 if TYPE_CHECKING:
@@ -28,29 +27,58 @@ def show_counts(counts: Sequence[Count], display: Display) -> None:
 
 def show_result(run: RunContext, task: Task, before: Evaluation, after: Evaluation, display: Display) -> None:
     """Show measurements, samples of answers, proofs and where everything was written."""
-    from moslora.training.reload_proof.proof import READERS
-
     record = run.directory.read()
-    columns = {"base": before, "tuned": after}
-    if run.mix is not None:
-        start = read_evaluation(run, "start")
-        assert start is not None, "a mix is measured before it is trained"
-        columns = {"base": before, "weighted sum": start, "mixed": after}
-    rows = []
-    for key in after.metrics:
-        show = "{:.1%}" if key in after.intervals else "{:.4f}"
-        rows.append([key.replace("_", " "), *(show.format(e.metrics[key]) for e in columns.values())])
-        if key in after.intervals:
-            cells = ["{:.1%} to {:.1%}".format(*e.intervals[key]) for e in columns.values()]
-            rows.append(["  95 % interval", *cells])
     display.say()
-    some = f", {len(after.answers)} of them answered" if 0 < len(after.answers) < after.examples else ""
-    display.table(f"{after.examples} {after.unit}{some}", ["", *columns], rows)
+    show_measurements(record["metrics"], display)
     if after.fidelity:
         _show_fidelity(run, before.fidelity, after.fidelity)
     if after.answers:
         _show_samples(choose_samples(before.answers, after.answers, run.recipe.task.samples), display)
-    fold, reload = record["proofs"]["fold"], record["proofs"]["reload"]
+    show_proofs(record["proofs"], display)
+    path = run.directory.path
+    for place, format_ in task.exports.values():
+        what = {"kohya": "For ComfyUI and A1111:       "}.get(format_, "Plain LoRA, loads anywhere:  ")
+        display.say(f"{what} {path / place}")
+    display.say(f"Native, to train further:     {path / 'adapter'}")
+    display.say(f"Report, opens in a browser:   {path / 'report.html'}")
+
+
+def show_measurements(measured: Mapping[str, Any], display: Display) -> None:
+    """Show held-out measurements side by side.
+
+    Args:
+        measured: ``metrics`` of ``run.json``: of ``before``, ``after``, and ``start`` where adapters are mixed.
+        display: Where to.
+    """
+    columns = {"base": "before", "tuned": "after"}
+    if "start" in measured:
+        columns = {"base": "before", "weighted sum": "start", "mixed": "after"}
+    intervals = measured["intervals"]
+    rows = []
+    for key in measured["after"]:
+        form = "{:.1%}" if key in intervals["after"] else "{:.4f}"
+        cells = [measured[stage].get(key) for stage in columns.values()]
+        rows.append([key.replace("_", " "), *("" if cell is None else form.format(cell) for cell in cells)])
+        if key in intervals["after"]:
+            ends = [intervals[stage].get(key) for stage in columns.values()]
+            rows.append(
+                ["  95 % interval", *("" if e is None else "{:.1%} to {:.1%}".format(*e) for e in ends)]
+            )
+    examples, answers = measured["examples"], measured["answers"]
+    some = f", {answers} of them answered" if 0 < answers < examples else ""
+    display.table(f"{examples} {measured['unit']}{some}", ["", *columns], rows)
+
+
+def show_proofs(proofs: Mapping[str, Any], display: Display) -> None:
+    """Show what was proven, with the numbers.
+
+    Args:
+        proofs: ``proofs`` of ``run.json``.
+        display: Where to.
+    """
+    from moslora.training.reload_proof.proof import READERS
+
+    fold, reload = proofs["fold"], proofs["reload"]
     reader = READERS[reload["reader"]]
     display.say(
         f"Proven: fold, largest relative error of ΔW {fold['max_relative_error']:.1e} over {fold['modules']} "
@@ -58,19 +86,13 @@ def show_result(run: RunContext, task: Task, before: Evaluation, after: Evaluati
         f"(the adapter moves {reader.what}s by up to {reload['adapter_effect']:.2g}).",
         style="green",
     )
-    if "frozen" in record["proofs"]:
-        frozen = record["proofs"]["frozen"]
+    if "frozen" in proofs:
+        frozen = proofs["frozen"]
         display.say(
             f"Proven: the {frozen['tensors']} A and B of {frozen['modules']} modules are the sources', bit for bit; "
             f"the mixers moved by up to {frozen['moved']:.0%} of their start.",
             style="green",
         )
-    path = run.directory.path
-    for place, format_ in task.exports.values():
-        what = {"kohya": "For ComfyUI and A1111:       "}.get(format_, "Plain LoRA, loads anywhere:  ")
-        display.say(f"{what} {path / place}")
-    display.say(f"Native, to train further:     {path / 'adapter'}")
-    display.say(f"Report, opens in a browser:   {path / 'report.html'}")
 
 
 def _show_fidelity(run: RunContext, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from moslora.evaluation.commonsense.questions import (
     extract,
     read_questions,
 )
-from moslora.evaluation.judge import Judge, load_judge
+from moslora.evaluation.judge import Judge, Subject, load_judge
 from moslora.evaluation.own_data import compare_shares
 from moslora.evaluation.results import Report
 
@@ -86,7 +86,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def evaluate_commonsense(
-    model: str,
+    subject: Subject,
     display: Display,
     adapter: Path | None,
     data: str | None,
@@ -100,7 +100,7 @@ def evaluate_commonsense(
         )
     names = _task_names(tasks, Path(data), display)
     questions = {name: read_questions(Path(data), name, limit) for name in names}
-    judge, base = load_judge(model, display)
+    judge, base = load_judge(subject, display)
 
     def judged(of: Any) -> dict[tuple[str, str], list[tuple[str, str]]]:
         """By protocol and task, each item's label and text."""
@@ -144,7 +144,7 @@ def evaluate_commonsense(
                 }
             )
     said = ", ".join(protocols)
-    return Report(model, None if adapter is None else str(adapter), said, activity, measures, lines)
+    return Report(subject.name, None if adapter is None else str(adapter), said, activity, measures, lines)
 
 
 def _task_names(tasks: Sequence[str], data: Path, display: Display) -> list[str]:

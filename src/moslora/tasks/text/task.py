@@ -61,7 +61,7 @@ class TextTask(LanguageTask):
                 "by content and seed), because data.heldout names none."
             )
         shared = overlap(self.train_examples, self.heldout_examples)
-        if shared:
+        if shared and not self.measures_only:
             self.display.warn(
                 f"{shared} of {len(self.heldout_examples)} held-out prompts are also trained on, so the "
                 "held-out numbers are too good. Remove these prompts from one of the two files."
@@ -71,7 +71,7 @@ class TextTask(LanguageTask):
         """Convert the base if it must be, encode the examples, and show what is trained on."""
         recipe = self.recipe
         self.base_model.convert(self.display.say)
-        self.tokenizer = load_tokenizer(self.base_model.source, recipe.model.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.base_model.tokenizer_source, recipe.model.trust_remote_code)
         encoder = Encoder(
             self.tokenizer,
             recipe.data.template,

@@ -143,7 +143,9 @@ class VisionTask(LanguageTask):
         options: dict[str, Any] = {"trust_remote_code": self.recipe.model.trust_remote_code}
         if source.revision:
             options["revision"] = source.revision
-        kind = call_loader(source, AutoConfig.from_pretrained, options).model_type
+        model = self.base_model.handed_over
+        config = call_loader(source, AutoConfig.from_pretrained, options) if model is None else model.config
+        kind = config.model_type
         if kind not in PROCESSOR_FAMILIES:
             raise ModelError(
                 f"{source.name} is of the family {kind!r}; task=vision was tested on "
@@ -151,7 +153,9 @@ class VisionTask(LanguageTask):
                 "in a script of your own with get_peft_model(model, MoSLoRAConfig(...)) and the family's own collator."
             )
         family = PROCESSOR_FAMILIES[kind]
-        processor = load_processor(source, options)
+        if self.recipe.model.tokenizer is not None:  # the revision is the model's
+            options.pop("revision", None)
+        processor = load_processor(self.base_model.tokenizer_source, options)
         if not hasattr(processor, "image_processor"):
             raise ModelError(
                 f"{source.name} reads no pictures; choose a vision-language model, or task=text."

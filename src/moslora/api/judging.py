@@ -1,0 +1,293 @@
+"""Judging in one call: base and adapted model on the same items, or methods against each other."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moslora.api.objects import as_metrics, as_rows, check_model, take_objects
+from moslora.comparison.compare import compare_recipe, show_verdict
+from moslora.comparison.verdict import Verdict
+from moslora.data.writing import write_rows
+from moslora.display import Display, Printable, find_display
+from moslora.errors import UsageError
+from moslora.evaluation.evaluate import evaluate as evaluate_model
+from moslora.evaluation.judge import Subject
+from moslora.evaluation.results import Report
+from moslora.files import sha256
+from moslora.models.in_memory import stored_name
+from moslora.recipe.building import RecipeSource, build_recipe
+from moslora.recipe.schema import Recipe
+from moslora.training.borrowed import borrowed
+from moslora.training.handed_over import HandedOver
+
+__all__ = ["ComparisonResult", "compare", "evaluate"]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any = None,
+    data: Any = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    recipe: RecipeSource = None,
+    metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
+    tasks: Sequence[str] = (),
+    protocol: str = "answer-text",
+    lm_eval: Sequence[str] = (),
+    limit: int | None = None,
+    predictions: str | os.PathLike[str] | None = None,
+    progress: str | Display | None = None,
+    **sections: Any,
+) -> Report:
+    """Evaluate a base, and an adapter beside it, on the same items, with intervals.
+
+    First the adapter is proven to be active: logits with and without it must differ.
+
+    Args:
+        model: A name (packaged, a folder, a hub id, a GGUF file), or a loaded model of transformers, which is
+            afterwards as it was before.
+        tokenizer: The tokenizer or processor, or its folder; None takes the one in the model's folder.
+        data: A file or hub id of examples, a section, a ``datasets.Dataset`` or a list of dicts; with ``tasks`` the
+            folder of their data.
+        adapter: A directory that PEFT loads; None judges the base alone.
+        recipe: Whose held-out data and metric are used; as for ``train``.
+        metrics: By name, functions ``(answer, reference) -> bool or float`` of answers to your own data.
+        tasks: Commonsense tasks, or ``["commonsense"]`` for all eight.
+        protocol: For tasks: ``"answer-text"``, ``"label"``, ``"published"``, or several separated by commas.
+        lm_eval: Tasks of EleutherAI's lm-eval, by name or as paths of their YAML files.
+        limit: Items at most, of each task.
+        predictions: A JSON Lines file to write every item to; must not exist yet.
+        progress: None for silence, ``"terminal"`` or ``"notebook"``.
+        **sections: Sections over the recipe's, such as ``task={"metric": "json"}``.
+
+    Returns:
+        The report: ``report["loss"]`` is a measure with ``base``, ``tuned``, ``difference`` and its interval.
+
+    Raises:
+        RecipeError, DataError, ModelError, UsageError: If something cannot be used.
+        ExistsError: If something exists at ``predictions``.
+        ProofError: If the adapter's ΔW is not zero and the logits do not move.
+
+    Example:
+        >>> report = moslora.evaluate("base-model", data="data.jsonl", adapter="my-adapter")
+        >>> report["loss"].items, report["loss"].tuned != report["loss"].base
+        (24, True)
+    """
+    display = find_display(progress)
+    functions = as_metrics(metrics)
+    options: dict[str, Any] = {
+        "adapter": None if adapter is None else Path(adapter),
+        "limit": limit,
+        "predictions": None if predictions is None else Path(predictions),
+        "metrics": functions,
+    }
+    subject = _subject(model, tokenizer)
+    with borrowed(subject.model), tempfile.TemporaryDirectory(prefix="moslora-evaluation-") as folder:
+        if tasks or lm_eval or (recipe is None and data is None and "data" not in sections):
+            return evaluate_model(
+                subject,
+                display,
+                tasks=[tasks] if isinstance(tasks, str) else list(tasks),
+                protocol=protocol,
+                harness=[lm_eval] if isinstance(lm_eval, str) else [os.fspath(name) for name in lm_eval],
+                data=None if data is None else os.fspath(data),
+                **options,
+            )
+        built = _own_recipe(subject, tokenizer, data, recipe, sections, Path(folder))
+        return evaluate_model(subject, display, recipe=built, **options)
+
+
+def _subject(model: Any, tokenizer: Any) -> Subject:
+    """Return what is evaluated, with a name."""
+    own = tokenizer if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) else None
+    if isinstance(model, str | os.PathLike):
+        return Subject(os.fspath(model), tokenizer=own)
+    check_model(model)
+    return Subject(getattr(model, "name_or_path", "") or type(model).__name__, model, own)
+
+
+def _own_recipe(
+    subject: Subject,
+    tokenizer: Any,
+    data: Any,
+    recipe: RecipeSource,
+    sections: Mapping[str, Any],
+    folder: Path,
+) -> Recipe:
+    """Build the recipe of an evaluation; objects that it names are written into a folder."""
+    second: dict[str, Any] = {"model": {}, "data": {}}
+    if subject.tokenizer is not None:
+        subject.tokenizer.save_pretrained(folder / "tokenizer")
+        second["model"]["tokenizer"] = str(folder / "tokenizer")
+    elif tokenizer is not None:
+        second["model"]["tokenizer"] = os.fspath(tokenizer)
+    elif subject.model is not None and not getattr(subject.model, "name_or_path", ""):
+        raise UsageError("The model was not loaded from a folder that has its tokenizer; hand it over too.")
+    rows = None if data is None else as_rows(data, "data")
+    if rows is not None:
+        write_rows(rows, folder / "data.jsonl", "data")
+        data = str(folder / "data.jsonl")
+    if isinstance(data, str | os.PathLike):
+        # Nothing is trained on, so a file of examples serves as both halves of a recipe.
+        second["data"] = {"heldout": os.fspath(data)}
+    elif isinstance(data, Mapping) and "heldout" not in data and "heldout_split" not in data:
+        second["data"] = {"heldout": data.get("train")}
+    return build_recipe(recipe, {**sections, "model": subject.name, "data": data}, second)
+
+
+@dataclass(frozen=True, repr=False)
+class ComparisonResult(Printable):
+    """What a comparison showed.
+
+    Attributes:
+        path: Its folder.
+        verdict: Every method at its best learning rate, the differences, and what they say.
+    """
+
+    path: Path
+    verdict: Verdict
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the comparison; it opens offline."""
+        return self.path / "report.html"
+
+    @property
+    def results(self) -> Path:
+        """The verdict with every seed's points, for programs."""
+        return self.path / "results.json"
+
+    def show(self, display: Display) -> None:
+        """Write the table of methods, the verdict, and where everything is."""
+        show_verdict(self.verdict, display)
+        display.say(f"Results, for programs:        {self.results}")
+        display.say(f"Report, opens in a browser:   {self.report}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        import dataclasses
+
+        return {"comparison": str(self.path), **dataclasses.asdict(self.verdict)}
+
+
+def compare(
+    recipe: RecipeSource = None,
+    *,
+    methods: Sequence[str] = ("lora", "moslora"),
+    seeds: int = 3,
+    learning_rates: Sequence[float] | None = None,
+    baseline: str | None = None,
+    steps: int | None = None,
+    validation: int = 64,
+    examples: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    together: int = 1,
+    workers: int | None = None,
+    engine: str = "local",
+    progress: str | Display | None = None,
+    **sections: Any,
+) -> ComparisonResult:
+    """Compare methods on your data: tuned learning rates, paired seeds, intervals, a verdict.
+
+    The same call goes on where it was stopped.
+
+    Args:
+        recipe: As for ``train``.
+        methods: Names such as ``"lora"``, ``"moslora"``, ``"dora"``, or paths of ``adapter_config.json`` files.
+        seeds: How many, at least 2; the same for every method.
+        learning_rates: Tried for every method; None for a third, one and three times the recipe's.
+        baseline: Compared with all others; None for the first method.
+        steps: Optimizer steps of every training; None for the recipe's.
+        validation: Training examples set aside to choose rates by.
+        examples: Held-out examples to judge by; None for all.
+        out: The comparison's folder; None for ``compare-NAME`` beside the recipe's runs.
+        together: Cells that are trained at once over one copy of the base.
+        workers: Processes side by side, each with its own base.
+        engine: ``"local"``, or ``"ray"``.
+        progress: None for silence, ``"terminal"`` or ``"notebook"``.
+        **sections: Sections and objects as for ``train``. Rows are written beside the comparison's folder; a loaded
+            model must still have the weights of the folder that it was loaded from, because every process loads it.
+
+    Returns:
+        The verdict, and where results and report are.
+
+    Raises:
+        RecipeError, DataError, ModelError, UsageError: If something cannot be used.
+        TrainingError: If a worker dies.
+        Stopped: If Ctrl-C was pressed.
+
+    Example:
+        >>> result = moslora.compare(
+        ...     model="base-model",
+        ...     data="data.jsonl",
+        ...     seeds=2,
+        ...     learning_rates=[1e-2],
+        ...     steps=2,
+        ...     validation=4,
+        ...     out="runs/comparison",
+        ... )
+        >>> [method.name for method in result.verdict.methods]
+        ['lora', 'moslora']
+    """
+    layers, objects = take_objects(**sections)
+    built = build_recipe(recipe, *layers)
+    name = built.output.name or built.task.kind
+    folder = (Path(out) if out is not None else Path(built.output.dir) / f"compare-{name}").absolute()
+    built = _with_files(built, objects, folder.with_name(f"{folder.name}-data"))
+    path, verdict = compare_recipe(
+        built,
+        find_display(progress),
+        methods=[methods] if isinstance(methods, str) else [os.fspath(method) for method in methods],
+        seeds=seeds,
+        rates=list(learning_rates or ()),
+        baseline=baseline,
+        steps=steps,
+        validation=validation,
+        examples=examples,
+        out=folder,
+        together=together,
+        workers=workers,
+        engine=engine,
+        command="moslora.compare",
+    )
+    assert verdict is not None, "only a plan has none"
+    return ComparisonResult(path, verdict)
+
+
+def _with_files(recipe: Recipe, objects: HandedOver, folder: Path) -> Recipe:
+    """Write the objects of a comparison into files that every process reads, and name these in the recipe."""
+    if objects.callbacks or objects.metrics:
+        raise UsageError(
+            "compare takes no callbacks and no metrics; its recipe's task.metric judges answers."
+        )
+    objects.check(recipe.task.kind, 1)
+    data, model = {}, {}
+    if objects.model is not None:
+        name = stored_name(objects.model)
+        if name is None:
+            raise UsageError(
+                "No folder holds the weights of this model, and every training of a comparison loads them. Save it "
+                "with model.save_pretrained(folder) and tokenizer.save_pretrained(folder), and pass model=folder."
+            )
+        model["name"] = str(Path(name).absolute()) if Path(name).is_dir() else name
+    if objects.processor is not None:
+        objects.processor.save_pretrained(folder / "tokenizer")
+        model["tokenizer"] = str(folder / "tokenizer")
+    for part, rows in objects.rows.items():
+        path = folder / f"{part}.jsonl.part"
+        write_rows(rows, path, "data" if part == "train" else part)
+        # Named by content: other rows leave those of an earlier comparison alone, which then refuses to go on.
+        place = folder / f"{part}-{sha256(path)[:16]}.jsonl"
+        path.replace(place)
+        data[part] = str(place)
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=data),
+            "model": recipe.model.model_copy(update=model),
+        }
+    )

@@ -1,0 +1,208 @@
+"""Training in one call: from a recipe, or from objects, to a proven plain LoRA."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.api.objects import take_objects
+from moslora.api.run import Run
+from moslora.display import Display, find_display
+from moslora.errors import UsageError
+from moslora.recipe.building import RecipeSource, build_recipe
+from moslora.training.borrowed import borrowed
+from moslora.training.handed_over import HandedOver
+from moslora.training.run import resume as resume_run
+from moslora.training.run import train_recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["mix", "resume", "train"]
+
+
+def train(
+    recipe: RecipeSource = None,
+    *,
+    task: str | Mapping[str, Any] | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    data: Any = None,
+    heldout: Any = None,
+    adapter: Any = None,
+    trainer: Mapping[str, Any] | None = None,
+    scopes: Mapping[str, Any] | None = None,
+    output: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
+    progress: str | Display | None = None,
+) -> Run:
+    """Fine-tune a model; evaluate before and after, fold, prove, report.
+
+    Every section of a recipe is an argument: a dict is merged over the recipe's section, a plain value has the meaning
+    that it has on the command line.
+
+    Args:
+        recipe: A recipe's path, a dict of its sections, or a ``Recipe``; None where the arguments say it all.
+        task: ``"text"``, ``"vision"`` or ``"image"``, or the section.
+        model: A name (packaged, a folder, a hub id, a GGUF file), the section, or a loaded model of transformers. That
+            one is trained with an adapter and is afterwards as it was before. If no folder holds its weights, it is
+            saved as ``base/`` in the run directory, because a proof and a resumed run have to load it.
+        tokenizer, processor: Of a loaded model: the object, or its folder. None takes the one in the model's folder.
+        data: A file or hub id, the section, or rows: a ``datasets.Dataset``, a ``DatasetDict`` or a list of dicts. Rows
+            are written into the run directory as ``data/train.jsonl``; PIL images in them as files.
+        heldout: Held-out examples, likewise; None takes some of ``data``.
+        adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section.
+        trainer: Fields of TRL's ``SFTConfig``.
+        scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
+        output: The run directory, such as ``"runs/demo"``; a run never overwrites another.
+        seed: Of data order, initial values and splits.
+        callbacks: Callbacks of transformers' trainer, beside the run's own.
+        metrics: By name, functions ``(answer, reference) -> bool or float``, measured on generated answers.
+        progress: None for silence (warnings are Python's), ``"terminal"`` or ``"notebook"``.
+
+    Returns:
+        The run: ``path``, ``metrics``, ``adapter``, ``lora``, ``report``, ``proofs``, ``history`` and ``answers``.
+
+    Raises:
+        RecipeError, DataError, ModelError, UsageError: If something cannot be used; no run directory is left.
+        ProofError: If a proof failed.
+        TrainingError: If training failed otherwise.
+        Stopped: If Ctrl-C was pressed; ``resume`` goes on.
+
+    Example:
+        >>> run = moslora.train(
+        ...     model="base-model", data="data.jsonl", trainer={"max_steps": 2}, output="runs/demo"
+        ... )
+        >>> sorted(run.metrics["after"])
+        ['loss']
+        >>> run.lora.is_dir(), run.proofs["reload"]["passed"]
+        (True, True)
+    """
+    layers, handed_over = take_objects(
+        task=task,
+        model=model,
+        tokenizer=tokenizer,
+        processor=processor,
+        data=data,
+        heldout=heldout,
+        adapter=adapter,
+        trainer=trainer,
+        scopes=scopes,
+        output=output,
+        seed=seed,
+        callbacks=callbacks,
+        metrics=metrics,
+    )
+    return _train(recipe, layers, handed_over, progress, "moslora.train")
+
+
+def resume(
+    path: str | os.PathLike[str],
+    progress: str | Display | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
+) -> Run:
+    """Go on with a run that was interrupted, killed or failed.
+
+    Args:
+        path: The run directory.
+        progress: As for ``train``.
+        callbacks, metrics: Those that were given to ``train``; they are in no file.
+
+    Returns:
+        The run, completed.
+
+    Raises:
+        NotFoundError, UsageError: If there is no such run, or nothing is left to do.
+        ProofError, TrainingError, Stopped: As for ``train``.
+
+    Example:
+        >>> try:
+        ...     moslora.resume("runs/none")
+        ... except moslora.NotFoundError as error:
+        ...     print(error)
+        runs/none is not a run: it does not exist. ...
+    """
+    _, handed_over = take_objects(callbacks=callbacks, metrics=metrics)
+    with _quiet():
+        return Run(resume_run(Path(path), find_display(progress), handed_over).path)
+
+
+def mix(
+    adapters: Sequence[str | os.PathLike[str]],
+    recipe: RecipeSource = None,
+    weights: Sequence[float] | str | None = None,
+    progress: str | Display | None = None,
+    **sections: Any,
+) -> Run:
+    """Learn one mixer over several trained adapters, from few examples; their factors stay as they are.
+
+    Args:
+        adapters: Trained adapters of one base.
+        recipe: What to learn from: the base and a few examples; as for ``train``.
+        weights: Where the mixer starts: a factor for each adapter, or ``"mean"``; None for 1 each.
+        progress: As for ``train``.
+        **sections: The other arguments of ``train``.
+
+    Returns:
+        The run, with one plain LoRA.
+
+    Raises:
+        AdapterError: If the adapters cannot be read, or belong to another base.
+        RecipeError, DataError, ModelError, UsageError, ProofError, TrainingError, Stopped: As for ``train``.
+
+    Example:
+        >>> run = moslora.mix(
+        ...     ["my-adapter", "other-adapter"],
+        ...     model="base-model",
+        ...     data="data.jsonl",
+        ...     trainer={"max_steps": 2},
+        ...     output="runs/both",
+        ... )
+        >>> run.proofs["frozen"]["modules"]
+        4
+    """
+    if isinstance(adapters, str | os.PathLike) or not adapters:
+        raise UsageError("adapters must be a list of trained adapters.")
+    count = len(adapters)
+    if isinstance(weights, str) and weights != "mean":
+        raise UsageError(f"weights={weights!r} is neither a list of numbers nor 'mean'.")
+    numbers = [1 / count] * count if weights == "mean" else weights if weights is not None else [1.0] * count
+    if len(numbers) != count:
+        raise UsageError(f"weights has {len(numbers)} numbers for {count} adapters; give one for each.")
+    layers, handed_over = take_objects(**sections)
+    paths = [str(Path(adapter).absolute()) for adapter in adapters]
+    layers.append({"mix": {"adapters": paths, "weights": [float(number) for number in numbers]}})
+    return _train(recipe, layers, handed_over, progress, "moslora.mix")
+
+
+def _train(
+    recipe: RecipeSource,
+    layers: Sequence[Mapping[str, Any]],
+    handed_over: HandedOver,
+    progress: str | Display | None,
+    command: str,
+) -> Run:
+    display = find_display(progress)
+    built = build_recipe(recipe, *layers)
+    with _quiet(), borrowed(handed_over.model):
+        directory = train_recipe(built, display, command, handed_over)
+    return Run(directory.path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what PEFT says of transformers 5, which is news for PEFT and not for who trains."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        )
+        yield

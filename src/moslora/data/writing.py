@@ -1,0 +1,73 @@
+"""Rows of Python objects as a JSON Lines file, so that they are hashed, resumed and reported as any data file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moslora.data.faults import SHOWN
+from moslora.errors import DataError
+
+__all__ = ["write_rows"]
+
+
+def write_rows(rows: Iterable[Any], path: Path, what: str) -> None:
+    """Write rows, pictures in them as files beside.
+
+    Args:
+        rows: A ``datasets.Dataset``, or dicts. Values are those of JSON, scalars and arrays of numpy, or PIL images.
+        path: The ``.jsonl`` file to write.
+        what: What the caller calls the rows, for messages.
+
+    Raises:
+        DataError: If a row is not a dict or a value has no form in JSON; each is named by its row.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faults: list[str] = []
+    with path.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, Mapping):
+                faults.append(f"row {number}: is a {type(row).__name__}; expected a dict with named fields")
+                continue
+            try:
+                line = json.dumps(
+                    {str(name): _as_json(value, path.parent) for name, value in row.items()},
+                    ensure_ascii=False,
+                    allow_nan=False,
+                )
+            except (TypeError, ValueError) as error:
+                faults.append(f"row {number}: {error}")
+                continue
+            file.write(line + "\n")
+    if faults:
+        advice = "Give numbers, texts, lists, dicts and PIL images; none of the rows was skipped."
+        raise DataError(what, faults[:SHOWN], advice, max(0, len(faults) - SHOWN))
+
+
+def _as_json(value: Any, folder: Path) -> Any:
+    """Return a value in JSON's types; a picture becomes the path of a file."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(item, folder) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item, folder) for item in value]
+    if type(value).__module__.partition(".")[0] == "PIL":
+        return _save_picture(value, folder)
+    if type(value).__module__ == "numpy":
+        return value.tolist()
+    return value
+
+
+def _save_picture(picture: Any, folder: Path) -> str:
+    """Save a picture without loss, named by its content, and return its path."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    content = buffer.getvalue()
+    path = folder / "pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.png"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        path.write_bytes(content)
+    return str(path.absolute())
