@@ -355,3 +355,38 @@ def test_a_comparison_of_rows_goes_on_with_the_same_call(here: Path) -> None:
         model.lm_head.weight += 1
     with pytest.raises(moslora.UsageError, match="No folder holds"):
         moslora.compare(**given, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:The adapter changes the base's logits by no more than rounding")
+def test_a_vision_model_is_handed_over_with_its_processor_and_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    import tiny_vision
+
+    tiny_vision.save_llava(tmp_path / "llava")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    state = state_of(model)
+    pictures = [Image.new("RGB", (16, 16), (n * 9, 0, 0)) for n in range(12)]
+    examples = [
+        {
+            "images": [picture],
+            "messages": [
+                {"role": "user", "content": "<image>\nred?"},
+                {"role": "assistant", "content": str(n % 2)},
+            ],
+        }
+        for n, picture in enumerate(pictures)
+    ]
+    run = moslora.train(
+        task={"kind": "vision", "max_new_tokens": 2},
+        model=model,
+        processor=AutoProcessor.from_pretrained(tmp_path / "llava"),
+        data=examples[:8],
+        heldout=examples[8:],
+        adapter={"r": 2},
+        trainer=QUICK,
+        output=tmp_path / "runs" / "vision",
+    )
+    assert state_of(model) == state and run.proofs["reload"]["passed"]
+    assert len(list((run.path / "data" / "pictures").iterdir())) == 12

@@ -20,6 +20,7 @@ from moslora.comparison.methods import METHODS, find_method
 from moslora.comparison.verdict import Verdict
 from moslora.display import Display
 from moslora.errors import Stopped
+from moslora.recipe.loading import load_recipe
 from tolerances import MODEL
 
 pytestmark = pytest.mark.filterwarnings(
@@ -268,7 +269,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(world, tm
 
 def test_no_example_serves_two_purposes(world, tmp_path):
     plan = moslora.comparison.compare._plan(
-        arguments(world), ["lora", "moslora"], 2, [1e-3], None, None, 8, 4, tmp_path / "c"
+        load_recipe(arguments(world)), ["lora", "moslora"], 2, [1e-3], None, None, 8, 4, tmp_path / "c"
     )
     task = prepare_task(plan, Display(quiet=True), lambda: None)
     train, validation = ({e.place for e in part} for part in (task.train_set, task.validation_set))
@@ -329,7 +330,15 @@ def test_cells_that_cannot_share_a_base_run_alone_and_it_is_said(finished, world
 
 def test_groups_are_of_one_method_alike_in_size_and_without_cells_in_which_a_process_died(world, tmp_path):
     plan = moslora.comparison.compare._plan(
-        arguments(world), ["lora", "full", "moslora"], 5, [1e-3], None, None, 8, 4, tmp_path / "c"
+        load_recipe(arguments(world)),
+        ["lora", "full", "moslora"],
+        5,
+        [1e-3],
+        None,
+        None,
+        8,
+        4,
+        tmp_path / "c",
     )
     (tmp_path / "c" / "cells").mkdir(parents=True)
     plan.mark(plan.cells[1]).write_text("1")

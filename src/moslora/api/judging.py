@@ -23,7 +23,7 @@ from moslora.models.in_memory import stored_name
 from moslora.recipe.building import RecipeSource, build_recipe
 from moslora.recipe.schema import Recipe
 from moslora.training.borrowed import borrowed
-from moslora.training.handed_over import HandedOver
+from moslora.training.handed_over import HandedOver, save_processor
 
 __all__ = ["ComparisonResult", "compare", "evaluate"]
 
@@ -122,7 +122,7 @@ def _own_recipe(
     """Build the recipe of an evaluation; objects that it names are written into a folder."""
     second: dict[str, Any] = {"model": {}, "data": {}}
     if subject.tokenizer is not None:
-        subject.tokenizer.save_pretrained(folder / "tokenizer")
+        save_processor(subject.tokenizer, subject.model, folder / "tokenizer")
         second["model"]["tokenizer"] = str(folder / "tokenizer")
     elif tokenizer is not None:
         second["model"]["tokenizer"] = os.fspath(tokenizer)
@@ -276,7 +276,7 @@ def _with_files(recipe: Recipe, objects: HandedOver, folder: Path) -> Recipe:
             )
         model["name"] = str(Path(name).absolute()) if Path(name).is_dir() else name
     if objects.processor is not None:
-        objects.processor.save_pretrained(folder / "tokenizer")
+        save_processor(objects.processor, objects.model, folder / "tokenizer")
         model["tokenizer"] = str(folder / "tokenizer")
     for part, rows in objects.rows.items():
         path = folder / f"{part}.jsonl.part"

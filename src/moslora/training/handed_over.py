@@ -21,7 +21,20 @@ if TYPE_CHECKING:
     from moslora.recipe.schema import Recipe
     from moslora.tasks.task import Task
 
-__all__ = ["HandedOver"]
+__all__ = ["HandedOver", "save_processor"]
+
+
+def save_processor(processor: Any, model: Any, place: Path) -> None:
+    """Save a tokenizer or processor so that transformers' Auto classes find its own class again.
+
+    Args:
+        processor: What was handed over.
+        model: The model that it belongs to, whose configuration names the family; None if it is not at hand.
+        place: The folder.
+    """
+    processor.save_pretrained(place)
+    if model is not None and hasattr(processor, "image_processor"):
+        model.config.save_pretrained(place)
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ class HandedOver:
             model["name"] = self._place_of_model(folder, display)
         if self.processor is not None:
             place = folder / "tokenizer"
-            self.processor.save_pretrained(place)
+            save_processor(self.processor, self.model, place)
             model["tokenizer"] = str(place.absolute())
         elif self.model is not None and recipe.model.tokenizer is None:
             original = getattr(self.model, "name_or_path", None) or ""
