@@ -22,7 +22,6 @@ Rows = list[tuple[str, ...]]
 # Results that have no row, and why.
 WITHOUT_ROW = {
     "roofline.json": "counted, not measured; docs/performance.md has what it says",
-    "start.json": "preliminary: it was measured on a shared machine",
 }
 
 
@@ -224,6 +223,23 @@ def move_rows(found: dict[str, Any]) -> Rows:
     return [("QLoRA: entries that moved", figure, how)]
 
 
+def start_rows(found: dict[str, Any]) -> Rows:
+    """How long verbs on a small adapter take, over importing torch."""
+    verbs = found["sources"]["now"]["verbs"]
+    figure = ", ".join(
+        f"{name} {verbs[name]['over_floor']:.2f} ×" for name in ("help", "inspect", "doctor", "import")
+    )
+    figure += (
+        f", merge {verbs['merge']['over_floor']:.2f} ×; export to lora, which PEFT's own loader proves, "
+    )
+    figure += f"{verbs['export --to lora']['over_floor']:.2f} ×"
+    how = (
+        f"`benchmarks/start.py`: wall time over that of `import torch` ({found['floor']['median_seconds']:.1f} s), "
+        f"medians of {found['rounds']} interleaved rounds of fresh processes, {machine(found)}"
+    )
+    return [("verbs on a small adapter", figure, how)]
+
+
 # One script, its results (on each kind of device) and its rows, in the order of the table.
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "step-*.json": step_rows,
@@ -235,6 +251,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "mix.json": mix_rows,
     "moves-*.json": move_rows,
     "subject.json": subject_rows,
+    "start.json": start_rows,
 }
 
 

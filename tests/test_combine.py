@@ -134,4 +134,4 @@ def test_the_verb_says_what_it_proved(two: tuple[Path, Path], tmp_path: Path) ->
     assert shown.exit_code == 0 and "rank up to 6" in shown.output and "Proven" in shown.output
     assert json.loads((tmp_path / "sum" / PROOF_FILE).read_text())["weights"] == [1.0, 0.5]
     wrong = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "other"), "--weights", "1,x"])
-    assert wrong.exit_code == 2 and "no list of numbers" in wrong.output
+    assert wrong.exit_code == 2 and "not a list of numbers" in wrong.output

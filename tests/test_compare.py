@@ -249,7 +249,7 @@ def test_a_users_own_configuration_is_a_method(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"methods": ["lora", "mslora"]}, "Did you mean moslora"),
+        ({"methods": ["lora", "mslora"]}, "Did you mean 'moslora'"),
         ({"methods": ["lora", "lora"]}, "none of them twice"),
         ({"methods": ["lora"]}, "at least two"),
         ({"baseline": "dora"}, "none of the methods"),

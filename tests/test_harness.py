@@ -111,7 +111,7 @@ def test_a_harness_that_ignores_the_adapter_fails(world, monkeypatch):
 
 def test_what_the_harness_does_not_know_is_refused(world, tmp_path):
     base, quiet = str(world / "base"), Display(quiet=True)
-    with pytest.raises(ValueError, match="Did you mean arc_easy"):
+    with pytest.raises(ValueError, match="Did you mean 'arc_easy'"):
         evaluate(base, quiet, harness=["arc_eazy"])
     with pytest.raises(ValueError, match="is not there"):
         evaluate(base, quiet, harness=["no/such.yaml"])

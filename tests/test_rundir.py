@@ -141,7 +141,7 @@ def test_a_number_json_cannot_hold_is_refused_by_its_key_and_changes_nothing(tmp
 def test_a_status_is_one_of_four_and_all_but_running_end_the_run(tmp_path):
     run = RunDirectory.create(tmp_path, "demo")
     assert run.read()["ended"] is None
-    with pytest.raises(ValueError, match="did you mean 'completed'"):
+    with pytest.raises(ValueError, match="Did you mean 'completed'"):
         run.update(status="complete")
     run.update(status="interrupted")
     assert run.read()["ended"].endswith("+00:00")

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 __all__ = [
     "AdapterError",
+    "BusyError",
     "DataError",
     "EncodingError",
     "ExistsError",
@@ -103,6 +104,12 @@ class NotFoundError(MoSLoRAError, FileNotFoundError):
 
 class ExistsError(MoSLoRAError, FileExistsError):
     """Something exists where output would be written; nothing is overwritten."""
+
+
+class BusyError(MoSLoRAError, RuntimeError):
+    """Another process is at work on the same run."""
+
+    exit_code = 1
 
 
 class MissingPackageError(MoSLoRAError, ImportError):

@@ -23,6 +23,7 @@ from moslora.comparison.verdict import Cell
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
 from moslora.training.stop import StopRequest
+from moslora.wording import first_line
 
 if TYPE_CHECKING:
     from moslora.tasks.language import LanguageTask
@@ -237,7 +238,7 @@ def _drop_copies(adapted: Any) -> None:
 
 def _crashed(cell: Planned, error: Exception) -> Cell:
     method, rate, seed = cell
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_line(error)
     return Cell(method.name, rate, seed, "crashed", f"{type(error).__name__}: {first}")
 
 

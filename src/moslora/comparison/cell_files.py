@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from moslora.comparison.plan import Comparison, Planned
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
+from moslora.errors import UsageError
 from moslora.files import write_text
 
 __all__ = ["begin", "forget", "keep", "mark_crashed_cells", "read_cells"]
@@ -88,5 +89,5 @@ def read_cells(plan: Comparison) -> list[Cell]:
             try:
                 cells.append(Cell(**json.loads(file.read_text(encoding="utf-8"))))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{file} is damaged; remove it to have its cell run again.") from error
+                raise UsageError(f"{file} is damaged; remove it to have its cell run again.") from error
     return cells

@@ -17,6 +17,7 @@ from moslora.comparison.methods import Method
 from moslora.comparison.plan import Comparison, Planned
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
+from moslora.errors import UsageError
 from moslora.tasks import find_task
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) 
 
     task: Any = find_task(plan.recipe.task.kind)(plan.recipe, display, check)
     if not isinstance(task, LanguageTask):
-        raise ValueError(
+        raise UsageError(
             f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text and vision can."
         )
     task.read()

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from moslora.comparison.plan import DECISIVE, Comparison
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
 from moslora.errors import Stopped, UsageError
-from moslora.files import write_text
+from moslora.files import locked, write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
@@ -268,7 +267,7 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
             f"{folder} holds something that is not a comparison. Name another folder with --out."
         )
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, wait=False):
         if record.exists():
             try:
                 old = json.loads(record.read_text(encoding="utf-8"))["identity"]
@@ -293,28 +292,6 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
             write_text(record, json.dumps(document, indent=2, ensure_ascii=False))
             display.say(f"Comparison: {folder}")
         yield
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows; there the user has to see to it
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"Another process is at work in {folder}; wait for it, or name another."
-            ) from None
-        except OSError:  # some network file systems cannot lock
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # --- What came of it ----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Rank, alpha, dropout and target modules are the recipe's for all of them; only w
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moslora.errors import UsageError
+from moslora.wording import did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -77,11 +77,8 @@ def _make(library: str, arguments: dict[str, Any]) -> PeftConfig:
         return MoSLoRAConfig(**arguments)
     kind = str(arguments.pop("peft_type", "LORA")).upper()
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        near = difflib.get_close_matches(
-            kind, [str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING], 1
-        )
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"peft_type {kind} is unknown to the installed PEFT.{hint}")
+        known = [str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING]
+        raise UsageError(f"peft_type {kind} is unknown to the installed PEFT.{did_you_mean(kind, known)}")
     return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**arguments)
 
 
@@ -180,10 +177,9 @@ def find_method(name: str) -> Method:
     path = Path(name).expanduser()
     file = path / "adapter_config.json" if path.is_dir() else path
     if not file.is_file():
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"Method {name!r} is unknown.{hint} Choose from {', '.join(METHODS)}, or name an adapter_config.json."
+            f"Method {name!r} is unknown.{did_you_mean(name, METHODS)} Choose from {', '.join(METHODS)}, or name an "
+            "adapter_config.json."
         )
     own = (
         path.name if path.is_dir() else path.parent.name if path.name == "adapter_config.json" else path.stem

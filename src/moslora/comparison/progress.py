@@ -8,6 +8,7 @@ from moslora.comparison.bench import Bench
 from moslora.comparison.cell_files import read_cells
 from moslora.comparison.plan import Comparison
 from moslora.comparison.verdict import Cell, foresee
+from moslora.errors import UsageError
 from moslora.wording import duration
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def check_memory(plan: Comparison, bench: Bench, device: str) -> None:
 
         free = int(psutil.virtual_memory().available)
     if needed > free:
-        raise ValueError(
+        raise UsageError(
             f"Method full needs about {needed / 1e9:.1f} GB beside the base, and {free / 1e9:.1f} GB are free. Leave "
             "it out of --methods."
         )

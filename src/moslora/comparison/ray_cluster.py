@@ -14,7 +14,7 @@ from moslora.comparison.cells import prepare_task, run_unkept
 from moslora.comparison.plan import DECISIVE, Comparison, Engine, Planned
 from moslora.comparison.progress import show_cell
 from moslora.comparison.verdict import Cell
-from moslora.errors import TrainingError
+from moslora.errors import TrainingError, UsageError
 from moslora.training.provenance import collect_versions
 from moslora.training.stop import StopRequest
 
@@ -31,7 +31,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ValueError("engine=ray needs Ray: pip install 'moslora[cluster]'") from error
+        raise UsageError("engine=ray needs Ray: pip install 'moslora[cluster]'") from error
     return ray
 
 

@@ -17,6 +17,7 @@ from moslora.comparison.local import run_local
 from moslora.comparison.plan import Comparison, Engine, Planned
 from moslora.comparison.progress import check_memory
 from moslora.comparison.ray_cluster import import_ray, run_on_ray
+from moslora.errors import UsageError
 from moslora.files import write_text
 from moslora.training.stop import StopRequest
 
@@ -42,10 +43,10 @@ def make_engine(name: str, workers: int | None, together: int) -> Engine:
         ValueError: If there is no such engine, it cannot be used here, or a number is below 1.
     """
     if name not in ENGINES:
-        raise ValueError(f"engine={name!r} is unknown; choose one of {', '.join(ENGINES)}.")
+        raise UsageError(f"engine={name!r} is unknown; choose one of {', '.join(ENGINES)}.")
     for what, number in (("workers", workers), ("together", together)):
         if number is not None and number < 1:
-            raise ValueError(f"{what}={number} must be at least 1.")
+            raise UsageError(f"{what}={number} must be at least 1.")
     if name == "ray":
         import_ray()
     return Engine(name, workers, together)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.comparison.joint_batch import Layout, concatenate_batches
 from moslora.comparison.lanes import CannotShare, Lane, Surroundings
+from moslora.wording import first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +84,7 @@ def train_together(
     except (CannotShare, KeyboardInterrupt):
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise CannotShare(f"{type(error).__name__}: {first}") from error
     finally:
         conductor.dissolve()

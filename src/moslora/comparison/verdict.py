@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Literal
 
+from moslora.errors import UsageError
 from moslora.metrics.intervals import (
     Difference,
     detectable_difference,
@@ -215,13 +216,13 @@ def judge(
 
 def _check(cells: Sequence[Cell], methods: Sequence[str], baseline: str) -> None:
     if baseline not in methods:
-        raise ValueError(f"The baseline {baseline!r} is none of the methods {', '.join(methods)}.")
+        raise UsageError(f"The baseline {baseline!r} is none of the methods {', '.join(methods)}.")
     there = [(c.method, c.learning_rate, c.seed) for c in cells]
     rates, seeds = {c.learning_rate for c in cells}, {c.seed for c in cells}
     wanted = {(m, r, s) for m in methods for r in rates for s in seeds}
     if len(set(there)) != len(there) or set(there) != wanted:
         odd = sorted(wanted.symmetric_difference(there)) or "one is there twice"
-        raise ValueError(f"The cells are not one for every method, rate and seed: {odd}.")
+        raise UsageError(f"The cells are not one for every method, rate and seed: {odd}.")
 
 
 def _best_rate(cells: Sequence[Cell]) -> float | None:
@@ -322,7 +323,7 @@ def _contrasts(
     for name in others:
         pairs = list(zip(chosen[name], chosen[baseline], strict=True))
         if any(one.seed != two.seed for one, two in pairs):
-            raise ValueError(f"The seeds of {name} and {baseline} do not pair.")
+            raise UsageError(f"The seeds of {name} and {baseline} do not pair.")
         differences[name] = [
             [a - b for a, b in zip(scores(one), scores(two), strict=True)] for one, two in pairs
         ]

@@ -12,6 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from moslora.errors import UsageError
+from moslora.wording import did_you_mean, first_line
+
 __all__ = ["Harness", "TaskScores"]
 
 # Requests that the harness sends to the model at once.
@@ -133,12 +136,12 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ValueError(f"Tasks of lm-eval need it ({error}): pip install 'moslora[lm-eval]'") from error
+            raise UsageError(f"Tasks of lm-eval need it ({error}): pip install 'moslora[lm-eval]'") from error
         self.limit = limit
         files = {name: Path(name) for name in tasks if Path(name).suffix in (".yaml", ".yml")}
         for name, file in files.items():
             if not file.is_file():
-                raise ValueError(f"{name} is not there; name a YAML file of lm-eval, or a task.")
+                raise UsageError(f"{name} is not there; name a YAML file of lm-eval, or a task.")
         folders = sorted({str(file.absolute().parent) for file in files.values()})
         own = {name: _task_of(file) for name, file in files.items()}
         # Thousands of the harness's own files need not be read where none is asked for; a group may name some.
@@ -148,11 +151,7 @@ class Harness:
         known = set(self.manager.all_tasks)
         for name in self.names:
             if name not in known:
-                import difflib
-
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise ValueError(f"lm-eval knows no task {name!r}.{hint}")
+                raise UsageError(f"lm-eval knows no task {name!r}.{did_you_mean(name, known)}")
 
     def run(self, model: Any, tokenizer: Any) -> list[TaskScores]:
         """Run the tasks on a model.
@@ -175,7 +174,7 @@ class Harness:
         with quiet_lm_eval():
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=HARNESS_BATCH)
         if lm.model is not model:
-            raise ValueError(
+            raise UsageError(
                 "lm-eval runs another model than it was given; this version of it is not usable."
             )
         try:
@@ -184,8 +183,8 @@ class Harness:
                     lm, tasks=list(self.names), limit=self.limit, task_manager=self.manager, log_samples=True
                 )
         except (OSError, ConnectionError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"lm-eval could not get the data of {', '.join(self.names)}: {first}") from error
+            first = first_line(error)
+            raise UsageError(f"lm-eval could not get the data of {', '.join(self.names)}: {first}") from error
         samples = found.get("samples", {})
         return [_scores(name, values, samples.get(name, [])) for name, values in found["results"].items()]
 
@@ -208,8 +207,8 @@ def _task_of(file: Path) -> tuple[str, str]:
             if isinstance(found.get(kind), str):
                 return found[kind], kind
     except (OSError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
-    raise ValueError(f"{file} is not a task of lm-eval: it has no line task: NAME.")
+        raise UsageError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+    raise UsageError(f"{file} is not a task of lm-eval: it has no line task: NAME.")
 
 
 def _without_tags(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import PlanError
+from moslora.wording import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def count_step(
                 hidden = body.last_hidden_state[:, :scored].reshape(rows * scored, -1)
                 torch.autograd.backward(_score(inner, hidden, device))
         except (RuntimeError, NotImplementedError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise PlanError(
                 f"{type(inner).__name__} cannot take a step on tensors without values, so that its memory cannot be "
                 f"counted ({reason}). Architectures whose values decide what is computed, as experts', are such."

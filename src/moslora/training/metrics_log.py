@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from moslora.errors import ExistsError, UsageError
 from moslora.files import write_text
 from moslora.training.json_values import NotFiniteError, json_value
 
@@ -36,7 +37,7 @@ class MetricsLog:
             kept = [line for line in lines if line.get("step", 0) <= resume_step]
             write_text(self.path, "".join(_json_line(line) for line in kept))
         elif self.path.exists():
-            raise FileExistsError(f"{self.path} exists already; give resume_step to go on with it.")
+            raise ExistsError(f"{self.path} exists already; give resume_step to go on with it.")
         self._file = self.path.open("a", encoding="utf-8")
 
     def append(self, step: int, **values: Any) -> None:
@@ -99,7 +100,7 @@ def _parsed_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         document = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, line {number} is not JSON ({error}); remove or restore it.") from error
+        raise UsageError(f"{path}, line {number} is not JSON ({error}); remove or restore it.") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path}, line {number} is a {type(document).__name__}, not an object; remove it.")
+        raise UsageError(f"{path}, line {number} is a {type(document).__name__}, not an object; remove it.")
     return document

@@ -17,7 +17,6 @@ JSON document, and no step stands twice in ``metrics.jsonl``.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -32,10 +31,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moslora.errors import NotFoundError, TrainingError, UsageError
+from moslora.errors import BusyError, NotFoundError, UsageError
 from moslora.files import is_running, locked, process_start, write_text
 from moslora.training.checkpoints import Checkpoint, checkpoint_faults
 from moslora.training.json_values import json_value, merged
+from moslora.wording import did_you_mean, nearest
 
 __all__ = [
     "STATUSES",
@@ -204,9 +204,9 @@ class RunDirectory:
         """
         status = fields.get("status", "running")
         if status not in STATUSES:
-            nearest = difflib.get_close_matches(str(status), STATUSES, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {list(STATUSES)}."
-            raise UsageError(f"status={status!r} is unknown; {hint}")
+            raise UsageError(
+                f"status={status!r} is unknown. Choose one of {list(STATUSES)}.{did_you_mean(status, STATUSES)}"
+            )
         if status != "running":
             fields.setdefault("ended", _now())
         self._write(merged(self.read(), {key: json_value(value, key) for key, value in fields.items()}))
@@ -220,7 +220,7 @@ class RunDirectory:
         with locked(self.path):
             record = self.read()
             if is_alive(self):
-                raise TrainingError(
+                raise BusyError(
                     f"{self.path} is still in progress: process {record.get('pid')} on {record.get('host')}, "
                     f"stage {record.get('stage')!r}. Wait for it, or stop that process and resume then."
                 )
@@ -310,9 +310,9 @@ def _nearest_run(path: Path) -> str:
     runs = sorted(record.parent.name for record in parent.glob("*/run.json")) if parent.is_dir() else []
     if not runs:
         return f"There are no runs in {parent}; 'moslora train' makes one."
-    nearest = difflib.get_close_matches(path.name, runs, n=1)
-    if nearest:
-        return f"Did you mean {path.parent / nearest[0]}?"
+    name = nearest(path.name, runs)
+    if name:
+        return f"Did you mean {path.parent / name}?"
     shown = ", ".join(runs[:8]) + (", …" if len(runs) > 8 else "")
     return f"Runs in {parent}: {shown}."
 

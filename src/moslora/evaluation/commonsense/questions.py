@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moslora.errors import UsageError
 from moslora.files import write_text
 
 __all__ = [
@@ -169,16 +170,16 @@ def read_questions(folder: Path, task: str, limit: int | None = None, split: str
         ValueError: If task or file cannot be used; names the place.
     """
     if task not in COMMONSENSE_TASKS:
-        raise ValueError(f"Task {task!r} is unknown; choose from {', '.join(COMMONSENSE_TASKS)}.")
+        raise UsageError(f"Task {task!r} is unknown; choose from {', '.join(COMMONSENSE_TASKS)}.")
     file = Path(folder) / task / f"{split}.json"
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{file} is not there; it comes with LLM-Adapters' datasets.") from None
+        raise UsageError(f"{file} is not there; it comes with LLM-Adapters' datasets.") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}.") from error
+        raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file} must be a list of questions, and not an empty one.")
+        raise UsageError(f"{file} must be a list of questions, and not an empty one.")
     found = [_question(task, file, index, row) for index, row in enumerate(rows, 1)]
     if limit is not None and limit < len(found):
         found = [found[i * len(found) // limit] for i in range(limit)]
@@ -188,13 +189,13 @@ def read_questions(folder: Path, task: str, limit: int | None = None, split: str
 def _question(task: str, file: Path, index: int, row: Any) -> Question:
     place = f"{task} {index}"
     if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("instruction", "answer")):
-        raise ValueError(f"{file}, question {index}: instruction and answer must be texts.")
+        raise UsageError(f"{file}, question {index}: instruction and answer must be texts.")
     labels = COMMONSENSE_TASKS[task].split("|")
     if row["answer"] not in labels:
-        raise ValueError(f"{file}, question {index}: answer {row['answer']!r} is none of {labels}.")
+        raise UsageError(f"{file}, question {index}: answer {row['answer']!r} is none of {labels}.")
     stem, choices = _parts(row["instruction"], labels)
     if row["answer"] not in choices:
-        raise ValueError(
+        raise UsageError(
             f"{file}, question {index}: the right answer {row['answer']!r} is not among its choices."
         )
     return Question(place, row["instruction"], row.get("input") or "", row["answer"], stem, choices)
