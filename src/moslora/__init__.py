@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moslora.api.training import mix, resume, train
     from moslora.errors import (
         AdapterError,
+        BusyError,
         DataError,
         EncodingError,
         ExistsError,
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
+    "BusyError",
     "DataError",
     "EncodingError",
     "ExistsError",
@@ -97,6 +99,7 @@ __all__ = [
 _PLACES = {
     "Adapter": "moslora.adapters.factors",
     "AdapterError": "moslora.errors",
+    "BusyError": "moslora.errors",
     "DataError": "moslora.errors",
     "EncodingError": "moslora.errors",
     "ExistsError": "moslora.errors",
