@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,21 @@ def test_a_folder_with_another_comparison_is_refused(finished, world):
         )
     with pytest.raises(ValueError, match="not a comparison"):
         run(world, folder / "cells")
+
+
+def test_a_comparison_from_before_a_key_was_there_goes_on(finished, world, tmp_path):
+    folder, _ = finished
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    record = json.loads((older / "compare.json").read_text())
+    assert record["identity"]["recipe"]["model"].pop("tokenizer") is None
+    (older / "compare.json").write_text(json.dumps(record))
+    methods = ["lora", "pissa", "moslora", "full"]
+    assert run(world, older, methods=methods)[1] is not None
+    record["identity"]["recipe"]["model"]["tokenizer"] = "another"
+    (older / "compare.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="other recipe"):
+        run(world, older, methods=methods)
 
 
 def test_methods_start_where_they_should(world, tmp_path):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moslora.api.objects import as_metrics, as_rows, check_model, take_objects
-from moslora.comparison.compare import compare_recipe, show_verdict
+from moslora.comparison.compare import compare as run_comparison
+from moslora.comparison.compare import show_verdict
 from moslora.comparison.verdict import Verdict
 from moslora.data.writing import write_rows
 from moslora.display import Display, Printable, find_display
@@ -239,7 +240,7 @@ def compare(
     name = built.output.name or built.task.kind
     folder = (Path(out) if out is not None else Path(built.output.dir) / f"compare-{name}").absolute()
     built = _with_files(built, objects, folder.with_name(f"{folder.name}-data"))
-    path, verdict = compare_recipe(
+    path, verdict = run_comparison(
         built,
         find_display(progress),
         methods=[methods] if isinstance(methods, str) else [os.fspath(method) for method in methods],

@@ -33,6 +33,7 @@ from moslora.errors import Stopped, UsageError
 from moslora.files import locked, write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
+from moslora.recipe.schema import Recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.comparison import write_comparison_report
 from moslora.training.provenance import collect_hardware, collect_versions
@@ -40,10 +41,9 @@ from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from moslora.display import Display
-    from moslora.recipe.schema import Recipe
     from moslora.tasks.language import LanguageTask
 
-__all__ = ["compare", "compare_recipe", "show_verdict"]
+__all__ = ["compare", "show_verdict"]
 
 COMPARISON_SCHEMA_VERSION = 1
 # Examples set aside to choose a learning rate by.
@@ -53,7 +53,7 @@ RATE_FACTORS = (1 / 3, 1.0, 3.0)
 
 
 def compare(
-    arguments: Sequence[str],
+    recipe: Recipe | Sequence[str],
     display: Display,
     *,
     methods: Sequence[str] = ("lora", "moslora"),
@@ -73,13 +73,13 @@ def compare(
     """Compare methods, or go on with a comparison that was stopped.
 
     Args:
-        arguments: A recipe and/or ``section.key=value``, as for training.
+        recipe: A checked recipe; or a recipe's path and/or ``section.key=value``, as for training.
         display: Where to tell of progress.
         methods: Keys of ``METHODS`` or paths of PEFT configurations.
         seeds: How many, at least 2.
         rates: Learning rates to try for every method; none for a third of the recipe's, the same and three times it.
         baseline: Compared with all others; the first method if None.
-        steps: Optimiser steps of every cell; None for the recipe's.
+        steps: Optimizer steps of every cell; None for the recipe's.
         validation: About how many training examples to set aside for choosing rates.
         examples: Held-out examples to judge by; None for all.
         out: The comparison's folder; ``compare-NAME`` beside the recipe's runs if None.
@@ -98,44 +98,8 @@ def compare(
         TrainingError: If the base changes in a way that cannot be undone, or a worker dies.
         Stopped: If it was asked to stop; the same command goes on.
     """
-    return compare_recipe(
-        load_recipe(list(arguments)),
-        display,
-        methods=methods,
-        seeds=seeds,
-        rates=rates,
-        baseline=baseline,
-        steps=steps,
-        validation=validation,
-        examples=examples,
-        out=out,
-        engine=engine,
-        workers=workers,
-        together=together,
-        command=command,
-        plan_only=plan_only,
-    )
-
-
-def compare_recipe(
-    recipe: Recipe,
-    display: Display,
-    *,
-    methods: Sequence[str] = ("lora", "moslora"),
-    seeds: int = 3,
-    rates: Sequence[float] = (),
-    baseline: str | None = None,
-    steps: int | None = None,
-    validation: int = VALIDATION,
-    examples: int | None = None,
-    out: Path | None = None,
-    engine: str = "local",
-    workers: int | None = None,
-    together: int = 1,
-    command: str = "",
-    plan_only: bool = False,
-) -> tuple[Path, Verdict | None]:
-    """Compare methods on a checked recipe; arguments, result and errors are those of ``compare``."""
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(list(recipe))
     plan = _plan(recipe, methods, seeds, rates, baseline, steps, validation, examples, out)
     chosen = make_engine(engine, workers, together)
     with StopRequest(display) as stop:
@@ -253,6 +217,13 @@ def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
     return json.loads(json.dumps(identity, default=_as_json))  # type: ignore[no-any-return]
 
 
+def _without_nulls(value: Any) -> Any:
+    """Drop keys that are null: a key that a later version added, and that nobody set, is the same as no key."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 def _as_json(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
@@ -273,7 +244,9 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
                 old = json.loads(record.read_text(encoding="utf-8"))["identity"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{record} is damaged; name another folder with --out.") from error
-            changed = [name for name in identity if old.get(name) != identity[name]]
+            changed = [
+                name for name in identity if _without_nulls(old.get(name)) != _without_nulls(identity[name])
+            ]
             if changed:
                 raise UsageError(
                     f"{folder} holds a comparison with other {', '.join(changed)}. Go on with those, or name another "
