@@ -339,6 +339,22 @@ def test_a_model_is_evaluated_with_rows_and_metrics_and_is_as_before(here: Path)
         report["none"]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": {"data": "data.jsonl"}}, "recipe would not be used"),
+        ({"task": {"metric": "json"}}, "task would not be used"),
+        ({"data": [{"prompt": "a"}]}, "folder of their data"),
+    ],
+    ids=["recipe", "section", "rows"],
+)
+def test_published_tasks_refuse_what_they_would_ignore(
+    here: Path, given: dict[str, object], message: str
+) -> None:
+    with pytest.raises(moslora.UsageError, match=message):
+        moslora.evaluate("base-model", tasks=["boolq"], **given)
+
+
 def test_a_comparison_of_rows_goes_on_with_the_same_call(here: Path) -> None:
     model = LlamaForCausalLM.from_pretrained("base-model")
     given = {"model": model, "data": rows(), "heldout": rows(6, "tell"), "out": "runs/comparison"}

@@ -244,6 +244,8 @@ def test_what_cannot_be_evaluated_is_refused(world, adapter, tmp_path):
         evaluate(base, quiet())
     with pytest.raises(ValueError, match="choose from"):
         evaluate(base, quiet(), data=str(world / "tasks"), tasks=["ARC-Eazy"])
+    with pytest.raises(ValueError, match=r"task\.metric=json would not be used"):
+        evaluate(base, quiet(), data=str(world / "tasks"), tasks=["ARC-Easy"], settings=["task.metric=json"])
     with pytest.raises(ValueError, match="is not there"):
         evaluate(base, quiet(), data=str(world / "tasks"), tasks=["piqa"])
     with pytest.raises(ValueError, match="not an adapter directory"):

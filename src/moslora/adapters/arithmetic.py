@@ -186,7 +186,7 @@ def distance(before: Adapter, after: Adapter) -> Distance:
             f"The adapters do not have the same modules. Lost: {lost[:5]}. Added: {added[:5]}."
         )
     if not before.modules:
-        raise AdapterError("The adapter has no modules, so there is nothing to distance.")
+        raise AdapterError("The adapter has no modules, so there is nothing to compare.")
     worst, worst_module = -1.0, ""
     for name, one in before.modules.items():
         two = after.modules[name]

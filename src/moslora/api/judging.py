@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from moslora.evaluation.judge import Subject
 from moslora.evaluation.results import Report
 from moslora.files import sha256
 from moslora.models.in_memory import stored_name
+from moslora.models.loading import load_tokenizer
+from moslora.models.names import processor_source
 from moslora.recipe.building import RecipeSource, build_recipe
 from moslora.recipe.schema import Recipe
 from moslora.training.borrowed import borrowed
@@ -88,8 +91,15 @@ def evaluate(
         "metrics": functions,
     }
     subject = _subject(model, tokenizer)
+    if (tasks or lm_eval) and isinstance(tokenizer, str | os.PathLike):
+        loaded = load_tokenizer(processor_source(os.fspath(tokenizer)))
+        subject = dataclasses.replace(subject, tokenizer=loaded)
     with borrowed(subject.model), tempfile.TemporaryDirectory(prefix="moslora-evaluation-") as folder:
         if tasks or lm_eval or (recipe is None and data is None and "data" not in sections):
+            if data is not None and not isinstance(data, str | os.PathLike):
+                raise UsageError(
+                    f"data is a {type(data).__name__}; with tasks it is the folder of their data, as a path."
+                )
             return evaluate_model(
                 subject,
                 display,
@@ -97,6 +107,8 @@ def evaluate(
                 protocol=protocol,
                 harness=[lm_eval] if isinstance(lm_eval, str) else [os.fspath(name) for name in lm_eval],
                 data=None if data is None else os.fspath(data),
+                # These tasks would ignore them, so they are refused.
+                settings=[*(["recipe"] if recipe is not None else []), *sections],
                 **options,
             )
         built = _own_recipe(subject, tokenizer, data, recipe, sections, Path(folder))
@@ -105,7 +117,7 @@ def evaluate(
 
 def _subject(model: Any, tokenizer: Any) -> Subject:
     """Return what is evaluated, with a name."""
-    own = tokenizer if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) else None
+    own = tokenizer if not isinstance(tokenizer, str | os.PathLike) else None
     if isinstance(model, str | os.PathLike):
         return Subject(os.fspath(model), tokenizer=own)
     check_model(model)
@@ -171,8 +183,6 @@ class ComparisonResult(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
-        import dataclasses
-
         return {"comparison": str(self.path), **dataclasses.asdict(self.verdict)}
 
 

@@ -54,7 +54,7 @@ def evaluate(
         recipe: Its held-out data, metric and settings are used; a ``Recipe`` as it is.
         data: A file of examples to judge by; with ``tasks`` the folder of their data.
         settings: ``section.key=value`` over the recipe.
-        tasks: Commonsense tasks, keys of ``TASKS``.
+        tasks: Commonsense tasks, keys of ``COMMONSENSE_TASKS``.
         protocol: For tasks, keys of ``PROTOCOLS`` separated by commas; several are shown side by side.
         harness: Tasks of EleutherAI's lm-eval, by name or as paths of its YAML files.
         limit: Items at most, of each task.
@@ -65,8 +65,8 @@ def evaluate(
         The report.
 
     Raises:
-        ValueError: If something cannot be used.
-        ProofError: If the adapter has weights that the model does not feel.
+        UsageError: If something cannot be used.
+        ProofError: If the adapter's ΔW is not zero and the logits do not move.
     """
     if predictions is not None and predictions.exists():
         raise ExistsError(f"{predictions} exists already; name another file for the predictions.")
@@ -81,6 +81,12 @@ def evaluate(
         )
     if harness and (tasks or recipe is not None or data is not None):
         raise UsageError("--lm-eval brings its own data; run it without --task, --recipe and --data.")
+    ignored = [*(["the recipe"] if recipe is not None else []), *settings]
+    if (tasks or harness) and ignored:
+        raise UsageError(
+            f"These tasks bring their own questions and protocol, so {', '.join(ignored)} would not be used. Run them "
+            "without."
+        )
     subject = model if isinstance(model, Subject) else Subject(model)
     if metrics and (tasks or harness):
         raise UsageError("metrics judges answers to your own data; these tasks have their own metrics.")

@@ -19,6 +19,7 @@ __all__ = [
     "ModelSource",
     "PackagedModel",
     "not_found_message",
+    "processor_source",
     "read_json",
     "resolve_model",
 ]
@@ -111,6 +112,23 @@ def resolve_model(name: str, revision: str | None = None, weights: bool = True) 
             f"model.revision={revision!r} does not apply to {name}: only hub ids have revisions."
         )
     return source
+
+
+def processor_source(name: str) -> ModelSource:
+    """Find out what the name of a tokenizer or processor means: a folder, which may hold no model, or a hub id.
+
+    Args:
+        name: As a recipe has it under ``model.tokenizer``.
+
+    Raises:
+        ModelError: If it is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return ModelSource(name, "folder", str(folder.absolute()))
+    if not HUB_ID.fullmatch(name):
+        raise ModelError(f"The tokenizer {name} is neither a folder nor a hub id.")
+    return ModelSource(name, "hub", name)
 
 
 def _packaged(name: str) -> ModelSource:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import ModelError
 from moslora.models.fingerprint import fingerprint
 from moslora.models.gguf import materialize
 from moslora.models.loading import build_skeleton, load_model, quantization_options
-from moslora.models.names import HUB_ID, ModelSource, resolve_model
+from moslora.models.names import ModelSource, processor_source, resolve_model
 from moslora.tasks.task import Count
 
 if TYPE_CHECKING:
@@ -75,12 +74,7 @@ class BaseModel:
         name = self.settings.tokenizer
         if name is None:
             return self.source
-        folder = Path(name)
-        if folder.is_dir():
-            return ModelSource(name, "folder", str(folder.absolute()))
-        if not HUB_ID.fullmatch(name):
-            raise ModelError(f"model.tokenizer={name} is neither a folder nor a hub id.")
-        return ModelSource(name, "hub", name)
+        return processor_source(name)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the model exactly."""
