@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -67,6 +68,40 @@ def test_a_header_is_refused_where_the_safetensors_library_refuses_it(tmp_path_f
     except SafetensorError:
         with pytest.raises(ValueError):
             files.read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"F32"', b'"F33"'),
+        (b'"I8"', b'"i8"'),
+        (b"[0,4]", b"[0.4]"),
+        (b"[2,3]", b"[6e0]"),
+        (b"[2,3]", b'["6"]'),
+        (b"layer.1", b"layer.0"),
+        (b"[0,24]", b"[1,24]"),
+        (b'{"layer.0', b'["layer.0'),
+    ],
+)
+def test_a_header_with_a_value_of_another_kind_is_refused(tmp_path, old, new):
+    path = tmp_path / "a.safetensors"
+    saved(path)
+    raw = path.read_bytes()
+    assert old in raw and len(old) == len(new)
+    files.read_header(path)
+    path.write_bytes(raw.replace(old, new, 1))
+    with pytest.raises(ValueError):
+        files.read_header(path)
+
+
+def test_every_dtype_of_the_safetensors_library_is_known(tmp_path):
+    path = tmp_path / "a.safetensors"
+    saved(path, [(1,)])
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"x32"', 1))
+    with pytest.raises(SafetensorError) as refused, safe_open(path, framework="pt"):
+        pass
+    listed = re.findall(r"`(\w+)`", str(refused.value).partition("expected")[2])
+    assert listed and set(listed) <= set(files.BITS)
 
 
 def test_what_an_interrupted_block_wrote_is_removed(tmp_path):

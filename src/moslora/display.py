@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import html
 import io
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moslora.errors import UsageError
@@ -193,6 +195,10 @@ class NotebookDisplay(Display):
                 "progress='notebook' needs IPython, which every notebook has; elsewhere use progress='terminal'."
             ) from None
         super().__init__()
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """Write a line; paths below the current folder are written from there on, so that a notebook can be shared."""
+        super().say(text.replace(f"{Path.cwd()}{os.sep}", ""), style)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Progress]:

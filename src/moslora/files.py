@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moslora.errors import ExistsError, UsageError
 
@@ -32,25 +33,15 @@ __all__ = [
 # Seconds. Two readings of one process's start differ by corrections of the clock, never by this much.
 START_TOLERANCE = 5.0
 LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library takes
-# Bits of an element. A file with another dtype is read, and its tensors' sizes are not compared with their shapes.
+# Bits of an element, by the format's names (safetensors 0.8). Another name is an error, as it is for the library.
 BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 
 
@@ -276,27 +267,27 @@ def read_header(path: Path) -> Header:
             raise ValueError(f"its header would be {length} bytes long, and the file has {size}")
         text = file.read(length)
     try:
-        entries = json.loads(text)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_each_once)
         metadata = entries.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("metadata must be texts")
         tensors = {
             name: StoredTensor(
-                str(entry["dtype"]),
-                tuple(int(extent) for extent in entry["shape"]),
-                *(8 + length + int(offset) for offset in entry["data_offsets"]),
+                entry["dtype"],
+                tuple(map(_natural, entry["shape"])),
+                *(8 + length + _natural(offset) for offset in entry["data_offsets"]),
             )
             for name, entry in entries.items()
         }
-        metadata = {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header cannot be read ({type(error).__name__}: {error})") from None
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end or tensor.end < tensor.start:
             raise ValueError(f"{name} begins at byte {tensor.start} instead of {end}")
-        bits = BITS.get(tensor.dtype)
-        if bits and (
-            min(tensor.shape, default=1) < 0 or math.prod(tensor.shape) * bits != 8 * (tensor.end - end)
-        ):
+        if tensor.dtype not in BITS:
+            raise ValueError(f"{name} has the unknown dtype {tensor.dtype!r}")
+        if math.prod(tensor.shape) * BITS[tensor.dtype] != 8 * (tensor.end - end):
             raise ValueError(
                 f"{name} has {tensor.end - end} bytes, which are not {tensor.dtype} of shape {tensor.shape}"
             )
@@ -304,3 +295,18 @@ def read_header(path: Path) -> Header:
     if end != size:
         raise ValueError(f"it has {size} bytes, and its header says {end}")
     return Header(tensors, metadata, length)
+
+
+def _natural(value: Any) -> int:
+    """Return a whole number from 0; a fraction, a text or a truth value is not one."""
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a whole number from 0")
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, in which a name that occurs twice is an error."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
