@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator
 
 import pytest
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for test, case, reason, least in TESTS:
             if test in item.nodeid and case in item.nodeid:
                 item.add_marker(needs(reason, **least))
+
+
+def pytest_collection_finish() -> None:
+    """Trainers collect garbage again and again; what the imports have made is not looked through each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
