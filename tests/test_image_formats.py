@@ -326,9 +326,17 @@ def test_other_methods_in_kohya_names_are_refused_by_name(tmp_path: Path, part: 
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({"lora_unet_joint_blocks_0_x_block_attn_qkv": (6, 5)}, "of no known model: 'joint'"),
-        ({"lora_unet_double_blocks_0_img_attn_norm": (6, 5)}, "of no known model: 'norm'"),
-        ({"lora_unet_double_blocks_0_img_attn_qkv": (6, 5)}, "not an adapted module of FLUX"),
+        ({"lora_unet_tower_0_attn_qkv": (6, 5)}, "tower_0_attn_qkv is of no known model"),
+        ({"lora_unet_double_blocks_0_img_attn_norm": (6, 5)}, "img_attn_norm is of no known model"),
+        (
+            {"lora_unet_double_blocks_0_img_attn_qkv": (6, 5)},
+            "names are those of FLUX.1.* and its sizes are not",
+        ),
+        (
+            {"lora_unet_mid_block_attentions_0_proj_in": (6, 5), "lora_unet_tower_0_attn_qkv": (6, 5)},
+            "tower_0_attn_qkv is not a module of a U-Net of Stable Diffusion, while others",
+        ),
+        ({"lora_te1_text_model_tower_0_fc1": (6, 5)}, "of no known text encoder: 'tower'"),
     ],
 )
 def test_names_of_other_models_are_refused(
@@ -577,9 +585,12 @@ SD15_SIZES = {"attention_head_dim": 8, "cross_attention_dim": 768}
 
 def of_model(component: str, model: torch.nn.Module) -> Adapter:
     """An adapter on every linear layer and convolution of a model without values."""
-    r, one = torch.ones(1, 1), torch.ones(1, 1)
-    paths = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    return join({component: Adapter({path: Factors(one, r, one, 1.0) for path in paths})})
+    modules = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            outputs, inputs = module.weight.flatten(1).shape
+            modules[path] = Factors(torch.ones(1, inputs), torch.ones(1, 1), torch.ones(outputs, 1), 1.0)
+    return join({component: Adapter(modules)})
 
 
 @pytest.mark.parametrize(

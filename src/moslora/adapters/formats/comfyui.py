@@ -18,7 +18,10 @@ import re
 from collections.abc import Mapping
 
 from moslora.adapters.factors import Adapter
+from moslora.adapters.formats.families import FAMILIES
 from moslora.adapters.formats.pipeline import by_component
+from moslora.adapters.formats.placing import families_of
+from moslora.errors import AdapterError
 
 __all__ = ["best_format", "passed_over"]
 
@@ -54,9 +57,24 @@ def best_format(adapter: Adapter) -> str:
         ``"kohya"`` or ``"diffusers"``.
 
     Raises:
-        AdapterError: If the modules are not those of a diffusers pipeline.
+        AdapterError: If the modules are not those of a diffusers pipeline, or of a transformer whose names in ComfyUI
+            are not known.
     """
-    return "kohya" if "unet" in by_component(adapter) else "diffusers"
+    parts = by_component(adapter)
+    if "unet" in parts:
+        return "kohya"
+    for component in parts.keys() & {"transformer", "transformer_2"}:
+        families = families_of(parts[component].modules)
+        if not any(family.in_comfyui for family in families):
+            what = " or ".join(family.name for family in families) or "no known family, by names and sizes"
+            known = " and ".join(family.name for family in FAMILIES if family.in_comfyui)
+            raise AdapterError(
+                f"The {component} that the adapter is of is {what}, and ComfyUI's names were looked up for U-Nets, "
+                f"{known} "
+                'alone. Write --to diffusers, and see there whether it logs "lora key not loaded"; or merge the '
+                "adapter."
+            )
+    return "diffusers"
 
 
 def passed_over(adapter: Adapter, format_: str) -> Mapping[str, str]:

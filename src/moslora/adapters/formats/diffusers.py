@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from moslora.adapters.factors import Adapter, exact_pattern
 from moslora.adapters.formats import through_diffusers
 from moslora.adapters.formats.building import build_adapter, name_exactly
 from moslora.adapters.formats.configuration import SHARED
+from moslora.adapters.formats.image_file import refuse_key, without_zeros
+from moslora.adapters.formats.keys import split_key, unwrap
 from moslora.adapters.formats.layout import Found, as_stored
 from moslora.adapters.formats.lora import MAGNITUDE, flatten
 from moslora.adapters.formats.official import check_mixers
@@ -36,6 +38,7 @@ from moslora.adapters.formats.pipeline import (
     name_clip,
     own_clip,
 )
+from moslora.adapters.formats.placing import has_original_names, place
 from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
@@ -44,9 +47,10 @@ __all__ = ["is_diffusers", "read", "read_with_diffusers", "write"]
 
 METADATA = "lora_adapter_metadata"
 SIDES = {"down": "A", "up": "B", "downB": "M", "A": "A", "B": "B", "AB": "M", "mixer": "M", "M": "M"}
-SIDES["magnitude_vector"] = "magnitude"
+SIDES |= {"magnitude_vector": "magnitude", "alpha": "alpha"}
 ENDINGS = (
-    re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B|AB|mixer)\.weight"),
+    re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B|AB|mixer|down|up|downB)(?:\.(?!weight\b)[^.]+)?\.weight"),
+    re.compile(r"(?P<path>.+)\.(?:lora_)?(?P<side>alpha)"),
     re.compile(
         r"(?P<path>.+)\.moslora_(?P<side>A|M|B)\.weight"
     ),  # of ``unet.add_adapter``, as its scripts save
@@ -61,7 +65,7 @@ IN_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_
 
 def _split_key(key: str) -> tuple[str, str, str] | None:
     """Return the model, the module's path in it and the letter of a key; None if it is not one of diffusers'."""
-    component, _, rest = key.partition(".")
+    component, _, rest = unwrap(key).partition(".")
     if component not in COMPONENTS:
         return None
     found = next((m for ending in ENDINGS if (m := ending.fullmatch(rest))), None)
@@ -74,9 +78,10 @@ def _split_key(key: str) -> tuple[str, str, str] | None:
     return component, own_clip(component, path), SIDES[found["side"]]
 
 
-def is_diffusers(names: list[str]) -> bool:
-    """Tell diffusers' files by the names of their tensors."""
-    return any(_split_key(name) for name in names)
+def is_diffusers(names: Iterable[str]) -> bool:
+    """Tell diffusers' files by the names of their tensors: no factor has another program's prefix."""
+    split = [_split_key(name) is not None for name in names if split_key(name) or _split_key(name)]
+    return any(split) and all(split)
 
 
 def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -107,16 +112,15 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
     about = read_whole_header(path).metadata
     metadata = _read_metadata(path, about)
     found: dict[str, Found] = {}
-    for key, tensor in load_tensors(path).items():
+    for key, tensor in without_zeros(load_tensors(path)).items():
         split = _split_key(key)
         if split is None:
-            raise AdapterError(
-                f"{path}: {key} is not a factor that diffusers' files have. Files of other methods (LoKr, biases) are "
-                "not read."
-            )
+            raise refuse_key(path, key)
         component, module, letter = split
         own = found.setdefault(component, Found({}, {}, set())).modules.setdefault(module, {})
-        if letter in own or (tensor.ndim < 2 and letter != "magnitude"):
+        if letter == "alpha" and tensor.numel() != 1:
+            raise AdapterError(f"{path}: {key} has {tensor.numel()} values; an alpha is one number.")
+        if letter in own or (tensor.ndim < 2 and letter not in ("magnitude", "alpha")):
             raise AdapterError(
                 f"{path}: {key} is a second factor {letter} of its module, or no factor at all."
             )
@@ -126,10 +130,41 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
                 f"{path} does not say rank and alpha of {component}, so the scale of its mixers is not known. Give the "
                 "lora_alpha that it was trained with: --alpha N (with use_rslora, N times the square root of the rank)."
             )
-    if alpha is not None and all(_says_scale(component, metadata) for component in found):
-        raise AdapterError(f"{path} says its alpha itself, in its metadata. Leave --alpha out.")
-    parts = {name: _part(path, name, own, metadata, alpha) for name, own in found.items()}
+    alphas = {name: _take_alphas(path, name, own, metadata) for name, own in found.items()}
+    if alpha is not None and all(
+        _says_scale(name, metadata) or alphas[name].keys() == own.modules.keys()
+        for name, own in found.items()
+    ):
+        raise AdapterError(f"{path} says its alpha itself. Leave --alpha out.")
+    parts = {
+        name: _in_diffusers_names(path, name, _part(path, name, own, metadata, alpha, alphas[name]))
+        for name, own in found.items()
+    }
     return join(parts)
+
+
+def _take_alphas(path: Path, component: str, found: Found, metadata: Mapping[str, Any]) -> dict[str, float]:
+    """Take alphas that stand beside the factors, as trainers other than diffusers' scripts save them."""
+    alphas = {name: float(own.pop("alpha")) for name, own in found.modules.items() if "alpha" in own}
+    if alphas and _says_scale(component, metadata):
+        raise AdapterError(
+            f"{path} says the alphas of {component} twice, beside its factors and in its metadata. Save it again."
+        )
+    return alphas
+
+
+def _in_diffusers_names(path: Path, component: str, part: Adapter) -> Adapter:
+    """Rename modules that have the names of the model's original code behind diffusers' prefix."""
+    if not component.startswith("transformer") or not has_original_names(part.modules):
+        return part
+    if part.has_magnitudes:
+        raise AdapterError(
+            f"{path}: {component} has DoRA's magnitude and names of the model's original code, and diffusers' names "
+            "are for other parts of its layers. Merge it into its base in the program that trained it."
+        )
+    named = [(name, False, factors) for name, factors in part.modules.items()]
+    mixer = {"mixer": part.config["mixer"]} if "mixer" in part.config else {}
+    return Adapter(place(f"{path}: {component}", named)[0], mixer)
 
 
 def _says_scale(component: str, metadata: Mapping[str, Any]) -> bool:
@@ -137,7 +172,12 @@ def _says_scale(component: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def _part(
-    path: Path, component: str, found: Found, metadata: Mapping[str, Any], alpha: float | None
+    path: Path,
+    component: str,
+    found: Found,
+    metadata: Mapping[str, Any],
+    alpha: float | None,
+    alphas: Mapping[str, float],
 ) -> Adapter:
     said = {
         key.removeprefix(f"{component}."): value
@@ -153,6 +193,7 @@ def _part(
         said = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others}
         if alpha is not None:
             said.update(lora_alpha=alpha, alpha_pattern={})
+        said["alpha_pattern"] = said["alpha_pattern"] | {exact_pattern(n): a for n, a in alphas.items()}
     config = {key: value for key, value in said.items() if key in SHARED}
     config["target_modules"] = name_exactly(found.modules)
     if any("magnitude" in own for own in found.modules.values()):
@@ -181,6 +222,8 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         OSError: If it cannot be written.
     """
     adapter.refuse_biases("That diffusers' loader takes it rightly was not verified, so it is not written")
+    for component, part in by_component(adapter).items():
+        _check_names(component, part)
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     for component, part in parts.items():
         if component.startswith("text_encoder"):
@@ -213,6 +256,22 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         metadata.update({f"{component}.{key}": value for key, value in values.items()})
     text = json.dumps(metadata, indent=2, sort_keys=True)
     save_tensors(path, tensors, {"format": "pt", METADATA: text})
+
+
+def _check_names(component: str, part: Adapter) -> None:
+    """Refuse names that diffusers' pipelines do not have."""
+    if component == "transformer_2":
+        raise AdapterError(
+            "The adapter is of two transformers (Wan 2.2), and diffusers' file has a place for one. Export the "
+            "directory of each, ADAPTER/transformer and ADAPTER/transformer_2, and load the second with "
+            "load_into_transformer_2=True."
+        )
+    if component == "transformer" and has_original_names(part.modules):
+        raise AdapterError(
+            f"{component}.{next(iter(part.modules))} has the name of the model's original code, under which no "
+            "pipeline of diffusers loads it. Save it as that code does (diffusion_model.PATH.lora_A.weight), and "
+            "import that file."
+        )
 
 
 def read_with_diffusers(path: Path, like: Adapter) -> tuple[Adapter, str]:

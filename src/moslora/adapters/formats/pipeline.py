@@ -15,6 +15,7 @@ from moslora.adapters.factors import Adapter, Form
 from moslora.errors import AdapterError
 
 __all__ = [
+    "BEGINNINGS",
     "COMPONENTS",
     "by_component",
     "check_writable",
@@ -25,12 +26,13 @@ __all__ = [
     "split",
 ]
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # Which model of a pipeline a path without its name belongs to: how its modules begin, and no language model's do.
 BEGINNINGS = {
     "unet": r"(down_blocks|up_blocks|mid_block)\.|(conv_in|conv_out|time_embedding|add_embedding)\b",
-    "transformer": r"(single_)?transformer_blocks\.",
+    "transformer": r"(single_|joint_)?transformer_blocks\.|(blocks|layers|(noise|context)_refiner)\.\d+\.(attn\d?"
+    r"|attention)\.to_(q|k|v|out)\b|blocks\.\d+\.ffn\.net\.",
     "text_encoder": r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.",
 }
 

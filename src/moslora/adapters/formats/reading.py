@@ -8,13 +8,14 @@ from pathlib import Path
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import (
     diffusers,
-    kohya,
+    image_file,
     lora,
     native,
     official,
     paddle,
     pipeline,
     pipeline_checkpoint,
+    strangers,
 )
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS, read_config
 from moslora.adapters.formats.table import FORMATS
@@ -66,33 +67,35 @@ def detect(path: Path) -> str:
 
 
 def _detect_file(path: Path) -> str:
-    if path.suffix == ".gguf":
-        raise AdapterError(f"{path} is GGUF, which is written here but not read. Give what it was made from.")
     if path.name in (CONFIG, WEIGHTS, official.PICKLED):
         raise AdapterError(
             f"{path} is a file; give the adapter's directory, {path.parent}, which holds {CONFIG}."
         )
+    kind = strangers.describe_bytes(path)
+    if kind:
+        raise AdapterError(f"{path} is {kind}")
+    if path.name.endswith(".index.json"):
+        raise AdapterError(
+            f"{path} is the index of a model in several files, and its weights are not an adapter. Give the directory "
+            f"of an adapter, which holds {CONFIG}."
+        )
     if path.suffix != ".safetensors":
         raise AdapterError(
-            f"{path} is a file; an adapter is a directory, or one .safetensors file of diffusers or kohya. "
-            "Pickles (.pt, .ckpt) are not opened."
+            f"{path} is a file; an adapter is a directory, or one .safetensors file of diffusers, kohya or another "
+            "image tool."
         )
     names = list(read_whole_header(path).tensors)
-    if kohya.is_kohya(names):
-        return "kohya"
     if diffusers.is_diffusers(names):
         return "diffusers"
+    if image_file.is_image_file(names):
+        return "kohya" if image_file.is_flat(names) else "original"
     if any(".moslora_" in name for name in names):
         raise AdapterError(
             f"{path} has factors of MoSLoRA, but not the name of the model that they are for, as {names[0]!r}. Save "
             "it with moslora.save_for_diffusers(folder, unet=unet) or the pipeline's save_lora_weights, or a PeftModel "
             "with save_pretrained."
         )
-    example = f", as {names[0]!r}" if names else ""
-    raise AdapterError(
-        f"{path} has no names of diffusers' or kohya's LoRA files{example}. If it belongs to a PEFT adapter, give the "
-        f"directory with its {CONFIG}."
-    )
+    raise AdapterError(f"{path} {strangers.describe_tensors(names, CONFIG)}")
 
 
 def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats import diffusers, gguf, kohya, lora, native, official, paddle, pipeline
+from moslora.adapters.formats import (
+    diffusers,
+    gguf,
+    image_file,
+    kohya,
+    lora,
+    native,
+    official,
+    paddle,
+    pipeline,
+)
 from moslora.adapters.formats.directory import CONFIG
 
 __all__ = ["FORMATS", "WRITTEN", "Format"]
@@ -106,6 +116,12 @@ FORMATS: dict[str, Format] = {
         "for ComfyUI, A1111 and sd-scripts",
         suffix=".safetensors",
         read_back=kohya.read_with_diffusers,
+        takes_alpha=True,
+    ),
+    "original": Format(
+        image_file.read,
+        None,
+        "with the names of the model's original code, as ComfyUI, ai-toolkit and DiffSynth-Studio have them",
         takes_alpha=True,
     ),
     "official": Format(
