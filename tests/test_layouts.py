@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moslora.adapters.doctor import diagnose
 from moslora.adapters.export import export_adapter
 from moslora.adapters.factors import Adapter, Factors
-from moslora.adapters.formats import comfyui, diffusers
+from moslora.adapters.formats import comfyui, diffusers, kohya
 from moslora.adapters.formats.families import FAMILIES
 from moslora.adapters.formats.keys import LAYOUTS
 from moslora.adapters.formats.pipeline import COMPONENTS, join
@@ -210,6 +211,7 @@ WRAPPED = {
     "another name": ("lora_A.style.weight", "lora_B.style.weight", "transformer."),
     "DDP": (*PEFT, "module.transformer."),
     "compiled": (*PEFT, "_orig_mod.transformer."),
+    "FSDP": (*PEFT, "_fsdp_wrapped_module.transformer._fsdp_wrapped_module."),
     "state_dict": (*PEFT, "state_dict.transformer."),
     "pipe": (*PEFT, "pipe.transformer."),
     "DiffSynth": ("lora_A.default.weight", "lora_B.default.weight", "pipe.dit."),
@@ -299,6 +301,63 @@ def test_a_third_text_encoder_is_the_t5_of_the_pipeline_that_the_transformer_tel
         read_adapter(saved(tmp_path, t5))
 
 
+LDM = {
+    "input_blocks.4.1.transformer_blocks.0.attn1.to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "middle_block.1.proj_in": "mid_block.attentions.0.proj_in",
+    "output_blocks.3.0.emb_layers.1": "up_blocks.1.resnets.0.time_emb_proj",
+}
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_", "diffusion_model.", "unet.", ""])
+def test_a_unets_original_names_are_diffusers_behind_every_prefix(prefix: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, lora(dict.fromkeys(LDM, (h, h)), prefix))
+    assert {f"unet.{name}" for name in LDM.values()} == read_adapter(path).modules.keys()
+    same = saved(tmp_path, lora(dict.fromkeys(LDM.values(), (h, h)), prefix), "b.safetensors")
+    assert {f"unet.{name}" for name in LDM.values()} == read_adapter(same).modules.keys()
+
+
+def test_names_that_a_unet_and_wan_share_do_not_confuse_them(tmp_path: Path) -> None:
+    path = saved(tmp_path, lora(WAN | {"time_embedding.0": (4, h), "time_embedding.2": (h, h)}, "lora_unet_"))
+    assert "transformer.condition_embedder.time_embedder.linear_1" in read_adapter(path).modules
+
+
+def test_names_of_a_family_that_is_not_known_stay_behind_diffusers_prefix_and_are_refused_elsewhere(
+    tmp_path: Path,
+) -> None:
+    # Of diffusers' own models: some have single names that are another family's original ones.
+    for modules in (
+        {"blocks.0.attn.to_q": (h, h), "img_in": (4, h), "final_layer.linear": (h, 4)},
+        {"double_blocks.0.attn.tower": (h, h)},
+        {"img_in": (4, h), "transformer_blocks.0.attn.to_q": (h, h)},
+    ):
+        path = saved(tmp_path, lora(modules, "transformer."))
+        assert {f"transformer.{name}" for name in modules} == read_adapter(path).modules.keys()
+        out = tmp_path / f"{len(modules)}{next(iter(modules))}.safetensors"
+        export_adapter(path, out, "diffusers")
+        assert {key.rsplit(".lora", 1)[0] for key in load_file(out)} == {f"transformer.{n}" for n in modules}
+    with pytest.raises(AdapterError, match=r"blocks.0.attn.to_q is of no known model.*transformer.PATH"):
+        read_adapter(saved(tmp_path, lora({"blocks.0.attn.to_q": (h, h)}, "diffusion_model.")))
+
+
+def test_a_language_models_lora_is_not_taken_for_an_image_models(tmp_path: Path) -> None:
+    # Whisper's head has the name of FLUX's last layer.
+    modules = {"model.decoder.layers.0.fc1": (h, h), "model.decoder.layers.0.fc2": (h, h), "proj_out": (h, 9)}
+    for prefix in ("", "base_model.model."):
+        with pytest.raises(AdapterError, match=r"of no known image model.*adapter_config.json"):
+            detect(saved(tmp_path, lora(modules, prefix)))
+
+
+def test_the_token_refiner_of_hunyuanvideo_is_taken_apart(tmp_path: Path) -> None:
+    modules = HUNYUAN | {
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv": (3072, 9216),
+        "txt_in.c_embedder.linear_1": (16, 3072),
+    }
+    stem = "transformer.context_embedder"
+    found = read_adapter(saved(tmp_path, lora(modules, "lora_unet_", KOHYA, r=1))).modules
+    assert {f"{stem}.token_refiner.refiner_blocks.1.attn.to_{x}" for x in "qkv"} < found.keys()
+    assert f"{stem}.time_text_embed.text_embedder.linear_1" in found
+
+
 # ---- alphas
 
 
@@ -360,7 +419,7 @@ OTHER_PARTS = {
 def test_other_methods_are_refused_by_name_in_every_layout(prefix: str, part: str, tmp_path: Path) -> None:
     modules = {"transformer_blocks.0.attn.to_q": (h, h)}
     if part == "lora_magnitude_vector" and prefix == "transformer.":
-        pytest.skip("diffusers' own name of it, which is read")
+        return  # diffusers' own name of it, which is read
     tensors = lora(modules, prefix)
     name = next(iter(tensors)).removesuffix(".lora_A.weight")
     for beside in ({}, tensors):
@@ -435,6 +494,8 @@ STRANGERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "ControlNet": ({"control_model.input_blocks.0.0.weight": (2, 2)}, "a ControlNet"),
     "IP-Adapter": ({"ip_adapter.1.to_k_ip.weight": (2, 2)}, "an IP-Adapter"),
     "optimizer": ({"state.0.exp_avg": (2, 2)}, "an optimizer's state"),
+    "MLX": ({"model.layers.0.self_attn.q_proj.lora_a": (2, 2)}, "an adapter of MLX"),
+    "LLLite": ({"lllite_unet_input_blocks_4_1.down.0.weight": (2, 2)}, "a ControlNet"),
     "Cascade": ({"lora_prior_unet_down_blocks_0_1.lora_up.weight": (2, 2)}, "Stable Cascade"),
     "model": ({"model.layers.0.self_attn.q_proj.weight": (2, 2)}, "looks like the weights of a model"),
     "PEFT": (
@@ -459,6 +520,21 @@ def test_a_file_that_is_not_an_adapter_is_named(case: str, tmp_path: Path) -> No
         detect(path)
 
 
+def test_a_directory_that_is_not_an_adapters_is_named(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    saved(whole, {"model.embed.weight": torch.ones(2, 2)}, "model.safetensors")
+    with pytest.raises(AdapterError, match=r"holds a whole model \(model.safetensors\), not an adapter"):
+        detect(whole)
+    (whole / "model_index.json").write_text("{}")
+    with pytest.raises(AdapterError, match=r"holds a whole model \(model_index.json\)"):
+        detect(whole)
+    style = saved(whole, lora(MIXTURE, "lora_transformer_"), "style.safetensors")
+    with pytest.raises(AdapterError, match=rf"give its file, {style}"):
+        detect(whole)
+    assert detect(style) == "kohya"
+
+
 def test_a_file_of_another_format_is_named_by_its_bytes_whatever_it_is_called(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     np.savez(tmp_path / "a.npz", a=np.ones(2))
@@ -475,6 +551,9 @@ def test_a_file_of_another_format_is_named_by_its_bytes_whatever_it_is_called(tm
         path.write_bytes(content)
         with pytest.raises(AdapterError, match=message):
             detect(path)
+    (tmp_path / "b.ckpt").write_bytes(b"something else")
+    with pytest.raises(AdapterError, match=r"by its name a pickle.*not opened"):
+        detect(tmp_path / "b.ckpt")
     save_file({}, path)
     with pytest.raises(AdapterError, match="without tensors"):
         detect(path)
@@ -498,6 +577,24 @@ def test_names_of_the_original_code_are_not_written_as_diffusers(tmp_path: Path)
     # The way out: as that code saves it, then imported.
     path = saved(tmp_path, lora(FLUX2, "diffusion_model."))
     export_adapter(path, tmp_path / "b.safetensors", "diffusers")
+
+
+def test_kohya_is_written_for_names_of_a_unet_alone(tmp_path: Path) -> None:
+    adapter = join({"unet": Adapter({"mid_block.attentions.0.proj_in": factors(h, h)})})
+    kohya.write(adapter, tmp_path / "a.safetensors")
+    for name in ("middle_block.1.proj_in", "transformer_blocks.0.attn.to_q", "tower"):
+        adapter = join(
+            {"unet": Adapter({name: factors(h, h), "mid_block.attentions.0.proj_in": factors(h, h)})}
+        )
+        with pytest.raises(AdapterError, match=rf"unet.{name} is not a module of a U-Net.*--to diffusers"):
+            kohya.write(adapter, tmp_path / "b.safetensors")
+
+
+def test_the_doctor_does_not_send_comfyuis_own_names_elsewhere(tmp_path: Path) -> None:
+    for prefix in ("diffusion_model.", "lora_unet_"):
+        findings = diagnose(saved(tmp_path, lora(FLUX2, prefix)), engines=["comfyui"]).findings
+        said = next(f for f in findings if f.check == "comfyui: format")
+        assert said.level == "note" and "which ComfyUI has too" in said.what
 
 
 def test_comfyui_is_written_for_families_whose_names_were_looked_up() -> None:

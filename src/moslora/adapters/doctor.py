@@ -326,6 +326,14 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
 
 def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | None) -> Iterator[Finding]:
     """Write the adapter as the engine loads it, read it back, and apply the engine's rules."""
+    if name == "comfyui" and comfyui.has_own_names(adapter, format_):
+        yield Finding(
+            "note",
+            f"{name}: format",
+            f"It is {format_}, in names of the model's original code, which ComfyUI has too. That was not tried.",
+            'See there whether it logs "lora key not loaded".',
+        )
+        return
     try:
         wanted = format_for(name, adapter)
     except AdapterError as error:

@@ -23,7 +23,7 @@ from moslora.adapters.formats.pipeline import by_component
 from moslora.adapters.formats.placing import families_of
 from moslora.errors import AdapterError
 
-__all__ = ["best_format", "passed_over"]
+__all__ = ["best_format", "has_own_names", "passed_over"]
 
 _ATTENTION = (
     r"attentions\.\d+\.(proj_in|proj_out"
@@ -75,6 +75,16 @@ def best_format(adapter: Adapter) -> str:
                 "adapter."
             )
     return "diffusers"
+
+
+def has_own_names(adapter: Adapter, format_: str) -> bool:
+    """Tell whether a file has names that ComfyUI looks up without a table: those of the model's own code.
+
+    Args:
+        adapter: What the file holds.
+        format_: How it is named, a key of ``table.FORMATS``.
+    """
+    return format_ == "original" or (format_ == "kohya" and "transformer" in by_component(adapter))
 
 
 def passed_over(adapter: Adapter, format_: str) -> Mapping[str, str]:

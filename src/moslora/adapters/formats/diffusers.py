@@ -40,6 +40,7 @@ from moslora.adapters.formats.pipeline import (
 )
 from moslora.adapters.formats.placing import has_original_names, place
 from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
+from moslora.adapters.formats.unet_names import in_unet
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 
@@ -155,6 +156,8 @@ def _take_alphas(path: Path, component: str, found: Found, metadata: Mapping[str
 
 def _in_diffusers_names(path: Path, component: str, part: Adapter) -> Adapter:
     """Rename modules that have the names of the model's original code behind diffusers' prefix."""
+    if component == "unet":
+        return _in_unet_names(path, part)
     if not component.startswith("transformer") or not has_original_names(part.modules):
         return part
     if part.has_magnitudes:
@@ -165,6 +168,17 @@ def _in_diffusers_names(path: Path, component: str, part: Adapter) -> Adapter:
     named = [(name, False, factors) for name, factors in part.modules.items()]
     mixer = {"mixer": part.config["mixer"]} if "mixer" in part.config else {}
     return Adapter(place(f"{path}: {component}", named)[0], mixer)
+
+
+def _in_unet_names(path: Path, part: Adapter) -> Adapter:
+    """Rename modules that have the names of the U-Net's original code."""
+    names = {name: in_unet(name, False) or name for name in part.modules}
+    if list(names) == list(names.values()):
+        return part
+    if len(set(names.values())) < len(names):
+        raise AdapterError(f"{path} adapts a module of the unet twice, under two names.")
+    kept = {key: value for key, value in part.config.items() if key in ("mixer", "use_dora")}
+    return Adapter({names[name]: factors for name, factors in part.modules.items()}, kept, part.extra)
 
 
 def _says_scale(component: str, metadata: Mapping[str, Any]) -> bool:

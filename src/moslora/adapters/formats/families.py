@@ -281,6 +281,22 @@ FAMILIES = (
         double_blocks.#.{img_mod,txt_mod}.linear = transformer_blocks.#.{norm1,norm1_context}.linear
         single_blocks.#.linear2 = single_transformer_blocks.#.proj_out
         single_blocks.#.modulation.linear = single_transformer_blocks.#.norm.linear
+        img_in.proj = x_embedder.proj
+        txt_in.input_embedder = context_embedder.proj_in
+        txt_in.t_embedder.mlp.{0,2} = context_embedder.time_text_embed.timestep_embedder.{linear_1,linear_2}
+        txt_in.c_embedder.{linear_1,linear_2} = context_embedder.time_text_embed.text_embedder.{linear_1,linear_2}
+        {time_in,guidance_in}.mlp.0 = time_text_embed.{timestep,guidance}_embedder.linear_1
+        {time_in,guidance_in}.mlp.2 = time_text_embed.{timestep,guidance}_embedder.linear_2
+        vector_in.{in_layer,out_layer} = time_text_embed.text_embedder.{linear_1,linear_2}
+        final_layer.linear = proj_out
+        final_layer.adaLN_modulation.1 ~ norm_out.linear
+        """
+        + f"""
+        txt_in.individual_token_refiner.blocks.#.self_attn_qkv = {_HUNYUAN_REFINER}.attn.[to_q to_k to_v]
+        txt_in.individual_token_refiner.blocks.#.self_attn_proj = {_HUNYUAN_REFINER}.attn.to_out.0
+        txt_in.individual_token_refiner.blocks.#.mlp.fc1 = {_HUNYUAN_REFINER}.ff.net.0.proj
+        txt_in.individual_token_refiner.blocks.#.mlp.fc2 = {_HUNYUAN_REFINER}.ff.net.2
+        txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = {_HUNYUAN_REFINER}.norm_out.linear
         """,
     ),
     Family(

@@ -101,15 +101,15 @@ class Family:
         return (*own.values(), *(_renamed(line, own) for line in _lines(self.original)))
 
     @cached_property
-    def _patterns(self) -> dict[bool, list[tuple[re.Pattern[str], Entry]]]:
-        """By whether paths have underscores, how names are written."""
-        return {
-            is_flat: [
-                (re.compile(re.escape(_written(entry.source, is_flat)).replace(r"\#", r"(\d+)")), entry)
-                for entry in self.entries
-            ]
-            for is_flat in (False, True)
-        }
+    def _patterns(self) -> dict[tuple[bool, str], list[tuple[re.Pattern[str], Entry]]]:
+        """How names are written, by whether they have underscores and by the name without its digits."""
+        found: dict[tuple[bool, str], list[tuple[re.Pattern[str], Entry]]] = {}
+        for is_flat in (False, True):
+            for entry in self.entries:
+                source = entry.source.replace(".", "_") if is_flat else entry.source
+                pattern = re.compile(re.escape(source).replace(r"\#", r"(\d+)"))
+                found.setdefault((is_flat, _masked(source)), []).append((pattern, entry))
+        return found
 
     def names(self, path: str, is_flat: bool) -> list[tuple[Entry, tuple[str, ...]]]:
         """Return what a path may stand for, and the indices in it.
@@ -121,7 +121,8 @@ class Family:
         Returns:
             Entries that have this name; several where their sizes differ.
         """
-        found = [(pattern.fullmatch(path), entry) for pattern, entry in self._patterns[is_flat]]
+        known = self._patterns.get((is_flat, _masked(path)), ())
+        found = [(pattern.fullmatch(path), entry) for pattern, entry in known]
         return [(entry, match.groups()) for match, entry in found if match]
 
     def fit(self, modules: Sequence[Module]) -> Fit:
@@ -155,8 +156,8 @@ class Family:
         return Fit(unknown, "", size, chosen)
 
 
-def _written(path: str, is_flat: bool) -> str:
-    return path.replace(".", "_") if is_flat else path
+def _masked(path: str) -> str:
+    return re.sub(r"\d+", "#", path)
 
 
 def _lines(table: str) -> list[str]:

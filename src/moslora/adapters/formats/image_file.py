@@ -6,6 +6,7 @@ diffusers' own files, which may say ranks and alphas in their metadata, are read
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,15 +51,15 @@ def is_image_file(names: Iterable[str]) -> bool:
     Args:
         names: Of its tensors.
     """
-    return any(_is_ours(name) for name in names)
+    names = list(names)
+    bare = [key.path for key in map(split_key, names) if key is not None and key.layout is BARE]
+    known = [path for path in bare if knows(path, False) or in_unet(path, False) is not None]
+    return 2 * len(known) > len(bare) or any(_has_prefix(name) for name in names)
 
 
-def _is_ours(name: str) -> bool:
-    key = split_key(name)
-    layout = layout_of(unwrap(name))
-    if key is None:
-        return layout is not BARE and bool(other_method(name))
-    return layout is not BARE or knows(key.path, False) or in_unet(key.path, False) is not None
+def _has_prefix(name: str) -> bool:
+    """Tell whether a name begins as a layout's do and ends as a factor does."""
+    return layout_of(unwrap(name)) is not BARE and bool(split_key(name) or other_method(name))
 
 
 def is_flat(names: Iterable[str]) -> bool:
@@ -247,7 +248,7 @@ def _denoiser(path: Path, named: Sequence[Named]) -> tuple[str, dict[str, Factor
         if len(placed) < len(named):
             raise AdapterError(f"{path} adapts a module twice, under two names.")
         return "unet", placed, []
-    if len(strange) < len(named):
+    if any(re.match(r"(down|up)_blocks\.\d|mid_block\.", path or "") for path in paths.values()):
         raise AdapterError(
             f"{path}: {strange[0]} is not a module of a U-Net of Stable Diffusion, while others of the file are. "
             "Export the adapter from its trainer in diffusers' format and import that."

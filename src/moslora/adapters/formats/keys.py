@@ -58,7 +58,12 @@ LAYOUTS = (
 BARE = Layout("", DENOISER, False, "programs that save the model's own names, as xlabs' trainer and PEFT")
 
 # What is around a model that is compiled, on several GPUs, in a pipeline, or PEFT's.
-WRAPPERS = ("state_dict.", "module.", "_orig_mod.", "pipe.", "pipeline.", "base_model.model.")
+WRAPPERS = (
+    *("state_dict.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "pipe.", "pipeline."),
+    "base_model.model.",
+)
+
+_INSIDE = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"  # the adapter's name, as PEFT has it in memory
 PARTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -128,7 +133,7 @@ def unwrap(name: str) -> str:
 def _without_wrappers(name: str) -> str:
     while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), ""):
         name = name.removeprefix(wrapper)
-    return name.replace("._orig_mod.", ".")
+    return _INSIDE.sub(".", name)
 
 
 def layout_of(name: str) -> Layout:

@@ -23,6 +23,7 @@ from moslora.adapters.formats.layout import as_stored
 from moslora.adapters.formats.lora import flatten
 from moslora.adapters.formats.pipeline import by_component, check_writable, name_clip
 from moslora.adapters.formats.tensors import save_tensors
+from moslora.adapters.formats.unet_names import in_unet
 from moslora.adapters.ranks import pad
 from moslora.errors import AdapterError
 
@@ -59,6 +60,12 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         lambda form: form.kind == "linear" or (len(form.kernel) == 2 and form.groups == 1),
         "a kohya file",
     )
+    for module in parts["unet"].modules if "unet" in parts else ():
+        if in_unet(module, False) != module:
+            raise AdapterError(
+                f"unet.{module} is not a module of a U-Net of Stable Diffusion as diffusers names it, and programs "
+                "that read kohya files look for those alone. Write --to diffusers, or train without it."
+            )
     for component, part in parts.items():
         attention = {path.rpartition(".")[2] for path in part.modules if ".self_attn." in path}
         if component != "unet" and attention and "out_proj" not in attention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -15,6 +16,11 @@ from moslora.errors import AdapterError
 
 __all__ = ["Named", "families_of", "has_original_names", "knows", "place"]
 
+# Blocks that no model of diffusers has with the modules of a family here; single layers, as ``img_in``, several have.
+ORIGINAL = re.compile(
+    r"(double_blocks|single_blocks|joint_blocks)\.\d+\.|blocks\.\d+\.(self|cross)_attn\."
+    r"|(layers|(noise|context)_refiner)\.\d+\.attention\.(qkv|out)$"
+)
 # A module of a file: its path, whether that has underscores for dots, and its factors.
 Named = tuple[str, bool, Factors]
 
@@ -33,13 +39,13 @@ def families_of(modules: Mapping[str, Factors]) -> list[Family]:
 
 
 def has_original_names(modules: Mapping[str, Factors]) -> bool:
-    """Tell whether modules have names of another program than diffusers, of a family that is known.
+    """Tell whether modules have the names of a known family's original code.
 
     Args:
         modules: Factors by path.
     """
-    return any(
-        entry.targets[0][0] != entry.source for path in modules for entry, _ in _first_names(path, False)
+    return any(ORIGINAL.match(path) for path in modules) and any(
+        all(family.names(path, False) for path in modules) for family in FAMILIES
     )
 
 
@@ -50,12 +56,7 @@ def knows(path: str, is_flat: bool) -> bool:
         path: Its path.
         is_flat: Whether it has underscores for dots.
     """
-    return bool(_first_names(path, is_flat))
-
-
-def _first_names(path: str, is_flat: bool) -> list[tuple[Entry, tuple[str, ...]]]:
-    """Return what the first family that has a name takes it for."""
-    return next((names for family in FAMILIES if (names := family.names(path, is_flat))), [])
+    return any(family.names(path, is_flat) for family in FAMILIES)
 
 
 def _module(path: str, is_flat: bool, factors: Factors) -> Module:

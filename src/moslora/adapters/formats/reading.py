@@ -28,6 +28,8 @@ __all__ = ["detect", "read_adapter"]
 TYPES = {lora.PEFT_TYPE: "lora", native.PEFT_TYPE: "native"}
 # What diffusers names a file that it saves into a directory; the authors' SDXL script saved so too.
 IMAGE_WEIGHTS = "pytorch_lora_weights.safetensors"
+# What a directory of a whole model has, a pipeline's or a language model's.
+MODELS = ("model_index.json", "diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
 
 
 def detect(path: Path) -> str:
@@ -59,11 +61,35 @@ def detect(path: Path) -> str:
             raise AdapterError(
                 f"{path} is a directory of diffusers; give its file, {path / IMAGE_WEIGHTS}{mixers}."
             )
+        _refuse_directory(path)
     found = read_config(path)["peft_type"]
     if found not in TYPES:
         known = ", ".join(sorted(TYPES))
         raise AdapterError(f"{path} is an adapter of type {found}; only {known} can be read.")
     return "official" if TYPES[found] == "lora" and official.carries_mixer(path) else TYPES[found]
+
+
+def _refuse_directory(path: Path) -> None:
+    """Say what a directory without an adapter's configuration is, where that is plain."""
+    files = sorted(path.glob("*.safetensors"))
+    adapters = [file for file in files if _is_adapter(file)]
+    if adapters:
+        raise AdapterError(f"{path} is not an adapter directory; give its file, {adapters[0]}.")
+    whole = [name for name in MODELS if (path / name).is_file()] or [
+        p.name for p in path.glob("*.index.json")
+    ]
+    if whole:
+        raise AdapterError(
+            f"{path} holds a whole model ({whole[0]}), not an adapter of one. Give the directory of the adapter, which "
+            f"holds {CONFIG}."
+        )
+
+
+def _is_adapter(file: Path) -> bool:
+    try:
+        return bool(_detect_file(file))
+    except AdapterError:
+        return False
 
 
 def _detect_file(path: Path) -> str:

@@ -8,6 +8,12 @@ from pathlib import Path
 
 __all__ = ["describe_bytes", "describe_tensors"]
 
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+PICKLE = (
+    "a pickle. Pickles (.pt, .ckpt) are not opened, because opening one can run code. Load it in the program that "
+    "wrote it, and save it as .safetensors."
+)
+
 # What files begin with, and what to do about it.
 MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "GGUF, which is written here but not read. Give what it was made from."),
@@ -16,16 +22,13 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
         "a zip file, as torch.save (.pt, .ckpt, .bin) and numpy (.npz) write. Pickles (.pt, .ckpt) are not opened, "
         "because opening one can run code. Load it in the program that wrote it, and save it as .safetensors.",
     ),
-    (
-        b"\x80",
-        "a pickle. Pickles (.pt, .ckpt) are not opened, because opening one can run code. Load it in the program that "
-        "wrote it, and save it as .safetensors.",
-    ),
+    (b"\x80", PICKLE),
     (
         b"version https://git-lfs",
         "a pointer of Git LFS, in whose place the file has not been downloaded. git lfs pull.",
     ),
     (b"<", "a web page, as a download without a login leaves. Download the file again."),
+    (b"\x93NUMPY", "an array of numpy (.npy), not an adapter. Give the adapter's .safetensors."),
     (b"\x1f\x8b", "a gzip archive. Unpack it, and give what is in it."),
 )
 
@@ -41,7 +44,12 @@ KINDS: tuple[tuple[str, str], ...] = (
         "load_textual_inversion",
     ),
     (
-        r"(control_model|controlnet|input_hint_block|lora_controlnet|controlnet_\w+)\b.*",
+        r".*\.lora_[ab]",
+        "an adapter of MLX (mlx-lm), whose factors are transposed. Fuse it there with mlx_lm.fuse, or convert it to "
+        "PEFT's layout",
+    ),
+    (
+        r"(control_model|controlnet|input_hint_block|lora_controlnet|controlnet_\w+|lllite_\w+)\b.*",
         "a ControlNet. Load it with its own loader",
     ),
     (r"(ip_adapter|image_proj)\..*", "an IP-Adapter. Load it with the pipeline's load_ip_adapter"),
@@ -81,7 +89,8 @@ def describe_bytes(path: Path) -> str:
         return "an empty file. It was not written or not downloaded whole; copy it again."
     if first[8:9] == b"{":  # safetensors, whose first eight bytes are a length
         return ""
-    return next((text for magic, text in MAGIC if first.startswith(magic)), "")
+    kind = next((text for magic, text in MAGIC if first.startswith(magic)), "")
+    return kind or (f"by its name {PICKLE}" if path.suffix in PICKLES else "")
 
 
 def describe_tensors(names: Iterable[str], config: str) -> str:

@@ -24,6 +24,10 @@ block layer SelfAttention q k v o DenseReluDense wi wi_0 wi_1 wo"""
 WORDS = frozenset(_WORDS.split())
 
 
+# Wan's, whose name begins as a U-Net's.
+OTHERS = re.compile(r"time_embedding\.\d")
+
+
 def dotted(flat: str) -> str:
     """Turn underscores back to the dots that they were, by the known names, the longest first.
 
@@ -63,7 +67,7 @@ def in_unet(path: str, is_flat: bool) -> str | None:
         path = _from_original(dotted(path) if is_flat else path)
     except ValueError:
         return None
-    return path if re.match(BEGINNINGS["unet"], path) else None
+    return path if re.match(BEGINNINGS["unet"], path) and not OTHERS.match(path) else None
 
 
 RESNET = {
