@@ -163,6 +163,16 @@ def test_a_module_that_no_family_has_is_refused_by_name() -> None:
         place("a.safetensors", named({"blocks.0.self_attn.q_proj": (8, 8)}))
 
 
+def test_the_loader_of_a_family_and_its_text_encoders_are_diffusers() -> None:
+    from diffusers.loaders import lora_pipeline
+
+    for family in FAMILIES:
+        if family.loader:
+            loaded = getattr(lora_pipeline, family.loader)._lora_loadable_modules
+            assert set(family.encoders) == {name for name in loaded if name.startswith("text_encoder")}
+            assert "transformer" in loaded
+
+
 def test_a_new_family_is_one_entry() -> None:
     family = Family("New", "tower.#.{left,right} 1 2\ntower.#.out 2 1", "floor.#.both = tower.#.[left right]")
     fit = family.fit([Module("floor_3_both", True, 5, 20), Module("tower_0_out", True, 10, 5)])

@@ -458,6 +458,7 @@ def kept(path: Path, message: str, folder: Path) -> Path:
             "a trainer's checkpoint of model and",
         ),
         ("transformer.transformer_blocks.0.norm1.weight", "a trainer's checkpoint of model and LoRA"),
+        ("optimizer.state.0.exp_avg", "is not a factor of LoRA, while other tensors"),
     ],
 )
 def test_what_is_bundled_with_a_lora_is_named_and_the_way_out_works(
@@ -595,6 +596,57 @@ def test_the_doctor_does_not_send_comfyuis_own_names_elsewhere(tmp_path: Path) -
         findings = diagnose(saved(tmp_path, lora(FLUX2, prefix)), engines=["comfyui"]).findings
         said = next(f for f in findings if f.check == "comfyui: format")
         assert said.level == "note" and "which ComfyUI has too" in said.what
+
+
+SMALL = {
+    "FLUX.1": MIXTURE,
+    "FLUX.2": {"transformer_blocks.0.ff.linear_in": (h, 6 * h), "transformer_blocks.0.attn.to_q": (h, h)},
+    "Qwen-Image": QWEN,
+    "Z-Image": Z_IMAGE,
+    "Lumina 2": {"layers.0.attn.to_q": (h * 3, h * 3), "layers.0.attn.to_k": (h * 3, h)},
+    "SD3": {"transformer_blocks.0.attn2.to_q": (h, h), "transformer_blocks.0.attn.to_q": (h, h)},
+    "Wan": {"blocks.0.attn1.to_q": (h, h), "blocks.0.ffn.net.0.proj": (h, 20)},
+    "HunyuanVideo": {"context_embedder.proj_in": (4, h), "single_transformer_blocks.0.attn.to_q": (h, h)},
+    "AuraFlow": {"joint_transformer_blocks.0.attn.to_q": (h, h)},
+    "LTX-Video": {"transformer_blocks.0.attn1.to_q": (h, h), "proj_in": (4, h)},
+    "SANA": {"transformer_blocks.0.attn1.to_q": (h, h), "patch_embed.proj": (4, h)},
+}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_written_file_is_read_back_as_the_familys_own_pipeline_reads_it(
+    family: str, tmp_path: Path
+) -> None:
+    source = saved(tmp_path, lora(SMALL[family], "transformer."))
+    adapter = read_adapter(source)
+    loader = next(own.loader for own in FAMILIES if own.name == family)
+    assert diffusers._loader(adapter) == loader
+    proof = export_adapter(source, tmp_path / "b.safetensors", "diffusers")
+    assert proof.reader.startswith("diffusers") and proof.modules == len(SMALL[family])
+    alone = tmp_path / "one" / "transformer"
+    export_adapter(source, alone.parent, "lora")
+    export_adapter(alone, tmp_path / "c.safetensors", "diffusers")  # recognized by its modules
+
+
+def test_a_text_encoder_that_diffusers_passes_over_is_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    clip = {"text_model.encoder.layers.0.self_attn.q_proj": (h, h)}
+    cases = {
+        "a T5": lora(MIXTURE, "transformer.") | lora(T5, "text_encoder_2."),
+        "the text_encoder of Qwen-Image": lora(QWEN, "transformer.") | lora(clip, "text_encoder."),
+        "the text_encoder_2 of FLUX.1": lora(MIXTURE, "transformer.") | lora(clip, "text_encoder_2."),
+    }
+    for n, (what, tensors) in enumerate(cases.items()):
+        source = saved(tmp_path, tensors, f"{n}.safetensors")
+        with pytest.raises(AdapterError, match=rf"is of {what}.*without a word.*--to lora"):
+            export_adapter(source, tmp_path / "out.safetensors", "diffusers")
+        export_adapter(source, tmp_path / f"lora{n}", "lora")
+        export_adapter(tmp_path / f"lora{n}" / "transformer", tmp_path / f"out{n}.safetensors", "diffusers")
+    fine = saved(tmp_path, lora(MIXTURE, "transformer.") | lora(clip, "text_encoder."))
+    export_adapter(fine, tmp_path / "fine.safetensors", "diffusers")
+    mlp = lora({"text_model.encoder.layers.0.mlp.fc1": (h, h)}, "text_encoder.")
+    with pytest.raises(AdapterError, match=r"diffusers cannot load .* an adapted attention .*--to lora"):
+        export_adapter(saved(tmp_path, mlp), tmp_path / "mlp.safetensors", "diffusers")
+    export_adapter(saved(tmp_path, mlp), tmp_path / "mlp", "lora")
 
 
 def test_comfyui_is_written_for_families_whose_names_were_looked_up() -> None:

@@ -38,7 +38,7 @@ from moslora.adapters.formats.pipeline import (
     name_clip,
     own_clip,
 )
-from moslora.adapters.formats.placing import has_original_names, place
+from moslora.adapters.formats.placing import families_of, has_original_names, place
 from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.adapters.formats.unet_names import in_unet
 from moslora.adapters.ranks import pad
@@ -61,6 +61,7 @@ ENDINGS = (
         r"(?P<path>.+?)\.(?:processor\.)?(?P<what>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight"
     ),
 )
+T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.")
 IN_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -236,8 +237,10 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         OSError: If it cannot be written.
     """
     adapter.refuse_biases("That diffusers' loader takes it rightly was not verified, so it is not written")
-    for component, part in by_component(adapter).items():
+    whole = by_component(adapter)
+    for component, part in whole.items():
         _check_names(component, part)
+    _check_encoders(whole)
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     for component, part in parts.items():
         if component.startswith("text_encoder"):
@@ -288,6 +291,21 @@ def _check_names(component: str, part: Adapter) -> None:
         )
 
 
+def _check_encoders(parts: Mapping[str, Adapter]) -> None:
+    """Refuse text encoders for which diffusers' pipelines pass over a LoRA without a word."""
+    families = families_of(parts["transformer"].modules) if "transformer" in parts else []
+    loaded = {encoder for family in families for encoder in family.encoders}
+    for component, part in parts.items():
+        is_t5 = any(T5_LAYER.match(path) for path in part.modules)
+        if component.startswith("text_encoder") and (is_t5 or (families and component not in loaded)):
+            what = "a T5" if is_t5 else f"the {component} of {' or '.join(f.name for f in families)}"
+            raise AdapterError(
+                f"The adapter is of {what} too, for which diffusers' pipelines load no LoRA: they would pass over it "
+                "without a word. Export the directories of the other models, one for each, or write --to lora, which "
+                "PEFT loads onto each model."
+            )
+
+
 def read_with_diffusers(path: Path, like: Adapter) -> tuple[Adapter, str]:
     """Read a diffusers file as a pipeline's ``load_lora_weights`` does.
 
@@ -303,10 +321,16 @@ def read_with_diffusers(path: Path, like: Adapter) -> tuple[Adapter, str]:
         return through_diffusers.with_paths_of(read(path), like), "moslora"
     from diffusers.loaders import lora_pipeline
 
-    is_unet = "unet" in by_component(like) or "transformer" not in by_component(like)
-    name = "StableDiffusionXLLoraLoaderMixin" if is_unet else "FluxLoraLoaderMixin"
-    loader = getattr(lora_pipeline, name)
-    tensors, alphas, metadata = loader.lora_state_dict(
-        str(path), return_lora_metadata=True, **({} if is_unet else {"return_alphas": True})
-    )
-    return through_diffusers.understood(tensors, alphas or None, metadata, like)
+    loader = getattr(lora_pipeline, _loader(like), lora_pipeline.FluxLoraLoaderMixin)
+    options = {"return_alphas": True} if loader is lora_pipeline.FluxLoraLoaderMixin else {}
+    tensors, *alphas, metadata = loader.lora_state_dict(str(path), return_lora_metadata=True, **options)
+    return through_diffusers.understood(tensors, next(iter(alphas), None) or None, metadata, like)
+
+
+def _loader(adapter: Adapter) -> str:
+    """Return the class of diffusers that loads an adapter's file; FLUX.1's takes names as they are."""
+    parts = by_component(adapter)
+    if "unet" in parts or "transformer" not in parts:
+        return "StableDiffusionXLLoraLoaderMixin"
+    families = families_of(parts["transformer"].modules)
+    return next((family.loader for family in families if family.loader), "FluxLoraLoaderMixin")

@@ -90,6 +90,8 @@ FAMILIES = (
         "FLUX.1",
         _TWO_STREAMS + _ONE_STREAM + _MODULATED + _ENDS,
         _BFL + _BFL_MODULATED + _XLABS,
+        loader="FluxLoraLoaderMixin",
+        encoders=("text_encoder",),
         t5="text_encoder_2",
         in_comfyui=True,
     ),
@@ -122,6 +124,7 @@ FAMILIES = (
         single_stream_modulation.lin = single_stream_modulation.linear
         final_layer.linear = proj_out
         """,
+        loader="Flux2LoraLoaderMixin",
     ),
     Family(
         "Chroma",
@@ -136,6 +139,8 @@ FAMILIES = (
         _BFL
         + "distilled_guidance_layer.layers.#.{in_layer,out_layer} = "
         + "distilled_guidance_layer.layers.#.{linear_1,linear_2}",
+        loader="FluxLoraLoaderMixin",
+        encoders=("text_encoder",),
         t5="text_encoder",
     ),
     Family(
@@ -151,6 +156,7 @@ FAMILIES = (
         norm_out.linear 1 2
         proj_out 1 *
         """,
+        loader="QwenImageLoraLoaderMixin",
     ),
     Family(
         "Z-Image",
@@ -173,6 +179,7 @@ FAMILIES = (
         final_layer.linear = all_final_layer.2-1.linear
         final_layer.adaLN_modulation.1 = all_final_layer.2-1.adaLN_modulation.1
         """,
+        loader="ZImageLoraLoaderMixin",
     ),
     Family(
         "Lumina 2",
@@ -197,6 +204,7 @@ FAMILIES = (
         {_LUMINA_BLOCKS}.#.feed_forward.w3 = {_LUMINA_BLOCKS}.#.feed_forward.linear_3
         {{layers,noise_refiner}}.#.adaLN_modulation.1 = {{layers,noise_refiner}}.#.norm1.linear
         """,
+        loader="Lumina2LoraLoaderMixin",
     ),
     Family(
         "SD3",
@@ -228,6 +236,8 @@ FAMILIES = (
         final_layer.linear = proj_out
         final_layer.adaLN_modulation.1 ~ norm_out.linear
         """,
+        loader="SD3LoraLoaderMixin",
+        encoders=("text_encoder", "text_encoder_2"),
         t5="text_encoder_3",
         in_comfyui=True,
     ),
@@ -256,6 +266,7 @@ FAMILIES = (
         img_emb.proj.{1,3} = condition_embedder.image_embedder.ff.net.{0.proj,2}
         head.head = proj_out
         """,
+        loader="WanLoraLoaderMixin",
     ),
     Family(
         "HunyuanVideo",
@@ -298,6 +309,7 @@ FAMILIES = (
         txt_in.individual_token_refiner.blocks.#.mlp.fc2 = {_HUNYUAN_REFINER}.ff.net.2
         txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = {_HUNYUAN_REFINER}.norm_out.linear
         """,
+        loader="HunyuanVideoLoraLoaderMixin",
     ),
     Family(
         "AuraFlow",
@@ -317,6 +329,7 @@ FAMILIES = (
         norm_out.linear 1 2
         proj_out 1 *
         """,
+        loader="AuraFlowLoraLoaderMixin",
     ),
     Family(
         "LTX-Video",
@@ -332,6 +345,7 @@ FAMILIES = (
         caption_projection.linear_2 1 1
         proj_out 1 *
         """,
+        loader="LTXVideoLoraLoaderMixin",
     ),
     Family(
         "SANA",
@@ -346,6 +360,7 @@ FAMILIES = (
         caption_projection.linear_2 1 1
         proj_out 1 *
         """,
+        loader="SanaLoraLoaderMixin",
     ),
     Family(
         "PixArt",

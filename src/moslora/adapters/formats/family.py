@@ -81,6 +81,8 @@ class Family:
         original: Names of other programs, a line each: ``NAME = PATH``; ``BLOCK.[A B C]`` for rows that go one after
             the other to these modules; ``NAME ~ PATH`` where scale and shift are in the other order; ``: SIZE`` at its
             end where modules of that size are meant. Alternatives in braces belong together by their order.
+        loader: The class of diffusers that loads its LoRA files; empty where its pipeline loads none.
+        encoders: Of which text encoders that loads a LoRA.
         t5: Which of its models is the T5, which trainers call the third text encoder.
         in_comfyui: Whether ComfyUI's table has diffusers' names of it, as far as it was looked up.
     """
@@ -88,6 +90,8 @@ class Family:
     name: str
     modules: str = field(repr=False)
     original: str = field(default="", repr=False)
+    loader: str = ""
+    encoders: tuple[str, ...] = ()
     t5: str = ""
     in_comfyui: bool = False
 

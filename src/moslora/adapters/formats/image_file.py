@@ -98,7 +98,7 @@ def refuse_key(path: Path, name: str) -> AdapterError:
         )
     if not method and layout_of(unwrap(name)) is BARE and ".lora" not in name:
         return AdapterError(
-            f"{path}: {name} is not a factor of LoRA, while other tensors of the file are. Save the LoRA alone."
+            f"{path}: {name} is not a factor of LoRA, while other tensors of the file are. {KEEP_FACTORS}"
         )
     return AdapterError(
         f"{path}: {name} is of {method or 'an unknown method'}, whose update is not s·B·A. Merge it into its base in "

@@ -15,6 +15,8 @@ from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats import skeleton
 from moslora.adapters.formats.pipeline import by_component, name_clip
 from moslora.compat.diffusers_loading import lora_config_of
+from moslora.errors import AdapterError
+from moslora.wording import first_line
 
 __all__ = ["is_installed", "understood", "with_paths_of"]
 
@@ -84,7 +86,13 @@ def understood(
         else:
             prefix = f"{component}."
             own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+            try:
+                own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+            except ValueError as error:  # of a text encoder without an adapted attention, which it looks for
+                raise AdapterError(
+                    f"diffusers cannot load what was written of the {component}: {first_line(error)}. It looks for an "
+                    "adapted attention there, q_proj for one. Write --to lora, which PEFT loads onto each model."
+                ) from error
             flat = not any(path.startswith("text_model.") for path in part.modules)
             if flat:
                 own = {key.removeprefix("text_model."): t for key, t in own.items()}
