@@ -202,8 +202,15 @@ def test_a_layout_is_read_to_what_diffusers_makes_of_it(case: str, tmp_path: Pat
     assert_alike(path, through_diffusers(loader, path))
 
 
-def renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+def test_the_last_layer_of_flux_has_its_halves_swapped_as_diffusers_swaps_them(tmp_path: Path) -> None:
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    last = {"final_layer.adaLN_modulation.1": (h, 2 * h), "double_blocks.0.img_mod.lin": (h, 6 * h)}
+    path = saved(tmp_path, lora(last, "lora_unet_", KOHYA, 4.0))  # alpha is r: diffusers drops it here
+    theirs = FluxLoraLoaderMixin.lora_state_dict(str(path))
+    ours = read_adapter(path).modules["transformer.norm_out.linear"]
+    assert torch.equal(ours.B, theirs["norm_out.linear.lora_B.weight"]) and ours.scale == 1.0
+    assert torch.equal(ours.A, theirs["norm_out.linear.lora_A.weight"])
 
 
 WRAPPED = {

@@ -68,7 +68,7 @@ def import_adapter(source: PathLike, out: PathLike, *, alpha: float | None = Non
 
     Args:
         source: A directory or file: checkpoints of MoSLoRA's authors and of PEFT pull request 2294, PaddleNLP's in
-            safetensors, kohya's and diffusers' files, or a plain LoRA, whose mixers become the identity.
+            safetensors, files of diffusers, kohya and other image tools, or a plain LoRA, whose mixers become I.
         out: Directory to write; must not exist yet.
         alpha: The ``lora_alpha`` of the training, for a file that does not say it.
 

@@ -69,7 +69,7 @@ def import_(
 
     Supported: checkpoints of MoSLoRA's authors ([bold]lora_AB[/], in their SDXL files [bold]lora.downB[/]; also pickled
     ones, of which only tensors are opened) and of PEFT pull request 2294 ([bold]lora_mixer[/]), PaddleNLP's in
-    safetensors, kohya's and diffusers' files, and plain LoRA, whose mixers become the identity. The adapter of a
+    safetensors, files of diffusers, kohya, ComfyUI and other image tools, and plain LoRA: M = I. The adapter of a
     pipeline becomes one directory for each of its models. Proven as [bold]export[/] is, by reading back what was
     written.
     """

@@ -63,6 +63,7 @@ WRAPPERS = (
     "base_model.model.",
 )
 
+_AROUND = re.compile(rf"\A(?:{'|'.join(map(re.escape, WRAPPERS))})+")
 _INSIDE = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"  # the adapter's name, as PEFT has it in memory
@@ -131,9 +132,7 @@ def unwrap(name: str) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), ""):
-        name = name.removeprefix(wrapper)
-    return _INSIDE.sub(".", name)
+    return _INSIDE.sub(".", _AROUND.sub("", name))
 
 
 def layout_of(name: str) -> Layout:
