@@ -38,6 +38,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "compat.accelerate": (0, set()),  # these import nothing when they are imported
     "compat.diffusers_loading": (0, set()),
     "compat.gguf_loading": (0, set()),
+    "compat.checkpoint_names": (0, set()),
     "compat": (2, {"torch", "safetensors", "peft", "transformers"}),
     "recipe": (3, YAML),
     "data": (3, set()),

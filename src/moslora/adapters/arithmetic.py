@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,6 +65,7 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             a module differs in shape or form.
     """
     _check_summands(adapters, weights)
+    _check_spelling(adapters)
     base, revision = _common_base(adapters)
     modules = {
         name: _sum_of_module(name, adapters, weights)
@@ -95,6 +97,19 @@ def add(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         "mixer": "identity",
     }
     return Adapter(modules, config)
+
+
+def _check_spelling(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that name one module in two ways, as transformers did before and after a version."""
+    names: dict[str, str] = {}
+    for path in (path for adapter in adapters for path in adapter.modules):
+        end = re.sub(r"^(?:(?:model|language_model)\.)+", "", path)
+        if names.setdefault(end, path) != path:
+            raise AdapterError(
+                f"{names[end]} and {path} may be one module under an old and a new name of transformers, and "
+                "then their ΔW would not add. Name the base (moslora combine … --base MODEL); or export each adapter first with "
+                "moslora export ADAPTER OUT --base MODEL, which writes the base's names, and take those."
+            )
 
 
 def _check_summands(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:

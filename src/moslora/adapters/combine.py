@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moslora.adapters.arithmetic import add, relative, sum_error
-from moslora.adapters.export import check_format, written
+from moslora.adapters.export import check_format, named_for_base, written
 from moslora.adapters.factors import Factors
 from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.ranks import to_rank
@@ -34,6 +34,7 @@ class CombineProof:
         tolerance: What it was held against.
         reader: Whose reader read it back.
         rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that a change of rank cost, over all modules; None if there was none.
+        notes: What was put right in names, and what does not fit the base, as sentences.
     """
 
     weights: tuple[float, ...]
@@ -44,6 +45,7 @@ class CombineProof:
     tolerance: float
     reader: str = "moslora"
     rank_error: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def combine(
@@ -77,7 +79,8 @@ def combine(
         UsageError: If the format is not written.
     """
     check_format(to)
-    parts = [read_adapter(path) for path in adapters]
+    read = [named_for_base(read_adapter(path), to, base) for path in adapters]
+    parts, notes = [part for part, _, _ in read], tuple(dict.fromkeys(n for _, _, own in read for n in own))
     whole = add(parts, weights)
     ranked = to_rank(whole, rank) if rank is not None else None
     if not whole.modules:
@@ -111,6 +114,7 @@ def combine(
             result.tolerance,
             result.reader,
             None if ranked is None else ranked.overall,
+            notes,
         )
         if not worst <= result.tolerance:
             raise ProofError(

@@ -16,22 +16,23 @@ from typing import Any
 from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import export_adapter
 from moslora.adapters.factors import Adapter, Factors
-from moslora.adapters.findings import Diagnosis, Finding, some
+from moslora.adapters.findings import NOT_HELD, Diagnosis, Finding, some
+from moslora.adapters.fit import Fit, fit_to_base, fit_to_named_base
 from moslora.adapters.formats import comfyui
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.table import FORMATS
-from moslora.adapters.merge import lay_out
 from moslora.adapters.targets import MERGE_BIAS, MERGE_WHOLE, TARGETS, check_target, format_for
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.models.fingerprint import fingerprint
 from moslora.models.loading import load_tokenizer
 from moslora.models.names import resolve_model
-from moslora.models.shards import StoredWeights, open_weights
+from moslora.models.shards import open_weights
 
 __all__ = ["diagnose"]
 
 # Beyond this alpha / r training usually diverges or the number is a slip; the paper's largest is 2.
 LARGE_SCALE = 16.0
+RENAME = "moslora export ADAPTER OUT --base MODEL, which writes the names that PEFT finds."
 # Of the smallest to the largest singular value of a mixer: below it a direction of the rank is lost.
 SINGULAR = 1e-4
 
@@ -78,12 +79,15 @@ def diagnose(
         *_beside(found),
     ]
     if base is not None:
-        weights = open_weights(base, say)
-        findings_list += [*_named(found, base), *_fits(found, weights), *_tied(found, weights)]
+        fit = fit_to_base(found, open_weights(base, say), base)
+        findings_list += [*_named(found, base), *_fits(fit), *_tied(fit)]
         findings_list += _as_trained(path, base)
+    else:
+        fit = fit_to_named_base(found, None)
+        findings_list += _fits(fit) if fit is not None else _not_held(found)
     for name in engines:
-        findings_list += _tried(name, path, found, format_, base)
-    return Diagnosis(str(adapter), format_, base, tuple(engines), tuple(findings_list))
+        findings_list += _tried(name, path, found, format_, base, fit)
+    return Diagnosis(str(adapter), format_, base, tuple(engines), tuple(findings_list), held=fit is not None)
 
 
 # --- The adapter alone --------------------------------------------------------------------------------------
@@ -231,37 +235,45 @@ def _named(adapter: Adapter, base: str) -> Iterator[Finding]:
         )
 
 
-def _fits(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
-    missing: dict[str, str] = {}
-    unchecked = 0
-    is_quantized = weights.quantization is not None
-    for module, factors in adapter.modules.items():
-        if factors.form.kind == "expert" or weights.is_tied(module):
-            unchecked += 1
-            continue
-        try:
-            stored = weights.table[weights.find(module)]
-            if is_quantized:
-                unchecked += 1  # packed, so its shape cannot be compared
-            else:
-                lay_out(module, factors, stored, adapter.config, weights.folder)
-        except ModelError as error:
-            missing[module] = str(error)
-    if missing:
-        first = next(iter(missing.values()))
+def _not_held(adapter: Adapter) -> Iterator[Finding]:
+    yield Finding(
+        "note",
+        "base",
+        f"{NOT_HELD[0].upper()}{NOT_HELD[1:]}: names and shapes of its modules are only what the file says.",
+        "" if "components" in adapter.config else "moslora doctor ADAPTER --base MODEL",
+    )
+    for note in adapter.notes:
+        yield Finding("warning", "names", note, RENAME)
+
+
+def _fits(fit: Fit) -> Iterator[Finding]:
+    for note in fit.notes:
+        yield Finding("warning", "names", note, RENAME)
+    for fault in fit.faults:
+        yield Finding("error", "fits", fault)
+    if fit.on_disk:
         yield Finding(
-            "error",
-            "fits",
-            f"{len(missing)} of {len(adapter.modules)} modules do not fit the base. {first}",
+            "note",
+            "experts",
+            f"{len(fit.on_disk)} modules are experts by themselves, as {next(iter(sorted(fit.on_disk)))}, which the "
+            "installed transformers holds in one tensor. PEFT converts such adapters while it loads them, for LoRA.",
         )
-    else:
-        beside = f"; {unchecked} could not be checked (experts, tied or quantized)" if unchecked else ""
-        yield Finding("ok", "fits", f"Every module is in the base, with the same shape{beside}.")
+    if not fit.faults:
+        beside = (
+            f"; {fit.unchecked} could not be checked (experts, quantized or not stored)"
+            if fit.unchecked
+            else ""
+        )
+        yield Finding(
+            "ok",
+            "fits",
+            f"Every module is in {fit.base} ({fit.names.origin}), with the same shape{beside}; none is missing.",
+        )
 
 
-def _tied(adapter: Adapter, weights: StoredWeights) -> Iterator[Finding]:
-    tied = [module for module in adapter.modules if weights.is_tied(module)]
-    if tied and not tied_heads(adapter.modules, tied):
+def _tied(fit: Fit) -> Iterator[Finding]:
+    tied = [module for module in fit.adapter.modules if fit.is_shared(module)]
+    if tied and not tied_heads(fit.adapter.modules, tied):
         yield Finding(
             "warning",
             "tied",
@@ -324,7 +336,9 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
 # --- Where it will run --------------------------------------------------------------------------------------
 
 
-def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | None) -> Iterator[Finding]:
+def _tried(
+    name: str, path: Path, adapter: Adapter, format_: str, base: str | None, fit: Fit | None
+) -> Iterator[Finding]:
     """Write the adapter as the engine loads it, read it back, and apply the engine's rules."""
     if name == "comfyui" and comfyui.has_own_names(adapter, format_):
         yield Finding(
@@ -345,13 +359,21 @@ def _tried(name: str, path: Path, adapter: Adapter, format_: str, base: str | No
     suffix = FORMATS[wanted].suffix
     with tempfile.TemporaryDirectory(prefix="moslora-doctor-") as folder:
         try:
-            needed = base if FORMATS[wanted].needs_base else None
-            proof = export_adapter(path, Path(folder) / f"adapter{suffix}", wanted, base=needed)
+            proof = export_adapter(path, Path(folder) / f"adapter{suffix}", wanted, base=base)
         except (AdapterError, ModelError, ProofError) as error:
             fix = MERGE_WHOLE if adapter.has_magnitudes else MERGE_BIAS if adapter.has_biases else ""
             yield Finding("error", f"{name}: format", f"It cannot be written as {wanted}. {error}", fix)
             return
     proven = f"ΔW is the same to {proof.max_relative_error:.1e}, read back by {proof.reader}."
+    notes = adapter.notes if fit is None else fit.notes
+    if format_ == wanted and wanted == "lora" and notes:
+        yield Finding(
+            "error",
+            f"{name}: names",
+            f"As it is, {name} finds no module of some names in the file and leaves it at zero there. {notes[0]}",
+            RENAME,
+        )
+        return
     if format_ == wanted:
         yield Finding("ok", f"{name}: format", f"{wanted}, as {name} loads it; written again and {proven}")
         return

@@ -11,6 +11,7 @@ from typing import Any
 
 from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.factors import Adapter
+from moslora.adapters.fit import fit_to_named_base
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.table import FORMATS, WRITTEN
 from moslora.adapters.ranks import to_rank
@@ -25,6 +26,7 @@ __all__ = [
     "ExportProof",
     "check_format",
     "export_adapter",
+    "named_for_base",
     "written",
 ]
 
@@ -32,6 +34,8 @@ __all__ = [
 TOLERANCES = {"float32": FOLD_TOLERANCE, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 PROOF_FILE = "moslora_proof.json"
+# Formats whose names are those of a transformers model; GGUF's writer has a table of its own for them.
+BY_BASE = ("lora", "native", "gguf")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class ExportProof:
         rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that the change of rank cost, over all modules together.
         rank_errors: The same by module.
         has_magnitudes: Whether it is a DoRA adapter, which fewer programs read than plain LoRA.
+        held_against: The base that its names and shapes were held against; None if none was at hand.
+        notes: What was put right in names, and what does not fit that base, as sentences.
     """
 
     source: str
@@ -66,6 +72,8 @@ class ExportProof:
     rank_error: float | None = None
     rank_errors: Mapping[str, float] = field(default_factory=dict)
     has_magnitudes: bool = False
+    held_against: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -245,10 +253,11 @@ def export_adapter(
     found = detect(source)
     adapter = read_adapter(source, alpha)
     to = to or format_for(str(engine), adapter)
+    adapter, held_against, notes = named_for_base(adapter, to, base)
     ranked = to_rank(adapter, rank) if rank is not None else None
     wanted = adapter if ranked is None else ranked.adapter
     with written(wanted, Path(out), to, dtype, base) as result:
-        proof = _prove(wanted, result, found, to)
+        proof = replace(_prove(wanted, result, found, to), held_against=held_against, notes=notes)
         if ranked is not None:
             proof = replace(proof, rank=rank, rank_error=ranked.overall, rank_errors=dict(ranked.errors))
         if not proof.passed:
@@ -258,6 +267,34 @@ def export_adapter(
             )
         result.keep(proof)
     return proof
+
+
+def named_for_base(
+    adapter: Adapter, to: str, base: str | None
+) -> tuple[Adapter, str | None, tuple[str, ...]]:
+    """Give an adapter the names that its base has in memory, where a base is at hand.
+
+    Args:
+        adapter: As it was read.
+        to: One of ``WRITTEN``.
+        base: A model as ``resolve_model`` takes it; None for the one that the adapter names.
+
+    Returns:
+        The adapter; the base; and what is to be known of the names, as sentences.
+
+    Raises:
+        AdapterError: If two modules of the adapter are one in the base.
+        ModelError: If the base lacks a module of the adapter; or, of a base that the caller names, if anything does
+            not fit.
+    """
+    fit = fit_to_named_base(adapter, base) if to in BY_BASE else None
+    if fit is None:
+        return adapter, None, adapter.notes
+    if fit.unexpected or base is not None:
+        fit.refuse()
+    # A name in a configuration is less than a base that is asked for: its vocabulary may be enlarged before loading.
+    own = adapter if to == "gguf" else fit.adapter
+    return own, fit.base, (*(adapter.notes if to == "gguf" else fit.notes), *fit.faults)
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -183,11 +183,15 @@ class Adapter:
         modules: Factors by the module's path in the base model, as ``model.layers.0.self_attn.q_proj``.
         config: Arguments that LoRA and MoSLoRA share, and the mixer's, as in ``adapter_config.json``.
         extra: Other tensors that were trained (biases, ``modules_to_save``), by their name in the file.
+        notes: What was put right in the names of the file, as sentences; empty where nothing was.
+        stripped: What was taken from the beginning of every path and may be a module of the base after all.
     """
 
     modules: Mapping[str, Factors]
     config: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    stripped: str = ""
 
     @property
     def is_folded(self) -> bool:
@@ -248,7 +252,7 @@ class Adapter:
         Returns:
             A plain LoRA with the same ΔW, ranks and scales.
         """
-        return Adapter({name: f.fold() for name, f in self.modules.items()}, self.config, self.extra)
+        return replace(self, modules={name: f.fold() for name, f in self.modules.items()})
 
     def delta_weight(self, module: str) -> Tensor:
         """Build ΔW of one module.

@@ -11,9 +11,10 @@ from moslora.display import Display, Printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LEVELS", "Diagnosis", "Finding", "some"]
+__all__ = ["LEVELS", "NOT_HELD", "Diagnosis", "Finding", "some"]
 
 LEVELS = ("ok", "note", "warning", "error")
+NOT_HELD = "not held against a base"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Diagnosis(Printable):
         base: The base it was held against; None if none.
         engines: Where it will run.
         findings: In the order of the checks.
+        held: Whether its names and shapes were held against a base.
     """
 
     adapter: str
@@ -50,6 +52,7 @@ class Diagnosis(Printable):
     base: str | None
     engines: tuple[str, ...]
     findings: tuple[Finding, ...]
+    held: bool = True
 
     def show(self, display: Display) -> None:
         """Write the findings, each with its fix, and the verdict."""
@@ -80,9 +83,10 @@ class Diagnosis(Printable):
         where = f" for {', '.join(self.engines)}" if self.engines else ""
         if errors:
             return f"Not usable{where} as it is: {errors} fault{'s' * (errors > 1)}."
+        unheld = "" if self.held else f" ({NOT_HELD})"
         if warnings:
-            return f"Usable{where}, with {warnings} thing{'s' * (warnings > 1)} to know first."
-        return f"Sound{where}: nothing wrong was found."
+            return f"Usable{where}, with {warnings} thing{'s' * (warnings > 1)} to know first{unheld}."
+        return f"Sound{where}: nothing wrong was found{unheld}."
 
 
 def some(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.fit import Fit, fit_to_base
 from moslora.adapters.formats.native import start_of
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.display import Display, Printable
@@ -179,12 +180,15 @@ def inspect_adapter(
     if not found.modules:
         raise AdapterError(f"{adapter} has no modules, so there is nothing to inspect.")
     weights = open_weights(base, say) if base is not None else None
-    mixer = found.config.get("mixer")
+    fit = fit_to_base(found, weights, str(base)) if weights is not None else None
+    own = found if fit is None else fit.adapter
+    mixer = own.config.get("mixer")
     # A configuration names how a fresh mixer starts; what was imported, combined or mixed started elsewhere.
     starts = start_of(Path(adapter)) or {}
+    before = {} if fit is None else {new: old for old, new in fit.renamed.items()}
     reports = tuple(
-        _look(name, factors, weights, starts.get(name))
-        for name, factors in sorted(found.modules.items(), key=lambda pair: natural(pair[0]))
+        _look(name, factors, fit, weights, starts.get(before.get(name, name)))
+        for name, factors in sorted(own.modules.items(), key=lambda pair: natural(pair[0]))
     )
     if weights is not None and all(report.relative_norm is None for report in reports):
         raise ModelError(
@@ -204,7 +208,7 @@ def inspect_adapter(
             for kind in dict.fromkeys(r.kind for r in reports)
         ),
         tuple(r.module for r in reports if r.norm == 0 or r.norm < NOTHING * typical),
-        _note(found),
+        " ".join(filter(None, (*(found.notes if fit is None else (*fit.notes, *fit.faults)), _note(found)))),
     )
 
 
@@ -217,7 +221,9 @@ def _note(adapter: Adapter) -> str:
     return " ".join(text for note, is_said in notes for text in note * is_said)
 
 
-def _look(name: str, factors: Factors, weights: StoredWeights | None, start: Tensor | None) -> ModuleReport:
+def _look(
+    name: str, factors: Factors, fit: Fit | None, weights: StoredWeights | None, start: Tensor | None
+) -> ModuleReport:
     import torch
 
     values = factors.singular_values()
@@ -233,7 +239,7 @@ def _look(name: str, factors: Factors, weights: StoredWeights | None, start: Ten
         rank=factors.r,
         scale=factors.scale,
         norm=float(values.norm()),
-        relative_norm=_relative(name, float(values.norm()), factors, weights),
+        relative_norm=_relative(name, float(values.norm()), factors, fit, weights),
         effective_rank=effective_rank(values),
         mixer_values=tuple(mixing.tolist()),
         from_identity=float((M - identity).norm()) / unit,
@@ -267,11 +273,13 @@ def _moved(M: Tensor, start: Tensor | None) -> float | None:
     return float((M - start).norm() / start.norm())
 
 
-def _relative(name: str, norm: float, factors: Factors, weights: StoredWeights | None) -> float | None:
-    if weights is None or factors.form.kind == "expert":
+def _relative(
+    name: str, norm: float, factors: Factors, fit: Fit | None, weights: StoredWeights | None
+) -> float | None:
+    if fit is None or weights is None or factors.form.kind == "expert":
         return None
     try:
-        weight = weights.read(weights.find(name))
+        weight = weights.read(fit.stored_name(name))
     except ModelError:
         return None
     if weight.numel() != factors.B.shape[0] * factors.A.shape[1] // factors.form.groups:

@@ -10,13 +10,15 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import PROOF_FILE
-from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.factors import Factors
+from moslora.adapters.fit import Fit, fit_to_base
+from moslora.adapters.formats import experts
 from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError, ModelError, ProofError
@@ -52,6 +54,7 @@ class MergeProof:
             again: ``⟨W' - W, ΔW⟩ / ‖ΔW‖²``, 1 if all of it. In 16 bits a small ΔW is lost in part, in any merge.
         least_kept_module: Where it is.
         bytes: Size of the weights.
+        notes: What was put right in the adapter's names, as sentences; empty where nothing was.
     """
 
     modules: int
@@ -62,6 +65,7 @@ class MergeProof:
     least_kept: float
     least_kept_module: str
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ def merge(
             f"{base} has quantized weights ({weights.quantization}), into "
             "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantize the result."
         )
-    changes = _plan(found, weights)
+    fit = fit_to_base(found, weights, str(base))
+    changes = _plan(fit, weights)
     size = sum((folder / shard).stat().st_size for shard in shards)
     with new_directory(out) as place:
         free = shutil.disk_usage(place).free
@@ -151,7 +156,7 @@ def merge(
         for shard in shards:
             of_shard = [change for change in changes if change.stored.shard == shard]
             _write(folder / shard, place / shard, sorted(of_shard, key=lambda change: change.stored.start))
-        proof = _prove(folder, place, changes, size)
+        proof = replace(_prove(folder, place, changes, size), notes=fit.notes)
         if not proof.error_ratio <= 1:
             raise ProofError(
                 f"The proof failed: an entry of {proof.worst_module} is off by {proof.error_ratio:.3g} times what "
@@ -161,17 +166,25 @@ def merge(
     return proof
 
 
-def _plan(adapter: Adapter, weights: StoredWeights) -> list[_Change]:
+def _plan(fit: Fit, weights: StoredWeights) -> list[_Change]:
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
+    adapter = fit.adapter
     adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
+    for module, factors in adapter.modules.items():
+        if factors.form == experts.EXPERT:
+            raise ModelError(
+                f"{module} is one of several experts in a tensor, whose place only the model's own code knows. Load "
+                "the adapter with PeftModel.from_pretrained, call merge_and_unload() and save the model."
+            )
+    fit.refuse()
     for key, tensor in sorted(adapter.extra.items()):
-        if not _is_copy_of_base(key, tensor, weights):
+        if not _is_copy_of_base(key, tensor, fit, weights):
             raise AdapterError(
                 f"The adapter also holds {key}, which is not a factor (a bias, or of modules_to_save). Load it with "
                 "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
             )
     changes = []
-    sharing = {module for module in adapter.modules if weights.is_tied(module)}
+    sharing = {module for module in adapter.modules if fit.is_shared(module)}
     heads = tied_heads(adapter.modules, sharing)  # merged with the embedding, whose weight they share
     for module, factors in sorted((n, f) for n, f in adapter.modules.items() if n not in heads):
         if factors.norm() == 0:
@@ -184,9 +197,9 @@ def _plan(adapter: Adapter, weights: StoredWeights) -> list[_Change]:
                 f"{module} shares its weight between embedding and head, so merging would change both. Untie the base "
                 "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
             )
-        stored = weights.table[weights.find(module)]
+        stored = weights.table[fit.stored_name(module)]
         changes.append(lay_out(module, factors, stored, adapter.config, weights.folder))
-        changes += _change_of_bias(module, factors, weights)
+        changes += _change_of_bias(module, factors, fit, weights)
     doubled = len(changes) - len({(c.stored.shard, c.stored.start) for c in changes})
     if doubled:
         raise ModelError(
@@ -195,11 +208,11 @@ def _plan(adapter: Adapter, weights: StoredWeights) -> list[_Change]:
     return changes
 
 
-def _change_of_bias(module: str, factors: Factors, weights: StoredWeights) -> list[_Change]:
+def _change_of_bias(module: str, factors: Factors, fit: Fit, weights: StoredWeights) -> list[_Change]:
     """Return what a bias on B changes; nothing where there is none, or it is zero."""
     if factors.bias is None or not factors.bias.any():
         return []
-    name = f"{weights.find(module).removesuffix('weight')}bias"
+    name = f"{fit.stored_name(module).removesuffix('weight')}bias"
     if name not in weights.table:
         raise AdapterError(
             f"The adapter has a bias on B of {module} (lora_bias=True), and the base has no {name} to add it to. Keep "
@@ -215,19 +228,18 @@ def _change_of_bias(module: str, factors: Factors, weights: StoredWeights) -> li
     return [_Change(f"{module}.bias", stored, scaled[:, None], scaled.new_ones(1, 1))]
 
 
-def _is_copy_of_base(key: str, tensor: Tensor, weights: StoredWeights) -> bool:
+def _is_copy_of_base(key: str, tensor: Tensor, fit: Fit, weights: StoredWeights) -> bool:
     """Tell whether a tensor is the base's own: PEFT saves adapted embeddings and heads with their base weight."""
     import torch
 
-    name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-    stored = weights.table.get(name)
-    if stored is None and weights.is_tied(name.removesuffix(".weight")):  # stored once, under another's name
-        name = next(
-            (other for other in weights.table if weights.is_tied(other.removesuffix(".weight"))), name
-        )
-        stored = weights.table.get(name)
-    if ".base_layer." not in key or stored is None or stored.dtype not in DTYPES:
+    if ".base_layer." not in key:
         return False
+    name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+    group = next((group for group in fit.names.shared if name in group), frozenset({name}))
+    places = [place for one in sorted(group) if (place := fit.names.tensors.get(one)) and place.stored]
+    if not places or places[0].is_converted or weights.table[places[0].stored[0]].dtype not in DTYPES:
+        return False
+    name = places[0].stored[0]
     own = weights.read(name)
     return own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype))
 

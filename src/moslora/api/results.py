@@ -9,6 +9,7 @@ from typing import Any
 
 from moslora.adapters.combine import CombineProof
 from moslora.adapters.export import ExportProof
+from moslora.adapters.findings import NOT_HELD
 from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.merge import LEAST_SURVIVING, MergeProof
 from moslora.display import Display, Printable
@@ -39,6 +40,8 @@ class ExportedAdapter(Printable):
         display.say(f"Read {self.source}: {proof.source}, {proof.modules} modules{alpha}.")
         if FORMATS[proof.source].warning:
             display.say(FORMATS[proof.source].warning)
+        for note in proof.notes:
+            display.say(note)
         display.say(f"Wrote {self.path}: {proof.target}, {FORMATS[proof.target].purpose}.")
         if proof.has_magnitudes:
             display.say(
@@ -52,8 +55,17 @@ class ExportedAdapter(Printable):
             )
         display.say(
             f"Proven: largest relative error of ΔW {proof.max_relative_error:.1e} "
-            f"(at most {proof.tolerance:.2g} allowed), in {proof.worst_module}; read back by {proof.reader}."
+            f"(at most {proof.tolerance:.2g} allowed), in {proof.worst_module}; read back by {proof.reader}"
+            f"{self._held}."
         )
+
+    @property
+    def _held(self) -> str:
+        """Say against which base names and shapes were held, where that is a transformers model."""
+        proof = self.proof
+        if proof.held_against is not None:
+            return f", its names those of {proof.held_against}"
+        return f"; {NOT_HELD}" if proof.target in ("lora", "native") else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -83,6 +95,8 @@ class CombinedAdapter(Printable):
         proof = self.proof
         for source, weight in zip(self.sources, proof.weights, strict=True):
             display.say(f"Read {source}, weight {weight:g}.")
+        for note in proof.notes:
+            display.say(note)
         display.say(f"Wrote {self.path}: {self.format}, {proof.modules} modules, rank up to {proof.rank}.")
         if proof.rank_error is not None:
             display.say(
@@ -119,6 +133,8 @@ class MergedModel(Printable):
         """Write what was read, what was written, and the proof."""
         proof = self.proof
         display.say(f"Read {self.base} and {self.adapter}: {proof.modules} modules.")
+        for note in proof.notes:
+            display.say(note)
         display.say(
             f"Wrote {self.path}: {proof.bytes:,} bytes of weights. Every adapted weight changed, the rest is a copy."
         )

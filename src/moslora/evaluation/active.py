@@ -15,22 +15,14 @@ PROBES, PROBE_TOKENS = 4, 128
 
 def with_adapter(base: Any, adapter: Path) -> Any:
     """Put an adapter into a model, as PEFT does; every tensor of its file has to find its place."""
-    import warnings
-
-    from peft import PeftModel
+    from moslora.compat.peft.loading import load_whole
 
     if not (adapter / "adapter_config.json").is_file():
         raise UsageError(
             f"{adapter} is not an adapter directory that PEFT loads. Convert other formats "
             f"with: moslora import {adapter} OUT"
         )
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-    missing = [str(w.message).splitlines()[0] for w in said if "missing adapter keys" in str(w.message)]
-    if missing:
-        raise ProofError(f"{adapter} does not fit this base: {missing[0][:300]}")
-    return adapted
+    return load_whole(base, adapter)
 
 
 def prove_active(adapted: Any, adapter: Path, inputs: Sequence[Any], device: str) -> Activity:

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.adapters.formats import experts
 from moslora.errors import ModelError
 from moslora.files import read_header
 from moslora.models.gguf import materialize
 from moslora.models.names import ModelSource, read_json, resolve_model
-from moslora.wording import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,36 +49,6 @@ class StoredWeights:
     config: Mapping[str, Any]
     shards: tuple[str, ...]
     table: Mapping[str, Stored]
-
-    def find(self, module: str) -> str:
-        """Return the name of a module's weight in the files, which may have another prefix.
-
-        Args:
-            module: Path in the base model.
-
-        Returns:
-            A key of ``table``.
-
-        Raises:
-            ModelError: If there is none, or several; the nearest name is in the message.
-        """
-        table = self.table
-        if experts.PLACE.fullmatch(module):
-            raise ModelError(
-                f"{module} is one of several experts in a tensor, whose place only the model's own code knows. Load "
-                "the adapter with PeftModel.from_pretrained, call merge_and_unload() and save the model."
-            )
-        wanted = f"{module}.weight"
-        fitting = [wanted] if wanted in table else []
-        fitting = fitting or [n for n in table if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
-        if len(fitting) != 1:
-            near = nearest(wanted, table)
-            hint = f" Nearest: {near}." if near else ""
-            count = "no weight" if not fitting else f"{len(fitting)} weights"
-            raise ModelError(
-                f"The base has {count} for {module}.{hint} Name the base that the adapter was trained on."
-            )
-        return fitting[0]
 
     @property
     def quantization(self) -> str | None:

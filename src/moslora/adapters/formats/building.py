@@ -17,6 +17,7 @@ from moslora.adapters.factors import Adapter, Factors, Form, exact_pattern
 from moslora.adapters.formats import experts
 from moslora.adapters.formats.configuration import pattern_key
 from moslora.adapters.formats.experts import owner
+from moslora.adapters.formats.key_names import without_wrappers
 from moslora.adapters.formats.layout import Found, as_matrices
 from moslora.core.functional import scaling
 from moslora.errors import AdapterError
@@ -88,6 +89,8 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
     """
     if not found.modules:
         raise AdapterError(f"{folder} holds no factors of a known name.")
+    if found.notes:
+        config = without_wrappers(config)
     built: dict[str, Factors] = {}
     modules: dict[str, tuple[dict[str, Tensor], Form | None]] = {}
     for name in sorted(found.modules):
@@ -134,7 +137,8 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
                 f"{folder}: its configuration says {argument}={bool(config.get(argument))}, and {having} of "
                 f"{len(built)} modules have {what}. All must have one, or none. Save the adapter again."
             )
-    return Adapter(built, _untie(config, built, found.embeddings), dict(found.rest))
+    settled = _untie(config, built, found.embeddings)
+    return Adapter(built, settled, dict(found.rest), found.notes, found.stripped)
 
 
 def _untie(config: Mapping[str, Any], modules: Iterable[str], embeddings: set[str]) -> dict[str, Any]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from moslora.adapters.convolutions import join_groups, split_groups
 from moslora.adapters.factors import LINEAR, Factors, Form
 from moslora.adapters.formats import experts
+from moslora.adapters.formats.key_names import KEY_PREFIX, normalize
 
 __all__ = ["KEY_PREFIX", "Found", "as_matrices", "as_stored", "group_factors", "name_all", "name_tensors"]
-
-KEY_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,22 @@ class Found:
             stores them.
         rest: All other tensors, by their full name.
         embeddings: Paths of the modules whose names said that they are embeddings.
+        notes: What was put right in names, as sentences.
+        stripped: What was taken from the beginning of every path (``key_names.Names``).
     """
 
     modules: dict[str, dict[str, Tensor]]
     rest: dict[str, Tensor]
     embeddings: set[str]
+    notes: tuple[str, ...] = ()
+    stripped: str = ""
 
 
 def group_factors(
-    tensors: Mapping[str, Tensor], parts: Mapping[str, str], embedding_parts: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, str],
+    embedding_parts: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Found:
     """Sort tensors into modules.
 
@@ -41,12 +48,17 @@ def group_factors(
         tensors: Tensors by name, as ``base_model.model.PATH.PART.weight``; of embeddings without ``.weight``.
         parts: ``A``, ``M`` or ``B`` by the PART that stands for it.
         embedding_parts: The same for embeddings.
+        config: The adapter's configuration, which helps to tell a wrapper's name from a module's.
 
     Returns:
         Modules, their kind, and everything else.
+
+    Raises:
+        AdapterError: If names cannot be put right.
     """
-    found = Found({}, {}, set())
-    for key, tensor in tensors.items():
+    names = normalize(tensors, config or {}, (*parts, *(embedding_parts or {})))
+    found = Found({}, {}, set(), names.notes, names.stripped)
+    for key, tensor in names.tensors.items():
         stem = key.removesuffix(".weight")
         is_bias = key.endswith(".bias")
         path, _, part = (key.removesuffix(".bias") if is_bias else stem).rpartition(".")

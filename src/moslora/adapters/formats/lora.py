@@ -57,7 +57,7 @@ def read(folder: Path) -> Adapter:
         raise AdapterError(
             f"{folder} is not a plain LoRA: {set_variants[0]} is set. Only plain LoRA can be read."
         )
-    found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS)
+    found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS, config)
     for key in [key for key in found.rest if key.endswith(f".{MAGNITUDE}")]:
         module = key.removesuffix(f".{MAGNITUDE}").removeprefix(KEY_PREFIX)
         found.modules.setdefault(module, {})["magnitude"] = found.rest.pop(key)

@@ -59,6 +59,7 @@ def read(folder: Path) -> Adapter:
         read_tensors(folder),
         {**PARTS, **STARTS, MAGNITUDE: "magnitude", OLD_MAGNITUDE: "magnitude"},
         EMBEDDING_PARTS,
+        config,
     )
     begun = {
         name: {letter: own.pop(letter) for letter in STARTS.values() if letter in own}

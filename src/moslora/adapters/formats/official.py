@@ -134,7 +134,7 @@ def read(folder: Path) -> Adapter:
     config = read_config(folder)
     in_safetensors = (folder / WEIGHTS).is_file()
     tensors = read_tensors(folder) if in_safetensors else _unpickle(folder / PICKLED)
-    found = group_factors(tensors, PARTS, EMBEDDING_PARTS)
+    found = group_factors(tensors, PARTS, EMBEDDING_PARTS, config)
     strange = [key for key in found.rest if ".lora_" in key]
     if strange:
         raise AdapterError(f"{folder} holds {strange[0]}, which is not a factor of MoSLoRA's authors.")
