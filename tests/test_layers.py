@@ -77,7 +77,11 @@ AT_REST = {
     "adapters.formats.lora": {
         "read_with_peft"
     },  # the proof of plain LoRA: PEFT's reader of its configuration
-    "adapters.formats.skeleton": {"load_with_peft", "filled_factors"},  # the same proof: PEFT's loader
+    "adapters.formats.skeleton": {
+        "load_with_peft",
+        "filled_factors",
+        "misfits_by_peft",
+    },  # the same proof: PEFT's loader
     "adapters.formats.diffusers": {"read_with_diffusers"},  # the proofs of image formats: diffusers' loader
     "adapters.formats.kohya": {"read_with_diffusers"},
     "adapters.formats.through_diffusers": {"understood"},

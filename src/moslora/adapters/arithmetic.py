@@ -107,8 +107,8 @@ def _check_spelling(adapters: Sequence[Adapter]) -> None:
         if names.setdefault(end, path) != path:
             raise AdapterError(
                 f"{names[end]} and {path} may be one module under an old and a new name of transformers, and "
-                "then their ΔW would not add. Name the base (moslora combine … --base MODEL); or export each adapter first with "
-                "moslora export ADAPTER OUT --base MODEL, which writes the base's names, and take those."
+                "then their ΔW would not add. Name the base (moslora combine … --base MODEL); or take what "
+                "moslora export ADAPTER OUT --base MODEL writes of each, which has the base's names."
             )
 
 

@@ -20,6 +20,7 @@ from moslora.adapters.findings import NOT_HELD, Diagnosis, Finding, some
 from moslora.adapters.fit import Fit, fit_to_base, fit_to_named_base
 from moslora.adapters.formats import comfyui
 from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.formats.skeleton import misfits_by_peft
 from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.targets import MERGE_BIAS, MERGE_WHOLE, TARGETS, check_target, format_for
 from moslora.errors import AdapterError, ModelError, ProofError
@@ -78,13 +79,16 @@ def diagnose(
         *_mixers(found),
         *_beside(found),
     ]
-    if base is not None:
-        fit = fit_to_base(found, open_weights(base, say), base)
-        findings_list += [*_named(found, base), *_fits(fit), *_tied(fit)]
-        findings_list += _as_trained(path, base)
+    weights = None if base is None else open_weights(base, say)
+    fit: Fit | None = None
+    try:
+        fit = fit_to_named_base(found, None) if weights is None else fit_to_base(found, weights, str(base))
+    except AdapterError as error:
+        findings_list.append(Finding("error", "fits", str(error)))
     else:
-        fit = fit_to_named_base(found, None)
-        findings_list += _fits(fit) if fit is not None else _not_held(found)
+        findings_list += [*_fits(fit), *_tied(fit)] if fit is not None else _not_held(found)
+    if base is not None:
+        findings_list += [*_named(found, base), *_as_trained(path, base)]
     for name in engines:
         findings_list += _tried(name, path, found, format_, base, fit)
     return Diagnosis(str(adapter), format_, base, tuple(engines), tuple(findings_list), held=fit is not None)
@@ -333,6 +337,23 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
         )
 
 
+def _passed_over(name: str, path: Path, adapter: Adapter, fit: Fit | None) -> Finding | None:
+    """Say what an engine that reads PEFT's files would leave out of this one, by its names."""
+    misfits = None
+    if fit is not None and fit.names.build is not None:
+        misfits = misfits_by_peft(fit.names.build(), path, fit.new_heads)
+    if misfits:
+        what = f"PEFT passes over {len(misfits)} names of the file, or finds no tensor for them: {some(misfits)}."
+        return Finding("error", f"{name}: names", what, RENAME)
+    if adapter.notes and (misfits is None or name != "peft"):
+        what = f"As it is, {name} finds no module of some names in the file and leaves it at zero there."
+        return Finding("error", f"{name}: names", f"{what} {adapter.notes[0]}", RENAME)
+    if fit is not None and fit.renamed and (misfits is None or name != "peft"):
+        what = f"{name} may not know the names in the file, which are not the base's in memory."
+        return Finding("warning", f"{name}: names", what, RENAME)
+    return None
+
+
 # --- Where it will run --------------------------------------------------------------------------------------
 
 
@@ -365,14 +386,8 @@ def _tried(
             yield Finding("error", f"{name}: format", f"It cannot be written as {wanted}. {error}", fix)
             return
     proven = f"ΔW is the same to {proof.max_relative_error:.1e}, read back by {proof.reader}."
-    notes = adapter.notes if fit is None else fit.notes
-    if format_ == wanted and wanted == "lora" and notes:
-        yield Finding(
-            "error",
-            f"{name}: names",
-            f"As it is, {name} finds no module of some names in the file and leaves it at zero there. {notes[0]}",
-            RENAME,
-        )
+    if format_ == wanted == "lora" and (unnamed := _passed_over(name, path, adapter, fit)):
+        yield unnamed
         return
     if format_ == wanted:
         yield Finding("ok", f"{name}: format", f"{wanted}, as {name} loads it; written again and {proven}")

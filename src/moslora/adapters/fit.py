@@ -50,6 +50,8 @@ class Fit:
         misshapen: Modules and tensors of other shapes than the base's, and which.
         missing: Modules of the base that the configuration targets and that the adapter has no factors for.
         unchecked: How many shapes could not be compared (experts, quantized weights, heads that are not stored).
+        new_heads: Tensors beside the factors that the base has in memory alone and does not store, as the head of a
+            task, by their names in the file.
         on_disk: Where an expert is that is a module on disk and none in memory: its path in memory.
     """
 
@@ -61,6 +63,7 @@ class Fit:
     misshapen: Mapping[str, str]
     missing: tuple[str, ...]
     unchecked: int
+    new_heads: frozenset[str] = frozenset()
     on_disk: frozenset[str] = frozenset()
 
     @property
@@ -134,8 +137,8 @@ class Fit:
         if tensor.is_converted:
             raise ModelError(
                 f"transformers makes the weight of {module} of {some(tensor.stored)} when it loads {self.base}, so it "
-                "cannot be merged into on disk. Load the adapter with PeftModel.from_pretrained, call merge_and_unload() and "
-                "save the model."
+                "cannot be merged into on disk. Load the adapter with PeftModel.from_pretrained, call "
+                "merge_and_unload() and save the model."
             )
         return tensor.stored[0]
 
@@ -260,7 +263,8 @@ def _hold(adapter: Adapter, names: ModuleNames, base: str, weights: StoredWeight
         {**unexpected, **wrong},
         {**misshapen, **shapes},
         _missing(adapter, names, set(paths.values())) if not unexpected else (),
-        unchecked + left,
+        unchecked + len(left),
+        left,
         frozenset(on_disk),
     )
 
@@ -294,7 +298,7 @@ def _paths(
             on_disk.add(path)  # an expert of its own, which the model holds in a tensor of all
             found[path] = path
     lost = [path for path in rest if path not in found]
-    old, new = _change_of_prefix(lost, adapter, names)
+    old, new = _change_of_prefix(lost, adapter, names, set(found.values()))
     found |= {path: f"{new}{path.removeprefix(old)}" for path in lost if (old, new) != ("", "")}
     return {path: found.get(path, path) for path in adapter.modules}, on_disk
 
@@ -303,7 +307,9 @@ def _owner(path: str) -> str:
     return experts.owner(path).replace(".base_layer", "")
 
 
-def _change_of_prefix(paths: list[str], adapter: Adapter, names: ModuleNames) -> tuple[str, str]:
+def _change_of_prefix(
+    paths: list[str], adapter: Adapter, names: ModuleNames, taken: Iterable[str]
+) -> tuple[str, str]:
     """Find what to take from the beginning of all paths, and what to put there, so that the base has them all.
 
     Returns:
@@ -320,20 +326,24 @@ def _change_of_prefix(paths: list[str], adapter: Adapter, names: ModuleNames) ->
             if module != end and not module.endswith(f".{end}"):
                 continue
             new = module.removesuffix(end)
+            if any(part.isdigit() for part in f"{old}{new}".split(".")):
+                continue  # a layer is not another layer
             if old and new and old.split(".")[-2] == new.split(".")[-2]:
                 continue  # the shorter change is the same one
-            if all(_fits_there(path, old, new, adapter, names) for path in paths):
+            if all(_fits_there(path, old, new, adapter, names, taken) for path in paths):
                 ways.add((old, new))
     if len(ways) == 1 and "." in first:
         return ways.pop()
     return "", ""
 
 
-def _fits_there(path: str, old: str, new: str, adapter: Adapter, names: ModuleNames) -> bool:
+def _fits_there(
+    path: str, old: str, new: str, adapter: Adapter, names: ModuleNames, taken: Iterable[str]
+) -> bool:
     if not path.startswith(old):
         return False
     target = f"{new}{path.removeprefix(old)}"
-    if _owner(target) not in names.modules:
+    if _owner(target) not in names.modules or target in taken:
         return False
     tensor = names.weight(target)
     return tensor is None or tensor.shape is None or _takes(adapter.modules[path], tensor, adapter.config)
@@ -358,13 +368,16 @@ def _takes(factors: Factors, tensor: NamedTensor, config: Mapping[str, Any]) -> 
 
 def _held_extra(
     adapter: Adapter, names: ModuleNames, paths: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str], int]:
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str], frozenset[str]]:
     """Hold the tensors beside the factors against the base's.
 
     Returns:
-        They by the base's names; which have no place; which have another shape; how many could not be compared.
+        They by the base's names; which have no place; which have another shape; which could not be compared.
     """
-    extra, wrong, shapes, unchecked = {}, {}, {}, 0
+    extra: dict[str, Tensor] = {}
+    wrong: dict[str, str] = {}
+    shapes: dict[str, str] = {}
+    unchecked = set()
     bare = {key: WITHIN.sub("", key.removeprefix(KEY_PREFIX)) for key in adapter.extra}
     converted = names.convert(name for name in bare.values() if name not in names.tensors) if bare else {}
     for key, tensor in adapter.extra.items():
@@ -377,16 +390,18 @@ def _held_extra(
         if last == TOKENS:
             own = f"{own.rpartition('.')[0]}.weight"
         place = names.tensors.get(own)
-        if place is None:
+        if place is None and names.build is None:
+            unchecked.add(key)  # only the model's own code knows what it adds to what is stored
+        elif place is None:
             near = nearest(own, names.tensors) if not wrong else None
             wrong[key] = f" (nearest: {near})" if near else ""
         elif place.shape is None or not (place.stored or any(own in group for group in names.shared)):
-            unchecked += 1  # quantized; or a new head, whose size the task decides
+            unchecked.add(key)  # quantized; or a new head, whose size the task decides
         elif last == TOKENS and tuple(tensor.shape[1:]) != place.shape[1:]:
             shapes[key] = f"is {tuple(tensor.shape)}, for a weight of {place.shape}"
         elif last != TOKENS and tuple(tensor.shape) != place.shape:
             shapes[key] = f"is {tuple(tensor.shape)}, the base's {place.shape}"
-    return extra, wrong, shapes, unchecked
+    return extra, wrong, shapes, frozenset(unchecked)
 
 
 def _named_alike(key: str, old: str, new: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moslora.compat.checkpoint_names import names_in_memory
 from moslora.errors import ModelError
 from moslora.models.shards import StoredWeights, open_weights
 
@@ -37,17 +38,19 @@ def _same_weights(model: Any, stored: StoredWeights) -> bool:
     from safetensors import safe_open
 
     live = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    storages = {tensor.data_ptr() for name, tensor in live.items() if name in stored.table}
-    tied = {n for n, t in live.items() if n not in stored.table and t.data_ptr() in storages}
-    if not live or any(name not in stored.table and name not in tied for name in live):
+    named = names_in_memory(model, stored.table)
+    places = {names[0]: key for key, (names, is_converted) in named.items() if not is_converted}
+    storages = {tensor.data_ptr() for name, tensor in live.items() if name in places}
+    tied = {n for n, t in live.items() if n not in places and t.data_ptr() in storages}
+    if not live or any(name not in places and name not in tied for name in live):
         return False
     by_shard: dict[str, list[str]] = {}
     for name in live.keys() - tied:
-        by_shard.setdefault(stored.table[name].shard, []).append(name)
+        by_shard.setdefault(stored.table[places[name]].shard, []).append(name)
     for shard, names in by_shard.items():
         with safe_open(stored.folder / shard, "pt") as file:
             for name in names:
-                weight, one = file.get_tensor(name), live[name]
+                weight, one = file.get_tensor(places[name]), live[name]
                 if weight.shape != one.shape or not torch.equal(weight.to(one.dtype), one.cpu()):
                     return False
     return True

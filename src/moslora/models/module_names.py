@@ -7,8 +7,9 @@ class on the meta device. Where the class is not in transformers, the names on d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import ModelError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PLAIN", "ModuleNames", "NamedTensor", "class_of", "read_names"]
 
 # Model types whose names in memory have always been the names on disk (tests/test_module_names.py asks transformers),
-# all of them "model.…" and "lm_head". Where an adapter's modules are all on disk too, transformers need not be imported.
+# all of them "model.…" and "lm_head". Where an adapter's modules are all on disk too, transformers is not imported.
 PLAIN = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "granite", "olmo2", "smollm3"}
 )
@@ -66,6 +67,7 @@ class ModuleNames:
         origin: Whose names they are, for messages.
         is_of_class: Whether a model's class said them; else they are those on disk.
         convert: Returns the names in memory of names on disk, of any version that transformers knows.
+        build: Builds the model on the meta device; None where its class is not in transformers.
     """
 
     tensors: Mapping[str, NamedTensor]
@@ -74,6 +76,7 @@ class ModuleNames:
     origin: str
     is_of_class: bool
     convert: Callable[[Iterable[str]], Mapping[str, str]] = field(repr=False, default=lambda _: {})
+    build: Callable[[], Any] | None = field(repr=False, default=None)
 
     def weight(self, module: str) -> NamedTensor | None:
         """Return a module's weight; None if it has none.
@@ -131,15 +134,16 @@ def read_names(
     """
     name = class_of(config, adapter)
     stored = {} if weights is None else weights.table
+    build = functools.partial(_skeleton, folder, name)
     if weights is not None and _is_plain(config, name, stored, wanted):
-        return _from_disk(weights, f"{name}, whose names are those on disk")
+        return replace(_from_disk(weights, f"{name}, whose names are those on disk"), build=build)
     try:
-        model = _skeleton(folder, name, config)
+        model = build()
     except Exception as error:  # whatever a damaged or foreign configuration raises
         if weights is None:
             raise ModelError(f"The modules of {folder} cannot be told: {first_line(error)}") from error
         return _from_disk(weights, f"the names on disk ({first_line(error)})")
-    return _from_class(model, weights)
+    return replace(_from_class(model, weights), build=build)
 
 
 def _is_plain(
@@ -154,7 +158,7 @@ def _is_plain(
     )
 
 
-def _skeleton(folder: Path, name: str | None, config: Mapping[str, Any]) -> Any:
+def _skeleton(folder: Path, name: str | None) -> Any:
     """Build the class on the meta device; a model's own code is not run."""
     if name is None:
         raise ModelError("its config.json names no architecture.")
@@ -188,7 +192,8 @@ def _from_class(model: Any, weights: StoredWeights | None) -> ModuleNames:
         converted.update(names if is_converted else ())
     turned = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
     is_packed = weights is not None and weights.quantization is not None
-    tensors, groups = {}, {}
+    tensors: dict[str, NamedTensor] = {}
+    groups: dict[int, set[str]] = {}
     for name, tensor in state.items():
         stored = tuple(places.get(name, ()))
         is_converted = name in converted or len(stored) > 1

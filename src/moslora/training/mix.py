@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.adapters.arithmetic import add
+from moslora.adapters.export import named_for_base
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
 from moslora.adapters.formats.reading import read_adapter
@@ -237,7 +238,7 @@ def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = No
     paths = tuple(Path(source) for source in sources)
     factors = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(paths)
     hashes = tuple(_hashes(path) if path.exists() else {} for path in paths)
-    whole = add([read_adapter(path) for path in paths], factors)
+    whole = add([named_for_base(read_adapter(path), "native", None)[0] for path in paths], factors)
     if not whole.modules:
         raise AdapterError("The adapters have no modules, so there is nothing to mix.")
     whole.refuse_biases("A mix trains mixers and nothing else, and would leave the bias as it is")

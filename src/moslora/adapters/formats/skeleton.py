@@ -7,9 +7,11 @@ are real. What the loader put into its layers, names, ranks and scales, is what 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,8 +21,9 @@ from moslora.adapters.convolutions import CONVOLUTIONS, join_groups
 from moslora.adapters.factors import LINEAR, Adapter, Factors, Form
 from moslora.adapters.formats.experts import EXPERT, owner, separate
 from moslora.errors import AdapterError
+from moslora.wording import one_line
 
-__all__ = ["build", "filled_factors", "load_with_peft"]
+__all__ = ["build", "filled_factors", "load_with_peft", "misfits_by_peft"]
 
 
 def _module(factors: Factors) -> nn.Module:
@@ -179,3 +182,39 @@ def load_with_peft(config: Any, tensors: Mapping[str, Tensor], like: Adapter) ->
     if passed_over:
         raise AdapterError(f"PEFT would pass over {passed_over[:3]}.")
     return Adapter(filled_factors(model), like.config, like.extra)
+
+
+def misfits_by_peft(model: nn.Module, folder: Path, beside: Iterable[str] = ()) -> list[str] | None:
+    """Let stock PEFT load a plain LoRA into its base without values, and say what it passes over.
+
+    Args:
+        model: The base on the meta device; changed in place.
+        folder: The adapter's directory.
+        beside: Tensors of the file to leave out: heads of a task, whose sizes the base does not say.
+
+    Returns:
+        Names that PEFT has no place for, or no tensor; empty where it loads the adapter whole, None where it cannot be
+        asked.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    config = LoraConfig.from_pretrained(folder)
+    config.init_lora_weights = False  # a start from the base's weights needs values
+    left_out = set(beside)
+    in_full = [n for n in config.modules_to_save or () if not any(f".{n}." in f".{key}" for key in left_out)]
+    config.modules_to_save = in_full or None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = PeftModel(model, config, low_cpu_mem_usage=True)
+            read = load_peft_weights(folder, device="cpu")
+            tensors = {key: tensor for key, tensor in read.items() if key not in left_out}
+            result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        is_misfit = isinstance(error, KeyError) or re.search(
+            "size mismatch|not found in the base", str(error)
+        )
+        return [one_line(error)] if is_misfit else None
+    missing = [key for key in result.missing_keys if "lora_" in key and ".default" in key]
+    return [*result.unexpected_keys, *missing]

@@ -16,6 +16,9 @@ from moslora.wording import first_line
 
 __all__ = ["load_whole"]
 
+# Methods all of whose tensors are loaded into modules; of others, as prompts, PEFT loads some apart.
+STRICT = ("LORA", "MOSLORA")
+
 
 def load_whole(base: nn.Module, adapter: Path) -> Any:
     """Put an adapter of any method of PEFT into a model; every tensor finds its place, and no factor is without one.
@@ -46,7 +49,9 @@ def load_whole(base: nn.Module, adapter: Path) -> Any:
                 adapter,
                 lines or [f"{first_line(error)} is trained in full by its configuration and not in its file"],
             ) from error
-    problems = [f"{key} has no place in the base" for r in results for key in r.unexpected_keys]
+    problems = []
+    if all(str(getattr(c.peft_type, "value", c.peft_type)) in STRICT for c in model.peft_config.values()):
+        problems += [f"{key} has no place in the base" for r in results for key in r.unexpected_keys]
     problems += [f"{key} is missing from the file" for r in results for key in r.missing_keys]
     problems += [str(w.message).splitlines()[0] for w in said if "missing adapter keys" in str(w.message)]
     if problems:
@@ -77,6 +82,6 @@ def _misfit(adapter: Path, problems: list[str]) -> ProofError:
     more = f" ({len(problems)} in all)" if len(problems) > 1 else ""
     return ProofError(
         f"{adapter} does not fit this base: {problems[0][:300]}{more}. Name the base that it was trained on; moslora "
-        "doctor ADAPTER --base MODEL says what differs, and moslora export ADAPTER OUT --base MODEL writes the base's names "
-        "where only those differ."
+        "doctor ADAPTER --base MODEL says what differs, and moslora export ADAPTER OUT --base MODEL writes the base's "
+        "names where only those differ."
     )

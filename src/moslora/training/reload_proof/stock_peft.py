@@ -55,6 +55,10 @@ def main(
         for name, given in asked.items():
             logits[f"base.{name}"] = model.eval()(**given).logits.float().cpu()
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        found = model.load_adapter(adapter, "default")  # from_pretrained throws away what this one returns
+        strange = [*found.missing_keys, *found.unexpected_keys]
+        if strange:
+            raise SystemExit(f"PEFT found no place, or no tensor, for {len(strange)} names, as {strange[0]}")
         if type(model.peft_config["default"]) is not peft.LoraConfig:
             raise SystemExit("the adapter is not a plain LoRA")
         for name, given in asked.items():
