@@ -31,6 +31,7 @@ from moslora.adapters.merge import merge
 from moslora.compat.checkpoint_names import names_in_memory
 from moslora.compat.peft.loading import load_whole
 from moslora.errors import AdapterError, ModelError, ProofError
+from moslora.evaluation.active import with_adapter
 from moslora.models.in_memory import stored_name
 from moslora.models.module_names import PLAIN
 from moslora.models.shards import open_weights
@@ -178,6 +179,18 @@ def test_patterns_of_a_configuration_lose_wrappers_names_too(llama: Path, tmp_pa
     )
 
 
+def test_files_of_diffusers_lose_wrappers_names_too(tmp_path: Path) -> None:
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    parts = {"lora_A": torch.randn(2, 8), "lora_B": torch.randn(8, 2)}
+    for name, outer in (("good", "unet."), ("bad", "unet._orig_mod.")):
+        named = {f"{path}.{part}.weight".replace("unet.", outer, 1): tensor for part, tensor in parts.items()}
+        save_file(named, tmp_path / f"{name}.safetensors")
+    good, bad = (read_adapter(tmp_path / f"{name}.safetensors") for name in ("good", "bad"))
+    assert set(bad.modules) == set(good.modules) == {path}
+    assert bad.notes and not good.notes
+    assert export_adapter(tmp_path / "bad.safetensors", tmp_path / "native", "native").notes == bad.notes
+
+
 def test_two_adapters_in_one_file_and_two_tensors_of_one_name_are_refused(
     llama: Path, tmp_path: Path
 ) -> None:
@@ -250,7 +263,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = root / name
         if not folder.exists():
-            tiny_vision.FAMILIES[name](folder / "base")
+            (save_mllama if name == "mllama" else tiny_vision.FAMILIES[name])(folder / "base")
             torch.manual_seed(1)
             config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
             model = get_peft_model(load_family(folder / "base"), config)
@@ -261,6 +274,23 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return make
+
+
+def save_mllama(folder: Path) -> None:
+    """Mllama, which no task reads: layers of the language model that look at the picture."""
+    text = {**tiny_vision.SIZES, "num_key_value_heads": 1, "vocab_size": 260, "max_position_embeddings": 256}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "cross_attention_layers": [1]}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 16, "patch_size": 8, "max_num_tiles": 1}
+    vision |= {
+        "supported_aspect_ratios": [[1, 1]],
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [0],
+    }
+    tiny_vision.seed()
+    config = transformers.MllamaConfig(text_config=text, vision_config=vision)
+    transformers.MllamaForConditionalGeneration(config).save_pretrained(folder)
 
 
 def load_family(folder: Path) -> Any:
@@ -281,7 +311,7 @@ def old_name(key: str, on_disk: Mapping[str, str]) -> str:
     return f"{PREFIX}{on_disk[path]}.lora_{part}"
 
 
-@pytest.mark.parametrize("name", tiny_vision.FAMILIES)
+@pytest.mark.parametrize("name", [*tiny_vision.FAMILIES, "mllama"])
 def test_merging_into_a_base_in_hub_layout_is_what_stock_peft_computes(
     name: str, families: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -294,7 +324,7 @@ def test_merging_into_a_base_in_hub_layout_is_what_stock_peft_computes(
     assert all(report.relative_norm for report in found.modules)
 
 
-MOVED = ["llava", "llava_next", "internvl", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma"]
+MOVED = ["llava", "llava_next", "internvl", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma", "mllama"]
 
 
 @pytest.mark.parametrize("name", MOVED)
@@ -415,8 +445,8 @@ def test_an_adapter_of_another_depth_is_refused_by_every_verb(
             refuse()
     assert any(message in f.what for f in diagnose(one, str(other)).findings if f.level == "error")
     assert message in inspect_adapter(one, str(other)).note
-    with pytest.raises(ProofError, match="does not fit this base"):
-        load_whole(load(other), one)
+    with pytest.raises(ProofError, match="does not fit this base"):  # what every evaluation loads by
+        with_adapter(load(other), one)
     assert not list(tmp_path.iterdir())
 
 
@@ -515,6 +545,32 @@ def test_targets_are_matched_as_peft_matches_them() -> None:
     assert not targets_module(
         {"target_modules": ["q_proj"], "exclude_modules": ["0.q_proj"]}, "layers.0.q_proj"
     )
+
+
+@upstream.needs("PEFT converts experts of their own since 0.19", transformers="5", peft="0.19")
+def test_experts_that_are_modules_on_disk_alone_merge_there_as_peft_loads_them(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {"lora_alpha": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(load(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"], **options))
+    model.save_pretrained(tmp_path / "adapter")
+    # As transformers 4 had them, and PEFT's adapters of that time.
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    for expert in (0, 1):
+        for name, rows, columns in (("w1", 48, 32), ("w2", 32, 48), ("w3", 48, 32)):
+            path = f"{PREFIX}model.layers.0.block_sparse_moe.experts.{expert}.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(2, columns)
+            tensors[f"{path}.lora_B.weight"] = torch.randn(rows, 2)
+    targets = ["q_proj", "w1", "w2", "w3"]
+    old = respell(tmp_path / "adapter", tmp_path / "old", lambda key: key, target_modules=targets)
+    save_file(tensors, old / WEIGHTS)
+    live = with_stock_peft(load(tmp_path / "base"), old)  # PEFT warns of a pattern that it made itself
+    merge(tmp_path / "base", old, tmp_path / "merged")
+    assert apart(logits(load(tmp_path / "merged")), live) < 1e-5
+    assert diagnose(old, str(tmp_path / "base"), ["peft"]).verdict.startswith("Sound for peft")
 
 
 @upstream.needs("experts are one tensor in memory since transformers 5", transformers="5")

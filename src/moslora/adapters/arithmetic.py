@@ -104,6 +104,7 @@ def _check_spelling(adapters: Sequence[Adapter]) -> None:
     names: dict[str, str] = {}
     for path in (path for adapter in adapters for path in adapter.modules):
         end = re.sub(r"^(?:(?:model|language_model)\.)+", "", path)
+        end = end.replace("vision_tower.vision_model.", "vision_tower.")
         if names.setdefault(end, path) != path:
             raise AdapterError(
                 f"{names[end]} and {path} may be one module under an old and a new name of transformers, and "

@@ -244,7 +244,9 @@ def _hold(adapter: Adapter, names: ModuleNames, base: str, weights: StoredWeight
             near = nearest(owner, names.modules) if not unexpected else None  # slow, and one is shown
             unexpected[old] = f" (nearest: {near})" if near else ""
             continue
-        tensor = None if factors.form.kind == "expert" or new in on_disk else names.weight(new)
+        tensor = None if factors.form.kind == "expert" else names.weight(new)
+        if new in on_disk and weights is not None and weights.quantization is None:
+            tensor = NamedTensor(weights.table[f"{new}.weight"].shape)
         if tensor is None or tensor.shape is None:
             unchecked += 1
         elif not _takes(factors, tensor, adapter.config):

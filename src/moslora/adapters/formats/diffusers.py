@@ -26,6 +26,7 @@ from moslora.adapters.formats import through_diffusers
 from moslora.adapters.formats.building import build_adapter, name_exactly
 from moslora.adapters.formats.configuration import SHARED
 from moslora.adapters.formats.image_file import refuse_key, without_zeros
+from moslora.adapters.formats.key_names import notes_on_wrappers
 from moslora.adapters.formats.keys import split_key, unwrap
 from moslora.adapters.formats.layout import Found, as_stored
 from moslora.adapters.formats.lora import MAGNITUDE, flatten
@@ -114,12 +115,14 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
     about = read_whole_header(path).metadata
     metadata = _read_metadata(path, about)
     found: dict[str, Found] = {}
-    for key, tensor in without_zeros(load_tensors(path)).items():
+    tensors = without_zeros(load_tensors(path))
+    notes = tuple(notes_on_wrappers(tensors))
+    for key, tensor in tensors.items():
         split = _split_key(key)
         if split is None:
             raise refuse_key(path, key)
         component, module, letter = split
-        own = found.setdefault(component, Found({}, {}, set())).modules.setdefault(module, {})
+        own = found.setdefault(component, Found({}, {}, set(), notes)).modules.setdefault(module, {})
         if letter == "alpha" and tensor.numel() != 1:
             raise AdapterError(f"{path}: {key} has {tensor.numel()} values; an alpha is one number.")
         if letter in own or (tensor.ndim < 2 and letter not in ("magnitude", "alpha")):

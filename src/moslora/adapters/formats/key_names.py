@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moslora.errors import AdapterError
 
-__all__ = ["KEY_PREFIX", "Names", "normalize", "without_wrappers"]
+__all__ = ["KEY_PREFIX", "Names", "normalize", "notes_on_wrappers", "without_wrappers"]
 
 KEY_PREFIX = "base_model.model."
 
@@ -86,13 +86,32 @@ def normalize(tensors: Mapping[str, Tensor], config: Mapping[str, Any], marks: I
     factors = list(parts)
     renamed = {key: key for key in tensors}
     notes = []
-    used = sorted({wrapper for key in tensors for wrapper in WRAPPERS if f".{wrapper}." in f".{key}"})
-    if used:
+    if inner := notes_on_wrappers(tensors):
         renamed = {key: WRAPPER.sub("", name) for key, name in renamed.items()}
-        notes.append(_say([f"{w}." for w in used], ", ".join(dict.fromkeys(WRAPPERS[w] for w in used))))
+        notes += inner
     notes += _without_adapter_name(renamed, factors)
     notes += _with_prefix(renamed, factors)
     stripped, more = _without_outer(renamed, factors, config)
+    return Names(_each_once(tensors, renamed), (*notes, *more), stripped)
+
+
+def notes_on_wrappers(keys: Iterable[str]) -> list[str]:
+    """Say which names in keys are wrappers' and never a module's own.
+
+    Args:
+        keys: Names of tensors.
+
+    Returns:
+        A sentence, if there are such.
+    """
+    used = sorted({wrapper for key in keys for wrapper in WRAPPERS if f".{wrapper}." in f".{key}"})
+    if not used:
+        return []
+    return [_say([f"{w}." for w in used], ", ".join(dict.fromkeys(WRAPPERS[w] for w in used)))]
+
+
+def _each_once(tensors: Mapping[str, Tensor], renamed: Mapping[str, str]) -> dict[str, Tensor]:
+    """Give tensors their new names; no two come to have one."""
     named: dict[str, Tensor] = {}
     for key, name in renamed.items():
         if name in named:
@@ -101,7 +120,7 @@ def normalize(tensors: Mapping[str, Tensor], config: Mapping[str, Any], marks: I
                 "adapter again from the unwrapped model."
             )
         named[name] = tensors[key]
-    return Names(named, (*notes, *more), stripped)
+    return named
 
 
 def _say(parts: Iterable[str], what: str) -> str:

@@ -56,7 +56,7 @@ def split(adapter: Adapter) -> dict[str, Adapter]:
         extra = {
             key.removeprefix(f"{name}:"): t for key, t in adapter.extra.items() if key.startswith(f"{name}:")
         }
-        parts[name] = Adapter(own, config, extra)
+        parts[name] = Adapter(own, config, extra, adapter.notes)
     return parts
 
 
@@ -73,6 +73,7 @@ def join(parts: Mapping[str, Adapter]) -> Adapter:
         {f"{name}.{path}": f for name, part in parts.items() for path, f in part.modules.items()},
         {"components": {name: dict(part.config) for name, part in parts.items()}},
         {f"{name}:{key}": tensor for name, part in parts.items() for key, tensor in part.extra.items()},
+        tuple(dict.fromkeys(note for part in parts.values() for note in part.notes)),
     )
 
 
