@@ -50,7 +50,7 @@ VERBS: dict[str, tuple[frozenset[str], str]] = {
     "inspect ADAPTER": (NOTHING, "figures are of the factors"),
     "inspect ADAPTER --base BASE --html OUT.html": (NOTHING, "weights are read from the shards"),
     "doctor ADAPTER": (NOTHING, "the checks of the adapter are our own"),
-    "doctor ADAPTER --base BASE": (NOTHING, "shapes are in the shards' headers, and without a class its names in memory too"),
+    "doctor ADAPTER --base BASE": (NOTHING, "shapes and, without a class, names are in the shards' headers"),
     "doctor ADAPTER --for vllm": (PEFT, "it tries the export, with its proof"),
     "export ADAPTER OUT --to native": (NOTHING, "our own reader reads it back"),
     "export ADAPTER OUT": (PEFT, "the proof of plain LoRA: PEFT loads it"),
