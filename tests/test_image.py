@@ -585,6 +585,7 @@ HEARD = {
         "data.bad_images",
         "data.max_pixels",
         "data.limit",
+        "data.ignore",
         "scopes.text_encoders",
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moslora.data.shapes import Example
@@ -26,8 +26,12 @@ class Summary:
         without_end: How many have no end-of-turn token among their trained tokens, and do not teach to stop.
         prompt_differs: How many prompts have other tokens in generation than in training.
         control_text: How many contain a control token in the text of a turn.
+        loses_context: How many have an earlier answer, not learned, of which the chat template leaves out text.
+        misspelt: How many have tokens that spell another text than what is learned.
+        first: Where the first of each of these is.
         max_length: The limit.
         end_tokens: The end-of-turn tokens, as text.
+        longest_is_least: Whether ``longest`` is a lower bound.
     """
 
     examples: int
@@ -39,8 +43,12 @@ class Summary:
     without_end: int
     prompt_differs: int
     control_text: int
+    loses_context: int
+    misspelt: int
+    first: Mapping[str, str]
     max_length: int | None
     end_tokens: tuple[str, ...]
+    longest_is_least: bool = False
 
     def warnings(self) -> list[str]:
         """Return what a person should know before training, most serious first."""
@@ -56,12 +64,25 @@ class Summary:
             warnings.append(
                 f"{self.without_end} of {self.examples} examples train no end-of-turn token {ends}"
             )
+        more = " and more" if self.longest_is_least else ""
         for count, fate in ((self.dropped, "dropped"), (self.cut, "cut")):
             if count:
                 warnings.append(
                     f"{count} of {total} examples are longer than max_length={self.max_length} and were "
-                    f"{fate}: raise trainer.max_length (the longest has {self.longest} tokens)"
+                    f"{fate}: raise trainer.max_length (the longest has {self.longest} tokens{more})"
                 )
+        if self.misspelt:
+            warnings.append(
+                f"in {self.misspelt} of {self.examples} examples the tokens spell another text than what is learned "
+                f"(first: {self.first['misspelt']}): the tokenizer has no tokens for some characters, or changes them. "
+                "Write these texts with characters that it has, or choose another model"
+            )
+        if self.loses_context:
+            warnings.append(
+                f"in {self.loses_context} of {self.examples} examples the chat template leaves out text of an earlier "
+                f"answer, most often its thoughts (first: {self.first['loses_context']}): the model does not read it, "
+                "in training as in generation"
+            )
         if self.prompt_differs:
             warnings.append(
                 f"in {self.prompt_differs} of {self.examples} examples the prompt has other tokens in generation than "
@@ -78,6 +99,7 @@ class Summary:
 
 COUNTED = (
     "examples", "tokens", "trained_tokens", "cut", "dropped", "without_end", "prompt_differs", "control_text",
+    "loses_context", "misspelt",
 )  # fmt: skip
 
 
@@ -90,7 +112,8 @@ class Tally:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self.longest = 0
+        self.longest, self.longest_is_least = 0, False
+        self._first: dict[str, str] = {}
         self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, whole: Encoded, fitted: Encoded | None) -> None:
@@ -100,7 +123,8 @@ class Tally:
             whole: From ``Encoder.encode_whole``.
             fitted: The same after ``Encoder.fit``; None if it was dropped.
         """
-        self.longest = max(self.longest, whole.full_length)
+        if whole.full_length > self.longest:
+            self.longest, self.longest_is_least = whole.full_length, whole.is_start
         if fitted is None:
             self._counts["dropped"] += 1
             return
@@ -112,16 +136,22 @@ class Tally:
             "without_end": self.encoder.stop_ids.isdisjoint(fitted.labels),
             "prompt_differs": fitted.prompt_differs,
             "control_text": fitted.control_text,
+            "loses_context": fitted.loses_context,
+            "misspelt": fitted.misspelt,
         }
         for name, count in counted.items():
             self._counts[name] += int(count)
+            if count:
+                self._first.setdefault(name, whole.place)
 
     def summary(self) -> Summary:
         """Return the counts so far."""
         names = self.encoder.tokenizer.convert_ids_to_tokens(sorted(self.encoder.stop_ids))
         return Summary(
             **self._counts,
+            first=self._first,
             longest=self.longest,
+            longest_is_least=self.longest_is_least,
             max_length=self.encoder.max_length,
             end_tokens=tuple(names),
         )

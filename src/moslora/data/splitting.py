@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple
 from typing import Any
 
 from moslora.data.shapes import Example
@@ -19,9 +18,14 @@ def prompt_of(example: Example) -> str:
     if example.text is not None:
         return example.text
     if example.messages is None:
-        return example.prompt or ""
-    last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
-    return json.dumps([(message.role, message.content) for message in example.messages[:last]])
+        return (
+            json.dumps([example.prompt, *_variables(example)])
+            if _variables(example)
+            else example.prompt or ""
+        )
+    turns = example.messages
+    last = max(i for i, message in enumerate(turns) if message.role == "assistant" and message.trained)
+    return json.dumps([*((message.role, message.content) for message in turns[:last]), *_variables(example)])
 
 
 def split_heldout(
@@ -95,8 +99,13 @@ def thin_out(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _content(example: Example) -> list[Any]:
-    turns = [astuple(message) for message in example.messages or ()]
-    return [turns, example.prompt, example.completion, example.text]
+    turns = [(message.role, message.content, message.trained) for message in example.messages or ()]
+    return [turns, example.prompt, example.completion, example.text, *_variables(example)]
+
+
+def _variables(example: Example) -> list[Any]:
+    """Return the template's variables, if there are any: without, a hash is what it was before there were any."""
+    return [dict(example.template_arguments)] if example.template_arguments else []
 
 
 def _draw(content: Sequence[Any], seed: int) -> float:

@@ -12,12 +12,13 @@ A template for which this does not hold is refused: the tokens trained on would 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.locating import IGNORED, OTHER_WAYS, AnswerFinder, common_length
+from moslora.data.rendering import Template, first_difference, spells
 from moslora.data.shapes import Example, Message
 from moslora.errors import EncodingError, UsageError
 
@@ -32,17 +33,23 @@ __all__ = [
     "decode",
 ]
 
-IGNORED = -100  # torch's cross entropy and every Trainer skip this label
-
 CHOICES = {
     "template": ("auto", "chat", "plain", "pair"),
     "train_on": ("completions", "all"),
     "too_long": ("cut", "drop", "refuse"),
 }
-OTHER_WAYS = (
-    "Set data.train_on=all, or, if earlier answers are the cause, give prompt (a list of messages) and "
-    "completion, so that only the last answer is trained on."
-)
+# An example far beyond max_length is tokenized up to so many characters, so many for each token allowed at least, and
+# more until there are so many tokens too many: the last ones depend on what follows.
+FEWEST_CHARACTERS, CHARACTERS, GUARD = 50_000, 16, 256
+FEWEST = 200  # characters that are kept of every turn then, for templates that look at turns to come
+# What to do where a template leaves out text of a turn, by its role.
+KEEPING = {
+    "system": "Move this text into the next question, or choose a tokenizer (model.tokenizer) with a template that has "
+    "a branch for it.",
+    "user": "Remove or rewrite that text, or choose a tokenizer (model.tokenizer) with a template that keeps it.",
+    "assistant": "The model would learn another answer than the data's. Remove that text if it is not to be learned, "
+    "or choose a tokenizer (model.tokenizer) with a template that keeps it.",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,10 @@ class Encoded:
         prompt_differs: Whether ``input_ids`` do not begin with ``prompt_ids``: a token spans the end of the
             prompt and the start of the answer (and is trained on), or the template writes the two differently.
         control_text: Whether a turn's own text contains a control token, such as ``<|im_end|>``.
+        is_start: Whether these are the tokens of a start alone, because the example is far longer than ``max_length``;
+            ``full_length`` is a lower bound then.
+        loses_context: Whether the chat template leaves out text of an earlier answer that is not learned.
+        misspelt: Whether the tokens spell another text, because the tokenizer changes or lacks characters.
     """
 
     input_ids: list[int]
@@ -71,6 +82,9 @@ class Encoded:
     full_length: int
     prompt_differs: bool
     control_text: bool
+    is_start: bool = False
+    loses_context: bool = False
+    misspelt: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,9 @@ class Encoder:
             encode = self._pair
         try:
             whole = encode(example)
-            if not trained_count(whole.labels):
+            # Answers that begin beyond the limit are not looked for; ``fit`` drops such examples.
+            is_long = self.max_length is not None and whole.full_length > self.max_length
+            if not (is_long or trained_count(whole.labels)):
                 raise EncodingError(f"no token is left to train on. {OTHER_WAYS}")
         except EncodingError as problem:
             raise EncodingError(f"{example.place}: {problem}") from problem.__cause__
@@ -158,7 +174,8 @@ class Encoder:
             return whole
         if self.too_long == "refuse":
             raise EncodingError(
-                f"{whole.place}: has {whole.full_length} tokens, more than max_length={self.max_length}. "
+                f"{whole.place}: has {whole.full_length} tokens{' and more' if whole.is_start else ''}, more than "
+                f"max_length={self.max_length}. "
                 "Raise trainer.max_length, shorten the example, or choose data.too_long=cut or drop."
             )
         labels = whole.labels[: self.max_length]
@@ -168,19 +185,41 @@ class Encoder:
 
     # ---- chat ----------------------------------------------------------------------------------------
 
+    @cached_property
+    def _renderer(self) -> Template:
+        return Template(self.tokenizer)
+
+    @cached_property
+    def _finder(self) -> AnswerFinder:
+        return AnswerFinder(self._renderer, self.max_length)
+
     def _chat(self, example: Example) -> Encoded:
         messages = example.messages or (
             Message("user", example.prompt or ""),
             Message("assistant", example.completion or ""),
         )
-        last = max(index for index, message in enumerate(messages) if message.role == "assistant")
-        prompt_ids = self._render(messages[:last], ask=True)
-        if self.train_on == "all":
-            ids = self._render(messages)
+        arguments, everything = example.template_arguments, self.train_on == "all"
+        self._renderer.check_arguments(arguments)
+        if everything:
+            _refuse_flags(messages)
+        learned = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
+        last = learned[-1]
+        if not everything:
+            messages = messages[: last + 1]  # a last question without an answer has no trained tokens
+        text = self._renderer.text(messages, arguments)
+        # Where every token is learned, earlier answers are learned as the template writes them.
+        whole_answers = learned[-1:] if everything else learned
+        loses_context = self._check_kept(messages, arguments, text, whole_answers)
+        short = self._shortened(messages, arguments, text)
+        beyond = short is not messages  # so is what comes after
+        if everything:
+            ids = self._renderer.ids(short, arguments)
             labels = list(ids)
         else:
-            messages = messages[: last + 1]  # a last question without an answer has no trained tokens
-            ids, labels = self._marked(messages) if self._has_marks else self._incremental(messages)
+            shown = self._renderer.text(short, arguments) if beyond else text
+            ids, labels = self._finder.find(short, arguments, shown)
+        asked = not beyond or short[:last] == messages[:last]
+        prompt_ids = self._renderer.ids(messages[:last], arguments, ask=True) if asked else []
         return Encoded(
             input_ids=ids,
             labels=[IGNORED, *labels[1:]],
@@ -191,100 +230,92 @@ class Encoder:
             full_length=len(ids),
             prompt_differs=ids[: len(prompt_ids)] != prompt_ids,
             control_text=any(self._control.search(message.content) for message in messages),
+            is_start=beyond,
+            loses_context=loses_context,
+            misspelt=self._misspells(ids, labels, [messages[i].content for i in whole_answers]),
         )
 
-    def _incremental(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Find each answer by rendering the conversation up to it, without and with it."""
-        ids = self._render(messages)
-        labels = [IGNORED] * len(ids)
-        for index, message in enumerate(messages):
-            if message.role != "assistant" or not message.trained:
-                continue
-            before = self._render(messages[:index], ask=True)
-            upto = ids if index == len(messages) - 1 else self._render(messages[: index + 1])
-            start = common_length(before, upto)
-            if start < len(before) and not decode(upto, self.tokenizer).startswith(
-                decode(before, self.tokenizer)
-            ):
-                raise EncodingError(
-                    f"the chat template writes what comes before turn {index} differently once that turn "
-                    f"follows, so the trained tokens would not be those generated. {OTHER_WAYS}"
-                )
-            # If only tokens differ, one token spans the template's white space and the answer's.
-            end = self._end_of(upto, start)
-            if ids[:end] != upto[:end]:
-                raise EncodingError(
-                    f"the chat template writes turn {index} differently once more turns follow (some leave "
-                    f"out earlier reasoning), so it cannot be trained on as it would be generated. {OTHER_WAYS}"
-                )
-            labels[start:end] = ids[start:end]
-        return ids, labels
+    def _misspells(self, ids: list[int], labels: list[int], texts: Sequence[str]) -> bool:
+        """Return whether the tokenizer spells what is learned otherwise.
 
-    def _end_of(self, ids: list[int], start: int) -> int:
-        """Return where the turn that begins at ``start`` and ends ``ids`` stops: after its end-of-turn token.
-
-        What a template writes after that token (most often a line break) is not the model's to generate.
+        Raises:
+            EncodingError: If what is learned is not all there.
         """
-        end = self._end_of_turn
-        if end is None:
-            return len(ids)
-        return next((at + 1 for at in reversed(range(start, len(ids))) if ids[at] == end), len(ids))
+        if self.max_length is not None and len(ids) > self.max_length:
+            return False  # a part is cut anyway
+        learned = [token for token in labels if token != IGNORED]
+        if spells(decode(learned, self.tokenizer), texts):
+            return False
+        for text in texts:
+            alone = self.tokenizer.encode(text, add_special_tokens=False)
+            if not spells(decode(alone, self.tokenizer), [text]):
+                return True
+        raise EncodingError(
+            "the tokens that are learned do not hold the whole answer: the chat template's {% generation %} marks "
+            "leave out a part. Correct the template, or set data.train_on=all."
+        )
 
-    def _marked(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Read where answers are from the template's own ``{% generation %}`` marks."""
-        output = self._apply(messages, return_assistant_tokens_mask=True)
-        ids, mask = list(output["input_ids"]), list(output["assistant_masks"])
-        runs = [list(run) for on, run in groupby(range(len(ids)), key=lambda at: mask[at]) if on]
-        answers = [message for message in messages if message.role == "assistant"]
-        if not all(message.trained for message in answers):
-            if len(runs) != len(answers):
+    def _check_kept(
+        self, messages: Sequence[Message], arguments: Mapping[str, Any], text: str, learned: Sequence[int]
+    ) -> bool:
+        """Check that a template wrote every turn's text.
+
+        Returns:
+            Whether it left out text of an answer that is not learned, as some do with earlier thoughts.
+
+        Raises:
+            EncodingError: If it left out text of another turn.
+        """
+        self._renderer.check_tools(text, arguments)
+        lost = self._renderer.left_out(messages, arguments, text)
+        for index in sorted(lost):
+            message = messages[index]
+            if index in learned or message.role != "assistant":
+                earlier = f" {OTHER_WAYS}" if message.role == "assistant" and index < learned[-1] else ""
                 raise EncodingError(
-                    f"the chat template marks {len(runs)} spans for {len(answers)} answers, so the answers "
-                    "inside the prompt cannot be told from the others. Give the conversation as messages, or set "
-                    "data.train_on=all."
+                    f"the chat template leaves out or changes text of turn {index} ({message.role}): "
+                    f"{first_difference(message.content, text)} is not in what it writes. "
+                    f"{KEEPING[message.role]}{earlier}"
                 )
-            runs = [run for run, message in zip(runs, answers, strict=True) if message.trained]
-        trained = {at for run in runs for at in run}
-        return ids, [token if at in trained else IGNORED for at, token in enumerate(ids)]
+        return bool(lost)
 
-    def _render(self, messages: Sequence[Message], ask: bool = False) -> list[int]:
-        return list(self._apply(messages, add_generation_prompt=ask)["input_ids"])
+    def _shortened(
+        self, messages: Sequence[Message], arguments: Mapping[str, Any], text: str
+    ) -> Sequence[Message]:
+        """Return turns cut to what can matter below ``max_length``; the same where that is all.
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        from jinja2 import TemplateError
-
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **options
-            )
-        except (TemplateError, TypeError, ValueError) as problem:
-            roles = ", ".join(message.role for message in messages)
-            raise EncodingError(f"the chat template refuses the turns {roles}: {problem}") from problem
-
-    @cached_property
-    def _has_marks(self) -> bool:
-        # Marks are mapped to tokens by character offsets, which only fast tokenizers keep.
-        template = self.tokenizer.get_chat_template()
-        return self.tokenizer.is_fast and re.search(r"\{%-?\s*generation\b", template) is not None
+        Tokenizing a text of megabytes whole, to cut it, takes gigabytes. The cut turns must give the same tokens.
+        """
+        most = self._most_characters
+        while most is not None and len(text) > 2 * most and callable(self.tokenizer):
+            short, left = [], most
+            for message in messages:
+                short.append(replace(message, content=message.content[: max(left, FEWEST)]))
+                left -= len(message.content)
+            limit = self.max_length or 0
+            ids = self._renderer.ids(short, arguments)
+            start = self.tokenizer(text[:most], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > limit + GUARD and ids[: limit + 1] == list(start[: limit + 1]):
+                return short
+            most *= 4
+        return messages
 
     @cached_property
-    def _end_of_turn(self) -> int | None:
-        """The first control token that the template writes after an answer, whatever the answer."""
-        asked = (Message("user", "a"),)
-        start = len(self._render(asked, ask=True))
-        b, c = (self._render((*asked, Message("assistant", word)))[start:] for word in ("b", "c"))
-        closing: list[int] = []
-        for one, other in zip(reversed(b), reversed(c), strict=False):
-            if one != other:
-                break
-            closing.insert(0, one)
-        control = self.tokenizer.added_tokens_decoder.keys() - {self.tokenizer.unk_token_id}
-        return next((token for token in closing if token in control), None)
+    def _most_characters(self) -> int | None:
+        """How many characters of an example are tokenized at first; more if they are too few tokens."""
+        return None if self.max_length is None else max(FEWEST_CHARACTERS, CHARACTERS * self.max_length)
 
     # ---- plain ---------------------------------------------------------------------------------------
 
     def _plain(self, example: Example) -> Encoded:
+        if example.template_arguments:
+            names = ", ".join(sorted(example.template_arguments))
+            raise EncodingError(
+                f"the row sets {names} for a chat template, and none is used here. Drop them: data.ignore=[tools, "
+                "chat_template_kwargs]."
+            )
+        whole, example = example, self._start_of(example)
+        beyond = example is not whole
         if example.text is not None:
             ids, boundary, prompt_ids = self._closed(self._tokens(example.text)), 0, []
         elif example.prompt is None or example.completion is None:
@@ -302,18 +333,37 @@ class Encoder:
             ids = self._closed(self._tokens(example.prompt + example.completion))
             boundary = self._boundary(example.prompt, example.completion, ids, prompt_ids)
         trained_from = 0 if self.train_on == "all" else boundary
+        asked = not beyond or example.prompt == whole.prompt
+        text = [whole.completion or ""] if whole.text is None else [whole.text]
         return Encoded(
             input_ids=ids,
             labels=[IGNORED if at < max(trained_from, 1) else token for at, token in enumerate(ids)],
-            prompt_ids=prompt_ids,
-            answer=example.completion or "",
+            prompt_ids=prompt_ids if asked else [],
+            answer=whole.completion or "",
             was_cut=False,
             place=example.place,
             full_length=len(ids),
             prompt_differs=ids[: len(prompt_ids)] != prompt_ids,
             # Plain text may contain control tokens on purpose.
-            control_text=any(map(self._control.search, (example.prompt or "", example.completion or ""))),
+            control_text=any(map(self._control.search, (whole.prompt or "", whole.completion or ""))),
+            is_start=beyond,
+            misspelt=self._misspells(ids, ids[boundary:], text),
         )
+
+    def _start_of(self, example: Example) -> Example:
+        """Return an example cut to what can matter below ``max_length``; the same where that is all."""
+        text = (example.prompt or "") + (example.completion or "") if example.text is None else example.text
+        most = self._most_characters
+        while most is not None and len(text) > 2 * most:
+            limit = self.max_length or 0
+            start, more = self._tokens(text[:most]), self._tokens(text[: 2 * most])
+            if len(start) > limit + GUARD and start[: limit + 1] == more[: limit + 1]:
+                if example.text is not None:
+                    return replace(example, text=text[:most])
+                prompt = (example.prompt or "")[:most]
+                return replace(example, prompt=prompt, completion=text[len(prompt) : most])
+            most *= 4
+        return example
 
     def _tokens(self, text: str) -> list[int]:
         """Tokenize with the tokenizer's start token, only once even if the text begins with it."""
@@ -352,6 +402,9 @@ class Encoder:
             Message("user", example.prompt or ""),
             Message("assistant", example.completion or ""),
         )
+        if example.template_arguments:
+            names = ", ".join(sorted(example.template_arguments))
+            raise EncodingError(f"the row sets {names}, and this family of models has no chat template.")
         roles = [message.role for message in messages]
         if roles != ["user", "assistant"]:
             raise EncodingError(
@@ -388,13 +441,23 @@ class Encoder:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the tokenizer's end token and the one that the chat template writes."""
-        ends = {self.tokenizer.eos_token_id, self._end_of_turn if self.uses_chat else None}
+        ends = {self.tokenizer.eos_token_id, self._finder.end_of_turn if self.uses_chat else None}
         return frozenset(token for token in ends if token is not None)
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         return re.compile("|".join(re.escape(str(token)) for token in added if token.special) or r"(?!)")
+
+
+def _refuse_flags(messages: Sequence[Message]) -> None:
+    """Refuse turns that say that they are not learned, where everything is."""
+    for index, message in enumerate(messages):
+        if message.flag:
+            raise EncodingError(
+                f"turn {index} says by {message.flag} that it is not learned, and data.train_on=all learns every "
+                f"token. Set data.train_on=completions, or drop the flags: data.ignore=[{message.flag}]."
+            )
 
 
 def trained_count(labels: Iterable[int]) -> int:
@@ -408,13 +471,3 @@ def trained_count(labels: Iterable[int]) -> int:
 def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of token ids, control tokens included and white space as it is."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def common_length(a: Sequence[object], b: Sequence[object]) -> int:
-    """Return the length of the longest common prefix.
-
-    Example:
-        >>> common_length([1, 2, 3], [1, 2, 4])
-        2
-    """
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -83,6 +83,7 @@ class DataSection(_Section):
     train_on: Literal["completions", "all"] = "completions"
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     limit: int | None = Field(default=None, ge=1)
+    ignore: list[Name] | None = None
 
 
 class VisionTaskSection(TaskSection):
@@ -180,6 +181,7 @@ class ImageDataSection(_Section):
     bad_images: Literal["refuse", "skip"] = "refuse"
     max_pixels: int = Field(default=50_000_000, ge=1)
     limit: int | None = Field(default=None, ge=1)
+    ignore: list[Name] | None = None
 
 
 class ImageScopesSection(_Scopes):

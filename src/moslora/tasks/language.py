@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.columns import idle_entry
 from moslora.data.splitting import set_aside, thin_out
 from moslora.errors import UsageError
 from moslora.metrics.answers import ANSWER_METRICS, wilson_interval
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moslora.data.encoding import Summary
+    from moslora.data.files import Records
     from moslora.data.shapes import Example
     from moslora.data.tokenization import Encoded
     from moslora.display import Display
@@ -160,6 +162,17 @@ class LanguageTask(Task):
         }
 
     # ---- data ----------------------------------------------------------------------------------------
+
+    def warn_of_idle_entries(self, parts: Sequence[tuple[Records, set[str]]]) -> None:
+        """Warn of entries of ``data.ignore`` that no row has.
+
+        Args:
+            parts: Rows, and the entries that they have; from ``without_keys``.
+        """
+        present = set().union(*(one for _, one in parts))
+        for key in self.recipe.data.ignore or ():
+            if key not in present and not self.measures_only:
+                self.display.warn(idle_entry(key, parts[0][0]))
 
     @property
     def pad_id(self) -> int:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moslora.data.columns import Unread, unread_keys
 from moslora.data.pictures import open_image
+from moslora.data.strict_json import parse_json
 from moslora.errors import DataError
 
 __all__ = ["Folder", "Picture", "read_folder", "warn_of_left_out"]
@@ -68,6 +70,7 @@ def read_folder(
     skip_bad: bool,
     *,
     limit: int | None = None,
+    ignore: Sequence[str] = (),
     name_words: Callable[[str], str] = str,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> Folder:
@@ -79,6 +82,7 @@ def read_folder(
         max_pixels: The most pixels that a picture may have.
         skip_bad: Leave unusable pictures out, instead of refusing them.
         limit: Use only this many pictures, the first by name.
+        ignore: Fields of ``metadata.jsonl`` that are dropped.
         name_words: Fills templates in captions.
         checkpoint: Called after each picture.
 
@@ -94,7 +98,7 @@ def read_folder(
             str(folder), [f"it {what}"], "Name a folder of pictures; data sets of the hub are not supported."
         )
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    captions, faults = _captions(folder, files)
+    captions, faults = _captions(folder, files, ignore)
     nested = [p.name for p in folder.iterdir() if p.is_dir()]
     if not files and not faults:
         inside = f"it has folders ({', '.join(sorted(nested)[:3])}), which are not searched" if nested else ""
@@ -129,7 +133,7 @@ def read_folder(
     return Folder(tuple(pictures), tuple(bad), all_together, unread)
 
 
-def _captions(folder: Path, files: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
+def _captions(folder: Path, files: Sequence[Path], ignore: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return captions by the file name of their picture, and the faults of captions."""
     captions: dict[str, str] = {}
     faults: list[str] = []
@@ -153,15 +157,18 @@ def _captions(folder: Path, files: Sequence[Path]) -> tuple[dict[str, str], list
         lines = listed.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         return captions, [*faults, f"{METADATA} is not UTF-8 text"]
+    unread = Unread()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            name, text = row["file_name"], next(row[key] for key in CAPTION_KEYS if key in row)
-        except (json.JSONDecodeError, KeyError, TypeError, StopIteration):
+            row = {key: value for key, value in parse_json(line).items() if key not in ignore}
+            given = [key for key in CAPTION_KEYS if row.get(key) is not None]
+            name, text = row["file_name"], row[given[0]]
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
             faults.append(f"{METADATA}, line {number}: expected an object with file_name and text")
             continue
+        unread.add(f"{METADATA}, line {number}", unread_keys(row, ("file_name", given[0])))
         if not isinstance(text, str) or not text.strip():
             faults.append(f"{METADATA}, line {number}: field text is empty or not text")
         elif name not in names:
@@ -170,6 +177,8 @@ def _captions(folder: Path, files: Sequence[Path]) -> tuple[dict[str, str], list
             faults.append(f"{METADATA}, line {number}: {name} already has another caption")
         else:
             captions[name] = " ".join(text.split())
+    if unread:
+        faults += [*unread.faults(), unread.advice().rstrip(".")]
     return captions, faults
 
 

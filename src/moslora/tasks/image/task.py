@@ -140,6 +140,7 @@ class ImageTask(Task):
             data.max_pixels,
             data.bad_images == "skip",
             limit=limit,
+            ignore=data.ignore or (),
             name_words=self.subject.fill,
             checkpoint=self.raise_if_stopped,
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moslora.data.columns import without_keys
 from moslora.data.encoding import Summary, encode_all
 from moslora.data.files import read_records
 from moslora.data.preview import preview
@@ -45,13 +46,14 @@ class TextTask(LanguageTask):
         """Read the data and find the base model."""
         data = self.recipe.data
         self.base_model.find(self.needs_weights)
-        records = read_records(data.train, data.train_split, data.limit)
-        self.data_hashes = {"train": records.sha256}
-        self.train_examples = to_examples(records, data.format)
+        parts = [without_keys(read_records(data.train, data.train_split, data.limit), data.ignore or ())]
+        self.data_hashes = {"train": parts[0][0].sha256}
+        self.train_examples = to_examples(parts[0][0], data.format)
         if data.heldout is not None or data.heldout_split is not None:
-            heldout = read_records(data.heldout or data.train, data.heldout_split or "train", None)
-            self.data_hashes["heldout"] = heldout.sha256
-            self.heldout_examples = to_examples(heldout, data.format)
+            records = read_records(data.heldout or data.train, data.heldout_split or "train", None)
+            parts.append(without_keys(records, data.ignore or ()))
+            self.data_hashes["heldout"] = records.sha256
+            self.heldout_examples = to_examples(parts[1][0], data.format)
         else:
             self.train_examples, self.heldout_examples = split_heldout(
                 self.train_examples, data.heldout_fraction, self.recipe.seed
@@ -60,6 +62,7 @@ class TextTask(LanguageTask):
                 f"Held out {len(self.heldout_examples)} examples ({data.heldout_fraction:.0%}, chosen "
                 "by content and seed), because data.heldout names none."
             )
+        self.warn_of_idle_entries(parts)
         shared = overlap(self.train_examples, self.heldout_examples)
         if shared and not self.measures_only:
             self.display.warn(

@@ -132,19 +132,38 @@ class Renderer:
         added: dict[int, Any] = self._processor.tokenizer.added_tokens_decoder
         return {number: token for number, token in added.items() if str(token) != IMAGE}
 
-    def get_chat_template(self) -> str:
+    # Places of tokens in a text are not those in the text that a processor tokenizes.
+    is_fast = False
+
+    def get_chat_template(self, tools: Any = None) -> str:
         """Return the processor's."""
         return str(self._processor.chat_template)
 
-    def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
-        """Render turns to token ids, pictures included."""
+    def apply_chat_template(
+        self,
+        turns: Sequence[Mapping[str, str]],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        return_dict: bool = True,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Render turns to token ids, pictures included, or to text with the placeholders of pictures.
+
+        Args:
+            turns: Roles and contents.
+            tokenize: Whether to token ids.
+            add_generation_prompt: Whether an answer is to follow.
+            return_dict, tokenizer_kwargs: As for tokenizers; they change nothing here.
+            **arguments: Variables of the template.
+        """
         images = iter(self._images)
-        output = self._processor.apply_chat_template(
-            [{"role": t["role"], "content": parts_of(t["content"], images)} for t in turns],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=bool(options.get("add_generation_prompt")),
-        )
+        conversation = [{"role": t["role"], "content": parts_of(t["content"], images)} for t in turns]
+        options = {**arguments, "add_generation_prompt": add_generation_prompt}
+        if not tokenize:
+            return self._processor.apply_chat_template(conversation, tokenize=False, **options)
+        output = self._processor.apply_chat_template(conversation, tokenize=True, return_dict=True, **options)
         return {**output, "input_ids": _row(output["input_ids"])}
 
     def pair(self, question: str, answer: str | None = None) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.columns import says_nothing, without_keys
 from moslora.data.faults import SHOWN
 from moslora.data.files import Records, read_records
 from moslora.data.pictures import open_image
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from moslora.recipe.schema import VisionDataSection
 
 __all__ = ["PictureFiles", "read_examples", "split_off_images"]
+
+CONVERSATIONS = ("messages", "conversations", "prompt", "completion")  # columns that may be lists of turns
+QUESTIONS = ("prompt", "instruction", "input")  # columns that may be a question's text
 
 
 class PictureFiles:
@@ -102,7 +106,7 @@ def read_examples(
     pictures: PictureFiles,
     display: Display,
     raise_if_stopped: Callable[[], None],
-) -> tuple[list[Example], dict[str, str]]:
+) -> tuple[list[Example], dict[str, str], tuple[Records, set[str]]]:
     """Read examples and check their pictures.
 
     Args:
@@ -114,12 +118,13 @@ def read_examples(
         raise_if_stopped: Called after each example.
 
     Returns:
-        The examples, and hashes of the file and of the pictures by name.
+        The examples, hashes of the file and of the pictures by name, and the rows with the entries of ``data.ignore``
+        that they have.
 
     Raises:
         DataError: If a row or a picture cannot be used, or none is left.
     """
-    records = read_records(source, split, limit)
+    records, present = without_keys(read_records(source, split, limit), data.ignore or ())
     folder = Path(data.images) if data.images else Path(records.source).parent
     rows: list[dict[str, Any]] = []
     places: list[str] = []
@@ -152,7 +157,8 @@ def read_examples(
     if not rows:
         raise DataError(records.source, ["no example has a usable picture"], "Check data.images.")
     hashes = {part: records.sha256, f"{part}_pictures": pictures.sha256()}
-    return to_examples(Records(rows, places, records.source, records.sha256), data.format), hashes
+    examples = to_examples(Records(rows, places, records.source, records.sha256), data.format)
+    return examples, hashes, (records, present)
 
 
 def split_off_images(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -175,21 +181,11 @@ def split_off_images(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     if not all(isinstance(name, str) for name in names):
         raise PictureError("pictures must be names of files in data.images")
     text_row = {key: value for key, value in row.items() if key not in ("image", "images")}
-    column = "conversations" if text_row.get("conversations") is not None else "messages"
-    turns = text_row.get(column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return text_row, names  # to_examples reports what is wrong
-    turns = [dict(turn) for turn in turns]
-    questions = []  # turns of the user, and the key of their text
-    for turn in turns:
-        key = "value" if "value" in turn else "content"
-        if isinstance(turn.get(key), list):
-            turn[key] = _joined(turn[key])
-        is_user = turn.get("role", turn.get("from")) in ("user", "human")
-        if isinstance(turn.get(key), str) and IMAGE in turn[key] and not is_user:
-            raise PictureError(f"{IMAGE} is in a turn that is not the user's")
-        if is_user and isinstance(turn.get(key), str):
-            questions.append((turn, key))
+    questions: list[tuple[dict[str, Any], str]] = []  # who has a question's text, and under which key
+    for column in CONVERSATIONS:
+        if isinstance(text_row.get(column), list):
+            text_row[column] = _turns_as_text(text_row[column], column, questions)
+    questions += [(text_row, key) for key in QUESTIONS if isinstance(text_row.get(key), str)]
     placeholders = sum(turn[key].count(IMAGE) for turn, key in questions)
     if names and not placeholders and questions:
         turn, key = questions[0]
@@ -198,12 +194,42 @@ def split_off_images(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         raise PictureError(
             f"{len(names)} pictures, but {IMAGE} occurs {placeholders} times in the user's turns; make them equal"
         )
-    text_row[column] = turns
     return text_row, names
 
 
-def _joined(parts: Sequence[Any]) -> str:
-    """Return a turn's parts as one text, pictures as placeholders."""
+def _turns_as_text(turns: list[Any], column: str, questions: list[tuple[dict[str, Any], str]]) -> list[Any]:
+    """Return turns whose parts are joined to texts, and add the user's to ``questions``."""
+    turns = [dict(turn) if isinstance(turn, Mapping) else turn for turn in turns]
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            continue  # to_examples reports what is wrong
+        key = "value" if turn.get("value") is not None else "content"
+        if isinstance(turn.get(key), list):
+            first = sum(turn[key].count(IMAGE) for turn, key in questions)
+            turn[key] = _joined(turn[key], column, f"{column}[{index}].{key}", first)
+        is_user = (turn.get("role") or turn.get("from")) in ("user", "human")
+        if isinstance(turn.get(key), str) and IMAGE in turn[key] and not is_user:
+            raise PictureError(f"{IMAGE} is in a turn that is not the user's")
+        if is_user and isinstance(turn.get(key), str):
+            questions.append((turn, key))
+    return turns
+
+
+def _joined(parts: Sequence[Any], column: str, where: str, first: int) -> str:
+    """Return a turn's parts as one text, pictures as placeholders; ``first`` is the number of the first picture."""
     if not all(isinstance(part, dict) and part.get("type") in ("text", "image") for part in parts):
         raise PictureError("a turn's parts must be of type text or image")
-    return "".join(IMAGE if part["type"] == "image" else str(part.get("text", "")) for part in parts)
+    for index, part in enumerate(parts):
+        is_text = part["type"] == "text"
+        # Some data number their pictures, which is no more than their order.
+        own = {"type", "text"} if is_text else {"type", *(["index"] if part.get("index") == first else [])}
+        first += not is_text
+        unread = next((key for key in part if key not in own and not says_nothing(part[key])), None)
+        if unread is not None:
+            raise PictureError(
+                f"field {f'{where}[{index}].{unread}'!r} would be ignored: pictures are named in the row's images, in "
+                f"their order. To drop it: data.ignore=[{column}.{where.rpartition('.')[2]}.{unread}]"
+            )
+        if is_text and not isinstance(part.get("text"), str):
+            raise PictureError(f"field {f'{where}[{index}].text'!r} is not text")
+    return "".join(IMAGE if part["type"] == "image" else part["text"] for part in parts)

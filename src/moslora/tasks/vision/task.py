@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Trainer, TrainerCallback
 
+    from moslora.data.files import Records
+
 __all__ = ["VisionTask"]
 
 PICTURE_BATCH = 16  # examples measured or answered at once
@@ -61,6 +63,7 @@ class VisionTask(LanguageTask):
     validation_set: EncodedRows
     train_summary: Summary
     heldout_summary: Summary
+    _parts: list[tuple[Records, set[str]]]
 
     # ---- data ----------------------------------------------------------------------------------------
 
@@ -72,17 +75,19 @@ class VisionTask(LanguageTask):
         self.base_model.find(self.needs_weights)
         self.pictures = PictureFiles(data.max_pixels)
         self.data_hashes = {}
-        self.train_examples = []
+        self.train_examples, self._parts = [], []
         if not self.measures_only:
             self.train_examples = self._read("train", data.train, data.train_split, data.limit)
         self.heldout_examples = self._read("heldout", data.heldout, data.heldout_split or "train", None)
+        self.warn_of_idle_entries(self._parts)
         self._warn_of_shared_pictures()
 
     def _read(self, part: str, source: str, split: str, limit: int | None) -> list[Example]:
-        examples, hashes = read_examples(
+        examples, hashes, rows = read_examples(
             part, source, split, limit, self.recipe.data, self.pictures, self.display, self.raise_if_stopped
         )
         self.data_hashes |= hashes
+        self._parts.append(rows)
         return examples
 
     def _warn_of_shared_pictures(self) -> None:
