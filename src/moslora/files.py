@@ -1,4 +1,4 @@
-"""Files written whole or not at all, locks between processes, and the header of safetensors files."""
+"""Files written whole or not at all, locks between processes, and JSON and safetensors headers within bounds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moslora.errors import ExistsError, UsageError
+from moslora.wording import one_line
 
 __all__ = [
     "Header",
     "StoredTensor",
     "is_running",
+    "kind_of_file",
     "locked",
     "new_directory",
     "new_file",
     "process_start",
     "read_header",
+    "read_json",
+    "read_text",
     "replaced_file",
     "sha256",
     "write_text",
@@ -33,6 +38,8 @@ __all__ = [
 # Seconds. Two readings of one process's start differ by corrections of the clock, never by this much.
 START_TOLERANCE = 5.0
 LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library takes
+LARGEST_JSON = 64 << 20  # bytes; an index of the shards of a huge model has some 10 MiB
+MOST_DIMENSIONS = 64
 # Bits of an element, by the format's names (safetensors 0.8). Another name is an error, as it is for the library.
 BITS = {
     "F4": 4,
@@ -139,6 +146,59 @@ def new_file(out: Path) -> Iterator[Path]:
 def _beside(path: Path) -> Path:
     """Return a new hidden name in the same directory."""
     return path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def kind_of_file(path: Path) -> str:
+    """Return what a path is, if it is not an ordinary file: ``"a named pipe"``, ``"a folder"``, …; else an empty text.
+
+    Args:
+        path: Anything; links are followed.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - takes names that are not paths too
+    except (OSError, ValueError):
+        return "missing"
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    if stat.S_ISREG(mode):
+        return ""
+    return next((name for is_one, name in kinds if is_one(mode)), "a device")
+
+
+def read_text(path: Path, most: int = 1 << 20) -> str:
+    """Read a text file within bounds.
+
+    Args:
+        path: The file, in UTF-8.
+        most: Bytes that it may have.
+
+    Raises:
+        ValueError: If it is not an ordinary file, larger, or not UTF-8.
+        OSError: If it cannot be opened.
+    """
+    kind = kind_of_file(path)
+    if kind not in ("", "missing"):
+        raise ValueError(f"it is {kind}, not a file")
+    with Path(path).open("rb") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"it has more than {most >> 20} MiB")
+    return text.decode("utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a configuration, within bounds.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it is not JSON, not an ordinary file, larger than ``LARGEST_JSON``, or nested too deeply.
+        OSError: If it cannot be opened.
+    """
+    try:
+        return json.loads(read_text(path, LARGEST_JSON))
+    except RecursionError:
+        raise ValueError("it has too many nested levels") from None
 
 
 def sha256(path: Path) -> str:
@@ -260,6 +320,9 @@ def read_header(path: Path) -> Header:
         ValueError: If it is damaged or cut off; the message says how, without the path.
         OSError: If it cannot be read.
     """
+    kind = kind_of_file(path)
+    if kind not in ("", "missing"):
+        raise ValueError(f"it is {kind}, not a file")
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -280,16 +343,18 @@ def read_header(path: Path) -> Header:
             for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its header cannot be read ({type(error).__name__}: {error})") from None
+        raise ValueError(f"its header cannot be read ({type(error).__name__}: {one_line(error)})") from None
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if len(tensor.shape) > MOST_DIMENSIONS:
+            raise ValueError(f"{one_line(name)} has {len(tensor.shape)} dimensions")
         if tensor.start != end or tensor.end < tensor.start:
-            raise ValueError(f"{name} begins at byte {tensor.start} instead of {end}")
+            raise ValueError(f"{one_line(name)} begins at byte {tensor.start} instead of {end}")
         if tensor.dtype not in BITS:
-            raise ValueError(f"{name} has the unknown dtype {tensor.dtype!r}")
+            raise ValueError(f"{one_line(name)} has the unknown dtype {one_line(repr(tensor.dtype), 40)}")
         if math.prod(tensor.shape) * BITS[tensor.dtype] != 8 * (tensor.end - end):
             raise ValueError(
-                f"{name} has {tensor.end - end} bytes, which are not {tensor.dtype} of shape {tensor.shape}"
+                f"{one_line(name)} has {tensor.end - end} bytes, which are not {tensor.dtype} of shape {tensor.shape}"
             )
         end = tensor.end
     if end != size:
@@ -299,8 +364,8 @@ def read_header(path: Path) -> Header:
 
 def _natural(value: Any) -> int:
     """Return a whole number from 0; a fraction, a text or a truth value is not one."""
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is not a whole number from 0")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{one_line(repr(value), 40)} is not a whole number from 0 to 2^63")
     return value
 
 

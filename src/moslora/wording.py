@@ -10,6 +10,7 @@ from typing import TypeVar
 __all__ = ["did_you_mean", "duration", "evenly_spaced", "figure", "first_line", "nearest", "one_line"]
 
 T = TypeVar("T")
+LONGEST_NAME = 300  # characters
 
 
 def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
@@ -20,7 +21,12 @@ def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str |
         known: Valid names.
         cutoff: The least likeness, from 0 to 1.
     """
-    return next(iter(difflib.get_close_matches(str(word), [str(name) for name in known], 1, cutoff)), None)
+    text = str(word)
+    if (
+        len(text) > LONGEST_NAME
+    ):  # the comparison takes the square of the length, and a page of text is no name
+        return None
+    return next(iter(difflib.get_close_matches(text, [str(name) for name in known], 1, cutoff)), None)
 
 
 def did_you_mean(word: object, known: Iterable[object], cutoff: float = 0.6) -> str:

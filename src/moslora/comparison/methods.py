@@ -5,7 +5,6 @@ Rank, alpha, dropout and target modules are the recipe's for all of them; only w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moslora.errors import UsageError
+from moslora.files import read_json, read_text
+from moslora.recipe.yaml_core import load_bounded
 from moslora.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -196,8 +197,7 @@ def find_method(name: str) -> Method:
 def _read(file: Path) -> dict[str, Any]:
     """Read a configuration as PEFT or a person writes it."""
     try:
-        text = file.read_text(encoding="utf-8")
-        value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        value = read_json(file) if file.suffix == ".json" else load_bounded(read_text(file))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(value, dict) or not any(key in value for key in ("peft_type", "r", "target_modules")):

@@ -113,13 +113,15 @@ OF_MESSAGES = frozenset(("role", "content", "from", "value"))
 OF_TEMPLATES = ("tools", "chat_template_kwargs")
 
 
-def says_nothing(value: Any) -> bool:
+def says_nothing(value: Any, levels: int = 20) -> bool:
     """Return whether a value says as little as an absent key: null, empty, or made of such; tables fill gaps so."""
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value):
         return True
-    if isinstance(value, Mapping):
-        return all(map(says_nothing, value.values()))
-    return isinstance(value, list | tuple) and all(map(says_nothing, value))
+    if not levels or not isinstance(value, Mapping | list | tuple):
+        return False
+    return all(
+        says_nothing(one, levels - 1) for one in (value.values() if isinstance(value, Mapping) else value)
+    )
 
 
 def _unread_of_turns(turns: Any, column: str) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from moslora.data.faults import Faults, kind_of, listed, quoted
 from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
+from moslora.files import kind_of_file
 from moslora.wording import did_you_mean, nearest
 
 __all__ = ["FILE_READERS", "Records", "read_records"]
@@ -206,6 +207,10 @@ def _read_file(path: Path, limit: int | None) -> Records:
         hint = "" if reason else did_you_mean(suffix, FILE_READERS)
         fault = f"files with {suffix or 'no extension'} are not supported{reason}"
         raise DataError(str(path), [fault], f"Supported: {listed(FILE_READERS)}.{hint}")
+    if kind := kind_of_file(path):
+        raise DataError(
+            str(path), [f"it is {kind}, not a file"], "Write the rows into a file, and name that."
+        )
     faults = Faults(str(path))
     rows: list[dict[str, Any]] = []
     places = []

@@ -23,6 +23,9 @@ __all__ = ["IGNORED", "OTHER_WAYS", "AnswerFinder", "common_length"]
 
 IGNORED = -100  # torch's cross entropy and every Trainer skip this label
 MANY = 16  # answers; up to so many are found by token ids alone
+# Of very many answers about so many are found by rendering what comes before, evenly spaced and the first and last;
+# the others must stand between the same opening and end, or are found so too.
+RENDERED, ALL_AT_ENDS = 128, 8
 OTHER_WAYS = (
     "Set data.train_on=all, or, if earlier answers are the cause, give prompt (a list of messages) and "
     "completion, so that only the last answer is trained on."
@@ -124,7 +127,8 @@ class AnswerFinder:
     ) -> tuple[list[int], list[int]] | None:
         """Find many answers by the text before each of them; None where tokens do not say where they are in a text.
 
-        The first and the last answer are found by token ids too, and must be the same.
+        The first and the last answer are found by token ids too, and must be the same. The text before an answer is
+        rendered for every answer, or for some where they are so many that this would take the square of their number.
         """
         tokenizer = self.template.tokenizer
         if not getattr(tokenizer, "is_fast", False):
@@ -141,20 +145,37 @@ class AnswerFinder:
         if any(a > b for a, b in pairwise(ends)):
             return None
         most = len(text) if self.limit is None or self.limit >= len(ids) else ends[self.limit]
-        labels, spans = [IGNORED] * len(ids), []
-        for index, message in enumerate(messages):
-            if message.role != "assistant" or not message.trained:
-                continue
-            before = self.template.text(messages[:index], arguments, ask=True)
-            if len(before) > most:
+        labels, spans, at = [IGNORED] * len(ids), [], 0
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
+        stride, opening = max(1, len(answers) // RENDERED), ""
+        is_alike = stride > 1 and all(m.trained for m in messages if m.role == "assistant")
+        for number, index in enumerate(answers):
+            span = None
+            if (
+                is_alike
+                and opening
+                and number % stride
+                and number >= ALL_AT_ENDS
+                and number < len(answers) - ALL_AT_ENDS
+            ):
+                span = self._next_span(text, at, opening, messages[index].content.strip())
+            if span is None:
+                before = self.template.text(messages[:index], arguments, ask=True)
+                if len(before) > most:
+                    break
+                upto = self.template.text(messages[: index + 1], arguments)
+                if not upto.startswith(before):
+                    raise _before_differs(index)
+                span = len(before), self._end_in(upto, len(before))
+                if not text.startswith(upto[: span[1]]):
+                    raise _turn_differs(index)
+                if is_alike and not opening:
+                    opening = before.removeprefix(self.template.text(messages[:index], arguments))
+                    is_alike = not any(opening in message.content for message in messages)
+            if span[0] > most:
                 break
-            upto = self.template.text(messages[: index + 1], arguments)
-            if not upto.startswith(before):
-                raise _before_differs(index)
-            stop = self._end_in(upto, len(before))
-            if not text.startswith(upto[:stop]):
-                raise _turn_differs(index)
-            start, end = bisect_right(ends, len(before)), bisect_left(starts, stop)
+            at = span[1]
+            start, end = bisect_right(ends, span[0]), bisect_left(starts, at)
             labels[start:end] = ids[start:end]
             spans.append((index, start, end))
         for index, start, end in {*spans[:1], *spans[-1:]}:
@@ -163,6 +184,18 @@ class AnswerFinder:
             if (start, end) != (len(by_ids), self._end_of(upto_ids, start)) or ids[:start] != by_ids:
                 return None
         return ids, labels
+
+    def _next_span(self, text: str, at: int, opening: str, content: str) -> tuple[int, int] | None:
+        """Return where the next answer is, if it stands between the template's opening and end of turn as others do."""
+        if self.end_of_turn is None:
+            return None
+        end = str(self.template.tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        start = text.find(opening, at)
+        if start < 0:
+            return None
+        start += len(opening)
+        stop = text.find(end, start + len(content))
+        return (start, stop + len(end)) if text[start:stop].strip() == content and stop >= 0 else None
 
     def _end_in(self, text: str, start: int) -> int:
         """Return where the turn that begins at ``start`` and ends a text stops, as ``_end_of`` does for ids."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.errors import PictureError
+from moslora.files import kind_of_file
 
 __all__ = ["open_image"]
 
@@ -25,8 +26,11 @@ def open_image(path: Path, max_pixels: int) -> Any:
     """
     from PIL import Image, ImageOps
 
-    if not path.is_file():
-        raise PictureError(f"{path} does not exist")
+    kind = kind_of_file(path)
+    if kind:
+        raise PictureError(
+            f"{path} does not exist" if kind == "missing" else f"{path} is {kind}, not a picture"
+        )
     try:
         with Image.open(path) as picture:
             width, height = picture.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,17 @@ from moslora.data.tokenization import IGNORED, Encoded, common_length, decode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["preview"]
+__all__ = ["MOST", "preview"]
 
 
-def preview(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+MOST = (
+    4096  # tokens of an example that are shown; where pieces begin takes the square of their number to find
+)
+
+
+def preview(
+    encoded: Encoded, tokenizer: PreTrainedTokenizerBase, most: int | None = None
+) -> list[tuple[str, bool]]:
     """Return an example as pieces of text, each with whether it is trained on.
 
     The pieces join to the whole decoded text, control tokens included. If a piece ends inside a character that takes
@@ -22,7 +30,12 @@ def preview(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     Args:
         encoded: The example.
         tokenizer: The model's.
+        most: How many tokens are shown; the rest is counted in a last piece. None for all.
     """
+    if most is not None and len(encoded.input_ids) > most:
+        start = replace(encoded, input_ids=encoded.input_ids[:most], labels=encoded.labels[:most])
+        rest = f" … and {len(encoded.input_ids) - most} more tokens"
+        return [*preview(start, tokenizer), (rest, False)]
     whole = decode(encoded.input_ids, tokenizer)
     trained = [label != IGNORED for label in encoded.labels]
     starts = [at for at in range(len(trained)) if at == 0 or trained[at] != trained[at - 1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from moslora.data.columns import FLAGS, OF_TEMPLATES, Unread, says_nothing, unread_keys
@@ -170,6 +171,8 @@ def to_examples(records: Records, format: str = "auto") -> list[Example]:
     for place, row in zip(records.places, records.rows, strict=True):
         try:
             examples.append(_example(place, row, shape, read))
+        except RecursionError:
+            faults.add(place, "has too many nested levels")
         except _FieldError as problem:
             fitting = [other for other in _fitting_shapes(row) if other != name]
             mixed = f" (the row fits format {fitting[0]!r}, the file {name!r})" if fitting else ""
@@ -222,6 +225,11 @@ def _recognize(records: Records) -> str:
 
 def _similar_column(name: str, names: Iterable[str]) -> str | None:
     """Return the column that ``name`` may be misspelled as, among those that no shape reads."""
+    return _similar(name, tuple(names))
+
+
+@lru_cache(maxsize=16)  # rows of a file have the same columns
+def _similar(name: str, names: tuple[str, ...]) -> str | None:
     known = {column for shape in SHAPES.values() for column in (*shape.required, *shape.optional)}
     return nearest(name, [n for n in names if n not in known], 0.75)
 

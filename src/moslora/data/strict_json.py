@@ -34,6 +34,10 @@ def parse_json(text: str) -> Any:
         raise ValueError("a \\ud… escape without its other half is not a character") from None
     except RecursionError:
         raise ValueError("too many nested levels") from None
+    except ValueError as problem:
+        if "int_max_str_digits" in str(problem):  # Python's own limit, 4300
+            raise ValueError("a number has thousands of digits; write it as text") from None
+        raise
     return value
 
 

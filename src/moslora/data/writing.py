@@ -39,6 +39,9 @@ def write_rows(rows: Iterable[Any], path: Path, what: str) -> None:
                     ensure_ascii=False,
                     allow_nan=False,
                 )
+            except RecursionError:
+                faults.append(f"row {number}: has too many nested levels, or a value that holds itself")
+                continue
             except (TypeError, ValueError) as error:
                 faults.append(f"row {number}: {error}")
                 continue

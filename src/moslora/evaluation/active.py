@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moslora.errors import ProofError, UsageError
+from moslora.errors import AdapterError, ProofError, UsageError
 from moslora.evaluation.results import Activity
+from moslora.patterns import check_patterns
 
 # Prompts on which the adapter has to show itself, and tokens of each.
 PROBES, PROBE_TOKENS = 4, 128
@@ -17,11 +18,15 @@ def with_adapter(base: Any, adapter: Path) -> Any:
     """Put an adapter into a model, as PEFT does; every tensor of its file has to find its place."""
     from moslora.compat.peft.loading import load_whole
 
+    from moslora.adapters.formats.directory import read_config
+
     if not (adapter / "adapter_config.json").is_file():
         raise UsageError(
             f"{adapter} is not an adapter directory that PEFT loads. Convert other formats "
             f"with: moslora import {adapter} OUT"
         )
+    names = [name for name, _ in base.named_modules()]
+    check_patterns(read_config(adapter), names, str(adapter), AdapterError)
     return load_whole(base, adapter)
 
 

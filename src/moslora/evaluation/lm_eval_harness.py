@@ -13,6 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from moslora.errors import UsageError
+from moslora.files import read_text
+from moslora.recipe.yaml_core import load_bounded
 from moslora.wording import did_you_mean, first_line
 
 __all__ = ["Harness", "TaskScores"]
@@ -202,11 +204,11 @@ def _task_of(file: Path) -> tuple[str, str]:
 
     try:
         # The harness's own tags (!function) name code; here only the name is read.
-        found = yaml.safe_load(_without_tags(file.read_text(encoding="utf-8")))
+        found = load_bounded(_without_tags(read_text(file)))
         for kind in ("group", "task"):
             if isinstance(found.get(kind), str):
                 return found[kind], kind
-    except (OSError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UsageError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     raise UsageError(f"{file} is not a task of lm-eval: it has no line task: NAME.")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moslora import files
 from moslora.errors import ModelError
 from moslora.wording import nearest
 
@@ -212,7 +212,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: If it cannot be read, or is not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from error
     if not isinstance(value, dict):

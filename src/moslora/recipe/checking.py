@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moslora.errors import RecipeError
-from moslora.recipe.field_types import check_fields, explain, fields_of, value_in_words
+from moslora.recipe.field_types import check_fields, explain_all, fields_of, value_in_words
 from moslora.recipe.keys import UNFIT
 from moslora.recipe.paths import user_path
 from moslora.recipe.schema import (
@@ -51,7 +51,7 @@ def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe
     try:
         recipe = RECIPES[kind].model_validate(raw)
     except ValidationError as error:
-        problems.extend(explain(found, kind) for found in error.errors())
+        problems.extend(explain_all(error.errors(include_url=False), kind))
     for section, unfit in UNFIT.get(kind, {}).items():
         values = raw[section] if isinstance(raw[section], dict) else {}
         problems.extend(

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -17,7 +17,9 @@ from moslora.recipe.keys import MANAGED, MISNAMED, MISSING
 from moslora.recipe.schema import RECIPES, SECTIONS_OF
 from moslora.wording import did_you_mean
 
-__all__ = ["check_fields", "convert", "explain", "fields_of", "value_in_words"]
+__all__ = ["check_fields", "convert", "explain_all", "fields_of", "value_in_words"]
+
+MOST_EXPLAINED = 20  # unknown keys of a section
 
 
 def fields_of(config: Any) -> dict[str, Any]:
@@ -31,12 +33,17 @@ def check_fields(
 ) -> dict[str, Any]:
     """Check names and types against a dataclass's, and return the values as those types."""
     checked: dict[str, Any] = {}
+    unknown = [name for name in values if name not in fields and f"{section}.{name}" not in MANAGED]
+    explained = set(unknown[:MOST_EXPLAINED])  # a search for the nearest name takes milliseconds each
+    if len(unknown) > MOST_EXPLAINED:
+        problems.append(f"{section} has {len(unknown) - MOST_EXPLAINED} more unknown keys.")
     for name, value in values.items():
         place = f"{section}.{name}"
         if place in MANAGED:
             problems.append(f"{place} cannot be set: {MANAGED[place]}.")
         elif name not in fields:
-            problems.append(_unknown(place, fields))
+            if name in explained:
+                problems.append(_unknown(place, fields))
         else:
             try:
                 checked[name] = convert(value, fields[name])
@@ -137,6 +144,14 @@ def _unknown(place: str, names: Iterable[str]) -> str:
         of = "TRL's SFTConfig" if "packing" in names else "transformers' TrainingArguments"
         return f"{place} is unknown; the names are those of {of}."
     return f"{place} is unknown; choose one of {', '.join(sorted(names))}."
+
+
+def explain_all(errors: Sequence[Any], kind: str) -> list[str]:
+    """Put pydantic's errors in words, of many unknown keys the first ones."""
+    unknown = [number for number, found in enumerate(errors) if found["type"] == "extra_forbidden"]
+    left_out = set(unknown[MOST_EXPLAINED:])
+    problems = [explain(found, kind) for number, found in enumerate(errors) if number not in left_out]
+    return [*problems, *([f"{len(left_out)} more keys are unknown."] if left_out else [])]
 
 
 def explain(found: Any, kind: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moslora import versions
 from moslora.errors import RecipeError
+from moslora.files import kind_of_file
 from moslora.recipe.checking import check_recipe
 from moslora.recipe.overrides import expand_shorthands, override
 from moslora.recipe.paths import anchor, user_path
@@ -17,6 +20,7 @@ from moslora.wording import nearest
 
 __all__ = ["load_recipe", "read_recipe_file"]
 
+PATIENCE = 10.0  # seconds that a pipe has to give a recipe
 LARGEST_RECIPE = 1 << 20  # bytes; somebody who names a data file or a model is told so
 
 
@@ -73,8 +77,7 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         hint = f"Did you mean {path.parent / near}?" if near else "A setting is written key=value."
         raise RecipeError(f"{path} does not exist. {hint}")
     try:
-        with path.open("rb") as file:
-            head = file.read(LARGEST_RECIPE + 1)
+        head = _read_start(path)
         text = head.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
@@ -92,3 +95,27 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         what = "a list" if isinstance(value, list) else f"the single value {value!r}"
         raise RecipeError(f"{path} holds {what}; a recipe has sections: {', '.join(Recipe.model_fields)}.")
     return value
+
+
+def _read_start(path: Path) -> bytes:
+    """Read a file up to one byte more than a recipe may have; a pipe, as of ``<(command)``, has a time limit."""
+    kind = kind_of_file(path)
+    if kind in ("a device", "a socket"):
+        raise RecipeError(f"{path} is {kind}, not a recipe. Give the YAML file.")
+    if kind != "a named pipe":
+        with path.open("rb") as file:
+            return file.read(LARGEST_RECIPE + 1)
+    content, deadline = b"", time.monotonic() + PATIENCE
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while time.monotonic() < deadline and len(content) <= LARGEST_RECIPE:
+            piece = pipe.read(
+                1 << 16
+            )  # None while a writer has nothing to say; empty before one comes, and at the end
+            if content and piece == b"":
+                return content
+            content += piece or b""
+            if not piece:
+                time.sleep(0.02)
+    if len(content) > LARGEST_RECIPE:
+        return content
+    raise RecipeError(f"{path} is a pipe that gave no whole recipe in {PATIENCE:.0f} s. Give a YAML file.")

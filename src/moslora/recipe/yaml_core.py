@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,6 +10,10 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from moslora.errors import RecipeError
+
+MOST_VALUES = 100_000  # of a document, aliases written out; a rank for each module of a large model is 1000
+CHARACTERS_OF_A_VALUE = 100  # a longer text counts as several values
+LONGEST_INT = 100  # characters
 
 # YAML 1.2's core schema. PyYAML speaks 1.1, where `no` is False, 1e-3 is a text and 010 is 8.
 CORE_SCHEMA: tuple[tuple[str, str, str], ...] = (
@@ -47,6 +52,11 @@ class Loader(yaml.SafeLoader):
     def construct_core_int(self, node: Any) -> int:
         """Read an integer: decimal, ``0o17`` or ``0xff``."""
         text = node.value
+        if len(text) > LONGEST_INT:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number of {len(text)} characters; put it in quotes if it is a text",
+                problem_mark=node.start_mark,
+            )
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
@@ -64,10 +74,50 @@ class Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
+def load_bounded(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Read one YAML document whose aliases, written out, stay within ``MOST_VALUES``.
+
+    Args:
+        text: The document. Nine levels of nine aliases are 400 bytes and 400 million values.
+        loader: A safe loader.
+
+    Raises:
+        yaml.YAMLError: If it cannot be read, is nested too deeply, or has too many values.
+    """
+    reader = loader(text)
+    try:
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases stand for more than {MOST_VALUES} values, or for one that holds itself; write it without "
+                "aliases"
+            )
+        return reader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        reader.dispose()
+
+
+def _written_out(node: yaml.Node, counts: dict[int, float]) -> float:
+    """Return how many values a node stands for, each alias counted as often as it occurs, texts by their length."""
+    if id(node) not in counts:
+        counts[id(node)] = math.inf  # it holds itself, if this is what its own parts find
+        total = 1.0
+        if isinstance(node, yaml.ScalarNode):
+            total += len(node.value) / CHARACTERS_OF_A_VALUE
+        for part in () if isinstance(node, yaml.ScalarNode) else node.value:
+            total += sum(_written_out(one, counts) for one in (part if isinstance(part, tuple) else (part,)))
+        counts[id(node)] = total
+    return counts[id(node)]
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Read one YAML document; ``where`` opens the message of an error."""
     try:
-        value = yaml.load(text, Loader=Loader)
+        value = load_bounded(text, Loader)
         # Gives every alias its own copy, and refuses an anchor that holds itself.
         return to_jsonable_python(value)
     except yaml.MarkedYAMLError as error:

@@ -21,6 +21,7 @@ from moslora.compat.peft.quantization import get_quantization_kwargs
 from moslora.compat.torch import leave_fast_paths, restore_fast_paths
 from moslora.compat.transformers import convert_targets
 from moslora.errors import UsageError
+from moslora.patterns import check_patterns
 from moslora.tuner import bias, dora, loftq
 from moslora.tuner.attention import MoSLoRAAttention
 from moslora.tuner.config import MoSLoRAConfig
@@ -146,6 +147,8 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
             TypeError: If a target module is of a kind that has no adapted layer.
             ValueError: If a target module cannot carry the adapter; the message names the way out.
         """
+        names = (name for name, _ in model.named_modules())
+        check_patterns(vars(self.peft_config[adapter_name]), names, "The configuration")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if compat_diffusers.is_of_diffusers(model):
             compat_diffusers.install()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moslora.adapters.formats.configuration import TASK_TYPES
 from moslora.errors import AdapterError
+from moslora.patterns import compile_fault
 
 __all__ = ["ARGUMENTS", "check_config"]
 
@@ -26,10 +26,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
-        return False
+    return isinstance(value, str) and compile_fault(value) is None
 
 
 def _is_flag(value: Any) -> bool:

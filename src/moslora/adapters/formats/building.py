@@ -21,6 +21,7 @@ from moslora.adapters.formats.key_names import without_wrappers
 from moslora.adapters.formats.layout import Found, as_matrices
 from moslora.core.functional import scaling
 from moslora.errors import AdapterError
+from moslora.patterns import check_patterns
 
 __all__ = ["build_adapter", "module_scale", "name_exactly", "settle"]
 
@@ -91,6 +92,7 @@ def build_adapter(folder: Path, config: Mapping[str, Any], found: Found) -> Adap
         raise AdapterError(f"{folder} holds no factors of a known name.")
     if found.notes:
         config = without_wrappers(config)
+    check_patterns(config, found.modules, str(folder), AdapterError)
     built: dict[str, Factors] = {}
     modules: dict[str, tuple[dict[str, Tensor], Form | None]] = {}
     for name in sorted(found.modules):

@@ -91,7 +91,7 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the configuration that a file carries, by ``MODEL.ARGUMENT``."""
     try:
         found = json.loads(metadata.get(METADATA, "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: its {METADATA} is not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise AdapterError(f"{path}: its {METADATA} is not a JSON object.")

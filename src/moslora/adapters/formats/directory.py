@@ -15,6 +15,7 @@ from torch import Tensor
 from moslora.adapters.formats.arguments import check_config
 from moslora.adapters.formats.tensors import load_tensors, save_tensors
 from moslora.errors import AdapterError
+from moslora.files import kind_of_file, read_json
 from moslora.wording import nearest
 
 __all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "write_files"]
@@ -45,7 +46,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise AdapterError(f"{folder} does not exist.{_near(folder)}")
     if not folder.is_dir():
-        raise AdapterError(f"{folder} is a file; give the adapter's directory, which holds {CONFIG}.")
+        raise AdapterError(
+            f"{folder} is {kind_of_file(folder) or 'a file'}; give the adapter's directory, which holds {CONFIG}."
+        )
     path = folder / CONFIG
     if not path.is_file():
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
@@ -55,8 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not an adapter directory: it has no {CONFIG} (found: {inside}).{hint}"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"{path} cannot be read: {error}. Take it from a backup, or save the adapter again."
         ) from error
@@ -80,7 +83,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             weights (``.bin``) are not opened.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
+    if kind_of_file(path):
         if (folder / "adapter_model.bin").exists():
             raise AdapterError(
                 f"{folder} holds its weights as a pickle (adapter_model.bin), which can run code when "

@@ -7,7 +7,6 @@ read; Paddle's own ``.pdparams`` are pickles.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from moslora.adapters.formats.building import build_adapter
 from moslora.adapters.formats.layout import Found
 from moslora.adapters.formats.tensors import load_tensors
 from moslora.errors import AdapterError
+from moslora.files import read_json
 
 __all__ = ["CONFIG", "read"]
 
@@ -38,8 +38,8 @@ def read(folder: Path) -> Adapter:
         AdapterError: If it is not whole.
     """
     try:
-        config: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config: Any = read_json(folder / CONFIG)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG} cannot be read: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("r"), int):
         raise AdapterError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.errors import UsageError
-from moslora.files import write_text
+from moslora.files import read_json, write_text
 
 __all__ = [
     "COMMONSENSE_TASKS",
@@ -173,7 +173,7 @@ def read_questions(folder: Path, task: str, limit: int | None = None, split: str
         raise UsageError(f"Task {task!r} is unknown; choose from {', '.join(COMMONSENSE_TASKS)}.")
     file = Path(folder) / task / f"{split}.json"
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = read_json(file)
     except FileNotFoundError:
         raise UsageError(f"{file} is not there; it comes with LLM-Adapters' datasets.") from None
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moslora.data.columns import without_keys
 from moslora.data.encoding import Summary, encode_all
 from moslora.data.files import read_records
-from moslora.data.preview import preview
+from moslora.data.preview import MOST, preview
 from moslora.data.shapes import Example, to_examples
 from moslora.data.splitting import overlap, prompt_of, split_heldout
 from moslora.data.tokenization import Encoded, Encoder
@@ -97,7 +97,7 @@ class TextTask(LanguageTask):
                 f"task.metric={recipe.task.metric} has no answer to judge: no held-out example has an answer, or "
                 "task.generate_examples is 0. Only the held-out loss is measured."
             )
-        pieces = preview(self.train_set[0], self.tokenizer)
+        pieces = preview(self.train_set[0], self.tokenizer, MOST)
         show_data(self.display, self.train_summary, self.heldout_summary, pieces)
 
     def part_of(self, module: str) -> str:

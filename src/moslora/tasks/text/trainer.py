@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import SFTTrainer
 
+from moslora.patterns import check_patterns
 from moslora.tasks.text.loss import labeled_loss, scores_plainly, unwrapped
 from moslora.tasks.text.precision import train_in_float32
 
@@ -73,6 +74,8 @@ def build_sft_trainer(
         heldout_set: What it evaluates on during training, if anything.
         collate: Makes a batch of rows; TRL's own if None.
     """
+    if adapter is not None:
+        check_patterns(vars(adapter), (name for name, _ in model.named_modules()), "The configuration")
     trainer = LabeledLossTrainer(
         model=model,
         args=config,

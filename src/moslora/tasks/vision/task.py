@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.data.encoding import Summary
-from moslora.data.preview import preview
+from moslora.data.preview import MOST, preview
 from moslora.data.shapes import Example
 from moslora.data.splitting import prompt_of
 from moslora.data.tokenization import Encoded
@@ -136,7 +136,7 @@ class VisionTask(LanguageTask):
         self.asked = self.heldout_set[: recipe.task.generate_examples]
         self.check_references()
         if not self.measures_only:
-            pieces = preview(self.train_set[0], self.tokenizer)
+            pieces = preview(self.train_set[0], self.tokenizer, MOST)
             shortened = ((self.encoder.shorten(piece), trained) for piece, trained in pieces)
             show_data(self.display, self.train_summary, self.heldout_summary, shortened)
 
