@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -11,7 +12,8 @@ from moslora.data.columns import FLAGS, HARMLESS, without_keys
 from moslora.data.shapes import to_examples
 from moslora.data.splitting import prompt_of, split_heldout
 from moslora.data.tokenization import IGNORED, Encoder
-from moslora.errors import DataError, EncodingError, PictureError
+from moslora.errors import DataError, EncodingError, PictureError, RecipeError
+from moslora.recipe.loading import load_recipe
 from moslora.tasks.image.folders import read_folder
 from moslora.tasks.vision.reading import split_off_images
 from test_records import ANSWER, ASK, error, records
@@ -137,6 +139,44 @@ def test_keys_of_a_picture_s_caption_are_refused_until_they_are_dropped(tmp_path
         read_folder(tmp_path, None, 10_000, False)
     dropped = read_folder(tmp_path, None, 10_000, False, ignore=["caption", "weight"])
     assert [picture.prompt for picture in dropped.pictures] == ["a cat"]
+
+
+def test_a_run_drops_what_its_recipe_ignores_and_says_which_entry_does_nothing(tmp_path, monkeypatch):
+    from moslora.display import Display
+    from moslora.tasks.text.task import TextTask
+
+    rows = [
+        {"messages": [ASK, {**ANSWER, "content": str(n), "name": "x"}], "score": n, "source": "me"}
+        for n in range(20)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = io.StringIO()
+
+    def read(*ignore):
+        recipe = load_recipe(
+            ["model=m", f"data={tmp_path / 'data.jsonl'}", f"data.ignore=[{', '.join(ignore)}]"]
+        )
+        task = TextTask(recipe, Display(said), lambda: None)
+        monkeypatch.setattr(task.base_model, "find", lambda _: None)
+        task.read()
+        return task
+
+    with pytest.raises(DataError, match=r"data\.ignore=\[messages\.name, score\]"):
+        read()
+    assert len(read("messages.name", "score").train_examples) > 10
+    assert "no row has" not in said.getvalue()
+    read("messages.name", "score", "sourse")
+    assert "'sourse', which no row has. Did you mean 'source'?" in " ".join(said.getvalue().split())
+
+
+def test_other_data_on_the_command_line_forget_what_the_old_ones_ignored(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: m\ndata: {train: a.jsonl, ignore: [score]}\n")
+    assert load_recipe([str(tmp_path / "recipe.yaml")]).data.ignore == ["score"]
+    assert load_recipe([str(tmp_path / "recipe.yaml"), "data=b.jsonl"]).data.ignore is None
+    with pytest.raises(RecipeError, match=r"data\.drop_columns is unknown; set data\.ignore"):
+        load_recipe(["model=m", "data=b.jsonl", "data.drop_columns=[x]"])
+    with pytest.raises(RecipeError, match=r"data\.ignor is unknown\. Did you mean 'ignore'"):
+        load_recipe(["model=m", "data=b.jsonl", "data.ignor=[x]"])
 
 
 # ---- flags -----------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_every_problem_is_named_at_once_with_its_place_and_the_nearest_name() ->
         ("model:\n\t- a", "line 2, column 1"),
         ("1: a", "a key must be a plain name"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
-        ("adapter: &a {x: *a}", "cannot be read as YAML"),
+        ("adapter: &a {x: *a}", "or for one that holds itself; write it without aliases"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("model: a/b\n---\ndata: c", "line 2"),
         ("model: a/b", "data is missing; name the examples"),

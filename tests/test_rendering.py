@@ -123,6 +123,23 @@ def test_marks_that_leave_out_a_part_of_the_answer_are_refused():
         Encoder(tok).encode(chat("hi", "yonder"))
 
 
+MARKED_BY = "{% generation %}{{ m['content'].split('<think>')[-1] }}<|im_end|>{% endgeneration %}"
+
+
+@pytest.mark.parametrize("answer", ["{{ m['content'].split('<think>')[-1] }}<|im_end|>", MARKED_BY])
+def test_an_answer_that_generation_begins_inside_is_learned_from_there(answer):
+    tok = tokenizer(
+        f"{EACH}{OPEN}{{% if m['role'] == 'assistant' %}}<think>\n{answer}{{% else %}}{{{{ m['content'] }}}}<|im_end|>"
+        f"{{% endif %}}\n{{% endfor %}}{ASK.replace('assistant', 'assistant' + chr(10) + '<think>')}"
+    )
+    encoded = Encoder(tok).encode(chat("1 + 1?", THOUGHT))
+    assert (
+        decode([t for t in encoded.labels if t != IGNORED], tok)
+        == THOUGHT.removeprefix("<think>") + "<|im_end|>"
+    )
+    assert not encoded.misspelt
+
+
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }} {% endfor %}"])
 def test_characters_that_a_tokenizer_lacks_or_changes_are_warned_of(template):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers

@@ -20,9 +20,10 @@ from moslora.wording import did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Template", "first_difference", "missing_turns", "spells"]
+__all__ = ["Template", "first_difference", "missing_turns", "spells", "without_opening"]
 
 PICTURE = "<image>"  # stands for a picture in a text, and is written as the model's own token
+LONGEST_OPENING = 200  # characters of an answer that a template may write before it is generated
 PROBED = 64  # turns of a conversation whose roles are tried with words of our own
 
 
@@ -234,6 +235,20 @@ def spells(decoded: str, texts: Iterable[str]) -> bool:
             return False
         at = start + len(text)
     return True
+
+
+def without_opening(text: str, opening: str) -> str:
+    """Return a text without the start that another text ends with, white space aside.
+
+    Example:
+        >>> without_opening("<think>hm</think>yes", "user: why? assistant: <think> ")
+        'hm</think>yes'
+    """
+    bare, end = _bare(text), _bare(opening)
+    shared = next(
+        (n for n in range(min(len(bare), len(end), LONGEST_OPENING), 0, -1) if end.endswith(bare[:n])), 0
+    )
+    return bare[shared:]
 
 
 def _folded(text: str) -> str:

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moslora.data.locating import IGNORED, OTHER_WAYS, AnswerFinder, common_length
-from moslora.data.rendering import Template, first_difference, spells
+from moslora.data.rendering import Template, first_difference, spells, without_opening
 from moslora.data.shapes import Example, Message
 from moslora.errors import EncodingError, UsageError
 
@@ -219,6 +219,9 @@ class Encoder:
             shown = self._renderer.text(short, arguments) if beyond else text
             ids, labels = self._finder.find(short, arguments, shown)
         asked = not beyond or short[:last] == messages[:last]
+        opening = None
+        if self._finder.has_marks and not everything:
+            opening = self._renderer.text(messages[:last], arguments, ask=True)
         prompt_ids = self._renderer.ids(messages[:last], arguments, ask=True) if asked else []
         return Encoded(
             input_ids=ids,
@@ -232,28 +235,37 @@ class Encoder:
             control_text=any(self._control.search(message.content) for message in messages),
             is_start=beyond,
             loses_context=loses_context,
-            misspelt=self._misspells(ids, labels, [messages[i].content for i in whole_answers]),
+            misspelt=self._misspells(ids, labels, [messages[i].content for i in whole_answers], opening),
         )
 
-    def _misspells(self, ids: list[int], labels: list[int], texts: Sequence[str]) -> bool:
+    def _misspells(
+        self, ids: list[int], labels: list[int], texts: Sequence[str], opening: str | None = None
+    ) -> bool:
         """Return whether the tokenizer spells what is learned otherwise.
 
+        Args:
+            ids, labels: Of the whole example.
+            texts: What is learned.
+            opening: Where a template marks what is learned, the text after which an answer is generated.
+
         Raises:
-            EncodingError: If what is learned is not all there.
+            EncodingError: If the marks leave out a part of it.
         """
         if self.max_length is not None and len(ids) > self.max_length:
             return False  # a part is cut anyway
-        learned = [token for token in labels if token != IGNORED]
-        if spells(decode(learned, self.tokenizer), texts):
+        if spells(decode([token for token in labels if token != IGNORED], self.tokenizer), texts):
             return False
-        for text in texts:
-            alone = self.tokenizer.encode(text, add_special_tokens=False)
-            if not spells(decode(alone, self.tokenizer), [text]):
-                return True
-        raise EncodingError(
-            "the tokens that are learned do not hold the whole answer: the chat template's {% generation %} marks "
-            "leave out a part. Correct the template, or set data.train_on=all."
-        )
+        # Generation may begin inside the answer, after <think>; what comes before is not learned then.
+        if not spells(decode(ids, self.tokenizer), texts):
+            return True
+        if opening is not None:
+            rest = [without_opening(text, opening) for text in texts]
+            if not spells(decode([token for token in labels if token != IGNORED], self.tokenizer), rest):
+                raise EncodingError(
+                    "the tokens that are learned do not hold the whole answer: the chat template's {% generation %} "
+                    "marks leave out a part. Correct the template, or set data.train_on=all."
+                )
+        return False
 
     def _check_kept(
         self, messages: Sequence[Message], arguments: Mapping[str, Any], text: str, learned: Sequence[int]
