@@ -22,7 +22,7 @@ settings.load_profile("moslora")
 def proofs_start_warm() -> Generator[None]:
     warmed = warm.Warm()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moslora.training.reload_proof.proof, "subprocess", warmed)
+        patch.setattr(moslora.training.reload_proof.proof, "run_script", warmed.run)
         yield
     warmed.end()
 

@@ -646,11 +646,11 @@ def test_files_of_a_variant_are_read_and_the_proof_is_told_of_it(
         assert all(torch.equal(found[k], tensor.float()) for k, tensor in expected.items()), name
     commands: list[list[str]] = []
 
-    def ran(command: list[str], **_: Any) -> Any:
+    def ran(command: list[str], *_: Any) -> Any:
         commands.append(command)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(moslora.training.reload_proof.proof.subprocess, "run", ran)
+    monkeypatch.setattr(moslora.training.reload_proof.proof, "run_script", ran)
     with pytest.raises(KeyboardInterrupt):
         moslora.training.reload_proof.proof.prove_reload(
             *({}, [], task.place, "float32", "cpu", tmp_path, print, task.auto_class, None, "diffusers"),

@@ -219,6 +219,11 @@ def test_a_proof_that_fails_fails_the_run_and_ships_nothing(
     run = RunDirectory.open(tmp_path / "run")
     assert run.read()["status"] == "failed" and "logits differ" in run.read()["error"]
     assert not run.lora.exists() and run.adapter.exists()
+    assert (run.path / "lora.rejected" / "adapter_model.safetensors").is_file()
+    assert run.read()["proofs"]["reload"]["passed"] is False
+    with pytest.raises(ProofError):  # the same again: nothing was made of it, and nothing is in the way
+        resume(run.path, quiet())
+    assert not run.lora.exists() and (run.path / "lora.rejected").is_dir()
 
 
 def test_a_tampered_lora_is_caught_by_the_fresh_process(

@@ -202,6 +202,8 @@ for line in sys.stdin:
     if not child:
         try:
             main(*json.loads(line))
+        except SystemExit as ended:
+            os._exit(ended.code)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -212,13 +214,13 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Any]:
-    """Stands for ``subprocess.run`` in proofs."""
+    """Stands for ``run_script`` in proofs."""
     script = str(Path(proofs.__file__).with_name("stock_peft.py"))
     command = [sys.executable, "-P", "-W", "ignore", "-c", READER, script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
 
-        def run(asked: list[str], **_: Any) -> Any:
+        def run(asked: list[str], *_: Any) -> Any:
             assert asked[2] == script
             print(json.dumps(asked[3:]), file=process.stdin, flush=True)
             return subprocess.CompletedProcess(asked, int(process.stdout.readline()), "", "see above")
@@ -237,7 +239,7 @@ def test_a_family_trains_folds_and_ships_what_stock_peft_reads(
     reader: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moslora.training.reload_proof.proof.subprocess.run", reader)
+    monkeypatch.setattr("moslora.training.reload_proof.proof.run_script", reader)
     record = train(arguments(family, bases, pictures, tmp_path), Display(quiet=True)).read()
     assert record["status"] == "completed"
     assert record["proofs"]["fold"]["passed"] and record["proofs"]["reload"]["passed"]

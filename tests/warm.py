@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,15 @@ for line in sys.stdin:
 
 
 class Warm:
-    """Stands for the module ``subprocess`` where proofs are started; the server starts with the first."""
+    """Starts proofs; the server starts with the first."""
 
     server: subprocess.Popen[str] | None = None
 
-    def run(self, command: list[str], *, env: dict[str, str], **given: Any) -> Any:
-        """Do what ``subprocess.run`` does with a proof's command."""
+    def run(self, command: list[str], env: dict[str, str], check: Callable[[], None]) -> Any:
+        """Do what ``run_script`` does with a proof's command."""
+        check()
         python, flag, *argv = command
-        if (python, flag) != (sys.executable, "-P"):
-            return subprocess.run(command, env=env, **given)
+        assert (python, flag) == (sys.executable, "-P")
         if self.server is None:
             self.server = subprocess.Popen(
                 [python, flag, "-W", "ignore", "-c", SERVER],

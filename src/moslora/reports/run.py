@@ -55,6 +55,8 @@ PROOFS = {
 FILES = {
     "lora": "plain LoRA, loads anywhere",
     "kohya.safetensors": "the same for ComfyUI, A1111 and sd-scripts",
+    "lora.rejected": "what the proof rejected: it does not compute what was trained",
+    "unproven.safetensors": "for the proof that could not be carried out: moslora train --resume",
     "adapter": "native MoSLoRA, to continue training",
     "pictures": "what base, tuned model and the model on the way made of prompts, or what questions are about, small",
     "checkpoints": "to resume from",
@@ -151,7 +153,10 @@ def _proof(name: str, proof: Any) -> dict[str, Any]:
         )
     value, tolerance = number(entries.get(field)), number(entries.get("tolerance"))
     # The mark is worked out here from the two numbers, not taken from whoever wrote them.
-    verdict = "no number" if value is None else "no tolerance recorded" if tolerance is None else None
+    if "passed" in entries and entries["passed"] is None:
+        verdict: str | None = "not carried out"
+    else:
+        verdict = "no number" if value is None else "no tolerance recorded" if tolerance is None else None
     return {
         "label": label,
         "value": "—" if value is None else f"{value:.2g}",

@@ -229,6 +229,9 @@ class Task(ABC):
         """Return what the proof runs: the trained model, or the pipeline that contains it."""
         return model
 
+    def release(self) -> None:  # noqa: B027 - most tasks hold none
+        """Forget the model, so that its memory can go; only the task's data and names are asked for afterwards."""
+
     def adapter_arguments(self, model: nn.Module) -> dict[str, Any]:
         """Return the adapter's arguments on this base model: the recipe's, and those derived from it.
 

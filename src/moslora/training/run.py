@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moslora.distributed import Team, refuse_sharding
+from moslora.distributed import Team, in_main_process, refuse_sharding
 from moslora.errors import ModelError, Stopped, UsageError
 from moslora.files import write_text
 from moslora.models.loading import default_device
@@ -27,6 +27,7 @@ from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.run import write_report
 from moslora.tasks import find_task
 from moslora.tasks.task import Task
+from moslora.training import proving
 from moslora.training.artifacts import write_predictions
 from moslora.training.context import RunContext, only_of_first
 from moslora.training.fitting import fit
@@ -34,10 +35,11 @@ from moslora.training.handed_over import HandedOver
 from moslora.training.measuring import measure, record_change
 from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
+from moslora.training.proving import prove_reloaded
 from moslora.training.run_directory import FollowedRun, RunDirectory
-from moslora.training.saving import prove_reloaded, save_adapter
+from moslora.training.saving import save_adapter
 from moslora.training.stop import StopRequest
-from moslora.training.summary import show_counts, show_result
+from moslora.training.summary import show_counts, show_proofs, show_result
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -157,7 +159,7 @@ def _remove(path: Path, with_parent: bool) -> None:
 
 
 def resume(path: Path, display: Display, handed_over: HandedOver | None = None) -> RunDirectory:
-    """Go on with a run that was interrupted, killed or failed.
+    """Go on with a run that was interrupted, killed or failed, or prove one whose proof could not be carried out.
 
     Args:
         path: Its directory.
@@ -174,6 +176,8 @@ def resume(path: Path, display: Display, handed_over: HandedOver | None = None) 
     """
     handed_over = handed_over or HandedOver()
     directory = RunDirectory.open(path)
+    if proving.is_unproven(directory):
+        return _prove_later(directory, only_of_first(display))
     if directory.read().get("status") == "completed":
         raise UsageError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
     display = only_of_first(display)
@@ -196,6 +200,19 @@ def resume(path: Path, display: Display, handed_over: HandedOver | None = None) 
             directory = FollowedRun(directory.path)
         run = RunContext(directory, recipe, display, stop, mix, team, handed_over.callbacks)
         return _run_stages(run, task)
+
+
+def _prove_later(directory: RunDirectory, display: Display) -> RunDirectory:
+    """Make up for the reload proof of a completed run; nothing else is done again."""
+    if not in_main_process():
+        return FollowedRun(directory.path)
+    with StopRequest(display) as stop:
+        try:
+            proving.prove_later(directory, display, stop.check)
+        finally:
+            _write_report(directory, display)
+    show_proofs(directory.read()["proofs"], display)
+    return directory
 
 
 def _with_mix(recipe: Recipe) -> tuple[Recipe, Mix | None]:
@@ -248,11 +265,11 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
         if not run.team.is_main_process:
             raise
         run.directory.update(status="failed", error=f"{type(error).__name__}: {error}")
-        _write_report(run)
+        _write_report(run.directory, run.display)
         raise
     if run.team.is_main_process:
         run.directory.update(status="completed", stage="done")
-        _write_report(run)
+        _write_report(run.directory, run.display)
     return run.directory
 
 
@@ -261,19 +278,19 @@ def _end_interrupted(run: RunContext, number: int, cause: BaseException) -> NoRe
     if not run.team.is_main_process:
         raise Stopped(number) from cause
     run.directory.update(status="interrupted")
-    _write_report(run)
+    _write_report(run.directory, run.display)
     step = run.directory.latest_checkpoint(lambda _: None)
     kept = f"with the checkpoint of step {step.step}" if step else "before its first checkpoint"
     run.display.say(f"Interrupted {kept}. Go on with: moslora train --resume {run.directory.path}")
     raise Stopped(number) from cause
 
 
-def _write_report(run: RunContext) -> None:
+def _write_report(directory: RunDirectory, display: Display) -> None:
     """Write the report. It shows a run and must not decide one, so its failure is only told."""
     try:
-        write_report(run.directory.path)
+        write_report(directory.path)
     except Exception as error:
-        run.display.warn(f"The report could not be written: {error}")
+        display.warn(f"The report could not be written: {error}")
 
 
 def _follow(run: RunContext, task: Task) -> None:
@@ -315,7 +332,12 @@ def _stages(run: RunContext, task: Task) -> None:
     record_change(run, before, after)
     write_predictions(run, before.answers, after.answers)
     with run.stage("prove", "proving the exported LoRA"):
-        prove_reloaded(run, task, adapted)
+        observed = proving.observe(run, task, adapted)
+        # The fresh process loads the base again: nothing of the first may be in its way.
+        proving.release(task, trainer)
+        del model, trainer, adapted
+        proving.collect_garbage()
+        prove_reloaded(run, observed)
     show_result(run, task, before, after, display)
 
 

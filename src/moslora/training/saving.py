@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moslora.adapters.export import export_adapter
 from moslora.adapters.formats.native import keep_start, read_start
 from moslora.adapters.formats.pipeline import folders
-from moslora.errors import ProofError, TrainingError
+from moslora.errors import TrainingError
 from moslora.files import new_directory
 from moslora.tasks.task import Task
 from moslora.training.context import RunContext
+
+# What a proof that could not be carried out needs to be made up for: inputs, and what the trained model gave.
+UNPROVEN = "unproven.safetensors"
 
 
 def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
@@ -28,8 +32,10 @@ def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
             "trainer.learning_rate, or set trainer.max_grad_norm."
         )
     # A run that was stopped after this stage has trained nothing since; what it saved is written anew.
-    for place in (directory.adapter, *exported_paths(run, task)):
+    exported = exported_paths(run, task)
+    for place in (directory.adapter, *exported, *(rejected(directory.path, each) for each in exported)):
         remove(place)
+    (directory.path / UNPROVEN).unlink(missing_ok=True)
     with new_directory(directory.adapter) as folder:
         adapted.save_pretrained(folder)
         if run.start.exists():
@@ -37,7 +43,7 @@ def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
     if run.mix is not None:
         frozen = run.mix.prove(directory.adapter)
         directory.update(proofs={"frozen": {**dataclasses.asdict(frozen), "passed": True}})
-    for (name, (_, format_)), place in zip(task.exports.items(), exported_paths(run, task), strict=True):
+    for (name, (_, format_)), place in zip(task.exports.items(), exported, strict=True):
         place.parent.mkdir(exist_ok=True)
         proof = export_adapter(directory.adapter, place, format_)
         directory.update(proofs={name: {**dataclasses.asdict(proof), "passed": proof.passed}})
@@ -58,42 +64,35 @@ def exported_paths(run: RunContext, task: Task) -> list[Path]:
     return [run.directory.path / place for place, _ in task.exports.values()]
 
 
+def rejected(folder: Path, exported: Path) -> Path:
+    """Return what an export's file or folder in a run directory is called once a proof has failed."""
+    top = exported.relative_to(folder).parts[0]
+    return folder / f"{top}.rejected"
+
+
+def reject(folder: Path, exported: Sequence[Path]) -> list[Path]:
+    """Rename exports that a proof has rejected, so that nothing loads them by mistake and nothing is lost.
+
+    Args:
+        folder: The run directory.
+        exported: Files or folders in it.
+
+    Returns:
+        What they are called now.
+    """
+    renamed = []
+    for place in exported:
+        there, new = folder / place.relative_to(folder).parts[0], rejected(folder, place)
+        if there.exists():
+            remove(new)
+            there.replace(new)
+            renamed.append(new)
+    return renamed
+
+
 def remove(place: Path) -> None:
     """Remove a file or a directory, if it exists."""
     if place.is_dir():
         shutil.rmtree(place, ignore_errors=True)
     else:
         place.unlink(missing_ok=True)
-
-
-def prove_reloaded(run: RunContext, task: Task, adapted: Any) -> None:
-    """Compare with another's loader in a fresh process; a fold that fails is not left lying about."""
-    from moslora.training.reload_proof import proof as proofs
-
-    directory = run.directory
-    inputs = task.probe()
-    device = str(adapted.device)
-    reader = proofs.READERS[task.reader]
-    run.display.say(f"Proving: loading the exported LoRA in a fresh process with {reader.name} only.")
-    outputs = proofs.live_logits if task.reader == "peft" else proofs.live_outputs
-    live = outputs(task.live(adapted), inputs, device)
-    shipped = exported_paths(run, task)
-    try:
-        proof = proofs.prove_reload(
-            live,
-            inputs,
-            task.place,
-            proofs.dtype_name(adapted),
-            device,
-            shipped[0],
-            run.display.warn,
-            task.auto_class,
-            task.quantization,
-            task.reader,
-            task.variant,
-        )
-    except ProofError:
-        for place in shipped:
-            remove(place)
-        raise
-    directory.update(proofs={"reload": {**dataclasses.asdict(proof), "passed": proof.passed}})

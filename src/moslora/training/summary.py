@@ -80,12 +80,21 @@ def show_proofs(proofs: Mapping[str, Any], display: Display) -> None:
 
     fold, reload = proofs["fold"], proofs["reload"]
     reader = READERS[reload["reader"]]
-    display.say(
-        f"Proven: fold, largest relative error of ΔW {fold['max_relative_error']:.1e} over {fold['modules']} "
-        f"modules; reload in {reader.name}, largest {reader.what} difference {reload['max_logit_difference']:.1e} "
-        f"(the adapter moves {reader.what}s by up to {reload['adapter_effect']:.2g}).",
-        style="green",
-    )
+    error, modules = fold["max_relative_error"], fold["modules"]
+    folded = f"Proven: fold, largest relative error of ΔW {error:.1e} over {modules} modules"
+    if reload.get("passed", True) is None:
+        display.say(f"{folded}.", style="green")
+        display.say(
+            f"Not proven: reload in {reader.name} could not be carried out. To do it: {reload['prove_with']}",
+            style="yellow",
+        )
+    else:
+        display.say(
+            f"{folded}; reload in {reader.name}, largest {reader.what} difference "
+            f"{reload['max_logit_difference']:.1e} (the adapter moves {reader.what}s by up to "
+            f"{reload['adapter_effect']:.2g}).",
+            style="green",
+        )
     if "frozen" in proofs:
         frozen = proofs["frozen"]
         display.say(

@@ -446,6 +446,10 @@ class ImageTask(Task):
                 content = self.draw(prompt, seed)
             yield Shown(prompt, seed, data=content)
 
+    def release(self) -> None:
+        """Forget the pipeline."""
+        del self.model, self.maker
+
     def live(self, model: nn.Module) -> Any:
         """Return the pipeline, with the trained adapters in it."""
         return self.model.pipeline

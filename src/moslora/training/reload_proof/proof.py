@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.distributed import environment_alone
 from moslora.errors import ProofError
+from moslora.wording import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,12 +25,19 @@ if TYPE_CHECKING:
 __all__ = [
     "READERS",
     "RELOAD_TOLERANCE",
+    "CouldNotRun",
     "Reader",
     "ReloadProof",
     "live_logits",
     "live_outputs",
     "prove_reload",
+    "run_script",
 ]
+
+# How the fresh process ends where the base ran and the adapter is at fault: see the scripts.
+REFUSED = 3
+# Seconds between two looks at whether the run was asked to stop.
+LOOKS = 0.2
 
 # Largest difference of a logit, relative to the largest logit. Folding reorders the sums of every adapted
 # layer, so the rounding of the dtype accumulates over the depth; a dropped adapter costs orders more.
@@ -82,6 +90,50 @@ class ReloadProof:
     def passed(self) -> bool:
         """Whether the difference is a number within the tolerance."""
         return self.max_logit_difference <= self.tolerance
+
+
+class CouldNotRun(Exception):  # noqa: N818 - says nothing of the adapter
+    """The proof could not be carried out: no memory, no base, no process. It says nothing about the adapter."""
+
+
+def run_script(
+    command: Sequence[str], environment: Mapping[str, str], check: Callable[[], None]
+) -> subprocess.CompletedProcess[str]:
+    """Run the fresh process to its end, or end it where the run is asked to stop.
+
+    Args:
+        command: What to start.
+        environment: Its environment.
+        check: Called a few times a second; raises where the run was asked to stop.
+
+    Returns:
+        How it ended, and what it wrote.
+
+    Raises:
+        Stopped: If ``check`` raised it. The process is gone then, as after any other exception.
+        OSError: If it could not be started.
+    """
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        while True:
+            check()
+            try:
+                out, err = process.communicate(timeout=LOOKS)
+            except subprocess.TimeoutExpired:
+                continue
+            check()  # Ctrl-C on a terminal reaches both, and says nothing about the adapter
+            return subprocess.CompletedProcess(command, process.returncode, out, err)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def _named(inputs: Any) -> Mapping[str, Tensor]:
@@ -143,6 +195,7 @@ def prove_reload(
     quantization: Mapping[str, Any] | None = None,
     reader: str = "peft",
     variant: str | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> ReloadProof:
     """Load ``adapter`` in a fresh process in which nothing of this package is imported, and compare logits.
 
@@ -158,43 +211,45 @@ def prove_reload(
         quantization: Arguments of ``BitsAndBytesConfig`` for the base, if it is quantized.
         reader: A key of ``READERS``.
         variant: Of the base's files, as ``fp16``; for pipelines.
+        check: Called a few times a second; raises where the run was asked to stop.
 
     Returns:
         What was found.
 
     Raises:
-        ProofError: If the process failed, or the logits differ.
+        ProofError: If the reader refuses the adapter, or the logits differ.
+        CouldNotRun: If the base did not run in the fresh process, or that process did not come to its end.
+        Stopped: If ``check`` raised it.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory(prefix="moslora-proof-") as folder:
-        asked, answered = Path(folder) / "inputs.safetensors", Path(folder) / "logits.safetensors"
-        save_file(
-            {
-                f"input{index}.{name}": tensor.contiguous()
-                for index, given in enumerate(inputs)
-                for name, tensor in _named(given).items()
-            },
-            asked,
-        )
-        script = Path(__file__).with_name(READERS[reader].script)
-        # -P keeps this folder, whose modules share names with the standard library's, off the path.
-        arguments = [base, dtype, device, str(adapter), str(asked), str(answered), auto_class]
-        if quantization:
-            arguments.append(json.dumps(dict(quantization)))
-        if variant:
-            arguments.append(variant)
-        command = [sys.executable, "-P", str(script), *arguments]
-        environment = {**environment_alone(), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if result.returncode != 0 or not answered.exists():
-            last = "\n  ".join(result.stderr.strip().splitlines()[-4:])
-            name = READERS[reader].name
-            raise ProofError(
-                f"{name[0].upper()}{name[1:]} could not run the exported adapter {adapter}:\n  {last}"
+    try:
+        with tempfile.TemporaryDirectory(prefix="moslora-proof-") as folder:
+            asked, answered = Path(folder) / "inputs.safetensors", Path(folder) / "logits.safetensors"
+            save_file(
+                {
+                    f"input{index}.{name}": tensor.contiguous()
+                    for index, given in enumerate(inputs)
+                    for name, tensor in _named(given).items()
+                },
+                asked,
             )
-        found = load_file(answered)
+            script = Path(__file__).with_name(READERS[reader].script)
+            arguments = [base, dtype, device, str(adapter), str(asked), str(answered), auto_class]
+            if quantization:
+                arguments.append(json.dumps(dict(quantization)))
+            if variant:
+                arguments.append(variant)
+            # -P keeps this folder, whose modules share names with the standard library's, off the path.
+            command = [sys.executable, "-P", str(script), *arguments]
+            environment = {**environment_alone(), "HF_HUB_DISABLE_TELEMETRY": "1"}
+            result = run_script(command, environment, check)
+            _judge_end(result, READERS[reader].name, adapter)
+            found = load_file(answered)
+    except (OSError, SafetensorError) as error:  # no process, no memory, no room for what it writes
+        raise CouldNotRun(f"{type(error).__name__}: {first_line(error)}") from error
 
     def largest(two: Callable[[str], Tensor]) -> Tensor:
         # max() of a tensor keeps NaN, so a broken logit cannot pass.
@@ -224,6 +279,24 @@ def prove_reload(
             f"The adapter changes the base's {what}s by no more than rounding: it has learned next to nothing."
         )
     return proof
+
+
+def _judge_end(result: subprocess.CompletedProcess[str], name: str, adapter: Path) -> None:
+    """Tell a reader that refuses the adapter from one that never came so far.
+
+    Raises:
+        ProofError: If the base ran, and with the adapter it did not.
+        CouldNotRun: If the process ended for another reason.
+    """
+    if result.returncode == 0:
+        return
+    last = "\n  ".join(result.stderr.strip().splitlines()[-4:])
+    if result.returncode == REFUSED:
+        raise ProofError(
+            f"{name[0].upper()}{name[1:]} could not run the exported adapter {adapter}:\n  {last}"
+        )
+    ended = f"signal {-result.returncode}" if result.returncode < 0 else f"exit code {result.returncode}"
+    raise CouldNotRun(f"the fresh process ended with {ended}{':' if last else ''}\n  {last}".rstrip())
 
 
 def dtype_name(model: Any) -> str:

@@ -4,15 +4,31 @@ Run as a program of its own by ``proofs.py``: what it shows must not depend on a
 imports nothing of ours and fails if something else did.
 
     python -P stock_diffusers.py BASE DTYPE DEVICE ADAPTER INPUTS OUTPUTS CLASS [VARIANT]
+
+It ends with 0 if it wrote them, with 3 if the base ran and with the adapter it did not, and otherwise, as where memory
+is short, with something else: then nothing is known about the adapter.
 """
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+REFUSED = 3
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Tell whether an error says nothing about the adapter: memory, disk, the driver."""
+    if isinstance(error, FileNotFoundError):
+        return False
+    if isinstance(error, MemoryError | OSError | torch.cuda.OutOfMemoryError):
+        return True
+    return any(word in str(error) for word in ("CUDA", "allocate memory", "out of memory"))
 
 
 def outputs(pipeline: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -84,16 +100,23 @@ def main(
         asked.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = tensor.to(device)
     found = {f"base.{name}": outputs(pipeline, given) for name, given in asked.items()}
     folder, file = os.path.split(adapter)
-    pipeline.load_lora_weights(folder, weight_name=file)
-    for component in {name.partition(".")[0] for given in asked.values() for name in given}:
-        config = getattr(getattr(pipeline, component), "peft_config", {})
-        if not config or any(type(one) is not peft.LoraConfig for one in config.values()):
-            raise SystemExit(f"{component} has no plain LoRA")
-    found |= {name: outputs(pipeline, given) for name, given in asked.items()}
+    try:
+        pipeline.load_lora_weights(folder, weight_name=file)
+        for component in {name.partition(".")[0] for given in asked.values() for name in given}:
+            config = getattr(getattr(pipeline, component), "peft_config", {})
+            if not config or any(type(one) is not peft.LoraConfig for one in config.values()):
+                raise TypeError(f"{component} has no plain LoRA")
+        found |= {name: outputs(pipeline, given) for name, given in asked.items()}
+    except Exception as error:
+        if is_of_machine(error):
+            raise
+        traceback.print_exc()
+        raise SystemExit(REFUSED) from error
     if "moslora" in sys.modules:
         raise SystemExit("moslora was imported; the proof would prove nothing")
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, results)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides what Ctrl-C ends
     main(*sys.argv[1:])

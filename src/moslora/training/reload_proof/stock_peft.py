@@ -4,15 +4,31 @@ Run as a program of its own by ``proofs.py``: what it shows must not depend on a
 imports nothing of ours and fails if something else did.
 
     python -P stock_peft.py BASE DTYPE DEVICE ADAPTER INPUTS OUTPUTS CLASS [QUANTIZATION]
+
+It ends with 0 if it wrote them, with 3 if the base ran and with the adapter it did not, and otherwise, as where memory
+is short, with something else: then nothing is known about the adapter.
 """
 
 import json
+import signal
 import sys
+import traceback
 
 import peft
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+REFUSED = 3
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Tell whether an error says nothing about the adapter: memory, disk, the driver."""
+    if isinstance(error, FileNotFoundError):
+        return False
+    if isinstance(error, MemoryError | OSError | torch.cuda.OutOfMemoryError):
+        return True
+    return any(word in str(error) for word in ("CUDA", "allocate memory", "out of memory"))
 
 
 def main(
@@ -54,19 +70,26 @@ def main(
     with torch.inference_mode():
         for name, given in asked.items():
             logits[f"base.{name}"] = model.eval()(**given).logits.float().cpu()
-        model = peft.PeftModel.from_pretrained(model, adapter).eval()
-        found = model.load_adapter(adapter, "default")  # from_pretrained throws away what this one returns
-        strange = [*found.missing_keys, *found.unexpected_keys]
-        if strange:
-            raise SystemExit(f"PEFT found no place, or no tensor, for {len(strange)} names, as {strange[0]}")
-        if type(model.peft_config["default"]) is not peft.LoraConfig:
-            raise SystemExit("the adapter is not a plain LoRA")
-        for name, given in asked.items():
-            logits[name] = model(**given).logits.float().cpu()
+        try:
+            model = peft.PeftModel.from_pretrained(model, adapter).eval()
+            found = model.load_adapter(adapter, "default")  # from_pretrained throws away what this one returns
+            strange = [*found.missing_keys, *found.unexpected_keys]
+            if strange:
+                raise ValueError(f"PEFT found no place, or no tensor, for {len(strange)} names, as {strange[0]}")
+            if type(model.peft_config["default"]) is not peft.LoraConfig:
+                raise TypeError("the adapter is not a plain LoRA")
+            for name, given in asked.items():
+                logits[name] = model(**given).logits.float().cpu()
+        except Exception as error:
+            if is_of_machine(error):
+                raise
+            traceback.print_exc()
+            raise SystemExit(REFUSED) from error
     if "moslora" in sys.modules:
         raise SystemExit("moslora was imported; the proof would prove nothing")
     save_file({name: tensor.contiguous() for name, tensor in logits.items()}, outputs)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides what Ctrl-C ends
     main(*sys.argv[1:])
