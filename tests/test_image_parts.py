@@ -136,7 +136,7 @@ def test_modules_are_listed_before_any_weight_is_read(files: PipelineFiles) -> N
     modules = adapted_modules(skeleton, ADAPTER, "the unet")
     assert modules and {name.rpartition(".")[2] for name in modules} == {"to_q", "to_v"}
     with pytest.raises(
-        RecipeError, match=r"rank_pattern has 'to_k', which is not an adapted module of the unet"
+        RecipeError, match=r"rank_pattern has 'to_k', which fits no adapted module of the unet"
     ):
         adapted_modules(skeleton, {**ADAPTER, "rank_pattern": {"to_k": 1}}, "the unet")
 

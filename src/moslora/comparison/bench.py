@@ -22,6 +22,8 @@ from moslora.comparison.together import share_weights, train_together
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
+from moslora.training.bars import closing_bars
+from moslora.training.borrowed import borrowed
 from moslora.training.stop import StopRequest
 from moslora.wording import first_line
 
@@ -68,7 +70,7 @@ class Bench:
             raise
         except Exception as error:
             cell = _crashed((method, rate, seed), error)
-            self._reload()
+            self._check_base(method)
         return dataclasses.replace(cell, cell_seconds=time.monotonic() - started)
 
     def run_together(self, cells: Sequence[Planned]) -> list[Cell]:
@@ -87,7 +89,8 @@ class Bench:
         """
         started = time.monotonic()
         try:
-            found = self._train_together(cells)
+            with borrowed(self.model):  # copies share its parameters, and what is set on them
+                found = self._train_together(cells)
         finally:
             gc.collect()  # models and trainers know each other
             changed = _fingerprint(self.model) != self.fingerprint
@@ -117,7 +120,8 @@ class Bench:
         device = self.task.device
         _forget_peak(device)
         wall, cpu = time.monotonic(), time.process_time()
-        errors = train_together(self.model, trainers, surroundings) if trainers else []
+        with closing_bars(*trainers):
+            errors = train_together(self.model, trainers, surroundings) if trainers else []
         many = max(1, len(made))
         costs = _Costs((time.monotonic() - wall) / many, (time.process_time() - cpu) / many, _peak(device))
         self.stop.check()
@@ -133,18 +137,20 @@ class Bench:
         return [found[cell] for cell in cells]
 
     def _train_and_measure(self, method: Method, rate: float, seed: int) -> Cell:
-        if method.library == "none":
-            self.model.requires_grad_(True)
-        task, trainer = self._make(self.model, method, rate, seed)
-        adapted = trainer.model
-        _forget_peak(task.device)
-        wall, cpu = time.monotonic(), time.process_time()
-        trainer.train()
-        costs = _Costs(time.monotonic() - wall, time.process_time() - cpu, _peak(task.device))
-        self.stop.check()
-        cell = self._measure(task, trainer, (method, rate, seed), costs)
-        del trainer
-        self._take_out(adapted, method)
+        # TRL and PEFT leave a forward, hooks and flags on a model that they trained; the next cell must find none.
+        with borrowed(self.model):
+            if method.library == "none":
+                self.model.requires_grad_(True)
+            task, trainer = self._make(self.model, method, rate, seed)
+            _forget_peak(task.device)
+            wall, cpu = time.monotonic(), time.process_time()
+            with closing_bars(trainer):
+                trainer.train()
+            costs = _Costs(time.monotonic() - wall, time.process_time() - cpu, _peak(task.device))
+            self.stop.check()
+            cell = self._measure(task, trainer, (method, rate, seed), costs)
+            del trainer
+        self._check_base(method)
         return cell
 
     def _make(
@@ -196,13 +202,10 @@ class Bench:
         status = "done" if reason is None else "diverged"
         return Cell(method.name, rate, seed, status, reason, **known, **found)  # type: ignore[arg-type]
 
-    def _take_out(self, adapted: Any, method: Method) -> None:
-        """Bring the base back, to the last bit."""
-        if method.library != "none":
-            _drop_copies(adapted)
-            self.model = adapted.unload() if hasattr(adapted, "unload") else adapted.get_base_model()
-            if _fingerprint(self.model) == self.fingerprint:
-                return
+    def _check_base(self, method: Method) -> None:
+        """See that the base is what it was, to the last bit, or load it anew."""
+        if not method.changes_base and _fingerprint(self.model) == self.fingerprint:
+            return
         if not method.changes_base:
             self.display.warn(
                 f"{method.name} left other weights in the base than it found; it is loaded anew."
@@ -227,15 +230,6 @@ class _Costs:
     peak_bytes: int | None
 
 
-def _drop_copies(adapted: Any) -> None:
-    """Put the base's own modules in the place of copies that were trained whole, which PEFT would leave in it."""
-    from peft.utils import ModulesToSaveWrapper
-
-    for wrapper in (m for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)):
-        for name in wrapper.modules_to_save:
-            wrapper.modules_to_save[name] = wrapper.original_module
-
-
 def _crashed(cell: Planned, error: Exception) -> Cell:
     method, rate, seed = cell
     first = first_line(error)
@@ -255,25 +249,15 @@ def _fingerprint(model: Any) -> str:
 
 def _watcher(bench: Bench, display: Display) -> Any:
     """Make the callback that shows progress and obeys a request to stop."""
-    from transformers import TrainerCallback
+    from moslora.training.callbacks import Bar
 
-    class Watcher(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.stack = contextlib.ExitStack()
-            self.progress: Any = None
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.progress = self.stack.enter_context(display.progress("Training", state.max_steps))
-
+    class Watcher(Bar):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
             self.progress.advance()
             control.should_training_stop |= bench.stop.received is not None
             return control
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.stack.close()
-
-    return Watcher()
+    return Watcher(display)
 
 
 def _forget_peak(device: str) -> None:

@@ -52,6 +52,7 @@ def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) 
         raise UsageError(
             f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text and vision can."
         )
+    task.check_adapter()
     task.read()
     task.set_aside(plan.validation, plan.examples)
     task.prepare()

@@ -18,7 +18,6 @@ so is proven in the first step: each cell's loss, gradients and stream are compa
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +48,9 @@ def share_weights(model: nn.Module) -> Any:
         CannotShare: If a copy would go on running the original's modules.
     """
     for name, module in model.named_modules():
-        if isinstance(module.__dict__.get("forward"), types.FunctionType):
-            raise CannotShare(f"the forward of {name or 'the model'} was replaced by a function")
+        # A copy of a method is bound to the copy, and what it closes over is the original all the same.
+        if "forward" in module.__dict__:
+            raise CannotShare(f"the forward of {name or 'the model'} was replaced by another")
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
 

@@ -26,6 +26,7 @@ from moslora.models.loading import load_config, quiet_transformers
 from moslora.models.names import resolve_model
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
+from moslora.tasks.base_model import refuse_misfits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,7 +151,7 @@ def count_memory(
     wanted = settings.get("gradient_checkpointing", settings.get("activation_checkpointing", False))
     accumulation = int(settings.get("gradient_accumulation_steps", 1))
 
-    model, base = build_adapted_model(recipe, quantize)
+    model, base = build_adapted_model(recipe, quantize, say)
     weights = Weights.of(model)
     say(f"Counting a step of {weights.parameters / 1e9:.2f} billion parameters, on tensors without values …")
     activations = {
@@ -187,12 +188,15 @@ def count_memory(
 # --- The model, without weights -----------------------------------------------------------------------------
 
 
-def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn.Module, str]:
+def build_adapted_model(
+    recipe: Recipe, quantize: str | None = None, warn: Callable[[str], None] = lambda _: None
+) -> tuple[nn.Module, str]:
     """Build the adapted model from its configuration, without weights.
 
     Args:
         recipe: A checked recipe of ``task: text``.
         quantize: As for ``plan``.
+        warn: Told of settings that work otherwise than may be meant.
 
     Returns:
         PEFT's model on the meta device, and how the base is stored. Linear layers of a 4-bit base are stand-ins that
@@ -200,6 +204,7 @@ def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn
 
     Raises:
         PlanError: If the base is quantized in a way that is not counted.
+        RecipeError: If a setting of the adapter fits nothing in the base.
     """
     import torch
     from peft import get_peft_model
@@ -241,7 +246,9 @@ def build_adapted_model(recipe: Recipe, quantize: str | None = None) -> tuple[nn
             model = AutoModelForCausalLM.from_config(config, **options)
     except (ValueError, TypeError, ImportError) as error:
         raise PlanError(f"{recipe.model.name} cannot be built from its configuration: {error}") from error
-    adapted: nn.Module = get_peft_model(model, MoSLoRAConfig(task_type="CAUSAL_LM", **recipe.adapter))
+    settings = MoSLoRAConfig(task_type="CAUSAL_LM", **recipe.adapter)
+    refuse_misfits(settings, model, warn)
+    adapted: nn.Module = get_peft_model(model, settings)
     if is_4bit:
         skipped = tuple(stored.get("llm_int8_skip_modules") or ())
         quantize_linears(adapted, model, double, skipped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moslora.errors import ModelError
+from moslora.errors import ModelError, RecipeError
 from moslora.models.fingerprint import fingerprint
 from moslora.models.gguf import materialize
 from moslora.models.loading import build_skeleton, load_model, quantization_options
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from moslora.recipe.schema import ModelSection
 
-__all__ = ["BaseModel", "count_parameters"]
+__all__ = ["BaseModel", "count_parameters", "refuse_misfits"]
 
 
 class BaseModel:
@@ -121,6 +121,27 @@ class BaseModel:
         """Build the model on the meta device from its configuration alone."""
         skeleton: nn.Module = build_skeleton(self.source, self.auto_class, self.settings.trust_remote_code)
         return skeleton
+
+
+def refuse_misfits(config: PeftConfig, model: nn.Module, warn: Callable[[str], None]) -> None:
+    """Refuse settings of a recipe's adapter that fit nothing in the base, or say two things of one module.
+
+    Args:
+        config: The adapter's configuration; it is not changed.
+        model: The base, with or without weights; nor is it.
+        warn: Told of what works, and is worth knowing.
+
+    Raises:
+        RecipeError: Names every such setting, with the nearest name that the base has.
+    """
+    from moslora.tuner.matching import find_misfits
+
+    found = find_misfits(config, model)
+    wrong = [f"adapter.{misfit}" for misfit in found if not misfit.is_harmless]
+    if wrong:
+        raise RecipeError(wrong)
+    for misfit in found:
+        warn(f"adapter.{misfit}")
 
 
 def count_parameters(model: nn.Module, config: PeftConfig, part_of: Callable[[str], str]) -> list[Count]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.data.columns import idle_entry
 from moslora.data.splitting import set_aside, thin_out
-from moslora.errors import UsageError
+from moslora.errors import ModelError, UsageError
 from moslora.metrics.answers import ANSWER_METRICS, wilson_interval
 from moslora.models.loading import default_device
-from moslora.tasks.base_model import BaseModel, count_parameters
+from moslora.tasks.base_model import BaseModel, count_parameters, refuse_misfits
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.tasks.text.loss import Batch, example_losses
 
@@ -150,7 +150,20 @@ class LanguageTask(Task):
         self.base_model.find(self.needs_weights)
         self.base_model.convert(self.display.say)
         skeleton = self.base_model.build_skeleton()
-        return count_parameters(skeleton, self.adapter_config(skeleton), self.part_of)
+        config = self.adapter_config(skeleton)
+        refuse_misfits(config, skeleton, self.display.warn)
+        return count_parameters(skeleton, config, self.part_of)
+
+    def skeleton(self) -> nn.Module | None:
+        """Build the base from its configuration; None if that alone does not give it."""
+        try:
+            return self.base_model.build_skeleton()
+        except ModelError:
+            return None
+
+    def check_adapter(self) -> None:
+        """Put the adapter into the base without weights, on the real names of its modules."""
+        self.count()
 
     def hashes(self) -> dict[str, Any]:
         """Return hashes of the data files, the chat template and the base model."""

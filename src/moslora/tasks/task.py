@@ -200,6 +200,17 @@ class Task(ABC):
         """
         return []
 
+    def check_adapter(self) -> None:  # noqa: B027 - a task may do so in ``prepare``
+        """Try the adapter's settings on the base's modules; no weights are loaded.
+
+        Raises:
+            ValueError: If a setting fits nothing, or the adapter cannot be put into the base.
+        """
+
+    def skeleton(self) -> nn.Module | None:
+        """Build the base without weights, as stock PEFT would find it; None if that is not known."""
+        return None
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         """How the base is quantized, as arguments of ``BitsAndBytesConfig``; None if it is not."""

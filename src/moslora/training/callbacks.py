@@ -11,16 +11,43 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from moslora.display import Display
 from moslora.errors import Stopped
 from moslora.tasks.task import Task
 from moslora.training.artifacts import save_shown
 from moslora.training.context import RunContext
 from moslora.training.metrics_log import MetricsLog
 
-__all__ = ["Painter", "Recorder"]
+__all__ = ["Bar", "Painter", "Recorder"]
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]
+class Bar(TrainerCallback):  # type: ignore[misc]
+    """Shows progress; whoever trains closes it, because a trainer that fails does not (``bars.py``).
+
+    Args:
+        display: Where.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.stack = contextlib.ExitStack()
+        self.progress: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the progress bar."""
+        steps = state.max_steps - state.global_step
+        self.progress = self.stack.enter_context(self.display.progress("Training", steps))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the progress bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the progress bar, if it is open."""
+        self.stack.close()
+
+
+class Recorder(Bar):
     """Writes metrics, shows progress and obeys a request to stop.
 
     Args:
@@ -29,15 +56,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, run: RunContext, log: MetricsLog | None) -> None:
+        super().__init__(run.display)
         self.run = run
         self.log = log
-        self.stack = contextlib.ExitStack()
-        self.progress: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the progress bar."""
-        steps = state.max_steps - state.global_step
-        self.progress = self.stack.enter_context(self.run.display.progress("Training", steps))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write one line of metrics."""
@@ -53,10 +74,6 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
             control.should_training_stop = True
         return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the progress bar."""
-        self.stack.close()
 
 
 class Painter(TrainerCallback):  # type: ignore[misc]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import Stopped
 from moslora.tasks.task import Task
+from moslora.training.bars import closing_bars
 from moslora.training.checkpoints import Checkpoint
 from moslora.training.context import RunContext
 from moslora.training.measuring import measure
 from moslora.training.metrics_log import MetricsLog
+from moslora.training.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +45,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
             if run.mix is not None:
                 run.mix.put_into(adapted)
             if team.is_main_process and not run.start.exists() and checkpoint is None:
-                save_start(run, adapted)
+                rehearse(run, task, adapted)
             trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
             total = sum(p.numel() for p in adapted.parameters())
             directory.update(
@@ -69,7 +69,8 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
                 # The trainer would take one more step before it looks whether enough were taken.
                 load_checkpoint(trainer, checkpoint.path)
             else:
-                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+                with closing_bars(trainer):
+                    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if number := run.stop.agreed():
             raise Stopped(number)
     return trainer
@@ -86,16 +87,3 @@ def _warn_of_world_size(run: RunContext, checkpoint: Checkpoint | None) -> None:
             f"{checkpoint.path.name} was written by another number of processes than the {team.size} of today, or not "
             "by all: from here on random numbers, and maybe rows to a step, are others than without the interruption."
         )
-
-
-def save_start(run: RunContext, adapted: Any) -> None:
-    """Keep what the mixers start as: no seed gives it again in another version of torch."""
-    from safetensors.torch import save_file
-
-    from moslora.adapters.formats.reading import read_adapter
-
-    with tempfile.TemporaryDirectory(prefix=".start.", dir=run.directory.path) as folder:
-        adapted.save_pretrained(folder)  # whose names are those of what is saved in the end
-        mixers = {name: f.M.contiguous() for name, f in read_adapter(folder).modules.items()}
-        save_file(mixers, Path(folder) / run.start.name)
-        (Path(folder) / run.start.name).replace(run.start)

@@ -132,6 +132,7 @@ def train_recipe(
             recipe = handed_over.write(own.path, recipe, display)
         task = find_task(kind)(recipe, display, stop.check)
         handed_over.put_into(task)
+        task.check_adapter()
         task.read()
         task.prepare()
         _check_mix(mix, task, display)

@@ -30,6 +30,7 @@ from moslora.tuner.experts import ParamWrapper
 from moslora.tuner.held_mixer import is_narrow
 from moslora.tuner.kinds import KINDS, find_layer_class
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.matching import UnfitSettingWarning, find_misfits, settle_overlaps
 from moslora.tuner.mixed_batches import check_names, handing_over
 from moslora.tuner.names import PREFIX
 from moslora.tuner.sharding import check_mergeable_when_sharded, warn_of_whole_factors
@@ -149,7 +150,10 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
         """
         names = (name for name, _ in model.named_modules())
         check_patterns(vars(self.peft_config[adapter_name]), names, "The configuration")
+        problems = self._settings_that_do_not_fit(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for problem in problems:
+            warnings.warn(problem, UnfitSettingWarning, stacklevel=2)
         if compat_diffusers.is_of_diffusers(model):
             compat_diffusers.install()
         leave_fast_paths(model, lambda module: isinstance(module, MoSLoRALayer))
@@ -164,6 +168,15 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
                 "plain LoRA; merge it into the base instead, or leave such modules out.",
                 stacklevel=2,
             )
+
+    def _settings_that_do_not_fit(self, model: nn.Module, adapter_name: str) -> list[str]:
+        """Return what to warn of, and settle what two keys of a pattern say of one module."""
+        config = self.peft_config[adapter_name]
+        if config.is_saved:
+            return []  # what it fits, the tensors of its file say
+        found = [str(misfit) for misfit in find_misfits(config, model) if not misfit.is_harmless]
+        settle_overlaps(config, model)
+        return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Hold an adapter in float32, or all of it in the dtype that its layers gave to its factors.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any, cast
 
 import peft.tuners.tuners_utils as tuners_utils
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
 from torch import nn
 
 from moslora import versions
@@ -89,7 +92,37 @@ class _Deleting:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
 
 
+class _Guarded:
+    """Has PEFT ask of this adapter what it asks of LoRA before a module is adapted.
+
+    PEFT 0.18 to 0.21 refuses LoRA on modules whose weights the model reads past their forward, by the type's name:
+    Mamba's ``out_proj`` and ``conv1d``. An adapter on them does nothing wherever the fast kernels run, and PEFT
+    refuses the plain LoRA that it is exported as.
+    """
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Check a module that is going to be adapted.
+
+        Raises:
+            UsageError: If PEFT refuses LoRA there. Of an adapter that is saved already it is only warned.
+        """
+        as_lora = copy.copy(peft_config)
+        as_lora.peft_type = PeftType.LORA
+        try:
+            super()._check_target_module_compatiblity(as_lora, model, target_name)  # type: ignore[misc]
+        except ValueError as error:
+            message = (
+                f"{target_name} of this {type(model).__name__} cannot be adapted: the model reads its weight and may "
+                f"never call it, so an adapter on it may do nothing, and PEFT refuses a plain LoRA there. Name "
+                f"{target_name!r} in exclude_modules, or leave it out of target_modules."
+            )
+            if not peft_config.is_saved:
+                raise UsageError(message) from error
+            warnings.warn(message, stacklevel=2)
+
+
 _TUNER_BASES: tuple[type, ...] = (
+    _Guarded,
     *(() if HAS_TIES else (_Ties,)),
     *(() if versions.is_at_least("peft", "0.20") else (_OneOfParameters,)),
     *(() if hasattr(tuners_utils, "_check_adapters_not_merged") else (_Deleting,)),

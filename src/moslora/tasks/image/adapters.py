@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import RecipeError
@@ -73,6 +72,7 @@ def adapted_modules(skeleton: nn.Module, settings: Mapping[str, Any], title: str
     from torch import nn
 
     from moslora.compat.targets import is_target
+    from moslora.tuner.matching import find_misfits
 
     config: Any = denoiser_config(settings)
     leaves = [
@@ -93,28 +93,14 @@ def adapted_modules(skeleton: nn.Module, settings: Mapping[str, Any], title: str
             f"adapter.target_modules={settings['target_modules']!r} names no module of {title}; it has "
             f"{', '.join(sorted(ends))}."
         )
-    _refuse_unknown_names(settings, leaves, chosen, title)
+    wrong = [
+        str(misfit).replace("the base", title)
+        for misfit in find_misfits(config, skeleton)
+        if not misfit.is_harmless
+    ]
+    if wrong:
+        raise RecipeError([f"adapter.{problem}" for problem in wrong])
     return chosen
-
-
-def _refuse_unknown_names(
-    settings: Mapping[str, Any], leaves: Sequence[str], chosen: Sequence[str], title: str
-) -> None:
-    """Refuse names of modules that the denoiser does not have; PEFT ignores them without a word."""
-    faults = []
-    for key in ("target_modules", "exclude_modules"):
-        names = settings.get(key)
-        for name in names if isinstance(names, list | tuple | set) else ():
-            if not any(leaf == name or leaf.endswith(f".{name}") for leaf in leaves):
-                faults.append(f"adapter.{key} has {name!r}, which is not a module of {title}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        faults += [
-            f"adapter.{key} has {name!r}, which is not an adapted module of {title}"
-            for name in settings.get(key) or ()
-            if not any(re.match(rf"(.*\.)?({name})$", module) for module in chosen)  # as PEFT does
-        ]
-    if faults:
-        raise RecipeError([f"{fault}; correct or remove it." for fault in faults])
 
 
 def count_pipeline_parameters(

@@ -50,6 +50,7 @@ def scoped_arguments(
     Raises:
         UsageError: If a scope has no module of the kind that it is given, or no scope is adapted.
     """
+    from peft.utils.other import get_pattern_key
     from torch import nn
 
     arguments = {key: value for key, value in adapter.items() if key != "target_modules"}
@@ -69,11 +70,15 @@ def scoped_arguments(
         arguments["modules_to_save"] = [*(arguments.get("modules_to_save") or []), *projector]
     if not targets:
         raise UsageError("scopes adapts no module; set one of language, vision, projector=adapter.")
+    own = {
+        key: list(arguments.get(f"{name}_pattern") or {}) for key, name in (("r", "rank"), ("alpha", "alpha"))
+    }
     ranks, alphas = dict(arguments.pop("rank_pattern", {})), dict(arguments.pop("alpha_pattern", {}))
     for target in targets:
         for key, patterns in (("r", ranks), ("alpha", alphas)):
             value = getattr(scopes, f"{scope_of(target)}_{key}")
-            if value is not None:
+            # Of two keys that fit one module the order decides, and saving sorts them.
+            if value is not None and get_pattern_key(own[key], target) not in own[key]:
                 patterns.setdefault(f"^{re.escape(target)}", value)
     return {**arguments, "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas}
 
