@@ -555,18 +555,18 @@ IDLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "adapter.target_modules": (
         "sdxl",
         {"adapter.target_modules": "[to_q, to_K]"},
-        "has 'to_K', which is not",
+        "has 'to_K', which fits no module .* 'to_k'",
     ),
     "adapter.exclude_modules": ("sdxl", {"adapter.exclude_modules": "[nothing]"}, "has 'nothing'"),
     "adapter.rank_pattern": (
         "sdxl",
         {"adapter.rank_pattern": "{q_proj: 2}"},
-        "has 'q_proj', which is not an adapted",
+        "has 'q_proj', which fits no adapted",
     ),
     "adapter.alpha_pattern": (
         "sdxl",
         {"adapter.alpha_pattern": "{conv_in: 2}"},
-        "has 'conv_in', which is not",
+        "has 'conv_in', which fits no",
     ),
     "trainer.label_smoothing_factor": ("sdxl", {"trainer.label_smoothing_factor": 0.1}, "has no labels"),
     "trainer.num_train_epochs": (

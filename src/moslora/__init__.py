@@ -11,6 +11,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -161,18 +162,18 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
     It stays until that has happened: whoever only asks whether PEFT is there, as transformers does, finds it too.
     """
 
-    looking = False
+    here = threading.local()  # another thread may ask at the same moment, and needs an answer of its own
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft" or self.looking:
+        if fullname != "peft" or getattr(self.here, "looking", False):
             return None
-        self.looking = True  # the others are asked next, and this one among them
+        self.here.looking = True  # the others are asked next, and this one among them
         try:
             spec = importlib.util.find_spec("peft")
         finally:
-            self.looking = False
+            self.here.looking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

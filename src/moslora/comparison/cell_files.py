@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from moslora.comparison.plan import Comparison, Planned
 from moslora.comparison.verdict import Cell
@@ -86,8 +88,15 @@ def read_cells(plan: Comparison) -> list[Cell]:
     for cell in plan.cells:
         file = plan.cell_file(*cell)
         if file.exists():
-            try:
-                cells.append(Cell(**json.loads(file.read_text(encoding="utf-8"))))
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"{file} is damaged; remove it to have its cell run again.") from error
+            state = file.stat()
+            cells.append(_read(file, state.st_mtime_ns, state.st_size, state.st_ino))
     return cells
+
+
+@functools.lru_cache(maxsize=100_000)
+def _read(file: Path, *_: int) -> Cell:
+    """Read a result; after each cell all are asked for again, so each is read once for as long as its file stays."""
+    try:
+        return Cell(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file} is damaged; remove it to have its cell run again.") from error

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
 from moslora.files import kind_of_file
 from moslora.wording import did_you_mean, nearest
+
+_field_limit = threading.Lock()
 
 __all__ = ["FILE_READERS", "Records", "read_records"]
 
@@ -110,16 +113,16 @@ def _read_json(file: BinaryIO, faults: Faults) -> _Rows:
 def _read_csv(file: BinaryIO, faults: Faults, delimiter: str = ",") -> _Rows:
     raw = file.read()
     body = raw.removeprefix(BOM)
-    limit = csv.field_size_limit(2**31 - 1)  # the module's 128 KiB are less than one long document
     try:
         text = _decode(body, len(raw) - len(body))
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header = next((row for row in reader if row), [])
+        rows = _of_any_length(reader)
+        header = next((row for row in rows if row), [])
         if problem := _header_fault(header, delimiter):
             faults.add(f"line {max(reader.line_num, 1)}", problem)
             return
         line = reader.line_num + 1
-        for cells in reader:
+        for cells in rows:
             if len(cells) == len(header):
                 yield f"line {line}", dict(zip(header, cells, strict=True))
             elif cells:
@@ -129,8 +132,20 @@ def _read_csv(file: BinaryIO, faults: Faults, delimiter: str = ",") -> _Rows:
         faults.add(f"line {reader.line_num}", f"{problem}")
     except ValueError as problem:
         faults.add("", f"{problem}")
-    finally:
-        csv.field_size_limit(limit)
+
+
+def _of_any_length(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """Yield rows with fields of any length; the limit is the process's, so it is another only while a row is read."""
+    while True:
+        with _field_limit:
+            limit = csv.field_size_limit(2**31 - 1)  # the module's 128 KiB are less than one long document
+            try:
+                row = next(reader, None)
+            finally:
+                csv.field_size_limit(limit)
+        if row is None:
+            return
+        yield row
 
 
 def _header_fault(header: list[str], delimiter: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,12 @@ __all__ = [
 ]
 
 
+# The blocks of quiet_transformers that are open, in all threads, and what the first of them found.
+_quiet_lock = threading.Lock()
+_quiet_blocks: list[None] = []
+_before_quiet: list[Any] = []
+
+
 def default_device() -> str:
     """Return ``"cuda"`` where there is one, else ``"cpu"``; of several launched processes each has a GPU of its own."""
     import torch
@@ -48,16 +55,28 @@ def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and load reports inside the block, and only there."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with _quiet_lock:
+        if not _quiet_blocks:
+            _before_quiet[:] = [logging.get_verbosity(), logging.is_progress_bar_enabled()]
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            bar = no_gguf_bar()
+            bar.__enter__()
+            _before_quiet.append(bar)
+        _quiet_blocks.append(None)
     try:
-        with no_gguf_bar():
-            yield
+        yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        with _quiet_lock:
+            _quiet_blocks.pop()
+            if (
+                not _quiet_blocks
+            ):  # of blocks in several threads the last one puts back what the first one found
+                verbosity, bars, bar = _before_quiet
+                bar.__exit__(None, None, None)
+                logging.set_verbosity(verbosity)
+                if bars:
+                    logging.enable_progress_bar()
 
 
 def load_model(
@@ -137,7 +156,7 @@ def quantization_options(
             f"model.quantization={kind} needs one more package. Run: pip install 'moslora[quant]'"
         )
     if dtype == "auto":
-        dtype = "float32" if device.startswith("cpu") else "bfloat16"
+        dtype = "float32" if device.startswith("cpu") else _narrow_dtype()
     return {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": kind,
@@ -145,6 +164,14 @@ def quantization_options(
         "bnb_4bit_compute_dtype": dtype,
         "llm_int8_skip_modules": list(whole) or None,
     }
+
+
+def _narrow_dtype() -> str:
+    """Return the 16-bit dtype that the GPU computes in: float16 where it could only emulate bfloat16."""
+    import torch
+
+    has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float16"
 
 
 def build_skeleton(source: ModelSource, auto_class: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -240,6 +267,7 @@ def call_loader(source: ModelSource, load: Callable[..., Any], options: dict[str
 
     Raises:
         ModelError: If it cannot be loaded; what to do is in the message.
+        MemoryError, torch.OutOfMemoryError: As the loader raised it.
     """
     try:
         with quiet_transformers():
@@ -248,7 +276,11 @@ def call_loader(source: ModelSource, load: Callable[..., Any], options: dict[str
         raise ModelError(
             f"{source.name} needs a package that is not installed: {first_line(error)}"
         ) from error
+    except MemoryError:  # says nothing about the model, as the next
+        raise
     except Exception as error:  # damaged files surface as whatever their reader raises
+        if _is_out_of_memory(error):
+            raise
         hint = ""
         if source.kind == "hub" and _is_unreachable(error):
             offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
@@ -260,6 +292,12 @@ def call_loader(source: ModelSource, load: Callable[..., Any], options: dict[str
         if source.kind == "hub":
             hint = " Is it the right id?"
         raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}{hint}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _is_unreachable(error: BaseException | None) -> bool:

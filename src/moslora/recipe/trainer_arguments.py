@@ -120,7 +120,9 @@ def _has_bf16(device: str) -> bool:
         return False
     import torch
 
-    return bool(torch.cuda.is_bf16_supported())
+    return bool(
+        torch.cuda.is_bf16_supported(including_emulation=False)
+    )  # emulated, it is slower than float32
 
 
 def build_trainer_config(

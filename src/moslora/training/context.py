@@ -70,9 +70,10 @@ class RunContext:
                 self.directory.update(stage=outer)
         finally:
             elapsed = time.monotonic() - started
-            earlier = self.directory.read().get("timing", {}).get(f"{name}_seconds", 0.0)
-            seconds = round(earlier + elapsed - self._inner_seconds, 3)
-            self.directory.update(timing={f"{name}_seconds": seconds})
+            if self.team.is_main_process:  # the others' record is not theirs, and may be out of reach
+                earlier = self.directory.read().get("timing", {}).get(f"{name}_seconds", 0.0)
+                seconds = round(earlier + elapsed - self._inner_seconds, 3)
+                self.directory.update(timing={f"{name}_seconds": seconds})
             self._stage, self._inner_seconds = outer, outer_seconds + elapsed
 
 

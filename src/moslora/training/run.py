@@ -30,8 +30,10 @@ from moslora.tasks.task import Task
 from moslora.training import proving
 from moslora.training.artifacts import write_predictions
 from moslora.training.context import RunContext, only_of_first
+from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
+from moslora.training.heartbeat import heartbeat
 from moslora.training.measuring import measure, record_change
 from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
@@ -253,7 +255,11 @@ def _hashes(task: Task, mix: Mix | None) -> dict[str, Any]:
 def _run_stages(run: RunContext, task: Task) -> RunDirectory:
     """Run all stages, and leave a truthful status whatever happens."""
     try:
-        _stages(run, task) if run.team.is_main_process else _follow(run, task)
+        if run.team.is_main_process:
+            with heartbeat(run.directory.record), fallbacks_shown(run.display):
+                _stages(run, task)
+        else:
+            _follow(run, task)
     except (Stopped, KeyboardInterrupt) as stopped:
         _end_interrupted(
             run, stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT, stopped

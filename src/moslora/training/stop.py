@@ -22,7 +22,7 @@ class StopRequest:
     Used as a context manager it takes the two signals over. The second one ends the run at once.
 
     Args:
-        display: Told when a request comes in.
+        display: Told of a request, at the next place where the run asks for one.
         team: The processes of the run.
     """
 
@@ -30,6 +30,7 @@ class StopRequest:
         self.display = display
         self.team = team or Team()
         self.received: int | None = None
+        self._said = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -45,8 +46,12 @@ class StopRequest:
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
-        self.received = number
-        self.display.say("Stopping at the next safe place. Once more stops at once.", style="yellow")
+        self.received = number  # nothing is written here: the signal may have come in the middle of a write
+
+    def _say(self) -> None:
+        if self.received is not None and not self._said:
+            self._said = True
+            self.display.say("Stopping at the next safe place. Once more stops at once.", style="yellow")
 
     def check(self) -> None:
         """Stop here if asked to; of several processes the first alone, the others where all agree.
@@ -54,9 +59,11 @@ class StopRequest:
         Raises:
             Stopped: If a signal came in.
         """
+        self._say()
         if self.received is not None and self.team.is_main_process:
             raise Stopped(self.received)
 
     def agreed(self) -> int | None:
         """Return the signal that any of the run's processes was sent; all of them have to ask at the same place."""
+        self._say()
         return self.team.maximum(self.received or 0) or None

@@ -314,7 +314,9 @@ def _compiled(setting: str, pattern: str, written: str) -> re.Pattern[str] | Mis
 def _fits_no(entry: str, what: str, names: Iterable[str], like: str | None = None) -> str:
     like = entry if like is None else like
     known = _ends(like, names)
-    return f"has {entry!r}, which fits no {what} of the base.{did_you_mean(like, known) or _choose(known)}"
+    hint = next((f" Did you mean {name!r}?" for name in sorted(known) if name.lower() == like.lower()), None)
+    hint = hint or did_you_mean(like, known) or _choose(known)
+    return f"has {entry!r}, which fits no {what} of the base.{hint}"
 
 
 def _ends(like: str, names: Iterable[str]) -> set[str]:
