@@ -19,11 +19,11 @@ settings.load_profile("moslora")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def proofs_start_warm() -> Generator[None]:
+def proofs_start_warm() -> Generator[warm.Warm]:
     warmed = warm.Warm()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moslora.training.reload_proof.proof, "run_script", warmed.run)
-        yield
+        yield warmed
     warmed.end()
 
 

@@ -22,6 +22,7 @@ from moslora.comparison.verdict import Verdict
 from moslora.display import Display
 from moslora.errors import Stopped
 from moslora.recipe.loading import load_recipe
+from moslora.reports.again import remake_report
 from tolerances import MODEL
 
 pytestmark = pytest.mark.filterwarnings(
@@ -96,6 +97,8 @@ def test_a_comparison_leaves_every_cell_a_verdict_and_a_page(finished):
     assert verdict.sentences[0].split(",")[0] in page and page.count("<svg") == 3
     assert not re.search(r'(?:src|href)="?(?:https?:)?//', page)
     assert not list((folder / "cells").glob("*.started"))
+    (folder / "report.html").unlink()
+    assert remake_report(folder).read_text() == page
 
 
 def test_trained_parameters_are_those_of_the_method(finished, world):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moslora import files
-from moslora.errors import ExistsError, MoSLoRAError, UsageError
+from moslora.errors import BusyError, ExistsError, MoSLoRAError
 
 DTYPES = (
     torch.float32,
@@ -147,7 +147,7 @@ def test_a_lock_is_refused_while_another_process_holds_it_and_ends_with_that_pro
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UsageError, match="Another process"), files.locked(tmp_path, wait=False):
+    with pytest.raises(BusyError, match="Another process"), files.locked(tmp_path, wait=False):
         pass
     started = files.process_start(holder.pid)
     assert files.is_running(holder.pid, started)

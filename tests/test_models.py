@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from moslora import files
 from moslora.errors import ModelError
 from moslora.models import fingerprint as fingerprints
 from moslora.models import gguf as folders
@@ -285,14 +285,19 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     root = tmp_path / "models"
-    host = socket.gethostname()
-    dead, alive = root / f".partial-{host}-{gone.pid}-x1", root / f".partial-{host}-{os.getppid()}-x2"
-    elsewhere, old = root / ".partial-other-host-1-x3", root / ".partial-other-host-1-x4"
-    for path in (dead, alive, elsewhere, old):
+    here = files._machine()
+    dead, alive = (
+        root / f".m.{here}-{gone.pid}-00000001.part",
+        root / f".m.{here}-{os.getppid()}-00000002.part",
+    )
+    elsewhere, old = root / ".m.00000000-1-00000003.part", root / ".m.00000000-1-00000004.part"
+    oldest = root / ".partial-some-host-1-x5"  # as version 0.1 called them
+    for path in (dead, alive, elsewhere, old, oldest):
         path.mkdir(parents=True)
-    os.utime(old, (0, 0))
+    for path in (old, oldest):
+        os.utime(path, (0, 0))
     materialize(resolve_model(str(gguf_file)), cache=tmp_path)
-    left = sorted(path.name for path in root.glob(".partial-*"))
+    left = sorted(path.name for path in root.glob(".*"))
     assert left == sorted([alive.name, elsewhere.name])
 
 

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moslora.errors import NotFoundError, UsageError
+from moslora.reports.again import remake_report
 from moslora.reports.drawing import loss_curve
 from moslora.reports.metric_rows import sign_test
 from moslora.reports.pictures import ALL_SEEN_BYTES, SEEN, SEEN_BYTES
@@ -271,3 +273,35 @@ def test_the_sign_test_is_symmetric_and_is_a_probability(fixed, broken):
     assert 0 < sign_test(fixed, broken) <= 1
     assert sign_test(fixed, broken) == sign_test(broken, fixed)
     assert sign_test(fixed, fixed) == 1
+
+
+# --- Made again
+
+
+def test_a_report_is_made_again_with_the_figures_that_a_kill_kept_from_the_record(tmp_path):
+    run = finished(tmp_path)
+    page, whole = write_report(run.path).read_bytes(), run.read()
+    for stage, values in whole["metrics"].items():
+        measured = {"metrics": values, "examples": 10, "answers": [], "unit": "held-out examples"}
+        (run.path / f"evaluation-{stage}.json").write_text(json.dumps(measured))
+    run.record.write_text(json.dumps({**whole, "metrics": {"before": whole["metrics"]["before"]}}))
+    run.report.unlink()
+    assert remake_report(run.path) == run.report
+    assert run.read()["metrics"]["after"] == whole["metrics"]["after"]
+    assert Page(run.report).text.count("Held-out loss 2.31") == page.decode().count("Held-out loss")
+
+
+def test_what_has_no_report_to_make_is_refused_by_name(tmp_path):
+    finished(tmp_path)
+    with pytest.raises(NotFoundError, match=r"Did you mean .*demo"):
+        remake_report(tmp_path / "dmeo")
+    with pytest.raises(NotFoundError, match="is a file"):
+        remake_report(tmp_path / "demo" / "run.json")
+    comparison = tmp_path / "compared"
+    comparison.mkdir()
+    (comparison / "compare.json").write_text("{}")
+    with pytest.raises(UsageError, match="no results yet"):
+        remake_report(comparison)
+    (comparison / "results.json").write_text("{}")
+    with pytest.raises(UsageError, match="damaged"):
+        remake_report(comparison)

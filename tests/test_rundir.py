@@ -307,6 +307,9 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_skipped_and_said(tmp_path, 
     assert latest is not None
     assert latest.step == 10
     assert said == [f"Skipped checkpoint-20, which is incomplete: {name} is {damage}."]
+    make_checkpoint(run, 5, omit="optimizer.pt")
+    run.remove_incomplete_checkpoints(10)
+    assert [checkpoint.step for checkpoint in run.all_checkpoints()] == [5, 10]
 
 
 # --- where the run ran

@@ -22,10 +22,12 @@ import peft, safetensors.torch, torch, transformers
 from transformers import AutoModelForCausalLM
 for line in sys.stdin:
     asked = json.loads(line)
+    reading, holding = os.pipe()  # at standard input nothing comes while this process lives
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            os.dup2(reading, 0)
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             assert not any(name.partition(".")[0] == "moslora" for name in sys.modules)
@@ -44,7 +46,10 @@ for line in sys.stdin:
         finally:
             sys.stdout.flush(); sys.stderr.flush()
             os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    ended = os.waitpid(child, 0)[1]
+    os.close(reading)
+    os.close(holding)
+    print(os.waitstatus_to_exitcode(ended), flush=True)
 """
 
 
@@ -53,19 +58,24 @@ class Warm:
 
     server: subprocess.Popen[str] | None = None
 
-    def run(self, command: list[str], env: dict[str, str], check: Callable[[], None]) -> Any:
-        """Do what ``run_script`` does with a proof's command."""
-        check()
-        python, flag, *argv = command
-        assert (python, flag) == (sys.executable, "-P")
+    def start(self) -> None:
+        """Start the server, if it is not running."""
         if self.server is None:
             self.server = subprocess.Popen(
-                [python, flag, "-W", "ignore", "-c", SERVER],
+                [sys.executable, "-P", "-W", "ignore", "-c", SERVER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
+
+    def run(self, command: list[str], env: dict[str, str], check: Callable[[], None]) -> Any:
+        """Do what ``run_script`` does with a proof's command."""
+        check()
+        python, flag, *argv = command
+        assert (python, flag) == (sys.executable, "-P")
+        self.start()
+        assert self.server is not None
         assert self.server.stdin is not None and self.server.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"

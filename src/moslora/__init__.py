@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moslora.api.adapters import combine, doctor, export, import_adapter, inspect, merge
     from moslora.api.judging import compare, evaluate
     from moslora.api.planning import plan
+    from moslora.api.reporting import report
     from moslora.api.run import Run
     from moslora.api.training import mix, resume, train
     from moslora.errors import (
@@ -90,6 +91,7 @@ __all__ = [
     "plan",
     "read_adapter",
     "replace_lora_weights_loftq",
+    "report",
     "resume",
     "resume_for_diffusers",
     "save_for_diffusers",
@@ -133,6 +135,7 @@ _PLACES = {
     "plan": "moslora.api.planning",
     "read_adapter": "moslora.adapters.formats.reading",
     "replace_lora_weights_loftq": "moslora.tuner.loftq",
+    "report": "moslora.api.reporting",
     "resume": "moslora.api.training",
     "resume_for_diffusers": "moslora.tuner.pipelines",
     "save_for_diffusers": "moslora.tuner.pipelines",

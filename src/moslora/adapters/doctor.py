@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from moslora.adapters.formats.skeleton import misfits_by_peft
 from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.targets import MERGE_BIAS, MERGE_WHOLE, TARGETS, check_target, format_for
 from moslora.errors import AdapterError, ModelError, ProofError
+from moslora.files import scratch
 from moslora.models.fingerprint import fingerprint
 from moslora.models.loading import load_tokenizer
 from moslora.models.names import resolve_model
@@ -378,9 +378,9 @@ def _tried(
         for found in rule(adapter):
             yield Finding(found.level, f"{name}: {found.check}", found.what, found.fix)
     suffix = FORMATS[wanted].suffix
-    with tempfile.TemporaryDirectory(prefix="moslora-doctor-") as folder:
+    with scratch("moslora-doctor") as folder:
         try:
-            proof = export_adapter(path, Path(folder) / f"adapter{suffix}", wanted, base=base)
+            proof = export_adapter(path, folder / f"adapter{suffix}", wanted, base=base)
         except (AdapterError, ModelError, ProofError) as error:
             fix = MERGE_WHOLE if adapter.has_magnitudes else MERGE_BIAS if adapter.has_biases else ""
             yield Finding("error", f"{name}: format", f"It cannot be written as {wanted}. {error}", fix)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from moslora.errors import UsageError
 from moslora.evaluation.evaluate import evaluate as evaluate_model
 from moslora.evaluation.judge import Subject
 from moslora.evaluation.results import Report
-from moslora.files import sha256
+from moslora.files import scratch, sha256
 from moslora.models.in_memory import stored_name
 from moslora.models.loading import load_tokenizer
 from moslora.models.names import processor_source
@@ -94,7 +93,7 @@ def evaluate(
     if (tasks or lm_eval) and isinstance(tokenizer, str | os.PathLike):
         loaded = load_tokenizer(processor_source(os.fspath(tokenizer)))
         subject = dataclasses.replace(subject, tokenizer=loaded)
-    with borrowed(subject.model), tempfile.TemporaryDirectory(prefix="moslora-evaluation-") as folder:
+    with borrowed(subject.model), scratch("moslora-evaluation") as folder:
         if tasks or lm_eval or (recipe is None and data is None and "data" not in sections):
             if data is not None and not isinstance(data, str | os.PathLike):
                 raise UsageError(
@@ -111,7 +110,7 @@ def evaluate(
                 settings=[*(["recipe"] if recipe is not None else []), *sections],
                 **options,
             )
-        built = _own_recipe(subject, tokenizer, data, recipe, sections, Path(folder))
+        built = _own_recipe(subject, tokenizer, data, recipe, sections, folder)
         return evaluate_model(subject, display, recipe=built, **options)
 
 
@@ -290,11 +289,13 @@ def _with_files(recipe: Recipe, objects: HandedOver, folder: Path) -> Recipe:
         save_processor(objects.processor, objects.model, folder / "tokenizer")
         model["tokenizer"] = str(folder / "tokenizer")
     for part, rows in objects.rows.items():
-        path = folder / f"{part}.jsonl.part"
-        write_rows(rows, path, "data" if part == "train" else part)
-        # Named by content: other rows leave those of an earlier comparison alone, which then refuses to go on.
-        place = folder / f"{part}-{sha256(path)[:16]}.jsonl"
-        path.replace(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch(f".{part}", folder) as made:
+            path = made / "rows.jsonl"
+            write_rows(rows, path, "data" if part == "train" else part, folder / "pictures")
+            # Named by content: other rows leave those of an earlier comparison alone, which then refuses to go on.
+            place = folder / f"{part}-{sha256(path)[:16]}.jsonl"
+            path.replace(place)
         data[part] = str(place)
     return recipe.model_copy(
         update={

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from moslora.cli.adapters import combine, doctor, export, import_, inspect_, merge
-from moslora.cli.judging import compare, evaluate
+from moslora.cli.judging import compare, evaluate, report
 from moslora.cli.training import mix, plan, train
 
 __all__ = ["app", "main"]
@@ -51,6 +51,7 @@ VERBS: dict[str, Callable[..., None]] = {  # in the order of --help
     "plan": plan,
     "compare": compare,
     "evaluate": evaluate,
+    "report": report,
     "export": export,
     "import": import_,
     "combine": combine,

@@ -1,4 +1,4 @@
-"""The verbs that judge: compare, evaluate."""
+"""The verbs that judge, and the one that shows what came of it: compare, evaluate, report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from moslora.cli.options import Debug, Json
-from moslora.cli.running import run_verb
+from moslora.cli.running import print_result, run_verb
 
 
 def compare(
@@ -159,5 +159,27 @@ def evaluate(
             show(report, display)
         if predictions is not None:
             display.say(f"Wrote {predictions}.")
+
+    run_verb(action, debug)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory, or a comparison's folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a report again from what a run or a comparison recorded; nothing is trained or measured.
+
+    [bold]moslora report runs/demo[/]
+    [bold]moslora report runs/compare-demo[/]
+
+    It replaces [bold]report.html[/], drawings included, as where a run was killed before it had one, or with the page
+    of a newer version. A run that is not completed has a report too, of what it got to.
+    """
+
+    def action() -> None:
+        from moslora.api.reporting import report as make_again
+
+        print_result(make_again(run), as_json)
 
     run_verb(action, debug)

@@ -68,7 +68,10 @@ def mark_crashed_cells(plan: Comparison, display: Display, cells: Sequence[Plann
     """
     for cell in plan.cells if cells is None else cells:
         method, rate, seed = cell
-        if plan.cell_file(*cell).exists() or _begun(plan, cell) < DEATHS:
+        if plan.cell_file(*cell).exists():
+            forget(plan, cell)  # killed between the result and this
+            continue
+        if _begun(plan, cell) < DEATHS:
             continue
         reason = f"the process died {DEATHS} times in this cell, perhaps out of memory"
         keep(plan, Cell(method.name, rate, seed, "crashed", reason))

@@ -30,7 +30,7 @@ from moslora.comparison.plan import DECISIVE, Comparison
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
 from moslora.errors import Stopped, UsageError
-from moslora.files import locked, write_text
+from moslora.files import locked, remove, write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.schema import Recipe
@@ -95,6 +95,7 @@ def compare(
 
     Raises:
         ValueError: If arguments, recipe, data or model cannot be used, or the folder holds another comparison.
+        BusyError: If another process is at work in the folder.
         TrainingError: If the base changes in a way that cannot be undone, or a worker dies.
         Stopped: If it was asked to stop; the same command goes on.
     """
@@ -233,12 +234,15 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
     """Make or reopen the folder, as the only process at work in it."""
     folder, record = plan.directory, plan.directory / "compare.json"
     identity = _identity(plan, task)
-    if folder.exists() and not record.exists() and any(folder.iterdir()):
-        raise UsageError(
-            f"{folder} holds something that is not a comparison. Name another folder with --out."
-        )
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=False):
+        # The lock is held, so whose these are is dead.
+        for leftover in [*folder.glob(".*.part"), *folder.glob("cells/.*.part")]:
+            remove(leftover)
+        if not record.exists() and _holds_something(folder):
+            raise UsageError(
+                f"{folder} holds something that is not a comparison. Name another folder with --out."
+            )
         if record.exists():
             try:
                 old = json.loads(record.read_text(encoding="utf-8"))["identity"]
@@ -260,11 +264,19 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
                 "schema_version": COMPARISON_SCHEMA_VERSION,
                 "command": command,
                 "hardware": collect_hardware(),
+                "about": {method.name: method.about for method in plan.methods},
             }
             document = {**about, "versions": collect_versions(), "identity": identity}
             write_text(record, json.dumps(document, indent=2, ensure_ascii=False))
             display.say(f"Comparison: {folder}")
+        (folder / "cells").mkdir(exist_ok=True)
         yield
+
+
+def _holds_something(folder: Path) -> bool:
+    """Say whether there is more than the empty folder of cells, which version 0.1 made before the record."""
+    cells = folder / "cells"
+    return any(path != cells or not path.is_dir() or any(path.iterdir()) for path in folder.iterdir())
 
 
 # --- What came of it ----------------------------------------------------------------------------------------
@@ -282,7 +294,9 @@ def _conclude(plan: Comparison, display: Display) -> Verdict:
     try:
         write_comparison_report(plan.directory, {m.name: m.about for m in plan.methods})
     except Exception as error:  # it shows a comparison and must not decide one
-        display.warn(f"The report could not be written: {error}")
+        display.warn(
+            f"The report could not be written: {error} Try again with: moslora report {plan.directory}"
+        )
     show_verdict(verdict, display)
     display.say(f"Results, for programs:        {plan.directory / 'results.json'}")
     display.say(f"Report, opens in a browser:   {plan.directory / 'report.html'}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -93,11 +95,23 @@ def _start_worker(plan: Comparison, threads: int) -> None:
 
     from moslora.display import Display
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a cell under way is finished
     torch.set_num_threads(threads)
     display = Display(quiet=True)
     stop = StopRequest(display)
     _bench = Bench(plan, prepare_task(plan, display, stop.check), display, stop)
+
+
+def _end_with_parent() -> None:
+    """End when the process that hands out the cells dies: nobody would take what comes of them."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it runs in workers alone"
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run_in_worker(cells: Sequence[tuple[str, float, int]]) -> list[Cell]:

@@ -124,15 +124,13 @@ def _write(call: inspect.BoundArguments, original: Callable[..., Any]) -> Any:
     # A loader that finds metadata expects every model's there; without any it takes alpha for r, as the fold has it.
     tells = names == {key.partition(".")[0] for key in kept} and call.arguments["safe_serialization"]
 
-    def write_file(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Mapping[str, Tensor]:
-        call.arguments["state_dict"] = {**others, **tensors}
+    def write_file(tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+        call.arguments["state_dict"] = tensors
         call.arguments["lora_adapter_metadata"] = {**kept, **metadata} if tells else None
         original(*call.args, **call.kwargs)
-        return {**others, **tensors}
 
-    pipeline_checkpoint.save(
-        folder, {c: part for c, part in parts.items() if part is not None}, write_file, name
-    )
+    own = {component: part for component, part in parts.items() if part is not None}
+    pipeline_checkpoint.save(folder, own, others, write_file, name)
     return None
 
 

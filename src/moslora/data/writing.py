@@ -11,22 +11,25 @@ from typing import Any
 
 from moslora.data.faults import SHOWN
 from moslora.errors import DataError
+from moslora.files import replaced_file
 
 __all__ = ["write_rows"]
 
 
-def write_rows(rows: Iterable[Any], path: Path, what: str) -> None:
+def write_rows(rows: Iterable[Any], path: Path, what: str, pictures: Path | None = None) -> None:
     """Write rows, pictures in them as files beside.
 
     Args:
         rows: A ``datasets.Dataset``, or dicts. Values are those of JSON, scalars and arrays of numpy, or PIL images.
         path: The ``.jsonl`` file to write.
         what: What the caller calls the rows, for messages.
+        pictures: Folder of the pictures; None for ``pictures`` beside the file.
 
     Raises:
         DataError: If a row is not a dict or a value has no form in JSON; each is named by its row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    place = pictures or path.parent / "pictures"
     faults: list[str] = []
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(rows, start=1):
@@ -35,7 +38,7 @@ def write_rows(rows: Iterable[Any], path: Path, what: str) -> None:
                 continue
             try:
                 line = json.dumps(
-                    {str(name): _as_json(value, path.parent) for name, value in row.items()},
+                    {str(name): _as_json(value, place) for name, value in row.items()},
                     ensure_ascii=False,
                     allow_nan=False,
                 )
@@ -69,8 +72,9 @@ def _save_picture(picture: Any, folder: Path) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     content = buffer.getvalue()
-    path = folder / "pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.png"
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:24]}.png"
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
-        path.write_bytes(content)
+        with replaced_file(path) as part:  # a picture cut off would be taken for this one later
+            part.write_bytes(content)
     return str(path.absolute())

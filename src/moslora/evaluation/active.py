@@ -16,9 +16,8 @@ PROBES, PROBE_TOKENS = 4, 128
 
 def with_adapter(base: Any, adapter: Path) -> Any:
     """Put an adapter into a model, as PEFT does; every tensor of its file has to find its place."""
-    from moslora.compat.peft.loading import load_whole
-
     from moslora.adapters.formats.directory import read_config
+    from moslora.compat.peft.loading import load_whole
 
     if not (adapter / "adapter_config.json").is_file():
         raise UsageError(

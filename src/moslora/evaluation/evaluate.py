@@ -6,19 +6,20 @@ the adapter took part is proven first: an evaluation that ignores it is a known 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moslora.display import Display
-from moslora.errors import ExistsError, UsageError
+from moslora.errors import UsageError
 from moslora.evaluation.commonsense.protocols import PROTOCOLS, evaluate_commonsense
 from moslora.evaluation.judge import Subject
 from moslora.evaluation.lm_eval import evaluate_lm_eval
 from moslora.evaluation.own_data import evaluate_own_data
 from moslora.evaluation.results import Report
-from moslora.files import write_text
+from moslora.files import new_file
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.schema import Recipe
 
@@ -66,10 +67,9 @@ def evaluate(
 
     Raises:
         UsageError: If something cannot be used.
+        BusyError, ExistsError: If another process writes the predictions, or they are there.
         ProofError: If the adapter's ΔW is not zero and the logits do not move.
     """
-    if predictions is not None and predictions.exists():
-        raise ExistsError(f"{predictions} exists already; name another file for the predictions.")
     protocols = list(dict.fromkeys(name.strip() for name in protocol.split(",") if name.strip()))
     for name in protocols or [protocol]:
         if name not in PROTOCOLS:
@@ -90,17 +90,21 @@ def evaluate(
     subject = model if isinstance(model, Subject) else Subject(model)
     if metrics and (tasks or harness):
         raise UsageError("metrics judges answers to your own data; these tasks have their own metrics.")
-    if harness:
-        report = evaluate_lm_eval(subject, display, adapter, harness, limit)
-    elif tasks:
-        report = evaluate_commonsense(subject, display, adapter, data, tasks, protocols, limit)
-    else:
-        if not isinstance(recipe, Recipe):
-            # Nothing is trained on, so a file of examples serves as both halves of a recipe.
-            both = [] if data is None else [f"data={data}", f"data.heldout={data}"]
-            recipe = load_recipe([*([recipe] if recipe else []), f"model={subject.name}", *both, *settings])
-        report = evaluate_own_data(subject, display, adapter, recipe, limit, metrics or {})
-    if predictions is not None:
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in report.predictions)
-        write_text(predictions, "".join(lines))
+    with contextlib.ExitStack() as claimed:
+        # Claimed before the work, so that no second evaluation works for the same place.
+        place = None if predictions is None else claimed.enter_context(new_file(Path(predictions)))
+        if harness:
+            report = evaluate_lm_eval(subject, display, adapter, harness, limit)
+        elif tasks:
+            report = evaluate_commonsense(subject, display, adapter, data, tasks, protocols, limit)
+        else:
+            if not isinstance(recipe, Recipe):
+                # Nothing is trained on, so a file of examples serves as both halves of a recipe.
+                both = [] if data is None else [f"data={data}", f"data.heldout={data}"]
+                given = [*([recipe] if recipe else []), f"model={subject.name}", *both, *settings]
+                recipe = load_recipe(given)
+            report = evaluate_own_data(subject, display, adapter, recipe, limit, metrics or {})
+        if place is not None:
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in report.predictions)
+            place.write_text("".join(lines), encoding="utf-8", newline="\n")
     return report

@@ -6,16 +6,14 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moslora.errors import ModelError
-from moslora.files import is_running, sha256
+from moslora.files import ABANDONED_AFTER, clear_leftovers, locked, remove, scratch, sha256
 from moslora.models.loading import load_model, load_tokenizer, quiet_transformers
 from moslora.models.names import PACKAGED, ModelSource, read_json
 
@@ -29,7 +27,6 @@ TOKENIZER_PROBES = (
     "Turn the lamp off at 7:45, please.",
     "  naïve  12345\n\n\tünïcode 🎉 <|im_start|>user\nHi<|im_end|></s>",
 )
-ABANDONED_AFTER = 24 * 3600.0  # seconds, for a temporary folder of another machine
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes per parameter
 
 
@@ -79,10 +76,16 @@ def materialize(
         return made
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(root)
-        if folder.exists():
-            say(f"{folder} is damaged; making it again.")
-            shutil.rmtree(folder)
+        clear_leftovers(root)
+        for old in root.glob(".partial-*"):  # which version 0.1 called them
+            if time.time() - old.stat().st_mtime > ABANDONED_AFTER:
+                remove(old)
+        with locked(root):  # against another process that is putting it there
+            if _is_whole(folder):
+                return made
+            if folder.exists():
+                say(f"{folder} is damaged; making it again.")
+                shutil.rmtree(folder)
         size = _size_when_dequantized(source.gguf_file, dtype)
         free = shutil.disk_usage(root).free
         if free < size:
@@ -92,13 +95,10 @@ def materialize(
             )
         say(f"Dequantizing {source.gguf_file.name} once to {dtype}, {size / 1e6:.0f} MB, into {folder}")
         started = time.monotonic()
-        temporary = root / f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        temporary.mkdir()
-        try:
+        with scratch(f".{folder.name}", root) as temporary:
             _write_folder(source, dtype, temporary, digest)
-            _move(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with locked(root):
+                _move(temporary, folder)
     except OSError as error:
         raise ModelError(f"{source.name} could not be written to {root}: {error}.") from error
     say(f"Done in {time.monotonic() - started:.0f} s; every weight and the tokenizer read back equal")
@@ -121,18 +121,6 @@ def _move(temporary: Path, folder: Path) -> None:
     except OSError:
         if not _is_whole(folder):
             raise
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove what killed processes left: of this machine when they are gone, of others after a day."""
-    for path in root.glob(".partial-*"):
-        host, pid, _ = path.name.removeprefix(".partial-").rsplit("-", 2)
-        if host == socket.gethostname():
-            abandoned = pid.isdigit() and not is_running(int(pid))
-        else:
-            abandoned = time.time() - path.stat().st_mtime > ABANDONED_AFTER
-        if abandoned:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _size_when_dequantized(file: Path, dtype: str) -> int:

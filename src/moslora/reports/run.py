@@ -72,11 +72,12 @@ PREDICTION = ("place", "prompt", "reference", "base", "tuned", "base_ok", "tuned
 # What was measured, unless a run says otherwise.
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, **fields: Any) -> Path:
     """Write ``report.html`` of a run, replacing an older one.
 
     Args:
         run_dir: The run's folder.
+        **fields: Shown instead of what ``run.json`` says.
 
     Returns:
         Path of the report. The same files in give the same bytes out.
@@ -86,7 +87,7 @@ def write_report(run_dir: Path) -> Path:
         ValueError: If one of the run's files is damaged; names file and line.
     """
     run = RunDirectory.open(run_dir)
-    record = run.read()
+    record = {**run.read(), **fields}
     log = read_metrics(run.metrics) if run.metrics.exists() else []
     predictions = read_metrics(run.predictions) if run.predictions.exists() else []
     metrics = section_of(record, "metrics")

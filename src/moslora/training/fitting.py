@@ -27,9 +27,11 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
 
     directory, team = run.directory, run.team
     config: Any = task.adapter_config(model)
-    checkpoint = team.broadcast(
-        directory.latest_checkpoint(run.display.warn) if team.is_main_process else None
-    )
+    checkpoint = None
+    if team.is_main_process:
+        checkpoint = directory.latest_checkpoint(run.display.warn)
+        directory.remove_incomplete_checkpoints(checkpoint.step if checkpoint else 0)
+    checkpoint = team.broadcast(checkpoint)
     _warn_of_world_size(run, checkpoint)
     with contextlib.ExitStack() as open_files:
         log = None

@@ -12,19 +12,23 @@ from moslora.files import write_text
 from moslora.tasks.task import Answer, Evaluation, Shown, Task
 from moslora.training.artifacts import save_pictures
 from moslora.training.context import RunContext
+from moslora.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def evaluation_file(run: RunContext, stage: str) -> Path:
+STAGES = ("before", "start", "after")
+
+
+def evaluation_file(directory: RunDirectory, stage: str) -> Path:
     """Return the file in which a stage's measurements are kept."""
-    return run.directory.path / f"evaluation-{stage}.json"
+    return directory.path / f"evaluation-{stage}.json"
 
 
-def read_evaluation(run: RunContext, stage: str) -> Evaluation | None:
+def read_evaluation(directory: RunDirectory, stage: str) -> Evaluation | None:
     """Read what was measured in a stage; None if nothing was yet."""
-    kept = evaluation_file(run, stage)
+    kept = evaluation_file(directory, stage)
     if not kept.exists():
         return None
     found = json.loads(kept.read_text(encoding="utf-8"))
@@ -35,9 +39,10 @@ def read_evaluation(run: RunContext, stage: str) -> Evaluation | None:
 
 def measure(run: RunContext, task: Task, model: nn.Module, stage: str, label: str) -> Evaluation:
     """Evaluate, or read what an earlier try of the run has measured already."""
-    kept = evaluation_file(run, stage)
-    found = read_evaluation(run, stage)
+    kept = evaluation_file(run.directory, stage)
+    found = read_evaluation(run.directory, stage)
     if found is not None:
+        _record(run.directory, stage, found)  # it may have been killed before it was
         return found
     with run.stage(stage, f"measuring the {label}"):
         evaluation = task.evaluate(model, label)
@@ -52,8 +57,30 @@ def measure(run: RunContext, task: Task, model: nn.Module, stage: str, label: st
     for shown in values["pictures"]:
         del shown["data"]
     write_text(kept, json.dumps(values, ensure_ascii=False))
-    run.directory.update(
-        **({"pictures": {stage: values["pictures"]}} if values["pictures"] else {}),
+    _record(run.directory, stage, evaluation)
+    return evaluation
+
+
+def restore_measurements(directory: RunDirectory) -> None:
+    """Put into ``run.json`` what was measured and is not in it, as where a run was killed between the two.
+
+    Args:
+        directory: A run that nobody is running.
+    """
+    known = directory.read().get("metrics", {})
+    for stage in STAGES:
+        found = read_evaluation(directory, stage)
+        if found is not None and stage not in known:
+            _record(directory, stage, found)
+
+
+def _record(directory: RunDirectory, stage: str, evaluation: Evaluation) -> None:
+    """Note what was measured, pictures by their places."""
+    pictures = [dataclasses.asdict(shown) for shown in evaluation.pictures]
+    for shown in pictures:
+        del shown["data"]
+    directory.update(
+        **({"pictures": {stage: pictures}} if pictures else {}),
         **({"fidelity": {stage: dict(evaluation.fidelity)}} if evaluation.fidelity else {}),
         metrics={
             stage: dict(evaluation.metrics),
@@ -63,7 +90,6 @@ def measure(run: RunContext, task: Task, model: nn.Module, stage: str, label: st
             "answers": len(evaluation.answers),
         },
     )
-    return evaluation
 
 
 def record_change(run: RunContext, before: Evaluation, after: Evaluation) -> None:

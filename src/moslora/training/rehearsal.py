@@ -6,7 +6,6 @@ is written, and the base that stock PEFT loads it into is a skeleton without wei
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moslora.adapters.export import export_adapter
 from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import MoSLoRAError, ProofError, UsageError
+from moslora.files import scratch
 from moslora.tasks.task import Task
 from moslora.training.context import RunContext
 
@@ -40,8 +40,7 @@ def rehearse(run: RunContext, task: Task, adapted: Any) -> None:
     """
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(prefix=".start.", dir=run.directory.path) as name:
-        folder = Path(name)
+    with scratch(".start", run.directory.path) as folder:
         adapted.save_pretrained(folder / "adapter")  # whose names are those of what is saved in the end
         mixers = {path: f.M.contiguous() for path, f in read_adapter(folder / "adapter").modules.items()}
         save_file(mixers, folder / run.start.name)

@@ -38,7 +38,7 @@ from moslora.training.measuring import measure, record_change
 from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
 from moslora.training.proving import prove_reloaded
-from moslora.training.run_directory import FollowedRun, RunDirectory
+from moslora.training.run_directory import FollowedRun, RunDirectory, now
 from moslora.training.saving import save_adapter
 from moslora.training.stop import StopRequest
 from moslora.training.summary import show_counts, show_proofs, show_result
@@ -142,10 +142,15 @@ def train_recipe(
         recipe = recipe.model_copy(update={"trainer": resolved})
         until_usable.pop_all()
         if team.is_main_process:
-            directory = own or RunDirectory.create(Path(recipe.output.dir), recipe.output.name or kind)
+            text, about = recipe.to_yaml(), {"command": command, "seed": recipe.seed}
+            if own is None:
+                place, name = Path(recipe.output.dir), recipe.output.name or kind
+                directory = RunDirectory.create(place, name, text, **about)
+            else:
+                directory = own
+                directory.update(**about)
+                write_text(directory.recipe, text)
             display.say(f"Run: {directory.path}")
-            write_text(directory.recipe, recipe.to_yaml())
-            directory.update(command=command, seed=recipe.seed)
             team.broadcast(directory.path)
         else:
             directory = FollowedRun(team.broadcast(Path()))
@@ -182,7 +187,13 @@ def resume(path: Path, display: Display, handed_over: HandedOver | None = None) 
     if proving.is_unproven(directory):
         return _prove_later(directory, only_of_first(display))
     if directory.read().get("status") == "completed":
-        raise UsageError(f"{path} is completed; nothing is left to do. Start a new run to train more.")
+        again = "" if directory.report.exists() else f" moslora report {path} makes its report again."
+        raise UsageError(f"{path} is completed; nothing is left to do. Start a new run to train more.{again}")
+    if not directory.recipe.is_file():
+        raise UsageError(
+            f"{path} was stopped before its recipe was written, so nothing was trained in it. Remove it, and start "
+            "again as you did."
+        )
     display = only_of_first(display)
     recipe, mix = _with_mix(load_recipe([str(directory.recipe)]))
     refuse_sharding(recipe.trainer)
@@ -275,8 +286,10 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
         _write_report(run.directory, run.display)
         raise
     if run.team.is_main_process:
-        run.directory.update(status="completed", stage="done")
-        _write_report(run.directory, run.display)
+        done = {"status": "completed", "stage": "done", "ended": now()}
+        # Before it is completed, so that a completed run has one.
+        _write_report(run.directory, run.display, **done)
+        run.directory.update(**done)
     return run.directory
 
 
@@ -292,12 +305,20 @@ def _end_interrupted(run: RunContext, number: int, cause: BaseException) -> NoRe
     raise Stopped(number) from cause
 
 
-def _write_report(directory: RunDirectory, display: Display) -> None:
-    """Write the report. It shows a run and must not decide one, so its failure is only told."""
+def _write_report(directory: RunDirectory, display: Display, **fields: Any) -> None:
+    """Write the report. It shows a run and must not decide one, so its failure is only told.
+
+    Args:
+        directory: The run.
+        display: Where to tell.
+        **fields: What ``run.json`` is about to say.
+    """
     try:
-        write_report(directory.path)
+        write_report(directory.path, **fields)
     except Exception as error:
-        display.warn(f"The report could not be written: {error}")
+        display.warn(
+            f"The report could not be written: {error} Try again with: moslora report {directory.path}"
+        )
 
 
 def _follow(run: RunContext, task: Task) -> None:

@@ -17,6 +17,7 @@ JSON document, and no step stands twice in ``metrics.jsonl``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.errors import BusyError, NotFoundError, UsageError
-from moslora.files import is_running, locked, process_start, write_text
+from moslora.files import is_running, locked, process_start, remove, scratch, write_text
 from moslora.training.checkpoints import Checkpoint, checkpoint_faults
 from moslora.training.json_values import json_value, merged
 from moslora.wording import did_you_mean, nearest
@@ -42,6 +43,7 @@ __all__ = [
     "FollowedRun",
     "RunDirectory",
     "is_alive",
+    "now",
 ]
 
 RUN_SCHEMA_VERSION = 1
@@ -68,15 +70,17 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, parent: Path, name: str) -> RunDirectory:
+    def create(cls, parent: Path, name: str, recipe: str | None = None, **fields: Any) -> RunDirectory:
         """Make a new run directory: ``name``, or the first free one of ``name-2``, ``name-3`` and so on.
 
-        The folder itself is the lock: ``mkdir`` succeeds for one process only, so that two runs started at
-        the same moment get two directories.
+        It is written under another name and renamed, which succeeds for one process only, so that two runs started at
+        the same moment get two directories, and none is ever without its record.
 
         Args:
             parent: Folder of runs; made if it is not there.
             name: Plain folder name.
+            recipe: The text of its ``recipe.yaml``; None if that is written later.
+            **fields: More of ``run.json``, as for :meth:`update`.
 
         Returns:
             The run, with a ``run.json`` that says ``"running"``.
@@ -87,23 +91,24 @@ class RunDirectory:
         _check_name(name)
         parent = Path(parent)
         parent.mkdir(parents=True, exist_ok=True)
-        attempt = 1
-        while True:
-            path = parent / (name if attempt == 1 else f"{name}-{attempt}")
-            try:
-                path.mkdir()
-                break
-            except FileExistsError:
-                attempt += 1
-        run = cls(path)
-        opening = {
-            "schema_version": RUN_SCHEMA_VERSION,
-            "name": path.name,
-            "stage": "starting",
-            "ended": None,
-        }
-        run._write({**opening, **_this_process(), "started": _now()})
-        return run
+        opening = {"schema_version": RUN_SCHEMA_VERSION, "name": name, "stage": "starting", "ended": None}
+        more = {key: json_value(value, key) for key, value in fields.items()}
+        with scratch(f".{name}", parent) as made:
+            run = cls(made)
+            if recipe is not None:
+                write_text(run.recipe, recipe)
+            for attempt in itertools.count(1):
+                path = parent / (name if attempt == 1 else f"{name}-{attempt}")
+                if os.path.lexists(path):
+                    continue
+                run._write({**opening, "name": path.name, **_this_process(), "started": now(), **more})
+                try:
+                    made.rename(path)
+                    return cls(path)
+                except OSError:
+                    if not os.path.lexists(path):
+                        raise
+        raise AssertionError("there is always another number")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -208,7 +213,7 @@ class RunDirectory:
                 f"status={status!r} is unknown. Choose one of {list(STATUSES)}.{did_you_mean(status, STATUSES)}"
             )
         if status != "running":
-            fields.setdefault("ended", _now())
+            fields.setdefault("ended", now())
         self._write(merged(self.read(), {key: json_value(value, key) for key, value in fields.items()}))
 
     def claim(self) -> None:
@@ -224,10 +229,11 @@ class RunDirectory:
                     f"{self.path} is still in progress: process {record.get('pid')} on {record.get('host')}, "
                     f"stage {record.get('stage')!r}. Wait for it, or stop that process and resume then."
                 )
-            for leftover in self.path.glob(".*.part"):
-                leftover.unlink(missing_ok=True)
+            for pattern in (".*.part", ".start.*"):
+                for leftover in [*self.path.glob(pattern), *self.path.glob(f"*/{pattern}")]:
+                    remove(leftover)
             record.pop("error", None)
-            resumed = [*record.get("resumed", []), _now()]
+            resumed = [*record.get("resumed", []), now()]
             self._write({**record, **_this_process(), "stage": "resuming", "ended": None, "resumed": resumed})
 
     def all_checkpoints(self) -> list[Checkpoint]:
@@ -256,6 +262,16 @@ class RunDirectory:
                 return checkpoint
             say(f"Skipped {checkpoint.path.name}, which is incomplete: {'; '.join(checkpoint.faults)}.")
         return None
+
+    def remove_incomplete_checkpoints(self, step: int) -> None:
+        """Remove what a kill left of checkpoints past a step, so that nothing of it gets into those that follow.
+
+        Args:
+            step: The step from which training goes on.
+        """
+        for checkpoint in self.all_checkpoints():
+            if checkpoint.faults and checkpoint.step > step:
+                remove(checkpoint.path)
 
     def _write(self, document: Mapping[str, Any]) -> None:
         write_text(self.record, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -307,7 +323,8 @@ def _check_name(name: str) -> None:
 
 def _nearest_run(path: Path) -> str:
     parent = path.absolute().parent
-    runs = sorted(record.parent.name for record in parent.glob("*/run.json")) if parent.is_dir() else []
+    records = parent.glob("*/run.json") if parent.is_dir() else []
+    runs = sorted(record.parent.name for record in records if not record.parent.name.startswith("."))
     if not runs:
         return f"There are no runs in {parent}; 'moslora train' makes one."
     name = nearest(path.name, runs)
@@ -328,5 +345,6 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time, as ``run.json`` has it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -14,6 +14,7 @@ from moslora.adapters.formats import diffusers
 from moslora.adapters.formats.pipeline_checkpoint import DEFAULT_NAME, Part, native_tensors, place_of, save
 from moslora.adapters.formats.tensors import save_tensors
 from moslora.errors import AdapterError
+from moslora.files import replaced_file
 from moslora.tuner.config import MoSLoRAConfig
 
 __all__ = ["resume_for_diffusers", "save_for_diffusers"]
@@ -47,12 +48,12 @@ def save_for_diffusers(folder: str | Path, *, name: str | None = None, **models:
     }
     path = Path(folder)
 
-    def write_file(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Mapping[str, Tensor]:
+    def write_file(tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
         text = json.dumps(metadata, indent=2, sort_keys=True)
-        save_tensors(path / (name or DEFAULT_NAME), tensors, {"format": "pt", diffusers.METADATA: text})
-        return tensors
+        with replaced_file(path / (name or DEFAULT_NAME)) as part:
+            save_tensors(part, tensors, {"format": "pt", diffusers.METADATA: text})
 
-    save(path, parts, write_file, name)
+    save(path, parts, {}, write_file, name)
 
 
 def resume_for_diffusers(folder: str | Path, *, name: str | None = None, **models: nn.Module) -> None:

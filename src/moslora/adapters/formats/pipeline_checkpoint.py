@@ -14,8 +14,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.pipeline import join
 from moslora.adapters.formats.tensors import load_tensors, read_whole_header, save_tensors
 from moslora.errors import AdapterError
+from moslora.files import is_running
 
 __all__ = [
     "FOLDER",
@@ -83,16 +86,19 @@ def place_of(folder: Path, name: str | None = None) -> Path:
 def save(
     folder: Path,
     parts: Mapping[str, Part],
-    write_file: Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Tensor]],
+    others: Mapping[str, Tensor],
+    write_file: Callable[[Mapping[str, Tensor], dict[str, Any]], None],
     name: str | None = None,
 ) -> None:
     """Write the adapter of a pipeline, folded into a file and natively beside it.
 
+    Whenever it is killed, the file that is there has the mixers that belong to it beside it, under whatever name.
+
     Args:
         folder: Directory of both; made if it is not there. What an earlier save left there is replaced.
         parts: The adapter, by model.
-        write_file: Writes the file, given the tensors of the fold and their metadata; returns all tensors that are in
-            the file.
+        others: Tensors of the file that are not of the adapter.
+        write_file: Writes the file, given all its tensors and the metadata of the fold.
         name: The file's name; None for diffusers' own.
 
     Raises:
@@ -102,7 +108,8 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = place_of(folder, name)
-    staged = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=folder))
+    staged = _beside(place)
+    staged.mkdir()
     try:
         for component, part in parts.items():
             _write_native(staged / component, part)
@@ -114,12 +121,18 @@ def save(
                 f"diffusers' LoRA file was not written: {error} What was trained is in {place}, a directory for each "
                 "model, which PEFT and moslora export read."
             ) from error
-        whole = write_file(tensors, metadata)
+        whole = {**others, **tensors}
         (staged / BELONGS_TO).write_text(json.dumps({"digest": _digest(whole)}) + "\n", encoding="utf-8")
-        _put(staged, place)
+        write_file(whole, metadata)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+    _put(staged, place)  # what goes wrong from here on costs the name alone
+
+
+def _beside(place: Path) -> Path:
+    """Return a hidden name for a directory on its way to its place or away from it, in which ``find`` looks too."""
+    return place.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{place.name}")
 
 
 def _write_native(folder: Path, part: Part) -> None:
@@ -151,14 +164,13 @@ def _fold(staged: Path, parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], d
 
 def _put(staged: Path, place: Path) -> None:
     """Put a directory in its place, and what was there away."""
-    staged.chmod(place.parent.stat().st_mode & 0o777)
-    if not place.exists():
-        staged.replace(place)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    place.replace(old / place.name)
+    if place.exists():
+        place.replace(_beside(place))
     staged.replace(place)
-    shutil.rmtree(old)
+    for old in place.parent.glob(f".*.{place.name}"):  # also of saves that were killed
+        found = re.fullmatch(rf"\.(\d+)-[0-9a-f]{{8}}\.{re.escape(place.name)}", old.name)
+        if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

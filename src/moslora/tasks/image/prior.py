@@ -105,10 +105,11 @@ class ClassPictures:
             for number in self.missing:
                 content = draw(self.prompt, seed + FIRST_SEED + number)
                 path = self.folder / _file_name(number)
-                with replaced_file(path) as part:
-                    part.write_bytes(content)
+                # The record first: a picture that is not in it counts as the user's own.
                 record["files"][path.name] = hashlib.sha256(content).hexdigest()
                 write_text(self.folder / GENERATED, json.dumps(record, indent=1) + "\n")
+                with replaced_file(path) as part:
+                    part.write_bytes(content)
                 checkpoint()
             self.refresh()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.distributed import environment_alone
 from moslora.errors import ProofError
+from moslora.files import lifeline, scratch
 from moslora.wording import first_line
 
 if TYPE_CHECKING:
@@ -113,27 +113,28 @@ def run_script(
         Stopped: If ``check`` raised it. The process is gone then, as after any other exception.
         OSError: If it could not be started.
     """
-    process = subprocess.Popen(
-        command,
-        env=dict(environment),
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        while True:
-            check()
-            try:
-                out, err = process.communicate(timeout=LOOKS)
-            except subprocess.TimeoutExpired:
-                continue
-            check()  # Ctrl-C on a terminal reaches both, and says nothing about the adapter
-            return subprocess.CompletedProcess(command, process.returncode, out, err)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    with lifeline() as alive:
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            text=True,
+            stdin=alive,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            while True:
+                check()
+                try:
+                    out, err = process.communicate(timeout=LOOKS)
+                except subprocess.TimeoutExpired:
+                    continue
+                check()  # Ctrl-C on a terminal reaches both, and says nothing about the adapter
+                return subprocess.CompletedProcess(command, process.returncode, out, err)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
 
 def _named(inputs: Any) -> Mapping[str, Tensor]:
@@ -226,8 +227,8 @@ def prove_reload(
     from safetensors.torch import load_file, save_file
 
     try:
-        with tempfile.TemporaryDirectory(prefix="moslora-proof-") as folder:
-            asked, answered = Path(folder) / "inputs.safetensors", Path(folder) / "logits.safetensors"
+        with scratch("moslora-proof") as folder:
+            asked, answered = folder / "inputs.safetensors", folder / "logits.safetensors"
             save_file(
                 {
                     f"input{index}.{name}": tensor.contiguous()

@@ -12,6 +12,7 @@ is short, with something else: then nothing is known about the adapter.
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,16 @@ def is_of_machine(error: Exception) -> bool:
     if isinstance(error, MemoryError | OSError | torch.cuda.OutOfMemoryError):
         return True
     return any(word in str(error) for word in ("CUDA", "allocate memory", "out of memory"))
+
+
+def end_with_asker() -> None:
+    """End this process when the one that asked dies: its end of standard input is closed then."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def outputs(pipeline: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -119,4 +130,5 @@ def main(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides what Ctrl-C ends
+    end_with_asker()
     main(*sys.argv[1:])

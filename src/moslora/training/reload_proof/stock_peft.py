@@ -10,8 +10,10 @@ is short, with something else: then nothing is known about the adapter.
 """
 
 import json
+import os
 import signal
 import sys
+import threading
 import traceback
 
 import peft
@@ -29,6 +31,16 @@ def is_of_machine(error: Exception) -> bool:
     if isinstance(error, MemoryError | OSError | torch.cuda.OutOfMemoryError):
         return True
     return any(word in str(error) for word in ("CUDA", "allocate memory", "out of memory"))
+
+
+def end_with_asker() -> None:
+    """End this process when the one that asked dies: its end of standard input is closed then."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(
@@ -72,10 +84,14 @@ def main(
             logits[f"base.{name}"] = model.eval()(**given).logits.float().cpu()
         try:
             model = peft.PeftModel.from_pretrained(model, adapter).eval()
-            found = model.load_adapter(adapter, "default")  # from_pretrained throws away what this one returns
+            found = model.load_adapter(
+                adapter, "default"
+            )  # from_pretrained throws away what this one returns
             strange = [*found.missing_keys, *found.unexpected_keys]
             if strange:
-                raise ValueError(f"PEFT found no place, or no tensor, for {len(strange)} names, as {strange[0]}")
+                raise ValueError(
+                    f"PEFT found no place, or no tensor, for {len(strange)} names, as {strange[0]}"
+                )
             if type(model.peft_config["default"]) is not peft.LoraConfig:
                 raise TypeError("the adapter is not a plain LoRA")
             for name, given in asked.items():
@@ -92,4 +108,5 @@ def main(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides what Ctrl-C ends
+    end_with_asker()
     main(*sys.argv[1:])
