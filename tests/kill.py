@@ -50,7 +50,7 @@ VARYING = re.compile(
     r"train_loss|stage_seconds)$"
 )
 TIMES = re.compile(
-    r"\d{4}-\d\d-\d\dT[\d:.+Z]+|\b(?:\d[\d.,]* (?:s|min|ms|h|B|kB|MB|GB)\b ?)+|(?<=_seconds</td><td>)[\d.]+"
+    r"\d{4}-\d\d-\d\d[T ][\d:.+Z]+|\b(?:\d[\d.,]* (?:s|min|ms|h|B|kB|MB|GB)\b ?)+|(?<=_seconds</td><td>)[\d.]+"
 )
 # Written by the trainer, with times in it; what is in it is held by the weights that come of it.
 PASSED_OVER = re.compile(r"(^|/)(training_args\.bin|trainer_state\.json)$")
@@ -125,6 +125,7 @@ def make_world(folder: Path) -> None:
     import tiny
 
     tiny.save_chat_model(folder / "base")
+    tiny.save_gguf(folder / "base.gguf", tiny.llama(vocab_size=260, max_position_embeddings=256))
     tiny.save_chat_data(folder / "train.jsonl", 12)
     tiny.save_chat_data(folder / "heldout.jsonl", 3)
     for seed, name in ((1, "native"), (2, "other")):
@@ -351,9 +352,11 @@ class Trial:
 
     Args:
         folder: An empty folder for worlds.
+        keep: Where worlds in which something was wrong are kept, beside the undisturbed ones; None for nowhere.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: Path | None = None) -> None:
+        self.keep = keep
         self.origin, self.world, self.aside = folder / "origin", folder / "world", folder / "aside"
         for path in (self.origin, self.aside):
             path.mkdir()
@@ -386,7 +389,13 @@ class Trial:
         before = self.fresh()
         ended = self.call(verb.command)
         assert ended.code == 0, f"{verb.command} ended with {ended.code}:\n{ended.said}"
+        self.kept(f"{' '.join(verb.command[:4])} undisturbed")
         return ended, look(self.world, before)
+
+    def kept(self, name: str) -> None:
+        """Keep the world as it is."""
+        if self.keep is not None:
+            shutil.copytree(self.world, self.keep / name.replace("/", "-"), dirs_exist_ok=True)
 
     def kill(self, verb: Verb, at: int, emptied: bool, wanted: dict[str, str]) -> list[str]:
         """Kill a verb before a change, call it again, and return what is wrong with what is there then."""
@@ -436,6 +445,7 @@ class Trial:
             tally.points += 1
             faults = self.kill(verb, at, emptied, wanted)
             if faults:
+                self.kept(f"{' '.join(verb.command[:4])} {at}")
                 event, place = ended.changes[at - 1]
                 where = f"{'just after' if emptied else 'before'} change {at} ({event} {place})"
                 tally.faults.append(f"{where}: {'; '.join(faults[:4])}")
@@ -483,6 +493,7 @@ def main() -> int:
     parser.add_argument("verbs", nargs="*", metavar="VERB", help=", ".join(VERBS))
     parser.add_argument("--every", type=int, default=1, help="try one of so many points")
     parser.add_argument("--first", type=int, default=0, help="the first of them, from 0")
+    parser.add_argument("--keep", type=Path, help="folder for worlds in which something was wrong")
     asked = parser.parse_args()
     unknown = [name for name in asked.verbs if name not in VERBS]
     if unknown:
@@ -490,7 +501,7 @@ def main() -> int:
     import_all()
     tallies = {}
     with tempfile.TemporaryDirectory() as folder, warm_proofs():
-        trial = Trial(Path(folder))
+        trial = Trial(Path(folder), asked.keep)
         for name in asked.verbs or VERBS:
             began = time.monotonic()
             tally = tallies[name] = trial.run(

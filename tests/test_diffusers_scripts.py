@@ -49,11 +49,12 @@ from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.export import export_adapter
 from moslora.adapters.formats import diffusers as diffusers_files
 from moslora.adapters.formats import kohya
-from moslora.adapters.formats.pipeline_checkpoint import FOLDER
+from moslora.adapters.formats.pipeline_checkpoint import FOLDER, find
 from moslora.adapters.formats.reading import read_adapter
 from moslora.cli import app
 from moslora.compat import diffusers as compat_diffusers
 from moslora.errors import AdapterError
+from moslora.tuner import pipelines
 from tolerances import MODEL, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*")
@@ -418,6 +419,22 @@ def test_two_files_of_one_folder_keep_their_own_mixers_and_saving_again_replaces
         set_peft_model_state_dict(pipeline.unet, fetch(pipeline, tmp_path, **names))
         found = get_peft_model_state_dict(pipeline.unet)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_file_is_never_there_without_the_mixers_that_belong_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, original = [], pipelines.save_tensors
+
+    def spy(path: Path, tensors: Any, metadata: Any) -> None:
+        original(path, tensors, metadata)
+        found.append(find(tmp_path, load_file(path)))
+
+    monkeypatch.setattr(pipelines, "save_tensors", spy)
+    for pipeline in (small_unet(), small_unet(mixer="orthogonal")):
+        moslora.save_for_diffusers(tmp_path, unet=pipeline.unet)
+    assert len(found) == 2 and all(found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FOLDER, FILE]
 
 
 def test_copies_of_the_tensors_are_kept_and_the_way_to_their_scale_is_told(tmp_path: Path) -> None:

@@ -187,6 +187,26 @@ def test_the_process_of_a_proof_ends_when_its_parent_is_killed(script: Any) -> N
     assert process_start(child) is None
 
 
+@pytest.mark.trial
+def test_a_worker_of_a_comparison_ends_when_its_parent_is_killed() -> None:
+    begins = (
+        "import multiprocessing\nfrom moslora.comparison.local import _end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context('spawn').Process(target=_end_with_parent)\n"
+        "    worker.start(); print(worker.pid, flush=True); worker.join()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", begins], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    assert process_start(worker) is not None
+    parent.kill()
+    parent.communicate()
+    end = time.monotonic() + 60
+    while process_start(worker) is not None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert process_start(worker) is None
+
+
 # --- Two at once
 
 

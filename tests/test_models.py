@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+import tiny as tiny_models
 from moslora import files
 from moslora.errors import ModelError
 from moslora.models import fingerprint as fingerprints
@@ -47,45 +48,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers, quantised to Q8_0, with a byte-level tokenizer and a chat template."""
-    gguf = pytest.importorskip("gguf")
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    model = tiny()
-    path = tmp_path_factory.mktemp("gguf") / "Tiny-Llama.Q8_0.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    config = model.config
-    writer.add_name("Tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = list(bytes_to_unicode().values())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*special, *letters, "th"])
-    writer.add_token_merges(["t h"])
-    writer.add_token_types([3] * 3 + [1] * 257)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(tensor.numpy(), kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    pytest.importorskip("gguf")
+    return tiny_models.save_gguf(tmp_path_factory.mktemp("gguf") / "Tiny-Llama.Q8_0.gguf", tiny(), TEMPLATE)
 
 
 # --- What a name means

@@ -94,3 +94,45 @@ def save_chat_data(path: Path, count: int = 24) -> Path:
         lines.append(json.dumps({"messages": messages, "kind": "even" if index % 2 == 0 else "odd"}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def save_gguf(path: Path, model: LlamaForCausalLM, template: str = CHAT_TEMPLATE) -> Path:
+    """A Llama of 260 tokens as a GGUF file, in Q8_0 where its widths allow, with a byte-level tokenizer."""
+    import gguf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    writer = gguf.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_name("Tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = list(bytes_to_unicode().values())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*special, *letters, "th"])
+    writer.add_token_merges(["t h"])
+    writer.add_token_types([3] * 3 + [1] * 257)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        fits = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+        kind = gguf.GGMLQuantizationType.Q8_0 if fits else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(tensor.numpy(), kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -15,7 +15,7 @@ from moslora import versions
 FILES: tuple[tuple[str, str, dict[str, str]], ...] = (
     (
         "benchmarks cli compare display doctor evaluate evidence full_disk harness home_data image image_fidelity "
-        "image_formats inspect mix models plan ranks ray readme recipe report rundir shapes_image team together "
+        "image_formats inspect kill mix models plan ranks ray readme recipe report rundir shapes_image team together "
         "tokenization train verdict vision vision_families",
         "the command's tasks, which ask for these versions before they start",
         versions.FOR_THE_COMMAND,
