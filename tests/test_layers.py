@@ -27,6 +27,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "patterns": (0, set()),
     "versions": (0, set()),
     "distributed": (0, set()),
+    "terminal": (0, set()),
     "display": (0, set()),
     "core": (0, {"torch"}),
     "functional": (0, set()),  # short names of core's
@@ -36,6 +37,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "adapters": (1, {"torch", "safetensors"}),
     "tuner": (2, {"torch", "safetensors", "peft", "transformers"}),
     "compat.torch": (0, {"torch"}),
+    "compat.telemetry": (0, set()),
     "compat.accelerate": (0, set()),  # these import nothing when they are imported
     "compat.diffusers_loading": (0, set()),
     "compat.gguf_loading": (0, set()),

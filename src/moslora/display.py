@@ -12,13 +12,14 @@ import io
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moslora.errors import UsageError
+from moslora.terminal import make_console, unguarded, warn
+from moslora.wording import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -67,23 +68,21 @@ class Display:
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
-        from rich.console import Console
-
-        self.stream = sys.stdout if stream is None else stream
+        self.stream = unguarded(sys.stdout if stream is None else stream)
         # Away from a terminal rich would cut lines at 80 columns; a log wants them whole.
         width = None if self.stream.isatty() else 160
-        self.console: Console = Console(file=self.stream, highlight=False, soft_wrap=True, width=width)
+        self.console: Console = make_console(self.stream, width=width)
         self.quiet = quiet
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """Write a line as it is; brackets in it are not markup.
+        """Write a line; brackets in it are not markup, and control characters are shown, not obeyed.
 
         Args:
             text: The line.
             style: A rich style, seen on a terminal only.
         """
         if not self.quiet:
-            self.console.print(text, style=style, markup=False)
+            self.console.print(text, style=style)
 
     def warn(self, text: str) -> None:
         """Write a warning.
@@ -91,7 +90,7 @@ class Display:
         Args:
             text: What to know, and what to do.
         """
-        self.console.print(f"Warning: {text}", style="yellow", markup=False)
+        self.console.print(f"Warning: {text}", style="yellow")
 
     def show(self, renderable: RenderableType) -> None:
         """Write a rich table or text.
@@ -138,11 +137,11 @@ class Display:
             from rich.progress import Progress as Bar
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with Bar(*columns, console=self.console) as bar:
                 task = bar.add_task(description, total=total, note="")
@@ -177,7 +176,7 @@ class Silence(Display):
 
     def warn(self, text: str) -> None:
         """Raise a warning as Python's own, to be filtered as such."""
-        warnings.warn(text, UserWarning, stacklevel=3)
+        warn(text, stacklevel=2)
 
 
 class NotebookDisplay(Display):
@@ -226,9 +225,10 @@ class _NotebookProgress(Progress):
             self.update()
 
     def html(self) -> str:
-        note = f" {html.escape(self.note)}" if self.note else ""
+        what = html.escape(printable(self.description))
+        note = f" {html.escape(printable(self.note))}" if self.note else ""
         return (
-            f"<div>{html.escape(self.description)} <progress value='{self.done}' max='{self.total}'></progress> "
+            f"<div>{what} <progress value='{self.done}' max='{self.total}'></progress> "
             f"{self.done}/{self.total}{note}</div>"
         )
 
@@ -266,18 +266,10 @@ class Printable:
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
 
     def __repr__(self) -> str:
-        from rich.console import Console
-
         display = Display(stream := io.StringIO())
         # Whatever surrounds it, a terminal or a notebook, it is text that is wanted.
-        display.console = Console(
-            file=stream,
-            highlight=False,
-            soft_wrap=True,
-            width=160,
-            no_color=True,
-            force_terminal=False,
-            force_jupyter=False,
+        display.console = make_console(
+            stream, width=160, no_color=True, force_terminal=False, force_jupyter=False
         )
         self.show(display)
         return "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines())

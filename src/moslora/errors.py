@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+from moslora.wording import printable
+
 __all__ = [
     "AdapterError",
     "BusyError",
@@ -39,6 +41,10 @@ class MoSLoRAError(Exception):
 
     exit_code: ClassVar[int] = 2
 
+    def __str__(self) -> str:
+        # A traceback's last line is shown, too, and names of files and modules may hold anything.
+        return printable(super().__str__())
+
 
 class UsageError(MoSLoRAError, ValueError):
     """An argument or option does not fit, or two do not fit together."""
@@ -64,10 +70,11 @@ class DataError(MoSLoRAError, ValueError):
 
     def __str__(self) -> str:
         if len(self.faults) == 1 and not self.further:
-            return f"{self.source}: {self.faults[0]}. {self.advice}"
+            return printable(f"{self.source}: {self.faults[0]}. {self.advice}")
         count = len(self.faults) + self.further
         more = [f"and {self.further} more"] if self.further else []
-        return "\n  ".join([f"{self.source}: {count} faults", *self.faults, *more]) + f"\n{self.advice}"
+        lines = "\n  ".join([f"{self.source}: {count} faults", *self.faults, *more])
+        return printable(f"{lines}\n{self.advice}")
 
 
 class EncodingError(MoSLoRAError, ValueError):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.errors import BusyError, ExistsError
+from moslora.errors import BusyError, ExistsError, UsageError
 from moslora.wording import one_line
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_text",
+    "refuse_undecodable",
     "remove",
     "replaced_file",
     "scratch",
@@ -73,9 +74,13 @@ def write_text(path: Path, text: str) -> None:
 
     Args:
         path: The file to write or to replace.
-        text: Its content; written as UTF-8.
+        text: Its content; written as UTF-8. What UTF-8 does not have, as bytes in the name of a file, is escaped as
+            JSON and YAML do it.
     """
-    with replaced_file(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+    with (
+        replaced_file(path) as part,
+        part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
         file.write(text)
 
 
@@ -121,6 +126,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         BusyError: If another process of this machine is writing to ``out``.
         ExistsError: If something exists at ``out``, or does when the block ends.
+        UsageError: If its name is not UTF-8.
     """
     out = Path(out)
     with _claimed(out, "directory") as temporary:
@@ -146,6 +152,7 @@ def new_file(out: Path) -> Iterator[Path]:
     Raises:
         BusyError: If another process of this machine is writing to ``out``.
         ExistsError: If something exists at ``out``, or does when the block ends.
+        UsageError: If its name is not UTF-8.
     """
     out = Path(out)
     with _claimed(out, "file") as temporary:
@@ -166,6 +173,7 @@ def new_file(out: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _claimed(out: Path, what: str) -> Iterator[Path]:
     """Make a temporary directory beside the place of something new, and remove what is left of it in the end."""
+    refuse_undecodable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{out.name}"
     for writer in clear_leftovers(out.parent, stem):
@@ -239,6 +247,25 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path, LARGEST_JSON))
     except RecursionError:
         raise ValueError("it has too many nested levels") from None
+
+
+def refuse_undecodable(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that is not UTF-8 where libraries take names as text alone: safetensors, tokenizers.
+
+    Args:
+        path: The file or directory.
+
+    Raises:
+        UsageError: If it is one; says how to rename it.
+    """
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{name} is not UTF-8 from its character {error.start + 1} on, and the libraries that read and write "
+            "weights and tokenizers take no such name. Rename it, as with: mv OLD NEW (a shell completes OLD with Tab)."
+        ) from None
 
 
 def sha256(path: Path) -> str:

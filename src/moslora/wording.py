@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-__all__ = ["did_you_mean", "duration", "evenly_spaced", "figure", "first_line", "nearest", "one_line"]
+__all__ = [
+    "did_you_mean",
+    "duration",
+    "evenly_spaced",
+    "figure",
+    "first_line",
+    "nearest",
+    "one_line",
+    "printable",
+]
 
 T = TypeVar("T")
 LONGEST_NAME = 300  # characters
+
+# What a terminal or a page obeys instead of showing: control characters but tab and line feed, marks that turn the
+# order of reading around, separators of lines that look like nothing, invisible tags, and lone surrogates, which stand
+# for bytes that are not UTF-8 and cannot be written.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_UNDECODED = (
+    0xDC00  # with a byte from 0x80 on added: how Python keeps a byte of a file's name that is not UTF-8
+)
 
 
 def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
@@ -54,6 +75,28 @@ def one_line(text: object, length: int = 160) -> str:
     """Return a text on one line, cut to ``length`` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def printable(text: object) -> str:
+    r"""Return a text that shows its control characters instead of being obeyed.
+
+    Line feeds and tabs stay; a carriage return before a line feed is dropped.
+
+    Args:
+        text: What others wrote.
+
+    Example:
+        >>> printable("a\x1b[2J\u202eb\udcff")
+        'a\\\\x1b[2J\\\\u202eb\\\\xff'
+    """
+    return _OBEYED.sub(_shown, str(text).replace("\r\n", "\n"))
+
+
+def _shown(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if _UNDECODED + 0x80 <= code <= _UNDECODED + 0xFF:
+        code -= _UNDECODED
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def duration(seconds: float) -> str:

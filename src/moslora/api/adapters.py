@@ -10,6 +10,7 @@ from typing import Any
 from moslora.adapters.findings import Diagnosis
 from moslora.adapters.inspection import Inspection
 from moslora.api.results import CombinedAdapter, ExportedAdapter, MergedModel
+from moslora.compat.telemetry import no_telemetry
 from moslora.display import Display, find_display
 from moslora.errors import UsageError
 
@@ -18,6 +19,7 @@ __all__ = ["combine", "doctor", "export", "import_adapter", "inspect", "merge"]
 PathLike = str | os.PathLike[str]
 
 
+@no_telemetry()
 def export(
     adapter: PathLike,
     out: PathLike,
@@ -63,6 +65,7 @@ def export(
     return ExportedAdapter(Path(adapter), Path(out), proof, alpha)
 
 
+@no_telemetry()
 def import_adapter(source: PathLike, out: PathLike, *, alpha: float | None = None) -> ExportedAdapter:
     """Read an adapter of another program and write it natively, to train it further or to export it.
 
@@ -85,6 +88,7 @@ def import_adapter(source: PathLike, out: PathLike, *, alpha: float | None = Non
     return export(source, out, "native", alpha=alpha)
 
 
+@no_telemetry()
 def combine(
     adapters: Sequence[PathLike],
     out: PathLike,
@@ -127,6 +131,7 @@ def combine(
     return CombinedAdapter(paths, Path(out), to, proof, rank)
 
 
+@no_telemetry()
 def merge(
     base: PathLike, adapter: PathLike, out: PathLike, *, progress: str | Display | None = None
 ) -> MergedModel:
@@ -156,6 +161,7 @@ def merge(
     return MergedModel(os.fspath(base), Path(adapter), Path(out), proof)
 
 
+@no_telemetry()
 def inspect(
     adapter: PathLike,
     base: PathLike | None = None,
@@ -194,6 +200,7 @@ def inspect(
     return inspection
 
 
+@no_telemetry()
 def doctor(
     adapter: PathLike,
     base: PathLike | None = None,

@@ -13,6 +13,7 @@ from moslora.api.objects import as_metrics, as_rows, check_model, take_objects
 from moslora.comparison.compare import compare as run_comparison
 from moslora.comparison.compare import show_verdict
 from moslora.comparison.verdict import Verdict
+from moslora.compat.telemetry import no_telemetry
 from moslora.data.writing import write_rows
 from moslora.display import Display, Printable, find_display
 from moslora.errors import UsageError
@@ -31,6 +32,7 @@ from moslora.training.handed_over import HandedOver, save_processor
 __all__ = ["ComparisonResult", "compare", "evaluate"]
 
 
+@no_telemetry()
 def evaluate(
     model: Any,
     tokenizer: Any = None,
@@ -185,6 +187,7 @@ class ComparisonResult(Printable):
         return {"comparison": str(self.path), **dataclasses.asdict(self.verdict)}
 
 
+@no_telemetry()
 def compare(
     recipe: RecipeSource = None,
     *,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.api.objects import take_objects
 from moslora.api.run import Run
+from moslora.compat.telemetry import no_telemetry
 from moslora.display import Display, find_display
 from moslora.errors import UsageError
 from moslora.recipe.building import RecipeSource, build_recipe
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["mix", "resume", "train"]
 
 
+@no_telemetry()
 def train(
     recipe: RecipeSource = None,
     *,
@@ -103,6 +105,7 @@ def train(
     return _train(recipe, layers, handed_over, progress, "moslora.train")
 
 
+@no_telemetry()
 def resume(
     path: str | os.PathLike[str],
     progress: str | Display | None = None,
@@ -136,6 +139,7 @@ def resume(
         return Run(resume_run(Path(path), find_display(progress), handed_over).path)
 
 
+@no_telemetry()
 def mix(
     adapters: Sequence[str | os.PathLike[str]],
     recipe: RecipeSource = None,

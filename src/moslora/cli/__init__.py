@@ -6,18 +6,47 @@ Ctrl-C and SIGTERM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moslora.cli.adapters import combine, doctor, export, import_, inspect_, merge
 from moslora.cli.judging import compare, evaluate, report
 from moslora.cli.training import mix, plan, train
+from moslora.wording import printable
 
 __all__ = ["app", "main"]
 
+
+class _Verbs(TyperGroup):
+    """The verbs; what typer finds wrong with their arguments is shown without obeying what they hold."""
+
+    def make_context(self, *args: Any, **how: Any) -> Any:
+        with _plain_usage_errors():
+            return super().make_context(*args, **how)
+
+    def invoke(self, *args: Any, **how: Any) -> Any:
+        with _plain_usage_errors():
+            return super().invoke(*args, **how)
+
+
+@contextlib.contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as problem:
+        error: Any = problem
+        # Click's exceptions, which newer versions of typer have a copy of.
+        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+            error.message = printable(error.message)
+        raise
+
+
 app = typer.Typer(
+    cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -162,7 +162,7 @@ def inspect_(
 
         print_result(inspect_adapter(adapter, base, html=html, progress=Display(sys.stderr)), as_json)
         if html is not None and not as_json:
-            print(f"Wrote {html}.")
+            Display().say(f"Wrote {html}.")
 
     run_verb(action, debug)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from moslora.cli.options import Debug, Json
 from moslora.cli.running import print_result, run_verb
+from moslora.terminal import print_json
 
 
 def compare(
@@ -89,7 +89,7 @@ def compare(
         if verdict is None:
             return
         if as_json:
-            print(json.dumps({"comparison": str(folder), **dataclasses.asdict(verdict)}, indent=2))
+            print_json({"comparison": str(folder), **dataclasses.asdict(verdict)})
         if not verdict.complete:
             raise typer.Exit(1)
 
@@ -154,7 +154,7 @@ def evaluate(
             predictions=predictions,
         )
         if as_json:
-            print(json.dumps(dataclasses.asdict(report), indent=2))
+            print_json(dataclasses.asdict(report))
         else:
             show(report, display)
         if predictions is not None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import typer
+
+from moslora.terminal import guarded_streams, print_error, print_json, print_traceback
 
 if TYPE_CHECKING:
     from moslora.display import Printable
@@ -39,6 +39,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def run_verb(action: Callable[[], None], debug: bool, together: bool = False) -> None:
     """Run a verb, and turn what it raises into a message and an exit code; ``together`` knows of other processes."""
+    from moslora.compat.telemetry import no_telemetry
     from moslora.distributed import launched
     from moslora.errors import MoSLoRAError, Stopped, UsageError
 
@@ -46,7 +47,7 @@ def run_verb(action: Callable[[], None], debug: bool, together: bool = False) ->
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )
-    with _ended_by_sigterm():
+    with _ended_by_sigterm(), guarded_streams(), no_telemetry():
         try:
             if not together and launched() > 1:
                 raise UsageError(
@@ -59,7 +60,7 @@ def run_verb(action: Callable[[], None], debug: bool, together: bool = False) ->
         except Stopped as stopped:
             raise typer.Exit(128 + stopped.signal_number) from None
         except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
+            print_error("Interrupted.")
             raise typer.Exit(128 + signal.SIGINT) from None
         except MoSLoRAError as error:
             code, problem = error.exit_code, error
@@ -70,19 +71,20 @@ def run_verb(action: Callable[[], None], debug: bool, together: bool = False) ->
         else:
             return
     if debug:
-        raise problem
+        print_traceback(problem)
+        raise typer.Exit(code)
     known = type(problem).__module__.startswith("moslora") or isinstance(problem, ValueError | OSError)
     name = "" if known else f"{type(problem).__name__}: "
-    print(f"Error: {name}{problem}", file=sys.stderr)
+    print_error(f"Error: {name}{problem}")
     if not known:
-        print("Run again with --debug to see where it happened.", file=sys.stderr)
+        print_error("Run again with --debug to see where it happened.")
     raise typer.Exit(code)
 
 
 def print_result(result: Printable, as_json: bool) -> None:
     """Print a verb's result on standard output, for people or as JSON."""
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
     else:
         from moslora.display import Display
 

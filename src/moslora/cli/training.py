@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from moslora.cli.options import Debug, Json
 from moslora.cli.running import print_result, run_verb
+from moslora.terminal import print_json
 
 
 def train(
@@ -67,7 +67,7 @@ def train(
         else:
             run = train_run(arguments, display, shlex.join(["moslora", "train", *arguments]))
         if as_json and not isinstance(run, FollowedRun):
-            print(json.dumps({"run": str(run.path), **run.read()}, indent=2))
+            print_json({"run": str(run.path), **run.read()})
 
     run_verb(action, debug, together=True)
 
@@ -101,15 +101,10 @@ def plan(
     """
 
     def action() -> None:
+        from moslora.display import Display
         from moslora.memory.plan import plan as count
 
-        found = count(
-            arguments,
-            length=length,
-            scored=scored,
-            quantize=quantize,
-            say=lambda line: print(line, file=sys.stderr),
-        )
+        found = count(arguments, length=length, scored=scored, quantize=quantize, say=Display(sys.stderr).say)
         print_result(found, as_json)
 
     run_verb(action, debug)
@@ -153,6 +148,6 @@ def mix(
         display = Display(sys.stderr if as_json else sys.stdout)
         run = train_run(given, display, shlex.join(["moslora", "mix", *arguments, "--recipe", recipe]))
         if as_json:
-            print(json.dumps({"run": str(run.path), **run.read()}, indent=2))
+            print_json({"run": str(run.path), **run.read()})
 
     run_verb(action, debug)

@@ -14,6 +14,7 @@ from moslora.comparison.cells import prepare_task, run_unkept
 from moslora.comparison.plan import DECISIVE, Comparison, Engine, Planned
 from moslora.comparison.progress import show_cell
 from moslora.comparison.verdict import Cell
+from moslora.compat.telemetry import no_telemetry
 from moslora.errors import TrainingError, UsageError
 from moslora.training.provenance import collect_versions
 from moslora.training.stop import StopRequest
@@ -48,6 +49,9 @@ class _RayWorker:
 
         from moslora.display import Display
 
+        # The cluster's environment is its own; this process is ours, and reports nothing while it lasts.
+        self.unreported = no_telemetry()
+        self.unreported.__enter__()
         torch.set_num_threads(threads)
         self.scratch = tempfile.TemporaryDirectory(prefix="moslora-")
         own = dataclasses.replace(plan, directory=Path(self.scratch.name))

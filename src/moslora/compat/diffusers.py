@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType
@@ -34,6 +33,7 @@ from moslora.adapters.formats import pipeline_checkpoint
 from moslora.adapters.formats.pipeline_checkpoint import Part
 from moslora.adapters.formats.tensors import save_tensors
 from moslora.errors import AdapterError
+from moslora.terminal import warn
 from moslora.tuner.config import MoSLoRAConfig
 
 __all__ = ["install", "is_of_diffusers", "remember", "restore_mixers"]
@@ -252,7 +252,7 @@ def install() -> None:
     functions = {name: _find(name) for name in _CHANGES}
     strange = [name for name, function in functions.items() if function is None]
     if strange:
-        warnings.warn(
+        warn(
             f"diffusers {importlib.metadata.version('diffusers')} has no {strange[0]} as moslora knows it (seen in "
             "0.38 to 0.42), so its save_lora_weights cannot save this adapter for its loaders. Save it with "
             "moslora.save_for_diffusers(folder, unet=unet), and load checkpoints with "

@@ -7,7 +7,6 @@ disagree, that size stays on torch and a warning says so.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from moslora.core import switches
 from moslora.core.autocast import in_dtype, without_autocast
 from moslora.core.fused_update import by_torch_alone
 from moslora.core.kernels import update as kernels
+from moslora.terminal import warn
 from moslora.wording import first_line
 
 __all__ = ["KernelUpdate", "may_use_kernels", "why_no_kernels"]
@@ -140,7 +140,7 @@ def why_no_kernels(
             _verdicts[key] = f"they failed ({type(error).__name__}: {first_line(error)})"
         reason = _verdicts[key]
         if reason is not None:
-            warnings.warn(
+            warn(
                 f"MoSLoRA's kernels are not used for {x.shape[1]} → {B.shape[0]} features, rank {r}, {x.dtype}, about "
                 f"{x.shape[0]} tokens: {reason}. torch's own operations are used there.",
                 RuntimeWarning,

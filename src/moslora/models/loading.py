@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from moslora.compat.gguf_loading import no_gguf_bar
 from moslora.distributed import launched
 from moslora.errors import ModelError
 from moslora.models.names import ModelSource
+from moslora.terminal import warn
 from moslora.wording import first_line
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def check_loaded(source: ModelSource, info: dict[str, Any]) -> None:
             )
     unused = sorted(str(key) for key in info.get("unexpected_keys") or ())
     if unused:
-        warnings.warn(
+        warn(
             f"{source.name} has {len(unused)} weights that its architecture does not use: {unused[:3]}.",
             stacklevel=3,
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from moslora import files
 from moslora.errors import ModelError
+from moslora.files import refuse_undecodable
 from moslora.wording import nearest
 
 __all__ = [
@@ -99,9 +100,11 @@ def resolve_model(name: str, revision: str | None = None, weights: bool = True) 
     if name in PACKAGED:
         source = _packaged(name)
     elif name and os.path.isdir(path):  # noqa: PTH112 - Path's raises for a name that is too long
+        refuse_undecodable(path.absolute())
         _check_folder(path, weights)
         source = ModelSource(name, "folder", str(path.absolute()))
     elif os.path.isfile(path):  # noqa: PTH113
+        refuse_undecodable(path.absolute())
         source = _gguf(name, path)
     elif HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return ModelSource(name, "hub", name, revision=revision)

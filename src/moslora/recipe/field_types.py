@@ -173,6 +173,11 @@ def explain(found: Any, kind: str) -> str:
             return f"{place} is {value_in_words(value)}, but must be {found['ctx']['expected']}.{hint}"
         case "value_error":
             return f"{place} is {value_in_words(value)}, but must be {found['ctx']['error']}."
+        case "string_unicode":
+            return (
+                f"{place} is {value_in_words(value)}, a name that is not UTF-8, which a recipe cannot hold. Rename the "
+                "file or folder, as with: mv OLD NEW (a shell completes OLD with Tab)."
+            )
         case "string_type":
             return f"{place} is {value_in_words(value)}, but must be a text; put it in quotes."
     message = found["msg"].replace("dictionary", "mapping").replace("Input should", "it should")

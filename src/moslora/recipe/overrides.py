@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yaml.reader import Reader
+
 from moslora.errors import RecipeError
 from moslora.recipe.keys import BELONGING, SHORTHANDS
 from moslora.recipe.paths import anchor, user_path
@@ -42,7 +44,8 @@ def override(raw: dict[str, Any], arguments: Sequence[str], here: Path, problems
             )
             continue
         try:
-            value = parse_yaml(text, place)
+            # YAML has no place for control characters, which names of files may have: that is a text as it stands.
+            value = text if Reader.NON_PRINTABLE.search(text) else parse_yaml(text, place)
         except RecipeError as error:
             problems.extend(error.problems)
             continue

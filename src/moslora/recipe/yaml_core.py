@@ -49,6 +49,13 @@ class Loader(yaml.SafeLoader):
             seen[key.value] = key.start_mark
         return super().construct_mapping(node, deep=deep)
 
+    def construct_scalar(self, node: Any) -> Any:
+        """Read a scalar. JSON, which is YAML, escapes a character beyond 16 bits as a pair that stands for one."""
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\ud800-\udbff][\udc00-\udfff]", value):
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return value
+
     def construct_core_int(self, node: Any) -> int:
         """Read an integer: decimal, ``0o17`` or ``0xff``."""
         text = node.value

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.reports.formatting import clipped
+from moslora.wording import printable
 
 __all__ = ["render"]
 
@@ -28,6 +29,12 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_harmless,
     )
     environment.filters["clipped"] = clipped
     return environment.get_template(f"{template}.html.jinja").render(**values)
+
+
+def _harmless(value: Any) -> Any:
+    """Show what would turn the order of a page's text around, in text and in the drawings inside the page."""
+    return type(value)(printable(value)) if isinstance(value, str) else value

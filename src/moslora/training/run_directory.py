@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.errors import BusyError, NotFoundError, UsageError
-from moslora.files import is_running, locked, process_start, remove, scratch, write_text
+from moslora.files import is_running, locked, process_start, refuse_undecodable, remove, scratch, write_text
 from moslora.training.checkpoints import Checkpoint, checkpoint_faults
 from moslora.training.json_values import json_value, merged
 from moslora.wording import did_you_mean, nearest
@@ -90,6 +90,7 @@ class RunDirectory:
         """
         _check_name(name)
         parent = Path(parent)
+        refuse_undecodable(parent.absolute() / name)
         parent.mkdir(parents=True, exist_ok=True)
         opening = {"schema_version": RUN_SCHEMA_VERSION, "name": name, "stage": "starting", "ended": None}
         more = {key: json_value(value, key) for key, value in fields.items()}

@@ -6,12 +6,12 @@ call they are replaced by W + ΔW.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from moslora.errors import UsageError
+from moslora.terminal import warn
 from moslora.tuner import bias, dora, starts
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
@@ -55,7 +55,7 @@ class MoSLoRAAttention(MoSLoRALayer):
 
     def _check_adapter(self, r: int, config: MoSLoRAConfig) -> None:
         if config.lora_dropout:
-            warnings.warn(
+            warn(
                 f"lora_dropout={config.lora_dropout} does nothing in a MultiheadAttention: its updates are added "
                 "to the weights, so there is no input to drop from.",
                 stacklevel=2,

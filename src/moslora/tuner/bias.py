@@ -8,7 +8,6 @@ base layer without one cannot be merged into. A and M have none: a bias before B
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from moslora.compat.offloading import loaded
 from moslora.compat.torch import must_be_called, unwrapped_by_fsdp
 from moslora.errors import UsageError
+from moslora.terminal import warn
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.factor_holder import FactorHolder
 from moslora.tuner.reading import whole
@@ -45,7 +45,7 @@ def check(layer: FactorHolder, config: MoSLoRAConfig) -> None:
     if reason is not None:
         refuse_in_layer(base, "lora_bias=True", reason, "set lora_bias=False")
     if getattr(base, "bias", None) is None:
-        warnings.warn(
+        warn(
             f"lora_bias=True adapts a {type(base).__name__} that has no bias of its own, so the adapter can be run, "
             "saved and exported, but not merged.",
             stacklevel=2,

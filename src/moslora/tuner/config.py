@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
@@ -17,6 +16,7 @@ from torch import Generator, Tensor
 from moslora.adapters.formats.configuration import subtracts_start
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 from moslora.errors import UsageError
+from moslora.terminal import warn
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
 
 __all__ = ["MoSLoRAConfig", "MoSLoRAType"]
@@ -248,7 +248,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         config = EvaConfig(**given) if isinstance(given, dict) else given or EvaConfig()
         self.eva_config = config if self.init_lora_weights == "eva" else None
         if self.eva_config is None and config != EvaConfig():
-            warnings.warn(
+            warn(
                 f"eva_config is without effect, for init_lora_weights={self.init_lora_weights!r} is not 'eva'.",
                 stacklevel=4,
             )
@@ -263,7 +263,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             )
         self.loftq_config = values if self.init_lora_weights == "loftq" else {}
         if values and not self.loftq_config and LoftQConfig(**values) != LoftQConfig():
-            warnings.warn(
+            warn(
                 f"loftq_config is without effect, for init_lora_weights={self.init_lora_weights!r} is not 'loftq'.",
                 stacklevel=4,
             )

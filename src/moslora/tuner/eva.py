@@ -24,6 +24,7 @@ from moslora.adapters.factors import exact_pattern
 from moslora.compat.peft.functions import MODEL_PREFIX
 from moslora.core.mixers import forked_generator
 from moslora.errors import UsageError
+from moslora.terminal import warn
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.linear import MoSLoRALinear
@@ -90,7 +91,7 @@ def put_components(model: nn.Module, components: Mapping[str, Tensor], adapter_n
         _name_targets(config, list(ranks))
     missing = sorted(layers.keys() - found.keys())
     if missing:
-        warnings.warn(
+        warn(
             f"{len(missing)} modules have no components of their own and start as with init_lora_weights=True: "
             f"{missing[:3]}.",
             stacklevel=2,

@@ -17,13 +17,14 @@ float32 (``for_file``, ``from_file``).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moslora.terminal import warn
 
 __all__ = [
     "STARTS",
@@ -180,7 +181,7 @@ def take_state(
         if start_key in state_dict and start is None:
             starts.begin(adapter, weight, beside)
         elif key in state_dict and start_key not in state_dict and start is not None:
-            warnings.warn(
+            warn(
                 f"{key} was loaded without {start_key}. This mixer is trained in {weight.dtype}, as the change since "
                 "its start, so what was loaded is taken for such a change, which is right only if it started from the "
                 "same values. Load the adapter's own files (PeftModel.load_adapter) or a whole state dict instead.",

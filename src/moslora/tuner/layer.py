@@ -7,7 +7,6 @@ kind of base layer has a file of its own (``linear.py``, ``convolution.py``, …
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from moslora.compat.torch import is_managed_by_fsdp
 from moslora.core import functional
 from moslora.errors import UsageError
+from moslora.terminal import warn
 from moslora.tuner import bias, dora, kept_start, merging, starts, tying
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.factor_holder import FactorHolder
@@ -209,7 +209,7 @@ class MoSLoRALayer(FactorHolder):
         for name in self.scaling:
             weight = self.trained_mixer(name)
             if weight.requires_grad and is_narrow(weight.dtype) and self.mixer_start.get(name) is None:
-                warnings.warn(
+                warn(
                     f"The mixer of adapter {name!r} was sharded in {weight.dtype}, where most steps of training round "
                     "to nothing. Call model.train() after casting and before sharding, or keep it in float32.",
                     stacklevel=3,

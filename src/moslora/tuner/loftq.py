@@ -17,7 +17,6 @@ the adapter's file cannot tell; it is refused. So are iterations, each of which 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from moslora.compat.peft.functions import MODEL_PREFIX, stored_weights
 from moslora.core.mixers import SINGULAR_VALUES
 from moslora.errors import UsageError
+from moslora.terminal import warn
 from moslora.tuner import dora
 from moslora.tuner.config import MoSLoRAConfig
 from moslora.tuner.layer import MoSLoRALayer
@@ -52,7 +52,7 @@ def check_base(model: nn.Module, config: MoSLoRAConfig) -> None:
     if config.init_lora_weights != "loftq" or any(layer.quantization_backend is not None for layer in layers):
         return
     if config.is_saved:
-        warnings.warn(
+        warn(
             "This adapter began as what quantization took from its base (LoftQ), and this base is not quantized: here "
             "it adds that to weights from which nothing was taken. Load the base quantized as in training.",
             stacklevel=3,

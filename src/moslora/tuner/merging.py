@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from moslora.compat.peft.quantization import ReadOnlyBackend
 from moslora.errors import UsageError
+from moslora.terminal import warn
 from moslora.tuner import bias, dora, tying
 from moslora.tuner.factor_holder import FactorHolder, unknown_quantization
 from moslora.tuner.sharding import check_mergeable_when_sharded
@@ -92,7 +91,7 @@ def unmerge(layer: FactorHolder) -> None:
         layer: A MoSLoRA layer.
     """
     if not layer.merged:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        warn("Already unmerged. Nothing to do.", stacklevel=2)
     while layer.merged_adapters:
         adapter = layer.merged_adapters[-1]
         if adapter in layer.scaling:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -22,6 +21,7 @@ from moslora.compat.torch import leave_fast_paths, restore_fast_paths
 from moslora.compat.transformers import convert_targets
 from moslora.errors import UsageError
 from moslora.patterns import check_patterns
+from moslora.terminal import warn
 from moslora.tuner import bias, dora, loftq
 from moslora.tuner.attention import MoSLoRAAttention
 from moslora.tuner.config import MoSLoRAConfig
@@ -153,7 +153,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
         problems = self._settings_that_do_not_fit(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for problem in problems:
-            warnings.warn(problem, UnfitSettingWarning, stacklevel=2)
+            warn(problem, UnfitSettingWarning, stacklevel=2)
         if compat_diffusers.is_of_diffusers(model):
             compat_diffusers.install()
         leave_fast_paths(model, lambda module: isinstance(module, MoSLoRALayer))
@@ -163,7 +163,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
         if unlike_lora:
             name, reason = next(iter(unlike_lora.items()))
             more = f" and {len(unlike_lora) - 1} more" if len(unlike_lora) > 1 else ""
-            warnings.warn(
+            warn(
                 f"{name!r}{more}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
                 "plain LoRA; merge it into the base instead, or leave such modules out.",
                 stacklevel=2,
@@ -191,7 +191,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
         held = {dora.cast_like_factors(layer, adapter_name) for layer in layers} - {None}
         narrow = [dtype for dtype in held if dtype is not None and is_narrow(dtype)]
         if narrow and not self.peft_config[adapter_name].inference_mode:
-            warnings.warn(
+            warn(
                 f"DoRA's magnitude is held in {narrow[0]}, as autocast_adapter_dtype=False asks for. Its entries are "
                 "about as large as the norms of the base's rows, so most steps of training round to nothing there. "
                 "Leave autocast_adapter_dtype out to train it in float32.",

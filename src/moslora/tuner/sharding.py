@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import torch.distributed
 from torch import Tensor, nn
 
+from moslora.terminal import warn
 from moslora.tuner.names import factor_in
 
 __all__ = [
@@ -129,7 +129,7 @@ def warn_of_whole_factors(model: nn.Module, adapter_name: str) -> None:
         name for name, _ in model.named_parameters() if factor_in(name) and adapter_name in name.split(".")
     ]
     if sharded and named and not set(named) & set(sharded):
-        warnings.warn(
+        warn(
             f"Adapter {adapter_name!r} was added to a model that is sharded between processes already: its factors are "
             "whole in each of them, and their gradients are not averaged. It runs, but to train it make or load "
             "the adapter first and call fully_shard after that.",

@@ -21,6 +21,7 @@ from moslora.adapters.formats.directory import CONFIG, WEIGHTS, read_config
 from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.formats.tensors import read_whole_header
 from moslora.errors import AdapterError, UsageError
+from moslora.files import refuse_undecodable
 
 __all__ = ["detect", "read_adapter"]
 
@@ -138,10 +139,11 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     Raises:
         AdapterError: If it cannot be read or trusted, or says its alpha itself and one is given; the message says what
             to do.
-        UsageError: If ``alpha`` is not a finite number other than 0.
+        UsageError: If ``alpha`` is not a finite number other than 0, or the path is not UTF-8.
     """
     path = Path(path)
     found = detect(path)
+    refuse_undecodable(path)
     read = FORMATS[found].read
     assert read is not None, "what is detected is read"
     if alpha is None:
