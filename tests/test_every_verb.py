@@ -256,7 +256,7 @@ def test_a_page_and_its_drawings_show_what_would_turn_their_text_around(
 
 # Functions that write to a terminal, and the files that may call them.
 WAYS = {
-    "print": {"terminal.py"},
+    "print": {"terminal.py", "display.py"},
     "Console": set(),
     "echo": {"cli/__init__.py"},  # the version
     "secho": set(),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moslora.data.faults import Faults, kind_of, listed, quoted
+from moslora.data.pictures import with_pictures_stored
 from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
 from moslora.files import kind_of_file
@@ -290,7 +291,7 @@ def _read_hub(source: str, split: str, limit: int | None) -> Records:
     advice = "Check the name, the split and the network, or give a file; code of a data set is never run."
     try:
         table = load_dataset(source, split=split if limit is None else f"{split}[:{limit}]")
-        rows = [dict(row) for row in table]
+        rows = [dict(row) for row in with_pictures_stored(table)]
     except Exception as problem:  # the hub's client has dozens, from HTTP errors to missing configurations
         fault = f"not on disk, and not loaded from the hub as a data set: {quoted(str(problem), 300)}"
         raise DataError(source, [fault], advice) from problem

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.data.faults import SHOWN
+from moslora.data.pictures import StoredPicture, open_picture, refuse_several_frames, with_pictures_stored
 from moslora.errors import DataError
 from moslora.files import replaced_file
 
@@ -32,7 +33,7 @@ def write_rows(rows: Iterable[Any], path: Path, what: str, pictures: Path | None
     place = pictures or path.parent / "pictures"
     faults: list[str] = []
     with path.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(with_pictures_stored(rows), start=1):
             if not isinstance(row, Mapping):
                 faults.append(f"row {number}: is a {type(row).__name__}; expected a dict with named fields")
                 continue
@@ -45,7 +46,9 @@ def write_rows(rows: Iterable[Any], path: Path, what: str, pictures: Path | None
             except RecursionError:
                 faults.append(f"row {number}: has too many nested levels, or a value that holds itself")
                 continue
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of the disk, not of a picture
                 faults.append(f"row {number}: {error}")
                 continue
             file.write(line + "\n")
@@ -56,6 +59,10 @@ def write_rows(rows: Iterable[Any], path: Path, what: str, pictures: Path | None
 
 def _as_json(value: Any, folder: Path) -> Any:
     """Return a value in JSON's types; a picture becomes the path of a file."""
+    if isinstance(value, StoredPicture):
+        name = str(value["path"] or "a picture")
+        with open_picture(value["bytes"] or Path(name), name) as picture:
+            return _save_picture(picture, folder)
     if isinstance(value, Mapping):
         return {str(name): _as_json(item, folder) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -68,7 +75,20 @@ def _as_json(value: Any, folder: Path) -> Any:
 
 
 def _save_picture(picture: Any, folder: Path) -> str:
-    """Save a picture without loss, named by its content, and return its path."""
+    """Save a picture without loss, upright, named by its content, and return its path."""
+    from PIL import ImageOps
+
+    kind = picture.format or "PIL"
+    refuse_several_frames(picture, f"the {kind} picture")
+    if picture.format in ("EPS", "WMF"):
+        raise ValueError(
+            f"the {kind} picture is a drawing that another program would have to draw; give its pixels"
+        )
+    if picture.mode.startswith("F"):
+        raise ValueError(f"the picture is of mode {picture.mode}, which has no fixed white; give 8-bit RGB")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+        picture = picture.convert("RGB")  # as a file of this mode is read
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     content = buffer.getvalue()

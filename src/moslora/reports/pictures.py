@@ -46,7 +46,7 @@ def _thumbnail(run: RunDirectory, file: str | None, size: int) -> str | None:
     except ImportError:
         pass  # the whole picture then
     else:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG", "WEBP")) as image:  # what a run writes
             small = image.convert("RGB")
             small.thumbnail((size, size))
             buffer = io.BytesIO()

@@ -345,4 +345,4 @@ def open_made(shown: Sequence[Shown]) -> list[tuple[str, Any]]:
 
     from PIL import Image
 
-    return [(one.prompt, Image.open(io.BytesIO(one.data)).convert("RGB")) for one in shown]
+    return [(one.prompt, Image.open(io.BytesIO(one.data), formats=("PNG",)).convert("RGB")) for one in shown]

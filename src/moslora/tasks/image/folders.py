@@ -13,13 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moslora.data.columns import Unread, unread_keys
-from moslora.data.pictures import open_image
+from moslora.data.pictures import SUFFIXES, open_image
 from moslora.data.strict_json import parse_json
 from moslora.errors import DataError
 
 __all__ = ["Folder", "Picture", "read_folder", "warn_of_left_out"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Of pictures that are not read: leaving them out in silence would train on fewer than are there.
+OTHER_SUFFIXES = (
+    *(
+        ".gif",
+        ".apng",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".jfif",
+        ".jp2",
+        ".jxl",
+        ".ppm",
+        ".tga",
+        ".psd",
+        ".eps",
+        ".svg",
+    ),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"),
+)
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("text", "caption", "prompt")
 SHOWN = 5  # faults that a message names; the others are counted
@@ -103,7 +121,12 @@ def read_folder(
     if not files and not faults:
         inside = f"it has folders ({', '.join(sorted(nested)[:3])}), which are not searched" if nested else ""
         faults.append(f"it has no picture ({', '.join(SUFFIXES)})" + (f"; {inside}" if inside else ""))
-    pictures, bad = [], []
+    pictures = []
+    bad = [
+        f"{path} is not of a supported format ({', '.join(SUFFIXES)}); save it as PNG"
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in OTHER_SUFFIXES and not path.name.startswith(".")
+    ]
     for path in files[:limit]:
         try:
             image = open_image(path, max_pixels)
