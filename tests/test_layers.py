@@ -28,6 +28,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "versions": (0, set()),
     "distributed": (0, set()),
     "terminal": (0, set()),
+    "failures": (0, set()),
     "display": (0, set()),
     "core": (0, {"torch"}),
     "functional": (0, set()),  # short names of core's

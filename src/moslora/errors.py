@@ -15,6 +15,7 @@ __all__ = [
     "AdapterError",
     "BusyError",
     "DataError",
+    "DiskFullError",
     "EncodingError",
     "ExistsError",
     "MissingPackageError",
@@ -111,6 +112,12 @@ class NotFoundError(MoSLoRAError, FileNotFoundError):
 
 class ExistsError(MoSLoRAError, FileExistsError):
     """Something exists where output would be written; nothing is overwritten."""
+
+
+class DiskFullError(MoSLoRAError, OSError):
+    """A file could not be written whole; the message says where, how much is free there, and how to go on."""
+
+    exit_code = 1
 
 
 class BusyError(MoSLoRAError, RuntimeError):

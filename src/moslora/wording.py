@@ -126,6 +126,15 @@ def figure(value: float) -> str:
     return f"{value:.2e}"
 
 
+def size_in_words(size: float) -> str:
+    """Return a number of bytes in words, as ``3.1 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """Return at most ``count`` items at even distances, the first and the last among them."""
     if count <= 0 or len(items) <= count:

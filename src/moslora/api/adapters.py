@@ -10,16 +10,16 @@ from typing import Any
 from moslora.adapters.findings import Diagnosis
 from moslora.adapters.inspection import Inspection
 from moslora.api.results import CombinedAdapter, ExportedAdapter, MergedModel
-from moslora.compat.telemetry import no_telemetry
 from moslora.display import Display, find_display
 from moslora.errors import UsageError
+from moslora.failures import verb
 
 __all__ = ["combine", "doctor", "export", "import_adapter", "inspect", "merge"]
 
 PathLike = str | os.PathLike[str]
 
 
-@no_telemetry()
+@verb("export")
 def export(
     adapter: PathLike,
     out: PathLike,
@@ -65,7 +65,7 @@ def export(
     return ExportedAdapter(Path(adapter), Path(out), proof, alpha)
 
 
-@no_telemetry()
+@verb("import")
 def import_adapter(source: PathLike, out: PathLike, *, alpha: float | None = None) -> ExportedAdapter:
     """Read an adapter of another program and write it natively, to train it further or to export it.
 
@@ -88,7 +88,7 @@ def import_adapter(source: PathLike, out: PathLike, *, alpha: float | None = Non
     return export(source, out, "native", alpha=alpha)
 
 
-@no_telemetry()
+@verb("combine")
 def combine(
     adapters: Sequence[PathLike],
     out: PathLike,
@@ -131,7 +131,7 @@ def combine(
     return CombinedAdapter(paths, Path(out), to, proof, rank)
 
 
-@no_telemetry()
+@verb("merge")
 def merge(
     base: PathLike, adapter: PathLike, out: PathLike, *, progress: str | Display | None = None
 ) -> MergedModel:
@@ -161,7 +161,7 @@ def merge(
     return MergedModel(os.fspath(base), Path(adapter), Path(out), proof)
 
 
-@no_telemetry()
+@verb("inspect")
 def inspect(
     adapter: PathLike,
     base: PathLike | None = None,
@@ -200,7 +200,7 @@ def inspect(
     return inspection
 
 
-@no_telemetry()
+@verb("doctor")
 def doctor(
     adapter: PathLike,
     base: PathLike | None = None,

@@ -13,13 +13,13 @@ from moslora.api.objects import as_metrics, as_rows, check_model, take_objects
 from moslora.comparison.compare import compare as run_comparison
 from moslora.comparison.compare import show_verdict
 from moslora.comparison.verdict import Verdict
-from moslora.compat.telemetry import no_telemetry
 from moslora.data.writing import write_rows
 from moslora.display import Display, Printable, find_display
 from moslora.errors import UsageError
 from moslora.evaluation.evaluate import evaluate as evaluate_model
 from moslora.evaluation.judge import Subject
 from moslora.evaluation.results import Report
+from moslora.failures import verb
 from moslora.files import scratch, sha256
 from moslora.models.in_memory import stored_name
 from moslora.models.loading import load_tokenizer
@@ -32,7 +32,7 @@ from moslora.training.handed_over import HandedOver, save_processor
 __all__ = ["ComparisonResult", "compare", "evaluate"]
 
 
-@no_telemetry()
+@verb("evaluate")
 def evaluate(
     model: Any,
     tokenizer: Any = None,
@@ -187,7 +187,7 @@ class ComparisonResult(Printable):
         return {"comparison": str(self.path), **dataclasses.asdict(self.verdict)}
 
 
-@no_telemetry()
+@verb("compare")
 def compare(
     recipe: RecipeSource = None,
     *,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from moslora.compat.telemetry import no_telemetry
 from moslora.display import Display, find_display
+from moslora.failures import verb
 from moslora.memory.plan import Plan, count_memory
 from moslora.recipe.building import RecipeSource, build_recipe
 
 __all__ = ["plan"]
 
 
-@no_telemetry()
+@verb("plan")
 def plan(
     recipe: RecipeSource = None,
     *,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.api.objects import take_objects
 from moslora.api.run import Run
-from moslora.compat.telemetry import no_telemetry
 from moslora.display import Display, find_display
 from moslora.errors import UsageError
+from moslora.failures import verb
 from moslora.recipe.building import RecipeSource, build_recipe
 from moslora.training.borrowed import borrowed
 from moslora.training.handed_over import HandedOver
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["mix", "resume", "train"]
 
 
-@no_telemetry()
+@verb("train")
 def train(
     recipe: RecipeSource = None,
     *,
@@ -105,7 +105,7 @@ def train(
     return _train(recipe, layers, handed_over, progress, "moslora.train")
 
 
-@no_telemetry()
+@verb("resume")
 def resume(
     path: str | os.PathLike[str],
     progress: str | Display | None = None,
@@ -139,7 +139,7 @@ def resume(
         return Run(resume_run(Path(path), find_display(progress), handed_over).path)
 
 
-@no_telemetry()
+@verb("mix")
 def mix(
     adapters: Sequence[str | os.PathLike[str]],
     recipe: RecipeSource = None,

@@ -12,6 +12,7 @@ import typer
 
 from moslora.cli.options import Debug, Json
 from moslora.cli.running import print_result, run_verb
+from moslora.errors import UsageError
 from moslora.terminal import print_json
 
 
@@ -66,7 +67,7 @@ def compare(
         try:
             rates = [float(rate) for rate in learning_rates.split(",") if rate]
         except ValueError:
-            raise ValueError(
+            raise UsageError(
                 f"--learning-rates {learning_rates} is not a list of numbers, such as 1e-4,1e-3."
             ) from None
         folder, verdict = compare_methods(

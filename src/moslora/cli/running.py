@@ -39,22 +39,25 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def run_verb(action: Callable[[], None], debug: bool, together: bool = False) -> None:
     """Run a verb, and turn what it raises into a message and an exit code; ``together`` knows of other processes."""
-    from moslora.compat.telemetry import no_telemetry
     from moslora.distributed import launched
     from moslora.errors import MoSLoRAError, Stopped, UsageError
+    from moslora.failures import verb
 
     # PEFT asks transformers 5 for a property under its old name: news for PEFT, not for who runs this.
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )
-    with _ended_by_sigterm(), guarded_streams(), no_telemetry():
+    name = action.__qualname__.partition(".")[0].rstrip("_")  # of the function that it is in
+    problem: Exception
+    with _ended_by_sigterm(), guarded_streams():
         try:
-            if not together and launched() > 1:
-                raise UsageError(
-                    f"{launched()} processes were launched, and each would do all of this; moslora train alone "
-                    "shares its work between processes. Start this one without torchrun or accelerate launch."
-                )
-            action()
+            with verb(name):
+                if not together and launched() > 1:
+                    raise UsageError(
+                        f"{launched()} processes were launched, and each would do all of this; moslora train alone "
+                        "shares its work between processes. Start this one without torchrun or accelerate launch."
+                    )
+                action()
         except typer.Exit:
             raise
         except Stopped as stopped:
@@ -65,20 +68,28 @@ def run_verb(action: Callable[[], None], debug: bool, together: bool = False) ->
         except MoSLoRAError as error:
             code, problem = error.exit_code, error
         except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
-            code, problem = 2, error  # type: ignore[assignment]
+            code, problem = 2, error
         except Exception as error:
-            code, problem = 1, error  # type: ignore[assignment]
+            code, problem = 1, error
         else:
             return
     if debug:
         print_traceback(problem)
-        raise typer.Exit(code)
-    known = type(problem).__module__.startswith("moslora") or isinstance(problem, ValueError | OSError)
-    name = "" if known else f"{type(problem).__name__}: "
-    print_error(f"Error: {name}{problem}")
-    if not known:
-        print_error("Run again with --debug to see where it happened.")
+    else:
+        print_error(_in_words(problem))
     raise typer.Exit(code)
+
+
+def _in_words(problem: Exception) -> str:
+    """Return the message of an error; of another library's with its type, what was being done, and what to do."""
+    from moslora.failures import frame_of, is_ours
+
+    if is_ours(problem):
+        return f"Error: {problem}"
+    text = str(problem) or "it says nothing more"
+    if isinstance(problem, OSError) and problem.filename is not None:
+        text = f"{problem.filename}: {problem.strerror}"
+    return f"Error: {type(problem).__name__}: {text}\n{frame_of(problem) or ''}".rstrip()
 
 
 def print_result(result: Printable, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from moslora.cli.options import Debug, Json
 from moslora.cli.running import print_result, run_verb
+from moslora.errors import UsageError
 from moslora.terminal import print_json
 
 
@@ -54,13 +55,13 @@ def train(
         display = Display(sys.stderr if as_json else sys.stdout)
         if resume is not None:
             if arguments or dry_run:
-                raise ValueError(
+                raise UsageError(
                     "--resume takes nothing beside it: the run's own recipe.yaml says what it is. To train "
                     "with other settings, start a new run."
                 )
             run = resume_run(resume, display)
         elif not arguments:
-            raise ValueError("Nothing to train: name a recipe file, or at least model=NAME and data=FILE.")
+            raise UsageError("Nothing to train: name a recipe file, or at least model=NAME and data=FILE.")
         elif dry_run:
             check(arguments, display)
             return

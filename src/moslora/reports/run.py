@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.files import write_text
 from moslora.reports.drawing import has_curve, loss_curve
-from moslora.reports.formatting import UNIT, flattened, is_number, number, section_of, size_in_words
+from moslora.reports.formatting import UNIT, flattened, is_number, number, section_of
 from moslora.reports.metric_rows import (
     CHANGES,
     chance_sentence,
@@ -27,7 +27,7 @@ from moslora.reports.page import render
 from moslora.reports.pictures import SERIES, picture_rows, with_thumbnails
 from moslora.training.metrics_log import read_metrics
 from moslora.training.run_directory import RunDirectory
-from moslora.wording import duration
+from moslora.wording import duration, size_in_words
 
 if TYPE_CHECKING:
     pass

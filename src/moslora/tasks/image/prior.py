@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moslora.data.pictures import SUFFIXES
 from moslora.errors import UsageError
 from moslora.files import replaced_file, write_text
 from moslora.models.names import read_json
-from moslora.tasks.image.folders import SUFFIXES, Folder
+from moslora.tasks.image.folders import Folder
 
 __all__ = ["ClassPictures"]
 
