@@ -71,7 +71,7 @@ def test_every_public_name_is_there_and_every_error_has_the_same_base() -> None:
 
 
 AT_REST = ["export", "import_adapter", "combine", "merge", "inspect", "doctor", "plan"]
-VERBS = [*AT_REST, "train", "resume", "mix", "evaluate", "compare", "report"]
+VERBS = [*AT_REST, "train", "check", "resume", "mix", "evaluate", "compare", "check_comparison", "report"]
 
 
 @pytest.mark.parametrize("name", VERBS)

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import ast
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import moslora.cli
+from moslora.api.calling import command_or
 from moslora.cli import app
+from moslora.display import Display
 
 VERBS = [(command.name or command.callback.__name__) for command in app.registered_commands]
 
@@ -60,6 +65,120 @@ def test_wrong_usage_is_exit_code_2_and_one_message(
     code, shown = invoke(*arguments)
     assert code == 2 and message in shown and "Traceback" not in shown
     assert not list(tmp_path.iterdir())
+
+
+ALLOWED = ("moslora.api.", "moslora.cli", "moslora.display", "moslora.errors", "moslora.distributed")
+
+
+def test_the_command_calls_the_python_api_and_nothing_below_it() -> None:
+    for path in Path(moslora.cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moslora"):
+                # Which word is the recipe's path, and which a setting, is the recipe's to say.
+                wanted = (*ALLOWED, "moslora.recipe.loading") if path.name == "parsing.py" else ALLOWED
+                assert (node.module or "").startswith(wanted), f"{path.name} imports {node.module}"
+
+
+class CalledError(Exception):
+    """Raised in place of a verb, with what it was given."""
+
+
+# What is typed → the function of the Python API, and what it is given (``progress`` aside).
+FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "train r.yaml seed=3": ("training.train", ("r.yaml",), {"settings": ["seed=3"]}),
+    "train model=m data=d": ("training.train", (None,), {"settings": ["model=m", "data=d"]}),
+    "train r.yaml --dry-run": ("training.check", ("r.yaml",), {"settings": []}),
+    "train --resume runs/a": ("training.resume", (Path("runs/a"),), {}),
+    "mix a b seed=3 --recipe r.yaml --weights 1,0.5": (
+        "training.mix",
+        (["a", "b"], "r.yaml", [1.0, 0.5]),
+        {"settings": ["seed=3"]},
+    ),
+    "mix a b --recipe r.yaml --weights mean": (
+        "training.mix",
+        (["a", "b"], "r.yaml", "mean"),
+        {"settings": []},
+    ),
+    "mix a b --recipe r.yaml": ("training.mix", (["a", "b"], "r.yaml", None), {"settings": []}),
+    "plan r.yaml seed=3 --length 9 --quantize nf4": (
+        "planning.plan",
+        ("r.yaml",),
+        {"settings": ["seed=3"], "length": 9, "scored": None, "quantize": "nf4"},
+    ),
+    "compare r.yaml seed=3 --methods lora,dora --learning-rates 1e-3,1e-2, --steps 5 --together 2": (
+        "judging.compare",
+        ("r.yaml",),
+        {
+            "settings": ["seed=3"],
+            "methods": ["lora", "dora"],
+            "learning_rates": [1e-3, 1e-2],
+            "steps": 5,
+            "together": 2,
+            "seeds": 3,
+            "validation": 64,
+            "engine": "local",
+            **dict.fromkeys(("baseline", "examples", "out", "workers")),
+        },
+    ),
+    "evaluate m seed=3 --adapter a --data d --limit 2 --predictions p": (
+        "judging.evaluate",
+        ("m",),
+        {
+            "settings": ["seed=3"],
+            "adapter": Path("a"),
+            "data": "d",
+            "limit": 2,
+            "predictions": Path("p"),
+            "recipe": None,
+            "tasks": [],
+            "lm_eval": [],
+            "protocol": "answer-text",
+        },
+    ),
+    "combine a b --out o --weights 1,2": (
+        "adapters.combine",
+        ([Path("a"), Path("b")], Path("o"), [1.0, 2.0], "lora"),
+        {"rank": None, "dtype": None, "base": None},
+    ),
+    "doctor a --for vllm,peft": ("adapters.doctor", (Path("a"), None, ["vllm", "peft"]), {}),
+    "inspect a --html p": ("adapters.inspect", (Path("a"), None), {"html": Path("p")}),
+    "merge m a o": ("adapters.merge", ("m", Path("a"), Path("o")), {}),
+    "import a o --alpha 2": ("adapters.import_adapter", (Path("a"), Path("o")), {"alpha": 2.0}),
+    "export a o --for vllm --rank 2": (
+        "adapters.export",
+        (Path("a"), Path("o"), None),
+        {"engine": "vllm", "rank": 2, "dtype": None, "base": None, "alpha": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("typed", FORWARDED)
+def test_what_is_typed_reaches_the_python_api(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, arguments, options = FORWARDED[typed]
+    module, _, name = place.partition(".")
+
+    def function(*given: Any, **named: Any) -> None:
+        raise CalledError(given, named, command_or(""))
+
+    monkeypatch.setattr(f"moslora.api.{module}.{name}", function)
+    monkeypatch.setattr("sys.argv", ["/bin/moslora", *typed.split()])
+    with pytest.raises(CalledError) as called:
+        CliRunner().invoke(app, [*typed.split(), "--debug"], catch_exceptions=False)
+    given, named, command = called.value.args
+    progress = [value for value in (*given, named.pop("progress", None)) if isinstance(value, Display)]
+    assert tuple(value for value in given if not isinstance(value, Display)) == arguments
+    assert named == options and len(progress) <= 1
+    assert command == f"moslora {typed}", "the record of a run names the command that was typed"
+
+
+def test_numbers_that_are_none_are_refused_with_an_example() -> None:
+    for typed, message in (
+        ("combine a b --out o --weights 1,,2", "--weights 1,,2 is not a list of numbers, such as 1,0.5"),
+        ("compare r.yaml --learning-rates fast", "--learning-rates fast is not a list of numbers"),
+        ("mix a b --recipe r --weights all", "neither a list of numbers, such as 1,0.5, nor mean"),
+    ):
+        code, shown = invoke(*typed.split())
+        assert code == 2 and message in " ".join(shown.split())
 
 
 def test_version_is_the_packages() -> None:

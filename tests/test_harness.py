@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import moslora
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.display import Display
@@ -117,3 +119,14 @@ def test_what_the_harness_does_not_know_is_refused(world, tmp_path):
         evaluate(base, quiet, harness=["no/such.yaml"])
     with pytest.raises(ValueError, match="brings its own data"):
         evaluate(base, quiet, harness=["arc_easy"], data="x.jsonl")
+
+
+def test_a_loaded_model_gives_the_harness_what_its_folder_gives(world, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(world / "base")
+    before = copy.deepcopy(model.state_dict())
+    options: dict[str, Any] = {"lm_eval": [world / "tiny_choices.yaml"], "adapter": world / "adapter"}
+    report = moslora.evaluate(model, tiny.tokenizer(), **options)
+    assert report.measures == moslora.evaluate(world / "base", **options).measures
+    assert not hasattr(model, "peft_config") and all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )

@@ -17,7 +17,7 @@ from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.cli import app
 from moslora.errors import AdapterError, ProofError, Stopped
-from moslora.training.mix import arguments_of, open_mix
+from moslora.training.mix import open_mix
 from moslora.training.run import resume, train
 from moslora.training.run_directory import RunDirectory
 from test_train import arguments, quiet, stop_at, weights
@@ -163,13 +163,10 @@ def test_what_would_train_more_or_fits_another_base_is_refused(world: Path, tmp_
         open_mix([world / "one" / "adapter", world / "nothing"])
 
 
-def test_weights_are_one_number_for_each_adapter_or_their_mean() -> None:
-    two = [Path("a"), Path("b")]
-    assert arguments_of(two, "r.yaml", "mean", ["seed=3"])[-1] == "mix.weights=[0.5, 0.5]"
-    assert arguments_of(two, "r.yaml", "", ["seed=3"])[:2] == ["r.yaml", "seed=3"]
-    for wrong in ("1", "1,2,3", "one,two"):
-        with pytest.raises(ValueError, match="--weights"):
-            arguments_of(two, "r.yaml", wrong, [])
+@pytest.mark.parametrize("weights", ["1", "1,2,3", "one,two"])
+def test_weights_are_one_number_for_each_adapter(weights: str) -> None:
+    shown = CliRunner().invoke(app, ["mix", "a", "b", "--recipe", "r.yaml", "--weights", weights])
+    assert shown.exit_code == 2 and "weights" in shown.output and "Traceback" not in shown.output
 
 
 def test_the_command_mixes_and_says_what_it_proved(world: Path, tmp_path: Path) -> None:

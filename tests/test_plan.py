@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.api.planning import plan
 from moslora.cli import app
 from moslora.errors import ModelError, PlanError
 from moslora.memory.counting import count_step
 from moslora.memory.placement import CARDS, Weights, place, smallest_card
-from moslora.memory.plan import plan
 from moslora.tasks.text.loss import labeled_loss
 
 ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures"
@@ -136,7 +136,7 @@ def save_shape(folder: Path, **changes: object) -> Path:
 
 
 def test_sharing_takes_from_each_gpu_what_it_shares_and_no_activations(tmp_path: Path) -> None:
-    found = plan([f"model={save_shape(tmp_path / 'base')}", "adapter.r=4"], length=32)
+    found = plan(settings=[f"model={save_shape(tmp_path / 'base')}", "adapter.r=4"], length=32)
     by_way = {(p.strategy, p.gpus, p.checkpointing): p for p in found.placements}
     one = by_way["one", 1, False]
     for (strategy, gpus, checkpointing), placed in by_way.items():
@@ -156,15 +156,15 @@ def test_sharing_takes_from_each_gpu_what_it_shares_and_no_activations(tmp_path:
 
 def test_a_recipe_that_quantises_its_base_is_counted_so(tmp_path: Path) -> None:
     folder = save_shape(tmp_path / "base")
-    by_option = plan([f"model={folder}"], length=16, quantize="nf4")
-    by_recipe = plan([f"model={folder}", "model.quantization=nf4"], length=16)
+    by_option = plan(settings=[f"model={folder}"], length=16, quantize="nf4")
+    by_recipe = plan(settings=[f"model={folder}", "model.quantization=nf4"], length=16)
     assert by_recipe == by_option and by_recipe.base == "nf4"
 
 
 def test_a_base_of_4_bits_takes_what_bitsandbytes_stores(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     folder = save_shape(tmp_path / "base")
-    whole, packed = (plan([f"model={folder}"], length=16, quantize=q) for q in (None, "nf4"))
+    whole, packed = (plan(settings=[f"model={folder}"], length=16, quantize=q) for q in (None, "nf4"))
     assert (whole.base, packed.base) == ("float32", "nf4") and whole.parameters == packed.parameters
     weight = torch.randn(128, 256)
     for double in (False, True):
@@ -183,7 +183,7 @@ def test_a_base_of_4_bits_takes_what_bitsandbytes_stores(tmp_path: Path) -> None
     said = save_shape(
         tmp_path / "said", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}
     )
-    assert plan([f"model={said}"], length=16).base == "nf4"
+    assert plan(settings=[f"model={said}"], length=16).base == "nf4"
 
 
 def test_a_card_is_named_only_where_a_tenth_and_a_gigabyte_stay_free() -> None:
@@ -210,16 +210,16 @@ def test_what_cannot_be_counted_is_refused_with_the_way_out(
     settings: list[str], options: dict, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanError, match=re.escape(words)):
-        plan([f"model={save_shape(tmp_path / 'base')}", *settings], **options)
+        plan(settings=[f"model={save_shape(tmp_path / 'base')}", *settings], **options)
 
 
 def test_other_quantisations_and_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
     folder = save_shape(tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(PlanError, match="is stored by gptq"):
-        plan([f"model={folder}"], length=16)
+        plan(settings=[f"model={folder}"], length=16)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json"):
-        plan([f"model={tmp_path / 'empty'}"], length=16)
+        plan(settings=[f"model={tmp_path / 'empty'}"], length=16)
 
 
 def test_a_mixture_of_experts_is_counted_or_refused_and_never_guessed(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_mixture_of_experts_is_counted_or_refused_and_never_guessed(tmp_path: 
         num_key_value_heads=2, num_local_experts=4,
     ).save_pretrained(tmp_path / "moe")  # fmt: skip
     try:
-        found = plan([f"model={tmp_path / 'moe'}", "adapter.target_modules=[q_proj]"], length=16)
+        found = plan(settings=[f"model={tmp_path / 'moe'}", "adapter.target_modules=[q_proj]"], length=16)
     except PlanError as error:
         assert "without values" in str(error)
     else:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from moslora.adapters.factors import Adapter
     from moslora.adapters.formats.reading import read_adapter
     from moslora.api.adapters import combine, doctor, export, import_adapter, inspect, merge
-    from moslora.api.judging import compare, evaluate
+    from moslora.api.judging import check_comparison, compare, evaluate
     from moslora.api.planning import plan
     from moslora.api.reporting import report
     from moslora.api.run import Run
-    from moslora.api.training import mix, resume, train
+    from moslora.api.training import check, mix, resume, train
     from moslora.errors import (
         AdapterError,
         BusyError,
@@ -79,6 +79,8 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "VersionError",
+    "check",
+    "check_comparison",
     "combine",
     "compare",
     "create_lorafa_optimizer",
@@ -124,6 +126,8 @@ _PLACES = {
     "TrainingError": "moslora.errors",
     "UsageError": "moslora.errors",
     "VersionError": "moslora.errors",
+    "check": "moslora.api.training",
+    "check_comparison": "moslora.api.judging",
     "combine": "moslora.api.adapters",
     "compare": "moslora.api.judging",
     "create_lorafa_optimizer": "moslora.tuner.lora_fa",

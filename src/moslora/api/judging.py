@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moslora.api.calling import command_or
 from moslora.api.objects import as_metrics, as_rows, check_model, take_objects
 from moslora.comparison.compare import compare as run_comparison
 from moslora.comparison.compare import show_verdict
@@ -29,7 +30,7 @@ from moslora.recipe.schema import Recipe
 from moslora.training.borrowed import borrowed
 from moslora.training.handed_over import HandedOver, save_processor
 
-__all__ = ["ComparisonResult", "compare", "evaluate"]
+__all__ = ["ComparisonResult", "check_comparison", "compare", "evaluate"]
 
 
 @verb("evaluate")
@@ -46,6 +47,7 @@ def evaluate(
     lm_eval: Sequence[str] = (),
     limit: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
+    settings: Sequence[str] = (),
     progress: str | Display | None = None,
     **sections: Any,
 ) -> Report:
@@ -67,6 +69,7 @@ def evaluate(
         lm_eval: Tasks of EleutherAI's lm-eval, by name or as paths of their YAML files.
         limit: Items at most, of each task.
         predictions: A JSON Lines file to write every item to; must not exist yet.
+        settings: Over all of it, ``section.key=value`` as on the command line.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
         **sections: Sections over the recipe's, such as ``task={"metric": "json"}``.
 
@@ -109,10 +112,11 @@ def evaluate(
                 harness=[lm_eval] if isinstance(lm_eval, str) else [os.fspath(name) for name in lm_eval],
                 data=None if data is None else os.fspath(data),
                 # These tasks would ignore them, so they are refused.
-                settings=[*(["recipe"] if recipe is not None else []), *sections],
+                settings=[*(["recipe"] if recipe is not None else []), *sections, *settings],
                 **options,
             )
-        built = _own_recipe(subject, tokenizer, data, recipe, sections, folder)
+        layers = _own_layers(subject, tokenizer, data, sections, folder)
+        built = build_recipe(recipe, *layers, settings=settings)
         return evaluate_model(subject, display, recipe=built, **options)
 
 
@@ -125,15 +129,10 @@ def _subject(model: Any, tokenizer: Any) -> Subject:
     return Subject(getattr(model, "name_or_path", "") or type(model).__name__, model, own)
 
 
-def _own_recipe(
-    subject: Subject,
-    tokenizer: Any,
-    data: Any,
-    recipe: RecipeSource,
-    sections: Mapping[str, Any],
-    folder: Path,
-) -> Recipe:
-    """Build the recipe of an evaluation; objects that it names are written into a folder."""
+def _own_layers(
+    subject: Subject, tokenizer: Any, data: Any, sections: Mapping[str, Any], folder: Path
+) -> list[Mapping[str, Any]]:
+    """Return what goes over the recipe of an evaluation; objects that it names are written into a folder."""
     second: dict[str, Any] = {"model": {}, "data": {}}
     if subject.tokenizer is not None:
         save_processor(subject.tokenizer, subject.model, folder / "tokenizer")
@@ -151,7 +150,10 @@ def _own_recipe(
         second["data"] = {"heldout": os.fspath(data)}
     elif isinstance(data, Mapping) and "heldout" not in data and "heldout_split" not in data:
         second["data"] = {"heldout": data.get("train")}
-    return build_recipe(recipe, {**sections, "model": subject.name, "data": data}, second)
+    return [
+        {**sections, "model": subject.name, "data": data},
+        {name: section for name, section in second.items() if section},
+    ]
 
 
 @dataclass(frozen=True, repr=False)
@@ -202,6 +204,7 @@ def compare(
     together: int = 1,
     workers: int | None = None,
     engine: str = "local",
+    settings: Sequence[str] = (),
     progress: str | Display | None = None,
     **sections: Any,
 ) -> ComparisonResult:
@@ -222,6 +225,7 @@ def compare(
         together: Cells that are trained at once over one copy of the base.
         workers: Processes side by side, each with its own base.
         engine: ``"local"``, or ``"ray"``.
+        settings: Over all of it, ``section.key=value`` as on the command line.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
         **sections: Sections and objects as for ``train``. Rows are written beside the comparison's folder; a loaded
             model must still have the weights of the folder that it was loaded from, because every process loads it.
@@ -247,29 +251,91 @@ def compare(
         >>> [method.name for method in result.verdict.methods]
         ['lora', 'moslora']
     """
-    layers, objects = take_objects(**sections)
-    built = build_recipe(recipe, *layers)
-    name = built.output.name or built.task.kind
-    folder = (Path(out) if out is not None else Path(built.output.dir) / f"compare-{name}").absolute()
+    built, objects, folder = _read_comparison(recipe, sections, settings, out)
     built = _with_files(built, objects, folder.with_name(f"{folder.name}-data"))
-    path, verdict = run_comparison(
-        built,
-        find_display(progress),
-        methods=[methods] if isinstance(methods, str) else [os.fspath(method) for method in methods],
+    options = _options(
+        methods=methods,
         seeds=seeds,
-        rates=list(learning_rates or ()),
+        learning_rates=learning_rates,
         baseline=baseline,
         steps=steps,
         validation=validation,
         examples=examples,
-        out=folder,
         together=together,
         workers=workers,
         engine=engine,
-        command="moslora.compare",
     )
+    command = command_or("moslora.compare")
+    path, verdict = run_comparison(built, find_display(progress), out=folder, command=command, **options)
     assert verdict is not None, "only a plan has none"
     return ComparisonResult(path, verdict)
+
+
+def check_comparison(
+    recipe: RecipeSource = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    settings: Sequence[str] = (),
+    progress: str | Display | None = None,
+    **arguments: Any,
+) -> None:
+    """Check everything that ``compare`` would use, and show what it would do; nothing is trained or kept.
+
+    Args:
+        recipe, out, settings: As for ``compare``.
+        progress: Shows the number of cells and how small a difference they could show; None for silence.
+        **arguments: The other arguments of ``compare``.
+
+    Raises:
+        RecipeError, DataError, ModelError, UsageError: If something cannot be used.
+
+    Example:
+        >>> moslora.check_comparison(model="base-model", data="data.jsonl", seeds=2, steps=2, validation=4)
+    """
+    options = _options(**{name: arguments.pop(name) for name in OPTIONS if name in arguments})
+    built, objects, folder = _read_comparison(recipe, arguments, settings, out)
+    with scratch("moslora-check") as place:
+        built = _with_files(built, objects, place)
+        run_comparison(built, find_display(progress), out=folder, plan_only=True, **options)
+
+
+# Arguments of a comparison that no recipe has.
+OPTIONS = (
+    "methods",
+    "seeds",
+    "learning_rates",
+    "baseline",
+    "steps",
+    "validation",
+    "examples",
+    "together",
+    "workers",
+    "engine",
+)
+
+
+def _options(
+    methods: Sequence[str] = ("lora", "moslora"),
+    learning_rates: Sequence[float] | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Return a comparison's options with paths as text."""
+    names = [methods] if isinstance(methods, str) else [os.fspath(method) for method in methods]
+    return {"methods": names, "rates": list(learning_rates or ()), **others}
+
+
+def _read_comparison(
+    recipe: RecipeSource,
+    sections: Mapping[str, Any],
+    settings: Sequence[str],
+    out: str | os.PathLike[str] | None,
+) -> tuple[Recipe, HandedOver, Path]:
+    """Return a comparison's recipe, the objects beside it, and its folder."""
+    layers, objects = take_objects(**sections)
+    built = build_recipe(recipe, *layers, settings=settings)
+    name = built.output.name or built.task.kind
+    folder = Path(out) if out is not None else Path(built.output.dir) / f"compare-{name}"
+    return built, objects, folder.absolute()
 
 
 def _with_files(recipe: Recipe, objects: HandedOver, folder: Path) -> Recipe:

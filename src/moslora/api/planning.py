@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moslora.api.objects import take_objects
 from moslora.display import Display, find_display
 from moslora.failures import verb
 from moslora.memory.plan import Plan, count_memory
@@ -19,6 +23,7 @@ def plan(
     length: int | None = None,
     scored: int | None = None,
     quantize: str | None = None,
+    settings: Sequence[str] = (),
     progress: str | Display | None = None,
     **sections: Any,
 ) -> Plan:
@@ -29,8 +34,10 @@ def plan(
         length: Tokens of every row; the recipe's ``trainer.max_length`` if None.
         scored: Tokens of every row that are trained on; all of them if None.
         quantize: ``"nf4"`` to count the base in 4 bits, as bitsandbytes stores it.
+        settings: Over all of it, ``section.key=value`` as on the command line.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
-        **sections: Sections over the recipe's, as for ``train``: ``model="org/base"``, ``trainer={"max_length": 512}``.
+        **sections: Sections and objects as for ``train``: ``model="org/base"``, ``trainer={"max_length": 512}``. Of a
+            loaded model the configuration is used; data are not read.
 
     Returns:
         The plan: for one GPU, for DDP and for FSDP. Its ``repr`` is the table.
@@ -44,12 +51,32 @@ def plan(
         >>> moslora.plan(model="base-model", length=64).placements[0].gpus
         1
     """
-    if "data" not in sections and (recipe is None or (isinstance(recipe, dict) and "data" not in recipe)):
-        sections["data"] = "none"
-    return count_memory(
-        build_recipe(recipe, sections),
-        length=length,
-        scored=scored,
-        quantize=quantize,
-        say=find_display(progress).say,
+    layers, objects = take_objects(**sections)
+    if _leaves_data_out(recipe, layers, settings):
+        layers.append({"data": "none"})
+    built = build_recipe(recipe, *layers, settings=settings)
+    counts: dict[str, Any] = {
+        "length": length,
+        "scored": scored,
+        "quantize": quantize,
+        "say": find_display(progress).say,
+    }
+    if objects.model is None:
+        return count_memory(built, **counts)
+    with tempfile.TemporaryDirectory(prefix="moslora-plan-") as folder:
+        objects.model.config.save_pretrained(folder)
+        named = built.model_copy(update={"model": built.model.model_copy(update={"name": folder})})
+        counted = count_memory(named, **counts)
+    return dataclasses.replace(
+        counted, model=getattr(objects.model, "name_or_path", "") or type(objects.model).__name__
     )
+
+
+def _leaves_data_out(
+    recipe: RecipeSource, layers: Sequence[Mapping[str, Any]], settings: Sequence[str]
+) -> bool:
+    """Return whether no data are named. A recipe's file has to name them, because it is meant to be trained."""
+    if recipe is not None and not isinstance(recipe, Mapping):
+        return False
+    named = {setting.split("=", 1)[0].split(".", 1)[0] for setting in settings}
+    return "data" not in named.union(recipe or (), *layers)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.api.calling import command_or
 from moslora.api.objects import take_objects
 from moslora.api.run import Run
 from moslora.display import Display, find_display
@@ -17,13 +19,14 @@ from moslora.failures import verb
 from moslora.recipe.building import RecipeSource, build_recipe
 from moslora.training.borrowed import borrowed
 from moslora.training.handed_over import HandedOver
+from moslora.training.run import check as check_inputs
 from moslora.training.run import resume as resume_run
 from moslora.training.run import train_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-__all__ = ["mix", "resume", "train"]
+__all__ = ["check", "mix", "resume", "train"]
 
 
 @verb("train")
@@ -41,6 +44,7 @@ def train(
     scopes: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     seed: int | None = None,
+    settings: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
     progress: str | Display | None = None,
@@ -65,6 +69,7 @@ def train(
         scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
         output: The run directory, such as ``"runs/demo"``; a run never overwrites another.
         seed: Of data order, initial values and splits.
+        settings: Over all of it, ``section.key=value`` as on the command line.
         callbacks: Callbacks of transformers' trainer, beside the run's own.
         metrics: By name, functions ``(answer, reference) -> bool or float``, measured on generated answers.
         progress: None for silence (warnings are Python's), ``"terminal"`` or ``"notebook"``.
@@ -102,7 +107,37 @@ def train(
         callbacks=callbacks,
         metrics=metrics,
     )
-    return _train(recipe, layers, handed_over, progress, "moslora.train")
+    return _train(recipe, layers, settings, handed_over, progress, "moslora.train")
+
+
+def check(
+    recipe: RecipeSource = None,
+    *,
+    settings: Sequence[str] = (),
+    progress: str | Display | None = None,
+    **sections: Any,
+) -> None:
+    """Check everything that ``train`` would use, and show what it would train on; nothing is trained or kept.
+
+    Args:
+        recipe, settings: As for ``train``.
+        progress: Shows parameters, sizes and one example with its trained tokens marked; None for silence.
+        **sections: The other arguments of ``train``. Of a model, its configuration and tokenizer are enough.
+
+    Raises:
+        RecipeError, DataError, ModelError, UsageError: If something cannot be used.
+
+    Example:
+        >>> moslora.check(model="base-model", data="data.jsonl", trainer={"max_steps": 2})
+    """
+    layers, handed_over = take_objects(**sections)
+    built = build_recipe(recipe, *layers, settings=settings)
+    with (
+        _quiet(),
+        borrowed(handed_over.model),
+        tempfile.TemporaryDirectory(prefix="moslora-check-") as folder,
+    ):
+        check_inputs(built, find_display(progress), handed_over, Path(folder))
 
 
 @verb("resume")
@@ -145,6 +180,8 @@ def mix(
     recipe: RecipeSource = None,
     weights: Sequence[float] | str | None = None,
     progress: str | Display | None = None,
+    *,
+    settings: Sequence[str] = (),
     **sections: Any,
 ) -> Run:
     """Learn one mixer over several trained adapters, from few examples; their factors stay as they are.
@@ -153,7 +190,7 @@ def mix(
         adapters: Trained adapters of one base.
         recipe: What to learn from: the base and a few examples; as for ``train``.
         weights: Where the mixer starts: a factor for each adapter, or ``"mean"``; None for 1 each.
-        progress: As for ``train``.
+        progress, settings: As for ``train``.
         **sections: The other arguments of ``train``.
 
     Returns:
@@ -176,29 +213,38 @@ def mix(
     """
     if isinstance(adapters, str | os.PathLike) or not adapters:
         raise UsageError("adapters must be a list of trained adapters.")
-    count = len(adapters)
-    if isinstance(weights, str) and weights != "mean":
-        raise UsageError(f"weights={weights!r} is neither a list of numbers nor 'mean'.")
-    numbers = [1 / count] * count if weights == "mean" else weights if weights is not None else [1.0] * count
-    if len(numbers) != count:
-        raise UsageError(f"weights has {len(numbers)} numbers for {count} adapters; give one for each.")
+    if any(setting.partition("=")[0].partition(".")[0] == "mix" for setting in settings):
+        raise UsageError("The section mix is made of the adapters and weights that are given; set these.")
+    numbers = _weights(weights, len(adapters))
     layers, handed_over = take_objects(**sections)
     paths = [str(Path(adapter).absolute()) for adapter in adapters]
-    layers.append({"mix": {"adapters": paths, "weights": [float(number) for number in numbers]}})
-    return _train(recipe, layers, handed_over, progress, "moslora.mix")
+    layers.append({"mix": {"adapters": paths, "weights": numbers}})
+    return _train(recipe, layers, settings, handed_over, progress, "moslora.mix")
+
+
+def _weights(weights: Sequence[float] | str | None, count: int) -> list[float]:
+    """Return one number for each adapter."""
+    if isinstance(weights, str) and weights != "mean":
+        raise UsageError(f"weights={weights!r} is neither a list of numbers, such as [1, 0.5], nor 'mean'.")
+    if weights is None or isinstance(weights, str):
+        return [1.0 if weights is None else 1 / count] * count
+    if len(weights) != count:
+        raise UsageError(f"weights has {len(weights)} numbers for {count} adapters; give one for each.")
+    return [float(number) for number in weights]
 
 
 def _train(
     recipe: RecipeSource,
     layers: Sequence[Mapping[str, Any]],
+    settings: Sequence[str],
     handed_over: HandedOver,
     progress: str | Display | None,
-    command: str,
+    function: str,
 ) -> Run:
     display = find_display(progress)
-    built = build_recipe(recipe, *layers)
+    built = build_recipe(recipe, *layers, settings=settings)
     with _quiet(), borrowed(handed_over.model):
-        directory = train_recipe(built, display, command, handed_over)
+        directory = train_recipe(built, display, command_or(function), handed_over)
     return Run(directory.path)
 
 

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from moslora.cli.options import FORMAT_HELP, Alpha, Base, Debug, Dtype, Json, Rank
-from moslora.cli.running import print_result, run_verb
+from moslora.cli.parsing import names_in, numbers_in
+from moslora.cli.running import print_result, quick_import, run_verb
 from moslora.display import Display
-from moslora.errors import UsageError
 
 
 def export(
@@ -45,7 +45,8 @@ def export(
     """
 
     def action() -> None:
-        from moslora.api.adapters import export as export_adapter
+        with quick_import():
+            from moslora.api.adapters import export as export_adapter
 
         print_result(
             export_adapter(adapter, out, to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha),
@@ -75,7 +76,8 @@ def import_(
     """
 
     def action() -> None:
-        from moslora.api.adapters import import_adapter
+        with quick_import():
+            from moslora.api.adapters import import_adapter
 
         print_result(import_adapter(source, out, alpha=alpha), as_json)
 
@@ -106,12 +108,10 @@ def combine(
     """
 
     def action() -> None:
-        from moslora.api.adapters import combine as combine_adapters
+        with quick_import():
+            from moslora.api.adapters import combine as combine_adapters
 
-        try:
-            numbers = [float(part) for part in weights.split(",")] if weights else None
-        except ValueError:
-            raise UsageError(f"--weights {weights} is not a list of numbers, such as 1,0.5.") from None
+        numbers = numbers_in(weights, "--weights", "1,0.5")
         print_result(combine_adapters(adapters, out, numbers, to, rank=rank, dtype=dtype, base=base), as_json)
 
     run_verb(action, debug)
@@ -134,7 +134,8 @@ def merge(
     """
 
     def action() -> None:
-        from moslora.api.adapters import merge as merge_into
+        with quick_import():
+            from moslora.api.adapters import merge as merge_into
 
         print_result(merge_into(base, adapter, out, progress=Display(sys.stderr)), as_json)
 
@@ -158,7 +159,8 @@ def inspect_(
     """
 
     def action() -> None:
-        from moslora.api.adapters import inspect as inspect_adapter
+        with quick_import():
+            from moslora.api.adapters import inspect as inspect_adapter
 
         print_result(inspect_adapter(adapter, base, html=html, progress=Display(sys.stderr)), as_json)
         if html is not None and not as_json:
@@ -189,10 +191,10 @@ def doctor(
     """
 
     def action() -> None:
-        from moslora.api.adapters import doctor as diagnose
+        with quick_import():
+            from moslora.api.adapters import doctor as diagnose
 
-        names = [name.strip() for name in engines.split(",") if name.strip()]
-        diagnosis = diagnose(adapter, base, names, progress=Display(sys.stderr))
+        diagnosis = diagnose(adapter, base, names_in(engines), progress=Display(sys.stderr))
         print_result(diagnosis, as_json)
         if not diagnosis.is_usable:
             raise typer.Exit(1)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moslora.cli.options import Debug, Json
-from moslora.cli.running import print_result, run_verb
-from moslora.errors import UsageError
-from moslora.terminal import print_json
+from moslora.cli.parsing import names_in, numbers_in, split_arguments
+from moslora.cli.running import print_result, quick_import, run_verb
+from moslora.display import Display
 
 
 def compare(
@@ -61,37 +59,34 @@ def compare(
     """
 
     def action() -> None:
-        from moslora.comparison.compare import compare as compare_methods
-        from moslora.display import Display
+        with quick_import():
+            from moslora.api.judging import check_comparison
+            from moslora.api.judging import compare as compare_methods
 
-        try:
-            rates = [float(rate) for rate in learning_rates.split(",") if rate]
-        except ValueError:
-            raise UsageError(
-                f"--learning-rates {learning_rates} is not a list of numbers, such as 1e-4,1e-3."
-            ) from None
-        folder, verdict = compare_methods(
-            arguments,
-            Display(sys.stderr if as_json else sys.stdout),
-            methods=[name.strip() for name in methods.split(",") if name.strip()],
-            seeds=seeds,
-            rates=rates,
-            baseline=baseline,
-            steps=steps,
-            validation=validation,
-            examples=examples,
-            out=out,
-            engine=engine,
-            workers=workers,
-            together=together,
-            command=shlex.join(["moslora", *sys.argv[1:]]),
-            plan_only=dry_run,
-        )
-        if verdict is None:
+        display = Display(sys.stderr if as_json else sys.stdout)
+        recipe, settings = split_arguments(arguments, Path.cwd())
+        options: dict[str, Any] = {
+            "methods": names_in(methods),
+            "seeds": seeds,
+            "learning_rates": numbers_in(learning_rates, "--learning-rates", "1e-4,1e-3"),
+            "baseline": baseline,
+            "steps": steps,
+            "validation": validation,
+            "examples": examples,
+            "out": out,
+            "together": together,
+            "workers": workers,
+            "engine": engine,
+            "settings": settings,
+            "progress": display,
+        }
+        if dry_run:
+            check_comparison(recipe, **options)
             return
+        result = compare_methods(recipe, **options)
         if as_json:
-            print_json({"comparison": str(folder), **dataclasses.asdict(verdict)})
-        if not verdict.complete:
+            print_result(result, as_json)  # what is for people was shown on the way
+        if not result.verdict.complete:
             raise typer.Exit(1)
 
     run_verb(action, debug)
@@ -136,28 +131,24 @@ def evaluate(
     """
 
     def action() -> None:
-        from moslora.display import Display
-        from moslora.evaluation.evaluate import evaluate as evaluate_model
-        from moslora.evaluation.results import show
+        with quick_import():
+            from moslora.api.judging import evaluate as evaluate_model
 
         display = Display(sys.stderr if as_json else sys.stdout)
         report = evaluate_model(
             model,
-            display,
+            data=data,
             adapter=adapter,
             recipe=recipe,
-            data=data,
-            settings=settings or (),
-            tasks=[name.strip() for name in task.split(",") if name.strip()],
+            tasks=names_in(task),
             protocol=protocol,
-            harness=[name.strip() for name in lm_eval.split(",") if name.strip()],
+            lm_eval=names_in(lm_eval),
             limit=limit,
             predictions=predictions,
+            settings=settings or (),
+            progress=display,
         )
-        if as_json:
-            print_json(dataclasses.asdict(report))
-        else:
-            show(report, display)
+        print_result(report, as_json)
         if predictions is not None:
             display.say(f"Wrote {predictions}.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +9,11 @@ from typing import Annotated
 import typer
 
 from moslora.cli.options import Debug, Json
-from moslora.cli.running import print_result, run_verb
+from moslora.cli.parsing import numbers_in, split_arguments
+from moslora.cli.running import print_result, quick_import, run_verb
+from moslora.display import Display
+from moslora.distributed import in_main_process
 from moslora.errors import UsageError
-from moslora.terminal import print_json
 
 
 def train(
@@ -46,11 +47,10 @@ def train(
     """
 
     def action() -> None:
-        from moslora.display import Display
-        from moslora.training.run import check
-        from moslora.training.run import resume as resume_run
-        from moslora.training.run import train as train_run
-        from moslora.training.run_directory import FollowedRun
+        with quick_import():
+            from moslora.api.training import check
+            from moslora.api.training import resume as resume_run
+            from moslora.api.training import train as train_model
 
         display = Display(sys.stderr if as_json else sys.stdout)
         if resume is not None:
@@ -62,13 +62,14 @@ def train(
             run = resume_run(resume, display)
         elif not arguments:
             raise UsageError("Nothing to train: name a recipe file, or at least model=NAME and data=FILE.")
-        elif dry_run:
-            check(arguments, display)
-            return
         else:
-            run = train_run(arguments, display, shlex.join(["moslora", "train", *arguments]))
-        if as_json and not isinstance(run, FollowedRun):
-            print_json({"run": str(run.path), **run.read()})
+            recipe, settings = split_arguments(arguments, Path.cwd())
+            if dry_run:
+                check(recipe, settings=settings, progress=display)
+                return
+            run = train_model(recipe, settings=settings, progress=display)
+        if as_json and in_main_process():
+            print_result(run, as_json)  # what is for people was shown on the way
 
     run_verb(action, debug, together=True)
 
@@ -102,11 +103,15 @@ def plan(
     """
 
     def action() -> None:
-        from moslora.display import Display
-        from moslora.memory.plan import plan as count
+        with quick_import():
+            from moslora.api.planning import plan as count
 
-        found = count(arguments, length=length, scored=scored, quantize=quantize, say=Display(sys.stderr).say)
-        print_result(found, as_json)
+        recipe, settings = split_arguments(arguments, Path.cwd())
+        display = Display(sys.stderr)
+        counted = count(
+            recipe, length=length, scored=scored, quantize=quantize, settings=settings, progress=display
+        )
+        print_result(counted, as_json)
 
     run_verb(action, debug)
 
@@ -139,16 +144,15 @@ def mix(
     """
 
     def action() -> None:
-        from moslora.display import Display
-        from moslora.training.mix import arguments_of
-        from moslora.training.run import train as train_run
+        with quick_import():
+            from moslora.api.training import mix as mix_adapters
 
-        adapters = [Path(a) for a in arguments if "=" not in a or Path(a).exists()]
-        overrides = [a for a in arguments if "=" in a and not Path(a).exists()]
-        given = arguments_of(adapters, recipe, weights, overrides)
+        adapters = [word for word in arguments if "=" not in word or Path(word).exists()]
+        settings = [word for word in arguments if word not in adapters]
+        start = "mean" if weights == "mean" else numbers_in(weights, "--weights", "1,0.5", "mean")
         display = Display(sys.stderr if as_json else sys.stdout)
-        run = train_run(given, display, shlex.join(["moslora", "mix", *arguments, "--recipe", recipe]))
+        run = mix_adapters(adapters, recipe, start, display, settings=settings)
         if as_json:
-            print_json({"run": str(run.path), **run.read()})
+            print_result(run, as_json)  # what is for people was shown on the way
 
     run_verb(action, debug)

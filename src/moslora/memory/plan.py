@@ -24,7 +24,6 @@ from moslora.memory.four_bit import quantize_linears
 from moslora.memory.placement import OPTIMISERS, Placement, Weights, place
 from moslora.models.loading import load_config, quiet_transformers
 from moslora.models.names import resolve_model
-from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.tasks.base_model import refuse_misfits
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from moslora.recipe.schema import Recipe
 
-__all__ = ["Plan", "count_memory", "plan"]
+__all__ = ["Plan", "count_memory"]
 
 GPUS = (2, 4, 8)
 
@@ -89,8 +88,8 @@ class Plan(Printable):
         )
 
 
-def plan(
-    arguments: Sequence[str],
+def count_memory(
+    recipe: Recipe,
     *,
     length: int | None = None,
     scored: int | None = None,
@@ -100,7 +99,7 @@ def plan(
     """Count the memory that a recipe takes of each GPU.
 
     Args:
-        arguments: As ``load_recipe`` takes them; data may be left out.
+        recipe: A checked recipe; its data are not read.
         length: Tokens of each row; the recipe's ``trainer.max_length`` if None.
         scored: Positions of each row that are trained on; all if None.
         quantize: ``"nf4"``, to count the base in bitsandbytes' 4 bits, scales in two levels; None takes what
@@ -111,25 +110,9 @@ def plan(
         The plan.
 
     Raises:
-        RecipeError: If the recipe is wrong.
-        ModelError: If the model's configuration cannot be had.
+        ModelError: If the model's configuration cannot be read.
         PlanError: If this fine-tune cannot be counted.
     """
-    named = any(a.split("=", 1)[0].split(".", 1)[0] == "data" for a in arguments if "=" in a)
-    without_recipe = bool(arguments) and all("=" in a for a in arguments)
-    recipe = load_recipe([*arguments, *(["data=none"] if without_recipe and not named else [])])
-    return count_memory(recipe, length=length, scored=scored, quantize=quantize, say=say)
-
-
-def count_memory(
-    recipe: Recipe,
-    *,
-    length: int | None = None,
-    scored: int | None = None,
-    quantize: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Plan:
-    """Count the memory that a recipe takes of each GPU; arguments, result and errors are those of ``plan``."""
     if recipe.task.kind != "text":
         raise PlanError(
             f"task.kind is {recipe.task.kind!r}: how many tokens a picture becomes is for its processor to say. Only "
@@ -195,7 +178,7 @@ def build_adapted_model(
 
     Args:
         recipe: A checked recipe of ``task: text``.
-        quantize: As for ``plan``.
+        quantize: As for ``count_memory``.
         warn: Told of settings that work otherwise than may be meant.
 
     Returns:

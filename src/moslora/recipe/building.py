@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from moslora.errors import RecipeError
 from moslora.recipe.checking import check_recipe
 from moslora.recipe.keys import SHORTHANDS
 from moslora.recipe.loading import read_recipe_file
-from moslora.recipe.overrides import expand_shorthands, replace_section
+from moslora.recipe.overrides import expand_shorthands, override, replace_section
 from moslora.recipe.paths import anchor
 from moslora.recipe.schema import Recipe
 
@@ -26,7 +26,12 @@ class WholeSection(dict[str, Any]):
     """A section that replaces the recipe's, instead of being merged over it."""
 
 
-def build_recipe(source: RecipeSource, *layers: Mapping[str, Any], base: Path | None = None) -> Recipe:
+def build_recipe(
+    source: RecipeSource,
+    *layers: Mapping[str, Any],
+    settings: Sequence[str] = (),
+    base: Path | None = None,
+) -> Recipe:
     """Build a recipe, with the checks of ``load_recipe``.
 
     Args:
@@ -34,6 +39,7 @@ def build_recipe(source: RecipeSource, *layers: Mapping[str, Any], base: Path | 
         *layers: What goes over it, one after the other; by a section's name: a mapping is merged over the section, and
             a plain value has the shorthand meaning of the command line, as ``data="my.jsonl"``. None leaves the section
             as it is.
+        settings: Over all of it, ``section.key=value`` as on the command line.
         base: The folder that stands for the current one.
 
     Returns:
@@ -77,9 +83,13 @@ def build_recipe(source: RecipeSource, *layers: Mapping[str, Any], base: Path | 
             replace_section(raw, section, value, here)
         else:
             raw[section] = value
-    if not raw:
+    if isinstance(settings, str):
+        raise RecipeError(f"settings={settings!r} is one text; give a list, as [{settings!r}].")
+    if not raw and not settings:
         raise RecipeError("There is no recipe: give a YAML file, or at least model=… and data=….")
-    return check_recipe(raw, here, [])
+    problems: list[str] = []
+    override(raw, settings, here, problems)
+    return check_recipe(raw, here, problems)
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from moslora.recipe.schema import Recipe
 from moslora.recipe.yaml_core import parse_yaml
 from moslora.wording import nearest
 
-__all__ = ["load_recipe", "read_recipe_file"]
+__all__ = ["load_recipe", "read_recipe_file", "split_arguments"]
 
 PATIENCE = 10.0  # seconds that a pipe has to give a recipe
 LARGEST_RECIPE = 1 << 20  # bytes; somebody who names a data file or a model is told so
@@ -44,18 +44,33 @@ def load_recipe(arguments: Sequence[str], base: Path | None = None) -> Recipe:
     """
     versions.require_for_command()
     here = Path(base) if base is not None else Path.cwd()
-    arguments = list(arguments)
     if not arguments:
         raise RecipeError("There is no recipe: give a YAML file, or at least model=… and data=….")
     raw: dict[str, Any] = {}
-    if "=" not in arguments[0] or (here / arguments[0]).is_file():
-        path = here / user_path(arguments.pop(0))
+    name, settings = split_arguments(arguments, here)
+    if name is not None:
+        path = here / user_path(name)
         raw = expand_shorthands(read_recipe_file(path))
         for section, values in raw.items():
             anchor(section, values, (path.parent, here))
     problems: list[str] = []
-    override(raw, arguments, here, problems)
+    override(raw, settings, here, problems)
     return check_recipe(raw, here, problems)
+
+
+def split_arguments(arguments: Sequence[str], here: Path) -> tuple[str | None, list[str]]:
+    """Split a command line's arguments into the recipe's path and the settings over it.
+
+    Args:
+        arguments: As of ``load_recipe``.
+        here: The current folder.
+
+    Returns:
+        The path, which is None if the first argument is a setting, and the settings.
+    """
+    if arguments and ("=" not in arguments[0] or (here / arguments[0]).is_file()):
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

@@ -18,8 +18,9 @@ def borrowed(model: nn.Module | None) -> Iterator[None]:
     """Give a model back as it was when the block ends, also by an error.
 
     What is restored: modules (an adapter is taken out), hooks and attributes of every module, a ``forward`` of an
-    instance, training mode, ``requires_grad``, gradients, the device, buffers, biases (which an adapter may train) and
-    the configurations. The other weights are frozen in every training and are not copied.
+    instance, training mode, ``requires_grad``, gradients, the device, buffers, biases (which an adapter may train), the
+    configurations, and what a parameter has beside its values, such as the scales of a quantized one. The other weights
+    are frozen in every training and are not copied.
 
     Args:
         model: The model; None lends nothing.
@@ -51,6 +52,7 @@ class _Snapshot:
             for name, p in model.named_parameters()
         ]
         self.buffers = [(buffer, buffer.data, buffer.detach().clone()) for buffer in model.buffers()]
+        self.beside = [(owner, dict(vars(owner))) for owner in _owners(model)]
         self.configs = [(config, _own_copy(config)) for config in _configs(model)]
 
     def restore(self) -> None:
@@ -79,9 +81,26 @@ class _Snapshot:
                 buffer.data = data
                 if not torch.equal(data, values):
                     data.copy_(values)
+        for owner, attributes in self.beside:
+            vars(owner).clear()
+            vars(owner).update(attributes)
         for config, settings in self.configs:
             vars(config).clear()
             vars(config).update(settings)
+
+
+def _owners(model: nn.Module) -> Iterator[Any]:
+    """Yield the parameters, and objects that they hold, such as the ``quant_state`` of bitsandbytes.
+
+    On a CPU its layers pack weight and scales in another order when they are called, in place.
+    """
+    from torch import Tensor, nn
+
+    for parameter in model.parameters():
+        yield parameter
+        for value in vars(parameter).values():
+            if hasattr(value, "__dict__") and not isinstance(value, Tensor | nn.Module | type):
+                yield value
 
 
 def _configs(model: nn.Module) -> list[Any]:

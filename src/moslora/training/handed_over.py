@@ -81,13 +81,14 @@ class HandedOver:
                 "the tokenizer and the data, and give their paths."
             )
 
-    def write(self, folder: Path, recipe: Recipe, display: Display) -> Recipe:
+    def write(self, folder: Path, recipe: Recipe, display: Display, weights: bool = True) -> Recipe:
         """Write what a fresh process needs, and name it in the recipe.
 
         Args:
             folder: The run directory.
             recipe: Has placeholders where objects were given.
             display: Told what takes room on the disk.
+            weights: Whether a fresh process loads the model; if not, its configuration is enough.
 
         Returns:
             The recipe with names of files.
@@ -102,7 +103,7 @@ class HandedOver:
             write_rows(rows, path, part if part == "heldout" else "data")
             data[part] = str(path.absolute())
         if self.model is not None:
-            model["name"] = self._place_of_model(folder, display)
+            model["name"] = self._place_of_model(folder, display, weights)
         if self.processor is not None:
             place = folder / "tokenizer"
             save_processor(self.processor, self.model, place)
@@ -123,12 +124,15 @@ class HandedOver:
             }
         )
 
-    def _place_of_model(self, folder: Path, display: Display) -> str:
+    def _place_of_model(self, folder: Path, display: Display, weights: bool) -> str:
         """Return where a fresh process finds the model; it is saved if it is nowhere yet."""
         name = stored_name(self.model)
         if name is not None:
             return str(Path(name).absolute()) if Path(name).is_dir() else name
         place = folder / "base"
+        if not weights:
+            self.model.config.save_pretrained(place)
+            return str(place.absolute())
         display.say(
             f"Saving the model to {place}: no folder holds these weights, and a proof has to load them."
         )

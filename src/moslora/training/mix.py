@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from moslora.recipe.schema import Recipe
 
-__all__ = ["FrozenProof", "Mix", "arguments_of", "open_mix"]
+__all__ = ["FrozenProof", "Mix", "open_mix"]
 
 # What a recipe may say of the adapter beside what the sources decide.
 DROPOUT_SETTINGS = ("lora_dropout",)
@@ -250,34 +250,3 @@ def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = No
             "a model. Combine or merge such adapters instead."
         )
     return Mix(paths, factors, whole, hashes)
-
-
-def arguments_of(adapters: Sequence[Path], recipe: str, weights: str, overrides: Sequence[str]) -> list[str]:
-    """Say on ``train``'s command line what ``mix`` was asked for.
-
-    Args:
-        adapters: The sources.
-        recipe: A recipe's path.
-        weights: Numbers separated by commas, ``"mean"``, or nothing for 1 each.
-        overrides: ``section.key=value``.
-
-    Returns:
-        Arguments of ``train``.
-
-    Raises:
-        ValueError: If the weights are not numbers, or not one for each adapter.
-    """
-    count = len(adapters)
-    if weights == "mean":
-        numbers = [1 / count] * count
-    else:
-        try:
-            numbers = [float(part) for part in weights.split(",")] if weights else [1.0] * count
-        except ValueError:
-            raise UsageError(
-                f"--weights {weights} is neither a list of numbers, such as 1,0.5, nor mean."
-            ) from None
-    if len(numbers) != count:
-        raise UsageError(f"--weights has {len(numbers)} numbers for {count} adapters; give one for each.")
-    paths = json.dumps([str(Path(adapter).absolute()) for adapter in adapters])
-    return [recipe, *overrides, f"mix.adapters={paths}", f"mix.weights={json.dumps(numbers)}"]

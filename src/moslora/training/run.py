@@ -49,23 +49,35 @@ if TYPE_CHECKING:
 __all__ = ["check", "resume", "train", "train_recipe"]
 
 
-def check(arguments: Sequence[str], display: Display) -> None:
+def check(
+    recipe: Recipe | Sequence[str],
+    display: Display,
+    handed_over: HandedOver | None = None,
+    folder: Path = Path(),
+) -> None:
     """Check a recipe, count its parameters, check its data and show what would be trained on.
 
     No weights are loaded, and no run is written; of a model, its configuration and tokenizer are enough.
 
     Args:
-        arguments: As for ``train``.
+        recipe: A checked recipe, or arguments as for ``train``.
         display: Where to tell of it.
+        handed_over: Objects that a script gives beside the recipe.
+        folder: Where these are written.
 
     Raises:
         ValueError: If recipe, data or model cannot be used.
     """
     display = only_of_first(display)
-    recipe, mix = _with_mix(load_recipe(list(arguments)))
+    recipe, mix = _with_mix(recipe if isinstance(recipe, Recipe) else load_recipe(list(recipe)))
     refuse_sharding(recipe.trainer)
+    handed_over = handed_over or HandedOver()
+    handed_over.check(recipe.task.kind, 1)
+    if handed_over.needs_files:
+        recipe = handed_over.write(folder, recipe, display, weights=False)
     task = find_task(recipe.task.kind)(recipe, display, lambda: None)
     task.needs_weights = False
+    handed_over.put_into(task)
     problems: list[ValueError] = []
     try:
         if mix is None:  # of a mix the mixers alone are trained, which its own lines say

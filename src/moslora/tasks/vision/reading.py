@@ -23,6 +23,8 @@ __all__ = ["PictureFiles", "read_examples", "split_off_images"]
 
 CONVERSATIONS = ("messages", "conversations", "prompt", "completion")  # columns that may be lists of turns
 QUESTIONS = ("prompt", "instruction", "input")  # columns that may be a question's text
+# Of a part of type image, where chat templates of transformers find the picture.
+PICTURE_KEYS = ("image", "path", "url")
 
 
 class PictureFiles:
@@ -166,7 +168,7 @@ def split_off_images(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 
     Args:
         row: A row of a data file, in LLaVA's or OpenAI's form. Without any placeholder, pictures come before the first
-            question.
+            question. A turn that is a list of parts may have its pictures within: ``{"type": "image", "image": name}``.
 
     Returns:
         The row without its pictures, and their names.
@@ -182,10 +184,14 @@ def split_off_images(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         raise PictureError("pictures must be names of files in data.images")
     text_row = {key: value for key, value in row.items() if key not in ("image", "images")}
     questions: list[tuple[dict[str, Any], str]] = []  # who has a question's text, and under which key
+    within: list[str] = []  # pictures that parts of turns name
     for column in CONVERSATIONS:
         if isinstance(text_row.get(column), list):
-            text_row[column] = _turns_as_text(text_row[column], column, questions)
+            text_row[column] = _turns_as_text(text_row[column], column, questions, within)
     questions += [(text_row, key) for key in QUESTIONS if isinstance(text_row.get(key), str)]
+    if within and names:
+        raise PictureError("pictures are both in a field of their own and within turns; remove one")
+    names = names or within
     placeholders = sum(turn[key].count(IMAGE) for turn, key in questions)
     if names and not placeholders and questions:
         turn, key = questions[0]
@@ -197,8 +203,10 @@ def split_off_images(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     return text_row, names
 
 
-def _turns_as_text(turns: list[Any], column: str, questions: list[tuple[dict[str, Any], str]]) -> list[Any]:
-    """Return turns whose parts are joined to texts, and add the user's to ``questions``."""
+def _turns_as_text(
+    turns: list[Any], column: str, questions: list[tuple[dict[str, Any], str]], within: list[str]
+) -> list[Any]:
+    """Return turns whose parts are joined to texts; add the user's to ``questions``, named pictures to ``within``."""
     turns = [dict(turn) if isinstance(turn, Mapping) else turn for turn in turns]
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
@@ -206,7 +214,8 @@ def _turns_as_text(turns: list[Any], column: str, questions: list[tuple[dict[str
         key = "value" if turn.get("value") is not None else "content"
         if isinstance(turn.get(key), list):
             first = sum(turn[key].count(IMAGE) for turn, key in questions)
-            turn[key] = _joined(turn[key], column, f"{column}[{index}].{key}", first)
+            turn[key], named = _joined(turn[key], column, f"{column}[{index}].{key}", first)
+            within += named
         is_user = (turn.get("role") or turn.get("from")) in ("user", "human")
         if isinstance(turn.get(key), str) and IMAGE in turn[key] and not is_user:
             raise PictureError(f"{IMAGE} is in a turn that is not the user's")
@@ -215,14 +224,20 @@ def _turns_as_text(turns: list[Any], column: str, questions: list[tuple[dict[str
     return turns
 
 
-def _joined(parts: Sequence[Any], column: str, where: str, first: int) -> str:
-    """Return a turn's parts as one text, pictures as placeholders; ``first`` is the number of the first picture."""
+def _joined(parts: Sequence[Any], column: str, where: str, first: int) -> tuple[str, list[str]]:
+    """Return a turn's parts as one text with pictures as placeholders, and the pictures that the parts name.
+
+    ``first`` is the number of the first picture.
+    """
     if not all(isinstance(part, dict) and part.get("type") in ("text", "image") for part in parts):
         raise PictureError("a turn's parts must be of type text or image")
+    texts: list[str] = []
+    named: list[str] = []
     for index, part in enumerate(parts):
         is_text = part["type"] == "text"
         # Some data number their pictures, which is no more than their order.
-        own = {"type", "text"} if is_text else {"type", *(["index"] if part.get("index") == first else [])}
+        counted = ["index"] if part.get("index") == first else []
+        own = {"type", "text"} if is_text else {"type", *PICTURE_KEYS, *counted}
         first += not is_text
         unread = next((key for key in part if key not in own and not says_nothing(part[key])), None)
         if unread is not None:
@@ -232,4 +247,18 @@ def _joined(parts: Sequence[Any], column: str, where: str, first: int) -> str:
             )
         if is_text and not isinstance(part.get("text"), str):
             raise PictureError(f"field {f'{where}[{index}].text'!r} is not text")
-    return "".join(IMAGE if part["type"] == "image" else part["text"] for part in parts)
+        texts.append(part["text"] if is_text else IMAGE)
+        named += [] if is_text else _named_by(part)
+    if named and len(named) != texts.count(IMAGE):
+        raise PictureError("some parts of type image name a picture and some do not; name all or none")
+    return "".join(texts), named
+
+
+def _named_by(part: Mapping[str, Any]) -> list[str]:
+    """Return the picture that a part of type image names, if it does."""
+    pictures = [part[key] for key in PICTURE_KEYS if part.get(key) is not None]
+    if len(pictures) > 1 or not all(isinstance(picture, str) for picture in pictures):
+        raise PictureError("a part of type image must name one file, as image, path or url")
+    if pictures and pictures[0].startswith(("http:", "https:", "data:")):
+        raise PictureError("a part of type image names a URL; save the picture as a file, and name that")
+    return pictures
