@@ -329,7 +329,7 @@ def test_a_model_is_evaluated_with_rows_and_metrics_and_is_as_before(here: Path)
     assert state_of(model) == state
     assert [measure.name for measure in report.measures] == ["loss", "right", "closeness"]
     assert report["loss"].difference is not None and report["right"].base_interval is not None
-    assert "takes part in 4 modules" in repr(report) and "LlamaForCausalLM" in repr(report)
+    assert "the adapter is active in 4 modules" in repr(report) and "LlamaForCausalLM" in repr(report)
     assert len(Path("items.jsonl").read_text().splitlines()) == 6
     with pytest.raises(moslora.UsageError, match="Nothing to evaluate"):
         moslora.evaluate(model)

@@ -53,7 +53,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
         (["train", "no-such.yaml"], "no-such.yaml"),
         (["train", "adapter.r=4"], "model"),
         (["train", "--resume", "runs/none"], "is not a run"),
-        (["train", "x=1", "--resume", "runs/none"], "takes nothing beside it"),
+        (["train", "x=1", "--resume", "runs/none"], "cannot be combined"),
         (["export", "no-such", "out"], "does not exist"),
         (["export", ".", "out", "--to", "lor"], "Did you mean 'lora'"),
     ],

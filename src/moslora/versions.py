@@ -2,7 +2,7 @@
 
 The library is tested with what ``KNOWN`` says, at both ends (``make test-lowest``, ``make test-latest``); what is lost
 on older ones is in ``docs/versions.md``. A newer one than that is one warning, because most of them work. The command
-needs ``FOR_THE_COMMAND``, and says so before it starts.
+needs ``FOR_THE_COMMAND``, and checks that before it starts.
 """
 
 from __future__ import annotations

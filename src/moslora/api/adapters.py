@@ -208,13 +208,13 @@ def doctor(
     *,
     progress: str | Display | None = None,
 ) -> Diagnosis:
-    """Say whether an adapter is sound, fits its base, and will run where it is meant to.
+    """Check whether an adapter is sound, fits its base, and will run in the programs that you name.
 
     Args:
         adapter: Adapter of any format that is read.
         base: Base model to check the adapter against; None to look at the adapter alone.
         engines: Programs that will run it: ``"peft"``, ``"vllm"``, ``"sglang"``, ``"llama.cpp"``, ``"diffusers"`` or
-            ``"comfyui"``. The adapter is written as each loads it, in a temporary place, and read back.
+            ``"comfyui"``. The adapter is written in the format that each loads, in a temporary folder, and read back.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
 
     Returns:

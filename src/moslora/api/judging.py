@@ -51,7 +51,7 @@ def evaluate(
     progress: str | Display | None = None,
     **sections: Any,
 ) -> Report:
-    """Evaluate a base, and an adapter beside it, on the same items, with intervals.
+    """Evaluate a base model, and an adapter on it, on the same items, with intervals.
 
     First the adapter is proven to be active: logits with and without it must differ.
 
@@ -67,7 +67,7 @@ def evaluate(
         tasks: Commonsense tasks, or ``["commonsense"]`` for all eight.
         protocol: For tasks: ``"answer-text"``, ``"label"``, ``"published"``, or several separated by commas.
         lm_eval: Tasks of EleutherAI's lm-eval, by name or as paths of their YAML files.
-        limit: Items at most, of each task.
+        limit: Maximum number of items of each task.
         predictions: A JSON Lines file to write every item to; must not exist yet.
         settings: Over all of it, ``section.key=value`` as on the command line.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
@@ -162,7 +162,7 @@ class ComparisonResult(Printable):
 
     Attributes:
         path: Its folder.
-        verdict: Every method at its best learning rate, the differences, and what they say.
+        verdict: Every method at its best learning rate, the differences, and the conclusion in words.
     """
 
     path: Path
@@ -210,7 +210,7 @@ def compare(
 ) -> ComparisonResult:
     """Compare methods on your data: tuned learning rates, paired seeds, intervals, a verdict.
 
-    The same call goes on where it was stopped.
+    The same call continues where it was stopped.
 
     Args:
         recipe: As for ``train``.
@@ -227,7 +227,7 @@ def compare(
         engine: ``"local"``, or ``"ray"``.
         settings: Over all of it, ``section.key=value`` as on the command line.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
-        **sections: Sections and objects as for ``train``. Rows are written beside the comparison's folder; a loaded
+        **sections: Sections and objects as for ``train``. Rows are written next to the comparison's folder; a loaded
             model must still have the weights of the folder that it was loaded from, because every process loads it.
 
     Returns:
@@ -362,7 +362,7 @@ def _with_files(recipe: Recipe, objects: HandedOver, folder: Path) -> Recipe:
         with scratch(f".{part}", folder) as made:
             path = made / "rows.jsonl"
             write_rows(rows, path, "data" if part == "train" else part, folder / "pictures")
-            # Named by content: other rows leave those of an earlier comparison alone, which then refuses to go on.
+            # Named by content: other rows leave those of an earlier comparison alone, which then refuses to continue.
             place = folder / f"{part}-{sha256(path)[:16]}.jsonl"
             path.replace(place)
         data[part] = str(place)

@@ -25,7 +25,7 @@ def take_objects(
     metrics: Mapping[str, Callable[[str, str], Any]] | None = None,
     **sections: Any,
 ) -> tuple[list[dict[str, Any]], HandedOver]:
-    """Separate what a recipe can say from the objects that go beside it.
+    """Separate what a recipe can contain from the objects that are passed with it.
 
     Args:
         callbacks, metrics: As for ``train``.
@@ -35,7 +35,7 @@ def take_objects(
         Layers for ``build_recipe``, and the objects.
 
     Raises:
-        UsageError: If something is of a type that has no use.
+        UsageError: If something has an unsupported type.
     """
     first = {name: value for name, value in sections.items() if value is not None}
     second: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def check_model(model: Any) -> None:
     """Refuse what is not a base model of transformers.
 
     Raises:
-        UsageError: Then; the message says what to give.
+        UsageError: If it is something else; the message names what is accepted.
     """
     from torch import nn
 
@@ -104,7 +104,7 @@ def as_metrics(metrics: Mapping[str, Callable[[str, str], Any]] | None) -> dict[
 
 
 def _take_model(first: dict[str, Any], second: dict[str, Any]) -> Any:
-    """Replace a model object by a placeholder, and say what is known of it."""
+    """Replace a model object by a placeholder, and fill in what the object itself decides."""
     model = first.get("model")
     if model is None or isinstance(model, str | os.PathLike | Mapping):
         return None

@@ -27,7 +27,7 @@ def plan(
     progress: str | Display | None = None,
     **sections: Any,
 ) -> Plan:
-    """Count what a fine-tune takes of each GPU's memory, and name a card that does. Needs no weights and no GPU.
+    """Predict how much memory of each GPU a fine-tune needs, and name a sufficient card. Needs no weights, no GPU.
 
     Args:
         recipe: A recipe's path, a dict of its sections or a ``Recipe``; data may be left out.

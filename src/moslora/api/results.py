@@ -25,7 +25,7 @@ class ExportedAdapter(Printable):
         source: What was read.
         path: What was written.
         proof: What was measured on the written files.
-        alpha: The ``lora_alpha`` that the caller gave; None if the source says it.
+        alpha: The ``lora_alpha`` that the caller gave; None if the source file has it.
     """
 
     source: Path
@@ -45,7 +45,7 @@ class ExportedAdapter(Printable):
         display.say(f"Wrote {self.path}: {proof.target}, {FORMATS[proof.target].purpose}.")
         if proof.has_magnitudes:
             display.say(
-                "It has DoRA's magnitude: PEFT reads it, most engines do not; moslora doctor --for says which, and why."
+                "It has DoRA's magnitude: PEFT reads it, most engines do not; moslora doctor --for lists them."
             )
         if proof.rank_error is not None:
             worst = max(proof.rank_errors, key=lambda name: proof.rank_errors[name])

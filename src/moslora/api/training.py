@@ -51,11 +51,11 @@ def train(
 ) -> Run:
     """Fine-tune a model; evaluate before and after, fold, prove, report.
 
-    Every section of a recipe is an argument: a dict is merged over the recipe's section, a plain value has the meaning
-    that it has on the command line.
+    Every section of a recipe is an argument: a dict is merged over the recipe's section, a plain value means
+    the same as on the command line.
 
     Args:
-        recipe: A recipe's path, a dict of its sections, or a ``Recipe``; None where the arguments say it all.
+        recipe: A recipe's path, a dict of its sections, or a ``Recipe``; None if the other arguments are enough.
         task: ``"text"``, ``"vision"`` or ``"image"``, or the section.
         model: A name (packaged, a folder, a hub id, a GGUF file), the section, or a loaded model of transformers. That
             one is trained with an adapter and is afterwards as it was before. If no folder holds its weights, it is
@@ -81,7 +81,7 @@ def train(
         RecipeError, DataError, ModelError, UsageError: If something cannot be used; no run directory is left.
         ProofError: If a proof failed.
         TrainingError: If training failed otherwise.
-        Stopped: If Ctrl-C was pressed; ``resume`` goes on.
+        Stopped: If Ctrl-C was pressed; ``resume`` continues.
 
     Example:
         >>> run = moslora.train(
@@ -148,7 +148,7 @@ def resume(
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
 ) -> Run:
-    """Go on with a run that was interrupted, killed or failed.
+    """Continue a run that was interrupted, killed or failed.
 
     Args:
         path: The run directory.
@@ -184,7 +184,7 @@ def mix(
     settings: Sequence[str] = (),
     **sections: Any,
 ) -> Run:
-    """Learn one mixer over several trained adapters, from few examples; their factors stay as they are.
+    """Learn one mixer over several trained adapters, from few examples; their factors do not change.
 
     Args:
         adapters: Trained adapters of one base.
@@ -214,7 +214,9 @@ def mix(
     if isinstance(adapters, str | os.PathLike) or not adapters:
         raise UsageError("adapters must be a list of trained adapters.")
     if any(setting.partition("=")[0].partition(".")[0] == "mix" for setting in settings):
-        raise UsageError("The section mix is made of the adapters and weights that are given; set these.")
+        raise UsageError(
+            "The section mix is built from adapters and weights; pass these arguments instead of a setting of mix."
+        )
     numbers = _weights(weights, len(adapters))
     layers, handed_over = take_objects(**sections)
     paths = [str(Path(adapter).absolute()) for adapter in adapters]
@@ -250,7 +252,7 @@ def _train(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what PEFT says of transformers 5, which is news for PEFT and not for who trains."""
+    """Hide PEFT's use of a deprecated name of transformers 5, which is for PEFT to change and not for the user."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning

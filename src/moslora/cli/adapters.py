@@ -22,7 +22,7 @@ def export(
         str | None,
         typer.Option(
             "--for",
-            help="Instead of --to, the program that will run it: comfyui, diffusers, llama.cpp, vllm, …",
+            help="Instead of --to, the program that will load it: comfyui, diffusers, llama.cpp, vllm, …",
         ),
     ] = None,
     rank: Rank = None,
@@ -57,7 +57,7 @@ def export(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="Adapter of another program, a directory or a file.")],
+    source: Annotated[Path, typer.Argument(help="Adapter of another program: a directory or a file.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
     alpha: Alpha = None,
     as_json: Json = False,
@@ -90,7 +90,7 @@ def combine(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory or file to write; must not exist yet.")],
     weights: Annotated[
-        str, typer.Option(help="A factor for each, separated by commas; all 1 by default.")
+        str, typer.Option(help="A factor for each adapter, separated by commas; default: all 1.")
     ] = "",
     to: Annotated[str, typer.Option(help=FORMAT_HELP)] = "lora",
     rank: Rank = None,
@@ -145,7 +145,9 @@ def merge(
 def inspect_(
     adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
     base: Annotated[str | None, typer.Option(help="Base model, to compare ΔW with its weights.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write heat maps as a page; must not exist yet.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="HTML file of heat maps to write; must not exist yet.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -171,23 +173,23 @@ def inspect_(
 
 def doctor(
     adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read.")],
-    base: Annotated[str | None, typer.Option(help="Base model, to hold the adapter against.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model to check the adapter against.")] = None,
     engines: Annotated[
         str,
         typer.Option(
-            "--for", help="Programs that will run it, separated by commas: vllm, sglang, llama.cpp, …"
+            "--for", help="Programs that will load it, separated by commas: vllm, sglang, llama.cpp, …"
         ),
     ] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say whether an adapter is sound, fits its base, and will run where it is meant to.
+    """Check whether an adapter is sound, fits its base, and will run in the programs that you name.
 
     [bold]moslora doctor runs/demo/lora[/]
     [bold]moslora doctor runs/demo/adapter --base HuggingFaceTB/SmolLM2-135M-Instruct --for vllm,llama.cpp[/]
 
-    Engines: peft, vllm, sglang, llama.cpp, diffusers, comfyui. The adapter is written as each loads it, in a temporary
-    place, and read back. The exit code is 1 if it is not usable as asked; each fault has its fix.
+    Engines: peft, vllm, sglang, llama.cpp, diffusers, comfyui. The adapter is written in the format that each loads,
+    in a temporary folder, and read back. The exit code is 1 if it is not usable there; each fault has its fix.
     """
 
     def action() -> None:

@@ -22,28 +22,39 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Names separated by commas, or paths of adapter_config.json.")
     ] = "lora,moslora",
-    seeds: Annotated[int, typer.Option(help="How many; the same for every method.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, the same for every method.")] = 3,
     learning_rates: Annotated[
         str,
         typer.Option(
-            help="Tried for every method, separated by commas; a third, one and three times the recipe's."
+            help="Tried for every method, separated by commas; default: a third, one and three times the recipe's."
         ),
     ] = "",
-    baseline: Annotated[str | None, typer.Option(help="Compared with all others; the first method.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps of every training; the recipe's.")
+    baseline: Annotated[
+        str | None, typer.Option(help="Method that the others are compared with; default: the first.")
     ] = None,
-    validation: Annotated[int, typer.Option(help="Training examples set aside to choose rates by.")] = 64,
-    examples: Annotated[int | None, typer.Option(help="Held-out examples to judge by; all.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to keep it in; one that is there goes on.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of every training; default: the recipe's.")
+    ] = None,
+    validation: Annotated[
+        int, typer.Option(help="Training examples set aside to choose learning rates.")
+    ] = 64,
+    examples: Annotated[int | None, typer.Option(help="Held-out examples to judge by; default: all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; an existing one is continued.")
+    ] = None,
     together: Annotated[
-        int, typer.Option(help="Cells trained at once over one base; each gives what it gives alone.")
+        int, typer.Option(help="Cells trained at once over one base; each gives the same result as alone.")
     ] = 1,
     workers: Annotated[
-        int | None, typer.Option(help="Processes side by side, each with its own base; 1, or Ray's GPUs.")
+        int | None,
+        typer.Option(help="Parallel processes, each with its own base; default: 1, or one per GPU of Ray."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: the cluster that Ray finds.")] = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="[bold]local[/], or [bold]ray[/]: the cluster that Ray finds.")
+    ] = "local",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, and stop.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -54,8 +65,8 @@ def compare(
 
     Methods: lora, lora-matched, frozen-mixer, moslora, moslora-orthogonal, two-subspace, dora, rslora, pissa, recipe,
     full. Data, order, steps and seeds are shared; a learning rate is chosen for each method on validation examples, and
-    judged on held-out ones. "No difference could be shown" is an answer. The same command goes on where it was stopped.
-    Exit code 1 says that a method has no result.
+    judged on held-out ones. "No difference could be shown" is a possible result. The same command continues where it
+    was stopped. Exit code 1 means that a method has no result.
     """
 
     def action() -> None:
@@ -96,10 +107,12 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Base model: folder, hub id, GGUF file or packaged name.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE...", help="Over the recipe.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE...", help="Settings over the recipe.", show_default=False),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter directory, judged beside the base.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Whose held-out data and metric are used.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter directory, compared with the base.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose held-out data and metric are used.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="File of examples; with --task the tasks' folder.")] = None,
     task: Annotated[
         str,
@@ -113,8 +126,8 @@ def evaluate(
         str,
         typer.Option(help="Tasks of EleutherAI's lm-eval separated by commas, or paths of its YAML files."),
     ] = "",
-    limit: Annotated[int | None, typer.Option(help="Items at most, of each task.")] = None,
-    predictions: Annotated[Path | None, typer.Option(help="JSONL to write every item to.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of items of each task.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="JSON Lines file to write every item to.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -10,7 +10,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 FORMAT_HELP = "Format: [bold]lora[/], [bold]native[/], [bold]gguf[/], [bold]diffusers[/] or [bold]kohya[/]."
 Rank = Annotated[
     int | None,
-    typer.Option(help="Bring every module to this rank by its singular values, and say what that cost."),
+    typer.Option(help="Reduce every module to this rank by its singular values, and print the error."),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="Of the factors: [bold]float32[/], [bold]float16[/] or [bold]bfloat16[/].")
@@ -20,6 +20,6 @@ Base = Annotated[
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="lora_alpha of the training, for a diffusers or kohya file that does not say it."),
+    typer.Option(help="lora_alpha of the training, for a diffusers or kohya file without it."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,4 +1,4 @@
-"""The verbs that train, and the one that says what training takes: train, mix, plan."""
+"""The verbs that train, and the one that predicts the memory of a training: train, mix, plan."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with an interrupted run.", metavar="RUN", show_default=False)
+        Path | None, typer.Option(help="Continue an interrupted run.", metavar="RUN", show_default=False)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check recipe and data, show what would be trained on, stop.")
+        bool, typer.Option("--dry-run", help="Check recipe and data, show an example, and stop.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -56,8 +56,8 @@ def train(
         if resume is not None:
             if arguments or dry_run:
                 raise UsageError(
-                    "--resume takes nothing beside it: the run's own recipe.yaml says what it is. To train "
-                    "with other settings, start a new run."
+                    "--resume cannot be combined with a recipe, settings or --dry-run: it uses the run's own "
+                    "recipe.yaml. To train with other settings, start a new run."
                 )
             run = resume_run(resume, display)
         elif not arguments:
@@ -91,15 +91,15 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a fine-tune takes of each GPU's memory, and which card does. Needs no weights and no GPU.
+    """Predict how much memory of each GPU a fine-tune needs, and which card is enough. Needs no weights and no GPU.
 
     [bold]moslora plan recipes/commonsense-llama3-8b.yaml model=recipes/architectures/llama-3-8b[/]
     [bold]moslora plan model=recipes/architectures/llama-3-70b trainer.per_device_train_batch_size=1 --quantize nf4[/]
     [bold]moslora plan my.yaml --length 512[/]
 
-    The model is a folder with a config.json, a packaged one, or a hub id whose configuration can be had. One training
-    step is run on tensors without values, with and without activation checkpointing, and all that lives at once is
-    counted: for one GPU, for DDP and for FSDP. A card is named where a tenth of the total and 1 GB stay free on it.
+    The model is a folder with a config.json, a packaged model, or a hub id. One training step is run on tensors without
+    values, with and without activation checkpointing, and everything that is allocated at the same time is counted: for
+    one GPU, for DDP and for FSDP. A card is named if a tenth of the total and 1 GB stay free on it.
     """
 
     def action() -> None:
@@ -128,19 +128,21 @@ def mix(
     ],
     weights: Annotated[
         str,
-        typer.Option(help="Where to start: a factor for each, separated by commas, or [bold]mean[/]; all 1."),
+        typer.Option(
+            help="Initial weights: a factor for each adapter, separated by commas, or [bold]mean[/]; default: all 1."
+        ),
     ] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Learn one mixer over several trained adapters, from few examples; they stay as they are.
+    """Learn one mixer over several trained adapters, from few examples; their factors do not change.
 
     [bold]moslora mix runs/when/adapter runs/many/adapter --recipe both.yaml[/]
     [bold]moslora mix runs/when/adapter runs/many/adapter --recipe both.yaml --weights mean trainer.max_steps=40[/]
 
     Factors are concatenated and frozen; only the mixer over all of them is trained, which starts as the weighted
-    sum. What comes out is a run as [bold]train[/] leaves it, with one plain LoRA;
-    [bold]train --resume[/] goes on with it.
+    sum. The result is a run directory as of [bold]train[/], with one plain LoRA;
+    [bold]train --resume[/] continues it.
     """
 
     def action() -> None:

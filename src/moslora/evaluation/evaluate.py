@@ -1,7 +1,7 @@
 """Evaluate: base and tuned model side by side, on the same items, with intervals and the items that changed.
 
 Held-out loss and answers on one's own data, or commonsense tasks by the published protocol and by log-likelihood. That
-the adapter took part is proven first: an evaluation that ignores it is a known accident, and looks like "no effect".
+the adapter is active is proven first: an evaluation that ignores it is a known accident, and looks like "no effect".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         model: The base: hub id, folder, GGUF file or packaged name; or with objects of a script's.
-        display: Where to tell of progress.
+        display: Where to show progress.
         adapter: A directory that PEFT loads; None for the base alone.
         recipe: Its held-out data, metric and settings are used; a ``Recipe`` as it is.
         data: A file of examples to judge by; with ``tasks`` the folder of their data.

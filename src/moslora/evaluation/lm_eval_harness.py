@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness (``lm_eval``), base and adapter side by side on the same items.
 
-The harness loads no model here: it is handed the one whose adapter was proven to take part, because an evaluation that
+The harness loads no model here: it receives the one whose adapter was proven to be active, because an evaluation that
 loads the base alone looks like an adapter without effect.
 """
 

@@ -71,7 +71,7 @@ class Report(Printable):
         model: The base.
         adapter: Its adapter, or None.
         protocol: ``"data"``, ``"lm-eval"``, or keys of ``PROTOCOLS`` separated by commas.
-        activity: Whether the adapter took part; None without one.
+        activity: Whether the adapter is active; None without one.
         measures: In order.
         predictions: Every item with what both models did.
     """
@@ -109,7 +109,8 @@ def show(report: Report, display: Display, samples: int = 3) -> None:
             display.warn(f"{report.adapter} learned nothing: every ΔW is 0, so base and tuned are one model.")
         else:
             display.say(
-                f"Proven: the adapter takes part in {active.modules} modules; logits move by up to {active.effect:.3g}."
+                f"Proven: the adapter is active in {active.modules} modules; it changes logits by up to "
+                f"{active.effect:.3g}."
             )
     kinds = list(dict.fromkeys(m.protocol for m in report.measures))
     for protocol in kinds:

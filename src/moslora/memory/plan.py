@@ -7,7 +7,7 @@ fullest moment come from the model's own code and not from a formula. ``tests/te
 what real steps allocate.
 
 Not counted: what the allocator leaves unused between tensors, libraries' workspaces and the CUDA context. So a card is
-said to do only where a tenth of the total and a gigabyte are left.
+named only if a tenth of the total and a gigabyte are left.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def count_memory(
         length: Tokens of each row; the recipe's ``trainer.max_length`` if None.
         scored: Positions of each row that are trained on; all if None.
         quantize: ``"nf4"``, to count the base in bitsandbytes' 4 bits, scales in two levels; None takes what
-            the recipe says, or what the model's own configuration says.
+            the recipe sets, or what the model's own configuration has.
         say: Receives a line when something that takes long begins.
 
     Returns:
@@ -115,8 +115,8 @@ def count_memory(
     """
     if recipe.task.kind != "text":
         raise PlanError(
-            f"task.kind is {recipe.task.kind!r}: how many tokens a picture becomes is for its processor to say. Only "
-            "text is counted."
+            f"task.kind is {recipe.task.kind!r}: the number of tokens of a picture depends on its processor. Only text "
+            "is counted."
         )
     settings = resolve_trainer_arguments(recipe, "cuda")
     name = str(settings.get("optim", "adamw_torch_fused"))

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-# --- What a recipe says -------------------------------------------------------------------------------------
+# --- The sections of a recipe ------------------------------------------------------------------------------
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -103,7 +103,7 @@ class VisionDataSection(DataSection):
 
 
 class _Scopes(_Section):
-    """Parts of a model; what is said of one part's adapter wants that part adapted."""
+    """Parts of a model; settings of a part's adapter require that the part is adapted."""
 
     @model_validator(mode="after")
     def _all_used(self) -> Self:
@@ -254,7 +254,7 @@ class ImageRecipe(Recipe):
     scopes: ImageScopesSection = ImageScopesSection()
 
 
-# What a recipe may say, by the kind of its task.
+# What a recipe may contain, by the kind of its task.
 RECIPES: dict[str, type[Recipe]] = {"text": Recipe, "vision": VisionRecipe, "image": ImageRecipe}
 
 ADAPTER_DEFAULTS: dict[str, Any] = {

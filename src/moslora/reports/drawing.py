@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["INKS", "drawing", "loss_curve"]
 
 
-# Colours of the plot are placeholders for CSS variables, so that one drawing serves light and dark.
+# Colors of the plot are placeholders for CSS variables, so that one drawing serves light and dark.
 INKS = {
     "#010101": "var(--ink)",
     "#020202": "var(--muted)",
@@ -74,7 +74,7 @@ def drawing(
     """Draw an SVG element to put into a page, colored by the page's CSS variables.
 
     Args:
-        description: What it shows, for who cannot see it.
+        description: Alternative text for screen readers.
         size: Width and height in inches.
         paint: Draws on matplotlib's figure, in ``INKS``.
         name: Of this drawing among those of a page; the description by default.
@@ -152,7 +152,7 @@ def _as_element(document: str, description: str) -> str:
 
     Args:
         document: An SVG file as matplotlib writes it, drawn in ``INKS``.
-        description: What it shows, for who cannot see it.
+        description: Alternative text for screen readers.
 
     Returns:
         An ``<svg>`` element to put into a page.

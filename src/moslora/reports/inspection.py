@@ -14,7 +14,7 @@ from moslora.wording import figure_or_dash
 
 __all__ = ["write_page"]
 
-# What is drawn: the figure's name, its title, and what it tells a reader.
+# What is drawn: the figure's name, its title, and its explanation.
 MAPS = (
     ("relative_norm", "‖ΔW‖ ÷ ‖W0‖", "How much each weight moved, relative to its own size."),
     ("norm", "‖ΔW‖", "How much each weight moved."),

@@ -44,7 +44,7 @@ CHANGES = {
 def sign_test(fixed: int, broken: int) -> float:
     """Return the two-sided p-value of ``fixed`` against ``broken`` (McNemar's exact test).
 
-    Examples that were right or wrong both times say nothing about a change and are not counted.
+    Examples that were right or wrong both times carry no information about a change and are not counted.
 
     Args:
         fixed: Examples that went from wrong to right.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 
-# Proof in run.json: the field that holds its number, and what the number says.
+# Proof in run.json: the field that holds its number, and what the number means.
 PROOFS = {
     "fold": ("max_relative_error", "The fold keeps ΔW: largest relative error over all modules, in float64"),
     "reload": (
@@ -69,7 +69,7 @@ FILES = {
 
 PREDICTION = ("place", "prompt", "reference", "base", "tuned", "base_ok", "tuned_ok", "kind", "thumbnails")
 
-# What was measured, unless a run says otherwise.
+# What was measured, unless the record of the run names something else.
 
 
 def write_report(run_dir: Path, **fields: Any) -> Path:

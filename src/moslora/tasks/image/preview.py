@@ -1,4 +1,4 @@
-"""What a run tells before it starts: the model, the pictures, and how many pictures it will draw."""
+"""What a run shows before it starts: the model, the pictures, and how many pictures it will draw."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def pad_rows(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> 
 def choose_padding_free(
     model: nn.Module, config: Any, lengths: Sequence[int], pad_id: int, seed: int, display: Display
 ) -> bool:
-    """Decide whether batches are padding-free, and tell the user what was decided and why.
+    """Decide whether batches are padding-free, and show what was decided and why.
 
     Args:
         model: A causal language model of transformers.
