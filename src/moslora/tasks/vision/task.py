@@ -125,7 +125,7 @@ class VisionTask(LanguageTask):
         recipe = self.recipe
         self.base_model.convert(self.display.say)
         limit = resolve_trainer_arguments(recipe, self.device)["max_length"]
-        self.encoder = self._make_encoder(limit)
+        self.encoder = self.make_encoder(limit)
         self.tokenizer = self.encoder.tokenizer
         if not self.measures_only:
             self.train_set, self.train_summary = self._encode("train", self.train_examples)
@@ -140,8 +140,12 @@ class VisionTask(LanguageTask):
             shortened = ((self.encoder.shorten(piece), trained) for piece, trained in pieces)
             show_data(self.display, self.train_summary, self.heldout_summary, shortened)
 
-    def _make_encoder(self, max_length: int | None) -> PictureEncoder:
-        """Load the processor, and check that its family is supported."""
+    def make_encoder(self, max_length: int | None) -> PictureEncoder:
+        """Load the processor, and check that its family is supported.
+
+        Args:
+            max_length: Most tokens of an example; None for no limit.
+        """
         from transformers import AutoConfig
 
         source = self.base_model.source

@@ -1,0 +1,324 @@
+"""Answers of base and adapter to a benchmark's items, in one pass over its pictures, kept as they come.
+
+Every batch's pictures are opened and prepared once, for both models and both protocols. Answers are appended to a file
+when a batch is done, so that the same command continues after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moslora.data.shapes import Example, Message
+from moslora.data.tokenization import IGNORED
+from moslora.display import Display
+from moslora.errors import ExistsError, ProofError, UsageError
+from moslora.evaluation.benchmarks.grading import options_of
+from moslora.evaluation.benchmarks.prompts import question_of_item
+from moslora.evaluation.benchmarks.table import Benchmark
+from moslora.evaluation.benchmarks.tsv import BenchmarkFile, Item
+from moslora.files import write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moslora.data.tokenization import Encoded
+    from moslora.tasks.vision.encoding import PictureEncoder
+
+__all__ = ["COLUMNS", "Answers", "Asker", "other_pictures"]
+
+# What is asked of each item: whose answer, and about which pictures.
+COLUMNS = ("base", "tuned", "base_exchanged", "tuned_exchanged")
+# Items at once; fewer where memory does not suffice.
+BATCH = 16
+YES_NO = ("Yes", "No")
+
+
+class Answers:
+    """A file of answers, one line per item, which is continued if it is of the same evaluation.
+
+    Args:
+        path: The file.
+        identity: What the answers are of: file, prompt, models, protocol. It is the first line.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.by_index: dict[str, dict[str, Any]] = {}
+
+    def open(self) -> None:
+        """Read the answers that are there, or begin.
+
+        Raises:
+            ExistsError: If the file is of another evaluation.
+        """
+        whole, ended, _ = self.path.read_bytes().rpartition(b"\n") if self.path.exists() else (b"", b"", b"")
+        if not ended:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(self.identity) + "\n")
+            return
+        with self.path.open("r+b") as file:  # a last line without its end was cut off by a kill
+            file.truncate(len(whole) + 1)
+        first, *lines = (json.loads(line) for line in whole.splitlines())
+        changed = sorted(key for key in {*first, *self.identity} if first.get(key) != self.identity.get(key))
+        if changed:
+            raise ExistsError(
+                f"{self.path} has the answers of another evaluation: {changed[0]} was {first.get(changed[0])!r}, and "
+                f"is {self.identity.get(changed[0])!r} now. Name another folder with --out, or remove this one."
+            )
+        self.by_index = {line["index"]: line for line in lines}
+
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append the answers to a batch.
+
+        Args:
+            lines: By column; each with its item's ``index``.
+        """
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+        self.by_index |= {line["index"]: dict(line) for line in lines}
+
+
+@dataclass
+class Asker:
+    """Asks base and adapter about a benchmark's items.
+
+    Attributes:
+        model: The base; with an adapter PEFT's model around it.
+        has_adapter: Whether it has one.
+        encoder: Encodes questions with their pictures.
+        device: Where the model is.
+        display: Where progress is shown.
+        max_pixels: Most pixels that a picture may have.
+        prompt: One of ``prompts.PROMPTS``.
+        letters: Whether the likeliest option is taken, instead of what the model writes.
+        batch: Items at once; halved when memory does not suffice.
+    """
+
+    model: nn.Module
+    has_adapter: bool
+    encoder: PictureEncoder
+    device: str
+    display: Display
+    max_pixels: int
+    prompt: str
+    letters: bool = False
+    batch: int = BATCH
+
+    def ask(
+        self,
+        benchmark: Benchmark,
+        file: BenchmarkFile,
+        items: Sequence[Item],
+        exchanged: Mapping[str, Item],
+        answers: Answers,
+        raise_if_stopped: Any = lambda: None,
+    ) -> None:
+        """Ask what is not answered yet.
+
+        Args:
+            benchmark: Which benchmark it is.
+            file: Its file.
+            items: Its rows that are asked.
+            exchanged: By index the item whose pictures are shown instead, from ``other_pictures``.
+            answers: Receives the answers.
+            raise_if_stopped: Called after each batch.
+        """
+        left = [item for item in items if item.index not in answers.by_index]
+        with self.display.progress(f"{benchmark.name}, answers", len(items)) as progress:
+            progress.advance(len(items) - len(left))
+            while left:
+                chosen, shown = left[: self.batch], [exchanged.get(item.index) for item in left[: self.batch]]
+                try:
+                    lines = self._ask_batch(benchmark, file, chosen, shown)
+                except Exception as error:
+                    if not self._made_smaller(error):
+                        raise
+                    continue
+                answers.add(lines)
+                left = left[len(chosen) :]
+                progress.advance(len(chosen))
+                raise_if_stopped()
+
+    def _made_smaller(self, error: Exception) -> bool:
+        """Halve the batch if an error says that the GPU's memory does not suffice."""
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError) or self.batch == 1:
+            return False
+        self.batch //= 2
+        torch.cuda.empty_cache()
+        self.display.warn(f"Out of memory; continuing with {self.batch} items at once.")
+        return True
+
+    def _ask_batch(
+        self, benchmark: Benchmark, file: BenchmarkFile, chosen: Sequence[Item], shown: Sequence[Item | None]
+    ) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = [{"index": item.index} for item in chosen]
+        own = [(number, item, item) for number, item in enumerate(chosen)]
+        others = [
+            (number, item, other)
+            for number, (item, other) in enumerate(zip(chosen, shown, strict=True))
+            if other is not None
+        ]
+        for suffix, asked in (("", own), ("_exchanged", others)):
+            if not asked:
+                continue
+            rows, images = self._encode(benchmark, file, [(item, other) for _, item, other in asked])
+            for name, is_base in (("base", True), ("tuned", False)):
+                if not is_base and not self.has_adapter:
+                    continue
+                with self._as(is_base):
+                    texts = self._answer(benchmark, [item for _, item, _ in asked], rows, images)
+                for (number, _, _), text in zip(asked, texts, strict=True):
+                    lines[number][f"{name}{suffix}"] = text
+        return lines
+
+    @contextmanager
+    def _as(self, base: bool) -> Iterator[None]:
+        if base and self.has_adapter:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                yield
+        else:
+            yield
+
+    def _encode(
+        self, benchmark: Benchmark, file: BenchmarkFile, pairs: Sequence[tuple[Item, Item]]
+    ) -> tuple[list[Encoded], list[Any]]:
+        """Encode each first item's question with the pictures of the second."""
+        rows: list[Encoded] = []
+        images: list[Any] = []
+        for item, other in pairs:
+            pictures = file.pictures(other, self.max_pixels)
+            rows.append(self.encoder.encode_question(self._example(benchmark, item, "A"), pictures))
+            images += pictures
+        return rows, images
+
+    def _example(self, benchmark: Benchmark, item: Item, answer: str) -> Example:
+        question = question_of_item(benchmark, item, self.prompt)
+        place = f"index {item.index}"
+        return Example(place, (Message("user", question), Message("assistant", answer)))
+
+    def _answer(
+        self, benchmark: Benchmark, items: Sequence[Item], rows: Sequence[Encoded], images: Sequence[Any]
+    ) -> list[str]:
+        inputs = self.encoder.batch(rows, images, prompts=True)
+        if self.letters:
+            return self._likeliest(benchmark, items, inputs)
+        from moslora.tasks.language import pad_token_of
+        from moslora.tasks.text.generation import Generation, generate
+
+        tokenizer = self.encoder.tokenizer
+        stop_ids = sorted(self.encoder.encoder.stop_ids)
+        settings = Generation(benchmark.new_tokens, stop_ids, pad_token_of(tokenizer))
+        return [text.strip() for text in generate(self.model, tokenizer, inputs, settings, self.device)]
+
+    def _likeliest(
+        self, benchmark: Benchmark, items: Sequence[Item], inputs: Mapping[str, Tensor]
+    ) -> list[str]:
+        """Return the option whose first token is the likeliest; no answer is generated."""
+        logits = first_logits(self.model, inputs, self.device)
+        found = []
+        for row, item in zip(logits, items, strict=True):
+            names = YES_NO if benchmark.kind == "yes-no" else tuple(options_of(benchmark, item))
+            ids = [self.first_token(benchmark, item, name) for name in names]
+            if len(set(ids)) < len(ids):
+                raise UsageError(
+                    f"--protocol letter: two of the options {', '.join(names)} begin with the same token of this "
+                    "model; take --protocol published."
+                )
+            found.append(names[int(row[ids].argmax())])
+        return found
+
+    def first_token(self, benchmark: Benchmark, item: Item, answer: str) -> int:
+        """Return the first token of an answer, as the model would write it after its question."""
+        known: dict[str, int] = self.__dict__.setdefault("_first_tokens", {})
+        if answer not in known:
+            text = Example(item.index, (Message("user", "?"), Message("assistant", answer)))
+            encoded = self.encoder.encode_question(text, [])
+            known[answer] = next(label for label in encoded.labels if label != IGNORED)
+        return known[answer]
+
+    def prove_base(self, before: Sequence[Tensor], probes: Sequence[Mapping[str, Tensor]]) -> None:
+        """Prove that the model without its adapter is the base.
+
+        Args:
+            before: Logits of the base alone, from ``first_logits``.
+            probes: What they are of.
+
+        Raises:
+            ProofError: If they differ.
+        """
+        if not self.has_adapter:
+            return
+        import torch
+
+        with self._as(base=True):
+            now = [first_logits(self.model, inputs, self.device) for inputs in probes]
+        if not all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
+            raise ProofError(
+                "With its adapter switched off the model is not the base: the adapter brings something that stays, as "
+                "trained biases do. Evaluate the base without --adapter, and the merged model likewise (moslora merge)."
+            )
+
+    def probes(
+        self, benchmark: Benchmark, file: BenchmarkFile, items: Sequence[Item]
+    ) -> list[dict[str, Tensor]]:
+        """Return inputs of a few items, one by one."""
+        found = []
+        for item in items:
+            rows, images = self._encode(benchmark, file, [(item, item)])
+            found.append(self.encoder.batch(rows, images, prompts=True))
+        return found
+
+
+def first_logits(model: nn.Module, inputs: Mapping[str, Tensor], device: str) -> Tensor:
+    """Return the logits of the first token of each answer.
+
+    Args:
+        model: The model.
+        inputs: Prompts padded on the left.
+        device: Where the model is.
+
+    Returns:
+        ``(rows, vocabulary)``, on the CPU, in float32.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True, use_cache=False
+    )
+    arguments = {name: tensor.to(device) for name, tensor in inputs.items()}
+    with torch.inference_mode():
+        output = model.generate(**arguments, generation_config=config)  # type: ignore[operator]
+    logits: Tensor = output.logits[0].float().cpu()
+    return logits
+
+
+def other_pictures(items: Sequence[Item]) -> dict[str, Item]:
+    """Pair items with others that show as many, but other pictures.
+
+    Args:
+        items: A benchmark's rows.
+
+    Returns:
+        By index the other item; without those for which there is none.
+    """
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.pictures, []).append(item)
+    found = {}
+    for group in groups.values():
+        half = len(group) // 2
+        for at, item in enumerate(group):
+            others = (group[(at + half + step) % len(group)] for step in range(len(group)))
+            other = next((one for one in others if one.shows != item.shows), None)
+            if other is not None:
+                found[item.index] = other
+    return found
