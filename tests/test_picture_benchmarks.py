@@ -14,6 +14,7 @@ import torch
 import benchmark_files
 import tiny_vision
 from moslora.display import Display
+from moslora.distributed import Team
 from moslora.errors import DataError, ExistsError, UsageError
 from moslora.evaluation.benchmarks import rules
 from moslora.evaluation.benchmarks.asking import other_pictures
@@ -250,12 +251,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def judged(world: Path, out: Path, *names: str, adapter: bool = True, **more: Any) -> Any:
+def judged(
+    world: Path, out: Path, *names: str, adapter: bool = True, team: Team | None = None, **more: Any
+) -> Any:
     recipe: Any = load_recipe(["task=vision", f"model={world / 'base'}", "data=x", "data.heldout=x"])
     wanted = Wanted([world / f"{name}.tsv" for name in names], out, **more)
     subject = Subject(str(world / "base"))
     return evaluate_benchmarks(
-        subject, recipe, Display(quiet=True), world / "adapter" if adapter else None, wanted
+        subject, recipe, Display(quiet=True), world / "adapter" if adapter else None, wanted, team=team
     )
 
 
@@ -300,6 +303,8 @@ def test_every_kind_of_benchmark_runs_from_file_to_score(world, tmp_path, monkey
         table = (tmp_path / "out" / name / f"tuned_{name}.tsv").read_text(encoding="utf-8")
         header = table.splitlines()[0].split("\t")
         assert header[-1] == "prediction" and "image" not in header
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "MMBench_DEV_EN" in page and "data:image/webp" in page and "XTuner" in page
     assert json.loads((tmp_path / "out" / "report.json").read_text())["results"][0]["name"] == names[0]
 
 
@@ -338,6 +343,19 @@ def test_an_interrupted_evaluation_continues_to_the_same_answers(world, tmp_path
     assert again.results[0].figures == whole.results[0].figures
     with pytest.raises(ExistsError, match="prompt was 'llava', and is 'kit' now"):
         judged(world, tmp_path / "cut", "MMBench_DEV_EN", prompt="kit")
+
+
+def test_processes_share_the_items_and_give_the_same_answers(world, tmp_path, monkeypatch):
+    """One after the other, as the other has nothing to wait for: each asks its share of what is left."""
+    whole = judged(world, tmp_path / "whole", "MMBench_DEV_EN")
+    for name in ("wait", "broadcast"):
+        monkeypatch.setattr(Team, name, lambda self, value=None: value)
+    with pytest.raises(AssertionError, match="the first process made it"):
+        judged(world, tmp_path / "shared", "MMBench_DEV_EN", team=Team(rank=1, size=2))
+    answers = tmp_path / "shared" / "MMBench_DEV_EN" / "answers-1.jsonl"
+    assert len(answers.read_text().splitlines()) == 1 + 6
+    again = judged(world, tmp_path / "shared", "MMBench_DEV_EN", team=Team(rank=0, size=1))
+    assert again.results[0].figures == whole.results[0].figures
 
 
 def test_the_likeliest_letter_is_always_an_option(world, tmp_path):

@@ -39,38 +39,53 @@ YES_NO = ("Yes", "No")
 
 
 class Answers:
-    """A file of answers, one line per item, which is continued if it is of the same evaluation.
+    """The answers of an evaluation, one line per item, continued if they are of the same evaluation.
 
     Args:
-        path: The file.
-        identity: What the answers are of: file, prompt, models, protocol. It is the first line.
+        folder: Where they are: ``answers.jsonl``, and of further processes ``answers-1.jsonl``, ….
+        identity: What the answers are of: file, prompt, models, protocol. It is the first line of each file.
+        process: This process's number among those that share the items.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path, self.identity = path, json.loads(json.dumps(identity))
+    def __init__(self, folder: Path, identity: Mapping[str, Any], process: int = 0) -> None:
+        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+        self.path = folder / (f"answers-{process}.jsonl" if process else "answers.jsonl")
         self.by_index: dict[str, dict[str, Any]] = {}
 
     def open(self) -> None:
-        """Read the answers that are there, or begin.
+        """Read the answers that are there, whichever process gave them, and begin an own file.
 
         Raises:
-            ExistsError: If the file is of another evaluation.
+            ExistsError: If a file is of another evaluation.
         """
-        whole, ended, _ = self.path.read_bytes().rpartition(b"\n") if self.path.exists() else (b"", b"", b"")
-        if not ended:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.read()
+        if not self.path.exists():
             write_text(self.path, json.dumps(self.identity) + "\n")
-            return
-        with self.path.open("r+b") as file:  # a last line without its end was cut off by a kill
-            file.truncate(len(whole) + 1)
-        first, *lines = (json.loads(line) for line in whole.splitlines())
+
+    def read(self) -> None:
+        """Read the answers of all processes.
+
+        Raises:
+            ExistsError: If a file is of another evaluation.
+        """
+        for path in sorted(self.folder.glob("answers*.jsonl")):
+            whole, ended, torn = path.read_bytes().rpartition(b"\n")
+            if torn and path == self.path:
+                with path.open("r+b") as file:  # a last line without its end was cut off by a kill
+                    file.truncate(len(whole) + len(ended))
+            first, *lines = (json.loads(line) for line in whole.splitlines() or [b"{}"])
+            self._check(path, first)
+            self.by_index |= {line["index"]: line for line in lines}
+
+    def _check(self, path: Path, first: Mapping[str, Any]) -> None:
         changed = sorted(key for key in {*first, *self.identity} if first.get(key) != self.identity.get(key))
         if changed:
+            was, now = (of.get(changed[0]) for of in (first, self.identity))
             raise ExistsError(
-                f"{self.path} has the answers of another evaluation: {changed[0]} was {first.get(changed[0])!r}, and "
-                f"is {self.identity.get(changed[0])!r} now. Name another folder with --out, or remove this one."
+                f"{path} has the answers of another evaluation: {changed[0]} was {was!r}, and is {now!r} now. Name "
+                "another folder with --out, or remove this one."
             )
-        self.by_index = {line["index"]: line for line in lines}
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append the answers to a batch.
@@ -80,7 +95,6 @@ class Answers:
         """
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            file.flush()
         self.by_index |= {line["index"]: dict(line) for line in lines}
 
 

@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.display import Display
+from moslora.distributed import Team
 from moslora.errors import UsageError
 from moslora.evaluation.active import prove_active, with_adapter
 from moslora.evaluation.benchmarks.asking import Answers, Asker, first_logits, other_pictures
 from moslora.evaluation.benchmarks.grading import answered_publicly, grade, scored, unit_of
 from moslora.evaluation.benchmarks.prompts import PROMPTS, prompt_for, question_of_item
-from moslora.evaluation.benchmarks.results import BenchmarkReport, BenchmarkResult, write_predictions
+from moslora.evaluation.benchmarks.results import (
+    BenchmarkReport,
+    BenchmarkResult,
+    remarks,
+    write_predictions,
+)
 from moslora.evaluation.benchmarks.rules import RULES_VERSION, UNREAD
 from moslora.evaluation.benchmarks.scores import compare_scores
 from moslora.evaluation.benchmarks.table import Benchmark, find_benchmark
 from moslora.evaluation.benchmarks.tsv import BenchmarkFile, Item, read_benchmark_file
 from moslora.evaluation.judge import Subject
 from moslora.files import sha256, write_text
+from moslora.reports.benchmarks import write_benchmark_report
 from moslora.wording import evenly_spaced
 
 if TYPE_CHECKING:
@@ -98,8 +105,11 @@ def evaluate_benchmarks(
     adapter: Path | None,
     wanted: Wanted,
     raise_if_stopped: Callable[[], None] = lambda: None,
+    team: Team | None = None,
 ) -> BenchmarkReport:
     """Ask base and adapter, score both by the benchmarks' rules, and write answers, scores and predictions.
+
+    Processes that a launcher started share the items; the first of them scores.
 
     Args:
         subject: The base.
@@ -108,6 +118,7 @@ def evaluate_benchmarks(
         adapter: A directory that PEFT loads; None for the base alone.
         wanted: What is evaluated on.
         raise_if_stopped: Called after each batch.
+        team: The processes that share the items; those that a launcher started by default.
 
     Returns:
         The report; ``report.json`` in its folder says the same.
@@ -131,20 +142,64 @@ def evaluate_benchmarks(
                 raise UsageError(
                     f"--protocol letter takes the likeliest option, and {one.benchmark.name} has none; run it without."
                 )
+    team = team or Team.join()
     asker, activity, identity = _load(subject, recipe, display, adapter, chosen, wanted)
-    results = []
+    given = []
     for one in chosen:
         exchanged = other_pictures(one.items) if wanted.exchange else {}
         of = {"file": one.file.sha256, "benchmark": one.benchmark.name, "items": len(one.items)}
-        answers = Answers(wanted.out / one.named / "answers.jsonl", {**of, **identity})
+        answers = Answers(wanted.out / one.named, {**of, **identity}, team.rank)
         answers.open()
-        asker.ask(one.benchmark, one.file, one.items, exchanged, answers, raise_if_stopped)
+        team.wait()  # what is answered already is shared anew, so all must have read it before any adds to it
+        left = [item for item in one.items if item.index not in answers.by_index]
+        own = left[team.rank :: team.size]
+        asker.ask(one.benchmark, one.file, own, exchanged, answers, raise_if_stopped)
+        given.append(answers)
+    team.wait()
+    report = None
+    if team.is_main_process:
+        report = _report(subject, recipe, adapter, chosen, given, asker, wanted, activity)
+    found = team.broadcast(report)
+    assert found is not None, "the first process made it"
+    return found
+
+
+def _report(
+    subject: Subject,
+    recipe: VisionRecipe,
+    adapter: Path | None,
+    chosen: Sequence[_Chosen],
+    given: Sequence[Answers],
+    asker: Asker,
+    wanted: Wanted,
+    activity: Any,
+) -> BenchmarkReport:
+    """Score what all processes were answered, and write it."""
+    results = []
+    for one, answers in zip(chosen, given, strict=True):
+        answers.read()
         results.append(_score(one, answers, asker, wanted))
     report = BenchmarkReport(
         subject.name, None if adapter is None else str(adapter), wanted.out, activity, results
     )
+    _write_page(report, chosen, recipe.data.max_pixels)
     write_text(wanted.out / "report.json", json.dumps(_plain(report), indent=2, ensure_ascii=False) + "\n")
     return report
+
+
+def _write_page(report: BenchmarkReport, chosen: Sequence[_Chosen], max_pixels: int) -> None:
+    files = {one.named: one.file for one in chosen}
+    items = {name: {item.index: item for item in file.items} for name, file in files.items()}
+
+    def pictures(name: str, index: str) -> list[Any]:
+        return files[name].pictures(items[name][index], max_pixels)
+
+    results = [
+        {**dataclasses.asdict(result), "remarks": remarks(result), "items_table": result.items_table}
+        for result in report.results
+    ]
+    title = report.model if report.adapter is None else f"{report.model} with {report.adapter}"
+    write_benchmark_report(report.path, title, report.sentences(), results, pictures)
 
 
 def _choose(path: Path, wanted: Wanted, display: Display) -> _Chosen:

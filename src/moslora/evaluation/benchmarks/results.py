@@ -17,7 +17,7 @@ from moslora.evaluation.benchmarks.tsv import BenchmarkFile
 from moslora.evaluation.results import Activity
 from moslora.files import replaced_file, write_text
 
-__all__ = ["BenchmarkReport", "BenchmarkResult", "mean_of_nine", "write_predictions"]
+__all__ = ["BenchmarkReport", "BenchmarkResult", "mean_of_nine", "remarks", "write_predictions"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,32 @@ class BenchmarkReport(Printable):
         """Write a table per benchmark, and what to know about it."""
         for result in self.results:
             show_result(result, display, self.adapter is not None)
+        for sentence in self.sentences():
+            display.say(sentence)
+        display.say(f"Page, opens in a browser: {self.path / 'report.html'}")
+
+    def sentences(self) -> list[str]:
+        """Return what was found, in words: whether each headline changed, and the paper's mean if all nine are here."""
+        found = []
+        if self.activity is not None and self.activity.effect == 0:
+            found.append("The adapter learned nothing: every ΔW is 0, so both are one model.")
+        for result in self.results:
+            figure = next(iter(result.figures), None)
+            if figure is None or figure.difference is None or figure.low is None or figure.high is None:
+                continue
+            change = f"{figure.base:.1f} to {figure.tuned:.1f} ({figure.low:+.1f} to {figure.high:+.1f})"
+            if figure.low > 0 or figure.high < 0:
+                found.append(
+                    f"{result.name}, {figure.name}: {'higher' if figure.low > 0 else 'lower'}, {change}."
+                )
+            else:
+                found.append(f"{result.name}, {figure.name}: no difference shown, {change}.")
         mean = mean_of_nine(self.results)
         if mean is not None:
             base, tuned = mean
             then = "" if tuned is None else f", with the adapter {tuned:.1f}"
-            display.say(f"Mean of the paper's nine, MME in percent of 2800: {base:.1f}{then}.")
-        display.say(f"Answers, scores and page: {self.path}")
+            found.append(f"Mean of the paper's nine, MME in percent of 2800: {base:.1f}{then}.")
+        return found
 
 
 def show_result(result: BenchmarkResult, display: Display, has_adapter: bool) -> None:
@@ -116,20 +136,30 @@ def show_result(result: BenchmarkResult, display: Display, has_adapter: bool) ->
         display.table(title, columns, rows)
     else:
         display.say(f"{title}: no score.")
+    for note in remarks(result):
+        display.say(note)
+
+
+def remarks(result: BenchmarkResult) -> list[str]:
+    """Return what to know about a result, a sentence each.
+
+    Args:
+        result: What was found.
+    """
+    found = []
     if any(result.unread.values()):
         counts = ", ".join(f"{count} of the {of}" for of, count in result.unread.items())
-        display.warn(
+        found.append(
             f"No option was found in some answers, which count as wrong: {counts}, of {result.items} items each."
         )
     if result.without_picture:
-        display.say(f"{result.without_picture} rows have no picture and were not asked.")
+        found.append(f"{result.without_picture} rows have no picture and were not asked.")
     if result.read_as_empty:
-        display.say(
+        found.append(
             f"{result.read_as_empty} items have a text such as None or NA, which tools that read the file with pandas "
             "leave out; here they are asked as they are written."
         )
-    for note in result.notes:
-        display.say(note)
+    return [*found, *result.notes]
 
 
 def _row(figure: Figure, has_adapter: bool, prefix: str = "") -> list[str]:
