@@ -187,6 +187,33 @@ def test_an_identity_mixer_held_fixed_trains_as_pefts_lora() -> None:
     assert relative_error(*logits) < 50 * MODEL
 
 
+def test_a_module_without_a_mixer_trains_as_pefts_lora_beside_one_that_has_one(tmp_path: Path) -> None:
+    model = adapted(mixer_pattern={"v_proj": "none"}, init_lora_weights=True)
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "moslora_M")}
+    before = {name: m.factors("default")[1].detach().clone() for name, m in layers.items()}
+    train(model)
+    for name, layer in layers.items():
+        M = layer.factors("default")[1].detach()
+        identity = torch.eye(len(M))
+        assert torch.equal(before[name], identity) == name.endswith("v_proj")
+        assert torch.equal(M, before[name]) == name.endswith("v_proj")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert again.peft_config["default"].mixer_pattern == {"v_proj": "none"}
+    with torch.no_grad():
+        assert torch.equal(again(tiny.tokens()).logits, model.eval()(tiny.tokens()).logits)
+    # Where no module has a mixer, it is LoRA.
+    alone = adapted(mixer_pattern={"[qv]_proj": "none"}, init_lora_weights=True)
+    base = tiny.llama()
+    torch.manual_seed(1)
+    lora = get_peft_model(
+        base, LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION, task_type="CAUSAL_LM")
+    )
+    assert train(alone) == pytest.approx(train(lora), rel=MODEL)
+    with pytest.raises(ValueError, match=r"mixer_pattern\['v_proj'\]: .*'none', for no mixer"):
+        config(mixer_pattern={"v_proj": "kaimin"})
+
+
 def test_with_one_seed_lora_and_moslora_start_with_the_same_a() -> None:
     starts = []
     for cls in (MoSLoRAConfig, LoraConfig):

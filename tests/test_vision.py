@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gc
+import io
 import json
 import os
 import re
@@ -313,7 +314,10 @@ def test_a_dry_run_without_the_hub_says_so_and_looks_at_the_data_all_the_same(
 
 
 # arXiv:2406.11909: ranks and alphas of language model and vision tower.
-PUBLISHED = {"llava-llama3-8b": (64, 128, 64, 16, "none"), "llava-internlm2-qlora": (512, 256, 64, 16, "nf4")}
+PUBLISHED = {
+    "llava-llama3-8b": (64, 128, 64, 16, "none", 2e-5, True),
+    "llava-internlm2-qlora": (512, 256, 64, 16, "nf4", 2e-4, False),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -321,7 +325,7 @@ def test_the_papers_recipes_hold_its_settings_and_pass_a_dry_run_on_their_shape_
     name: str, world: Path, configured: Path
 ) -> None:
     file = Path(__file__).parents[1] / "recipes" / f"{name}.yaml"
-    language_r, language_alpha, vision_r, vision_alpha, quantization = PUBLISHED[name]
+    language_r, language_alpha, vision_r, vision_alpha, quantization, rate, vision_mixes = PUBLISHED[name]
     given = [
         str(file), f"model={configured}", f"data={world / 'train.json'}",
         f"data.heldout={world / 'heldout.json'}", "data.images=null",
@@ -329,7 +333,8 @@ def test_the_papers_recipes_hold_its_settings_and_pass_a_dry_run_on_their_shape_
     recipe: Any = load_recipe(given)
     trainer = recipe.trainer
     rows = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
-    assert (trainer["learning_rate"], trainer["num_train_epochs"], rows) == (2e-5, 1, 128)
+    assert (trainer["learning_rate"], trainer["num_train_epochs"], rows) == (rate, 1, 64)
+    assert (recipe.data.square, trainer["train_sampling_strategy"]) == ("pad", "group_by_length")
     assert recipe.model.quantization == quantization
     check(given, Display(quiet=True))
     task = VisionTask(recipe, Display(quiet=True), lambda: None)
@@ -339,12 +344,60 @@ def test_the_papers_recipes_hold_its_settings_and_pass_a_dry_run_on_their_shape_
     config: Any = task.adapter_config(model)
     adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
     found = {"language": set(), "vision": set()}  # type: ignore[var-annotated]
+    mixes = {"language": set(), "vision": set()}  # type: ignore[var-annotated]
     for module_name, module in adapted.named_modules():
         if hasattr(module, "moslora_A"):
             r, scale = module.r["default"], module.scaling["default"]
             found[scope_of(module_name)].add((r, scale * r))
+            mixes[scope_of(module_name)].add("default" not in module.frozen_peft_weight_names)
     assert found == {"language": {(language_r, language_alpha)}, "vision": {(vision_r, vision_alpha)}}
+    assert mixes == {"language": {True}, "vision": {vision_mixes}}
     assert config.modules_to_save == ["model.multi_modal_projector"]
+
+
+def test_what_the_processor_cuts_off_is_said_and_square_pictures_lose_nothing(
+    world: Path, tmp_path: Path
+) -> None:
+    """CLIP's processor keeps the middle; LLaVA was trained on pictures padded to a square with CLIP's mean color."""
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "wide.png")
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"image": "wide.png", "conversations": turns}] * 4
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = {}
+    for square in ("none", "pad", "crop"):
+        display = Display(io.StringIO())
+        given = ["task=vision", f"model={world / 'base'}", f"data={tmp_path / 'rows.json'}"]
+        given += [f"data.heldout={tmp_path / 'rows.json'}", f"data.square={square}", "data.images=null"]
+        recipe: Any = load_recipe(given)
+        task = VisionTask(recipe, display, lambda: None)
+        task.read()
+        task.prepare()
+        found[square] = (task.remarks, task.pictures.open("train", task.train_examples[0])[0])
+    said = "cuts a part off 1 of 1 pictures: (49|50)% of the area of all, (49|50)% of one of 40 × 20 pixels"
+    assert re.search(said, str(found["none"][0]))
+    assert found["pad"][0] == []
+    assert "50%" in str(found["crop"][0])
+    assert [found[s][1].size for s in ("none", "pad", "crop")] == [(40, 20), (40, 40), (20, 20)]
+    padded = found["pad"][1]
+    assert padded.getpixel((20, 20)) == (255, 0, 0)
+    assert padded.getpixel((20, 5)) == (122, 116, 104), "CLIP's mean color"
+
+
+def test_batches_of_similar_length_count_pictures(world: Path, tmp_path: Path) -> None:
+    recipe: Any = load_recipe(
+        [
+            "task=vision", f"model={world / 'base'}", f"data={world / 'train.json'}",
+            f"data.heldout={world / 'heldout.json'}", "trainer.train_sampling_strategy=group_by_length",
+            "trainer.max_steps=1", "trainer.report_to=none",
+        ]
+    )  # fmt: skip
+    task = VisionTask(recipe, Display(quiet=True), lambda: None)
+    task.read()
+    task.prepare()
+    model = task.load()
+    trainer = task.build_trainer(model, task.adapter_config(model), tmp_path, [])
+    assert type(trainer._get_train_sampler()).__name__ == "LengthGroupedSampler"
+    assert list(trainer.train_dataset["length"]) == [len(row.input_ids) for row in task.train_set]
 
 
 def test_shuffled_pictures_are_of_other_examples_and_never_the_same(world: Path, tmp_path: Path) -> None:

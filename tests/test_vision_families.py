@@ -20,6 +20,7 @@ from moslora.display import Display
 from moslora.errors import ModelError
 from moslora.models.names import resolve_model
 from moslora.recipe.loading import load_recipe
+from moslora.tasks.vision.cropping import kept_of
 from moslora.tasks.vision.processors import IMAGE, PROCESSOR_FAMILIES, load_processor, parts_of
 from moslora.tasks.vision.scopes import scope_of
 from moslora.tasks.vision.task import VisionTask
@@ -309,3 +310,12 @@ def test_what_a_family_of_one_question_cannot_learn_is_refused_by_place(
     (pictures / "odd.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=f"(?s){said}"):
         prepared("paligemma", bases, pictures, tmp_path, f"data={pictures / 'odd.json'}", setting)
+
+
+def test_only_the_families_that_cut_pictures_lose_a_part_of_them(bases: dict[str, Path]) -> None:
+    """Of these, CLIP's processor as LLaVA has it: it scales the short side, and keeps the middle."""
+    for family, folder in bases.items():
+        processor = load_processor(resolve_model(str(folder)), {})
+        kept = [kept_of(processor, *size) for size in ((32, 32), (64, 32), (32, 96))]
+        expected = [1, 1 / 2, 1 / 3] if family == "llava" else [1, 1, 1]
+        assert kept == pytest.approx(expected, abs=0.02), family

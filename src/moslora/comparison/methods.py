@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from moslora.adapters.formats.configuration import NO_MIXER
 from moslora.errors import UsageError
 from moslora.files import read_json, read_text
 from moslora.recipe.yaml_core import load_bounded
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Method", "find_method"]
 
 # Arguments of MoSLoRAConfig that LoRA has no name for.
-MIXER_ARGUMENTS = ("mixer", "train_mixer", "match_scale", "unlike_lora", "values_in_file")
+MIXER_ARGUMENTS = ("mixer", "train_mixer", "mixer_pattern", "match_scale", "unlike_lora", "values_in_file")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,12 @@ def _lora(**changes: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 def _moslora(**changes: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     def arguments(adapter: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: v for name, v in adapter.items() if name not in MIXER_ARGUMENTS} | changes
+        kept = {name: v for name, v in adapter.items() if name not in MIXER_ARGUMENTS} | changes
+        # A part that the recipe leaves without a mixer has none by any method.
+        without = {
+            key: name for key, name in (adapter.get("mixer_pattern") or {}).items() if name == NO_MIXER
+        }
+        return kept | ({"mixer_pattern": without} if without else {})
 
     return arguments
 

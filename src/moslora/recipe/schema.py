@@ -100,6 +100,11 @@ class VisionDataSection(DataSection):
     images: Name | None = None
     bad_images: Literal["refuse", "skip"] = "refuse"
     max_pixels: int = Field(default=50_000_000, ge=1)
+    square: Literal["none", "pad", "crop"] = "none"
+
+
+# A scope's own mixer; none is no mixer, as in LoRA.
+MixerName = Literal["none", "kaiming", "orthogonal", "gaussian", "identity", "two-subspace"]
 
 
 class _Scopes(_Section):
@@ -110,7 +115,7 @@ class _Scopes(_Section):
         for name in type(self).model_fields:
             part, _, what = name.rpartition("_")
             if (
-                what in ("r", "alpha")
+                what in ("r", "alpha", "mixer")
                 and getattr(self, name) is not None
                 and getattr(self, part) != "adapter"
             ):
@@ -130,6 +135,9 @@ class ScopesSection(_Scopes):
     vision_alpha: float | None = Field(default=None, gt=0)
     projector_r: int | None = Field(default=None, ge=1)
     projector_alpha: float | None = Field(default=None, gt=0)
+    language_mixer: MixerName | None = None
+    vision_mixer: MixerName | None = None
+    projector_mixer: MixerName | None = None
 
 
 class ImageModelSection(_Section):
@@ -147,7 +155,7 @@ class ImageTaskSection(_Section):
     kind: Literal["image"] = "image"
     prompts: list[Name] = []
     prompts_file: Name | None = None
-    published_prompts: Literal["none", "object", "live"] = "none"
+    published_prompts: Literal["none", "object", "live", "authors"] = "none"
     pictures_per_prompt: int = Field(default=1, ge=1)
     pictures_every: int | None = Field(default=None, ge=1)
     inference_steps: int = Field(default=25, ge=1)

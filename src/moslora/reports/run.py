@@ -109,6 +109,7 @@ def write_report(run_dir: Path, **fields: Any) -> Path:
         drawn_steps=len(section_of(section_of(record, "pictures"), "during")),
         shown_steps=SERIES,
         chance=chance_sentence(predictions),
+        remarks=[str(remark) for remark in record.get("remarks") or ()],
         count=count,
         answered=len(predictions),
         glance=_glance(record),

@@ -116,6 +116,8 @@ class Task(ABC):
         self.recipe = recipe
         self.display = display
         self.raise_if_stopped = raise_if_stopped
+        # What to know about the data before the numbers are believed; ``prepare`` sets it, and the report shows it.
+        self.remarks: list[str] = []
 
     @abstractmethod
     def read(self) -> None:

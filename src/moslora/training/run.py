@@ -349,6 +349,7 @@ def _stages(run: RunContext, task: Task) -> None:
         versions=collect_versions(),
         hardware=collect_hardware(),
         hashes=_hashes(task, run.mix),
+        remarks=task.remarks,
         base={
             "name": run.recipe.model.name,
             "path": str(task.base.path),

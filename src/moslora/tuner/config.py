@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import re
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any, Optional, Union
 from peft import EvaConfig, LoftQConfig
 from peft.config import PeftConfig
 from peft.tuners.lora.config import LoraRuntimeConfig
+from peft.utils.other import get_pattern_key
 from torch import Generator, Tensor
 
-from moslora.adapters.formats.configuration import subtracts_start
+from moslora.adapters.formats.configuration import NO_MIXER, subtracts_start
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 from moslora.errors import UsageError
 from moslora.terminal import warn
@@ -57,6 +59,8 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             tensor``. Such a configuration, and what is saved of it, says ``"custom"``: the values are in the
             adapter's file once it is trained, and what they started from is not kept.
         train_mixer: Whether M is learned. None means yes, except for ``"two-subspace"``.
+        mixer_pattern: Mixers of modules that differ, by name or regular expression: a name as for ``mixer``, or
+            ``"none"`` for a module without a mixer, which trains as LoRA's does.
         match_scale: Rescale the initial M so that ‖M·A‖ equals ‖A‖, as LoRA's would be. A kaiming mixer
             otherwise starts at about 0.58 of it.
         init_lora_weights: True: A kaiming-uniform and B zero. ``"gaussian"``: A normal with standard
@@ -128,6 +132,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     fan_in_fan_out: bool = field(default=False)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    mixer_pattern: dict[str, str] = field(default_factory=dict)
     layers_to_transform: Optional[Union[list[int], int]] = field(default=None)  # noqa: UP007, UP045
     layers_pattern: Optional[Union[list[str], str]] = field(default=None)  # noqa: UP007, UP045
     modules_to_save: Optional[list[str]] = field(default=None)  # noqa: UP045
@@ -168,6 +173,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             self.runtime_config = LoraRuntimeConfig()  # PEFT's from_pretrained writes into it
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self.mixer_pattern = self.mixer_pattern or {}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -296,6 +302,26 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             "without its mixers. Fold it first: moslora export ADAPTER OUT --to lora."
         )
 
+    def of_module(self, module: str) -> MoSLoRAConfig:
+        """Return the configuration of one module, whose mixer may be another.
+
+        Args:
+            module: Its path in the base model.
+
+        Returns:
+            This configuration, or a copy with the module's own mixer.
+        """
+        key = get_pattern_key(self.mixer_pattern.keys(), module)
+        name = self.mixer_pattern.get(key)
+        if name is None:
+            return self
+        own = copy.copy(self)
+        own._given_mixer = None
+        own.mixer = "identity" if name == NO_MIXER else name
+        own.train_mixer = name != NO_MIXER and find_mixer(name).learned and self.train_mixer is not False
+        own.match_scale = self.match_scale and name != NO_MIXER
+        return own
+
     @property
     def starts_from_components(self) -> bool:
         """Whether A, M and B start as principal components of the base weight, or of what quantization took from it."""
@@ -341,6 +367,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         return None if self.mixer == CUSTOM else initial_mixer(str(self.mixer), r, generator)
 
     def _check(self) -> None:
+        self._check_mixer_pattern()
         for place, rank in [
             ("r", self.r),
             *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
@@ -388,6 +415,19 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             raise UsageError("layers_pattern cannot be used when target_modules is a string.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UsageError("layers_pattern needs layers_to_transform: it says where their indices stand.")
+
+    def _check_mixer_pattern(self) -> None:
+        for key, name in self.mixer_pattern.items():
+            if name != NO_MIXER:
+                try:
+                    find_mixer(name)
+                except (TypeError, ValueError) as error:
+                    raise UsageError(f"mixer_pattern[{key!r}]: {error} Or 'none', for no mixer.") from error
+        if self.mixer_pattern and self.starts_from_components:
+            raise UsageError(
+                f"init_lora_weights={self.init_lora_weights!r} makes M singular values, so mixer_pattern has no "
+                "meaning with it. Leave it out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON can hold it: sets sorted, refused arguments left out."""

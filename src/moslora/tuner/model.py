@@ -84,8 +84,9 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
         lora_alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
         # A module of which several parameters are adapted has a layer around it for each.
         is_around_another = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
+        own = config.of_module(current_key)
         if isinstance(target, MoSLoRALayer) and not is_around_another:
-            target.update_layer(adapter_name, r, lora_alpha, config)
+            target.update_layer(adapter_name, r, lora_alpha, own)
             self._tie(config, adapter_name, current_key, target)
             self._keep_why_unlike_lora(config, current_key, target)
             return
@@ -108,7 +109,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
             )
         if isinstance(target, Conv1D):
             config.fan_in_fan_out = True  # for readers of the configuration; the layer does not need it
-        new_module = layer_class(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
+        new_module = layer_class(target, adapter_name, config=own, r=r, lora_alpha=lora_alpha, **kwargs)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained until it is chosen
         self._replace_module(parent, target_name, new_module, target)

@@ -19,6 +19,7 @@ __all__ = [
     "BOTH",
     "LORA",
     "MOSLORA",
+    "NO_MIXER",
     "SHARED",
     "TASK_TYPES",
     "Field",
@@ -124,9 +125,13 @@ LORA: dict[str, Field] = BOTH | {
     "kasa_config": Field(since="0.21"),
 }
 
+# What mixer_pattern says of a module without a mixer, whose M stays the identity.
+NO_MIXER = "none"
+
 MOSLORA: dict[str, Field] = BOTH | {
     "peft_type": Field("MOSLORA"),
     "mixer": Field("kaiming"),
+    "mixer_pattern": Field({}),
     "train_mixer": Field(),
     "match_scale": Field(False),
     "unlike_lora": Field({}),
@@ -184,7 +189,7 @@ def moslora_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise AdapterError(f"The adapter's configuration has no native form: {unknown[0]} is unknown there.")
     config = _filled(MOSLORA, values)
-    config.update({name: config[name] or {} for name in ("rank_pattern", "alpha_pattern")})
+    config.update({name: config[name] or {} for name in ("rank_pattern", "alpha_pattern", "mixer_pattern")})
     fault = _fault(config)
     if fault:
         raise AdapterError(f"The adapter's configuration has no native form: {fault}")
@@ -208,6 +213,9 @@ def _fault(config: Mapping[str, Any]) -> str:
     try:
         if config["mixer"] != CUSTOM:
             find_mixer(config["mixer"])
+        for name in config["mixer_pattern"].values():
+            if name != NO_MIXER:
+                find_mixer(name)
     except (TypeError, ValueError) as error:
         return str(error)
     ranks = {"r": config["r"]}

@@ -37,7 +37,7 @@ EMBEDDING_PARTS = {"moslora_embedding_A": "A", "moslora_embedding_M": "M", "mosl
 STARTS = {"moslora_start_A": "start A", "moslora_start_M": "start M", "moslora_start_B": "start B"}
 # What the mixers started as, beside the adapter that they became; a file of its own, which no loader looks for.
 START = "moslora_start.safetensors"
-OWN = ("mixer", "train_mixer", "match_scale", "unlike_lora")
+OWN = ("mixer", "train_mixer", "mixer_pattern", "match_scale", "unlike_lora")
 
 
 def read(folder: Path) -> Adapter:

@@ -22,6 +22,7 @@ from moslora.evaluation.benchmarks.prompts import question_of_item
 from moslora.evaluation.benchmarks.table import Benchmark
 from moslora.evaluation.benchmarks.tsv import BenchmarkFile, Item
 from moslora.files import write_text
+from moslora.tasks.vision.cropping import make_square, mean_color
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,6 +110,7 @@ class Asker:
         device: Where the model is.
         display: Where progress is shown.
         max_pixels: Most pixels that a picture may have.
+        square: As for ``cropping.make_square``.
         prompt: One of ``prompts.PROMPTS``.
         letters: Whether the likeliest option is taken, instead of what the model writes.
         batch: Items at once; halved when memory does not suffice.
@@ -120,6 +122,7 @@ class Asker:
     device: str
     display: Display
     max_pixels: int
+    square: str
     prompt: str
     letters: bool = False
     batch: int = BATCH
@@ -208,7 +211,9 @@ class Asker:
         rows: list[Encoded] = []
         images: list[Any] = []
         for item, other in pairs:
-            pictures = file.pictures(other, self.max_pixels)
+            color = mean_color(self.encoder.processor)
+            opened = file.pictures(other, self.max_pixels)
+            pictures = [make_square(picture, self.square, color) for picture in opened]
             rows.append(self.encoder.encode_question(self._example(benchmark, item, "A"), pictures))
             images += pictures
         return rows, images

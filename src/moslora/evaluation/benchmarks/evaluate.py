@@ -262,6 +262,7 @@ def _load(
         task.device,
         display,
         recipe.data.max_pixels,
+        recipe.data.square,
         prompt,
         letters=wanted.protocol == "letter",
     )
@@ -277,6 +278,7 @@ def _load(
         "model": task.base_model.fingerprint(),
         "adapter": None if adapter is None else _hash_of(adapter),
         "prompt": prompt,
+        "square": recipe.data.square,
         "protocol": wanted.protocol,
         "exchanged": wanted.exchange,
         "rules": RULES_VERSION,

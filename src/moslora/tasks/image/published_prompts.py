@@ -1,7 +1,9 @@
 """The 25 prompts that DreamBooth's subjects are judged by, for things and for animals.
 
 Source: ``dataset/prompts_and_classes.txt`` of github.com/google/dreambooth, with arXiv:2208.12242; CC BY 4.0.
-The first place is the subject's token, the second its class.
+The first place is the subject's token, the second its class. The authors of MoSLoRA draw with the endings for things
+in other words, whatever the subject (``subject_driven_generation/infer.py`` of github.com/wutaiqiang/MoSLoRA), one
+picture each in 50 steps.
 """
 
 from __future__ import annotations
@@ -53,3 +55,6 @@ DREAMBOOTH_PROMPTS: dict[str, tuple[str, ...]] = {
         *_CHANGED,
     ),
 }
+DREAMBOOTH_PROMPTS["authors"] = tuple(
+    template.replace("a ", "A picture of a ", 1) for template in DREAMBOOTH_PROMPTS["object"]
+)

@@ -13,6 +13,7 @@ from moslora.data.files import Records, read_records
 from moslora.data.pictures import open_image
 from moslora.data.shapes import Example, to_examples
 from moslora.errors import DataError, PictureError
+from moslora.tasks.vision.cropping import make_square
 from moslora.tasks.vision.processors import IMAGE
 
 if TYPE_CHECKING:
@@ -36,12 +37,17 @@ class PictureFiles:
     Attributes:
         paths: Files by part of the data and place, such as ``"heldout row 3"``.
         hashes: SHA-256 by file.
+        sizes: Width and height in pixels by file.
+        square: What is done to a picture before the model's processor gets it, and the color to pad with; set once
+            the processor is loaded.
     """
 
     def __init__(self, max_pixels: int) -> None:
         self.max_pixels = max_pixels
         self.paths: dict[str, list[Path]] = {}
         self.hashes: dict[str, str] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.square: tuple[str, tuple[int, int, int]] = ("none", (0, 0, 0))
 
     def add(self, part: str, place: str, paths: Sequence[Path]) -> None:
         """Check and hash an example's pictures.
@@ -55,8 +61,9 @@ class PictureFiles:
             PictureError: If one cannot be used.
         """
         for path in paths:
-            open_image(path, self.max_pixels)
+            picture = open_image(path, self.max_pixels)
             if str(path) not in self.hashes:
+                self.sizes[str(path)] = picture.size
                 self.hashes[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         self.paths[f"{part} {place}"] = list(paths)
 
@@ -90,9 +97,10 @@ class PictureFiles:
             PictureError: If one can no longer be read.
         """
         try:
-            return [open_image(path, self.max_pixels) for path in self.of(part, example)]
+            pictures = [open_image(path, self.max_pixels) for path in self.of(part, example)]
         except PictureError as problem:
             raise PictureError(f"{example.place}: {problem}") from None
+        return [make_square(picture, *self.square) for picture in pictures]
 
     def sha256(self) -> str:
         """Return a hash of all pictures so far, whatever their order."""

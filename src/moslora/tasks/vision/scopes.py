@@ -70,17 +70,21 @@ def scoped_arguments(
         arguments["modules_to_save"] = [*(arguments.get("modules_to_save") or []), *projector]
     if not targets:
         raise UsageError("scopes adapts no module; set one of language, vision, projector=adapter.")
-    own = {
-        key: list(arguments.get(f"{name}_pattern") or {}) for key, name in (("r", "rank"), ("alpha", "alpha"))
-    }
-    ranks, alphas = dict(arguments.pop("rank_pattern", {})), dict(arguments.pop("alpha_pattern", {}))
+    names = {"r": "rank_pattern", "alpha": "alpha_pattern", "mixer": "mixer_pattern"}
+    own = {key: list(arguments.get(name) or {}) for key, name in names.items()}
+    ranks, alphas, mixers = (dict(arguments.pop(name, None) or {}) for name in names.values())
     for target in targets:
-        for key, patterns in (("r", ranks), ("alpha", alphas)):
+        for key, patterns in (("r", ranks), ("alpha", alphas), ("mixer", mixers)):
             value = getattr(scopes, f"{scope_of(target)}_{key}")
             # Of two keys that fit one module the order decides, and saving sorts them.
             if value is not None and get_pattern_key(own[key], target) not in own[key]:
                 patterns.setdefault(f"^{re.escape(target)}", value)
-    return {**arguments, "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas}
+    patterns = {
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        **({"mixer_pattern": mixers} if mixers else {}),
+    }
+    return {**arguments, "target_modules": targets, **patterns}
 
 
 def _projector_of(model: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ Every example is encoded once to be checked, and again when a batch needs it: on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from moslora.tasks.language import LanguageTask, judge_answer, show_data
 from moslora.tasks.task import Answer
 from moslora.tasks.text.generation import Generation, generate
 from moslora.tasks.text.loss import Batch
+from moslora.tasks.vision.cropping import mean_color, measure_kept
 from moslora.tasks.vision.encoding import EncodedRows, PictureEncoder, encode_rows
 from moslora.tasks.vision.processors import PROCESSOR_FAMILIES, load_processor
 from moslora.tasks.vision.reading import PictureFiles, read_examples
@@ -127,6 +129,8 @@ class VisionTask(LanguageTask):
         limit = resolve_trainer_arguments(recipe, self.device)["max_length"]
         self.encoder = self.make_encoder(limit)
         self.tokenizer = self.encoder.tokenizer
+        self.pictures.square = (recipe.data.square, mean_color(self.encoder.processor))
+        self._measure_kept()
         if not self.measures_only:
             self.train_set, self.train_summary = self._encode("train", self.train_examples)
         self.heldout_set, self.heldout_summary = self._encode("heldout", self.heldout_examples)
@@ -139,6 +143,15 @@ class VisionTask(LanguageTask):
             pieces = preview(self.train_set[0], self.tokenizer, MOST)
             shortened = ((self.encoder.shorten(piece), trained) for piece, trained in pieces)
             show_data(self.display, self.train_summary, self.heldout_summary, shortened)
+        for remark in self.remarks:
+            self.display.warn(f"Pictures: {remark}.")
+
+    def _measure_kept(self) -> None:
+        """Note how much of the pictures the processor cuts off."""
+        kept = measure_kept(
+            self.encoder.processor, Counter(self.pictures.sizes.values()), self.recipe.data.square
+        )
+        self.remarks = [kept.sentence()] if kept is not None and kept.cut else []
 
     def make_encoder(self, max_length: int | None) -> PictureEncoder:
         """Load the processor, and check that its family is supported.
