@@ -29,6 +29,7 @@ EXPRESSIONS: dict[str, str] = {
     "exclude_modules": r"(?:{})\Z",
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
+    "mixer_pattern": r"(.*\.)?({})$",
     "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
     "modules_to_save": r"(^|.*\.){}($|\..*)",
 }

@@ -29,7 +29,7 @@ HEADS_BY_TASK = {
 }
 # What PEFT writes for an adapter that adapts nothing by its names.
 DUMMY = "dummy-target-modules"
-PATTERNS = ("rank_pattern", "alpha_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern", "mixer_pattern")
 
 
 class UnfitSettingWarning(UserWarning):
@@ -69,11 +69,10 @@ class _Names:
         for name in (
             "target_modules",
             "target_parameters",
-            "rank_pattern",
-            "alpha_pattern",
+            *PATTERNS,
             "exclude_modules",
         ):
-            setattr(self.config, name, copy.copy(getattr(config, name)))
+            setattr(self.config, name, copy.copy(getattr(config, name, None)))
         self.written = _listed(config.target_modules)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type is not None:
@@ -344,7 +343,7 @@ def settle_overlaps(config: Any, model: nn.Module) -> dict[str, list[str]]:
     Returns:
         By setting the keys that overlap with different values; empty if none do.
     """
-    settings = [setting for setting in PATTERNS if len(getattr(config, setting) or {}) > 1]
+    settings = [setting for setting in PATTERNS if len(getattr(config, setting, None) or {}) > 1]
     names = _Names(config, model) if settings else None
     found: dict[str, list[str]] = {}
     for setting in settings:
