@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import benchmark_files
 import tiny_vision
+from moslora.cli import app
 from moslora.display import Display
 from moslora.distributed import Team
 from moslora.errors import DataError, ExistsError, UsageError
@@ -390,3 +392,27 @@ def test_nothing_of_the_file_is_changed(world, tmp_path):
     before = {path.name: path.read_bytes() for path in copy.glob("*.tsv")}
     judged(copy, tmp_path / "out", "MMStar", adapter=False)
     assert {path.name: path.read_bytes() for path in copy.glob("*.tsv")} == before
+
+
+def test_the_command_takes_several_files_and_says_where_everything_is(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [str(world / f"{name}.tsv") for name in ("MMStar", "MME")]
+    words = ["evaluate", str(world / "base"), "--adapter", str(world / "adapter"), "--limit", "2"]
+    found = CliRunner().invoke(app, [*words, "--benchmark", *files])
+    assert found.exit_code == 0, found.output
+    text = " ".join(found.output.split())
+    assert "MMStar" in text and "MME, of 2800" in text and "difference (95 %)" in text
+    assert len(list((tmp_path / "runs").glob("benchmarks-base-*/report.html"))) == 1
+    again = CliRunner().invoke(app, [*words, "--benchmark", ",".join(files), "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["results"][0]["name"] == "MMStar"
+    for more, message in {
+        ("--as", "choice"): "--as names one file",
+        ("--protocol", "letters"): "choose from published, letter",
+        ("--data", "x.jsonl"): "data is not for benchmarks",
+        ("--prompt", "mine"): "choose from llava, kit",
+    }.items():
+        refused = CliRunner().invoke(app, [*words, "--benchmark", *files, *more])
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output
+    alone = CliRunner().invoke(app, [*words, "--prompt", "kit"])
+    assert alone.exit_code == 2 and "are for benchmarks" in " ".join(alone.output.split())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moslora.api.benchmarking import evaluate_on_benchmarks, listed
 from moslora.api.calling import command_or
 from moslora.api.objects import as_metrics, as_rows, check_model, take_objects
 from moslora.comparison.compare import compare as run_comparison
@@ -17,6 +18,7 @@ from moslora.comparison.verdict import Verdict
 from moslora.data.writing import write_rows
 from moslora.display import Display, Printable, find_display
 from moslora.errors import UsageError
+from moslora.evaluation.benchmarks.results import BenchmarkReport
 from moslora.evaluation.evaluate import evaluate as evaluate_model
 from moslora.evaluation.judge import Subject
 from moslora.evaluation.results import Report
@@ -43,14 +45,19 @@ def evaluate(
     recipe: RecipeSource = None,
     metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
     tasks: Sequence[str] = (),
-    protocol: str = "answer-text",
+    protocol: str | None = None,
     lm_eval: Sequence[str] = (),
+    benchmark: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    benchmark_as: str | None = None,
+    prompt: str | None = None,
+    exchange: bool = True,
+    out: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
     settings: Sequence[str] = (),
     progress: str | Display | None = None,
     **sections: Any,
-) -> Report:
+) -> Report | BenchmarkReport:
     """Evaluate a base model, and an adapter on it, on the same items, with intervals.
 
     First the adapter is proven to be active: logits with and without it must differ.
@@ -65,16 +72,25 @@ def evaluate(
         recipe: Whose held-out data and metric are used; as for ``train``.
         metrics: By name, functions ``(answer, reference) -> bool or float`` of answers to your own data.
         tasks: Commonsense tasks, or ``["commonsense"]`` for all eight.
-        protocol: For tasks: ``"answer-text"``, ``"label"``, ``"published"``, or several separated by commas.
+        protocol: For tasks: ``"answer-text"`` (the default), ``"label"``, ``"published"``, or several separated by
+            commas; for benchmarks ``"published"`` (the default) or ``"letter"``.
         lm_eval: Tasks of EleutherAI's lm-eval, by name or as paths of their YAML files.
-        limit: Maximum number of items of each task.
+        benchmark: TSV files of vision-language benchmarks, as VLMEvalKit publishes them; see
+            docs/picture-benchmarks.md.
+        benchmark_as: Which benchmark the file is, where neither its checksum nor its name tells.
+        prompt: For benchmarks: ``"llava"`` or ``"kit"``; None takes that of the model's family.
+        exchange: For benchmarks: whether every item is asked about another item's pictures, too.
+        out: For benchmarks: the folder of answers, scores and page; None for ``runs/benchmarks-MODEL-ADAPTER``. The
+            same call continues there after an interruption.
+        limit: Maximum number of items of each task or benchmark.
         predictions: A JSON Lines file to write every item to; must not exist yet.
         settings: Over all of it, ``section.key=value`` as on the command line.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
         **sections: Sections over the recipe's, such as ``task={"metric": "json"}``.
 
     Returns:
-        The report: ``report["loss"]`` is a measure with ``base``, ``tuned``, ``difference`` and its interval.
+        The report: ``report["loss"]`` is a measure with ``base``, ``tuned``, ``difference`` and its interval; for
+        benchmarks ``report["MME"].figures[0]`` likewise.
 
     Raises:
         RecipeError, DataError, ModelError, UsageError: If something cannot be used.
@@ -98,7 +114,32 @@ def evaluate(
     if (tasks or lm_eval) and isinstance(tokenizer, str | os.PathLike):
         loaded = load_tokenizer(processor_source(os.fspath(tokenizer)))
         subject = dataclasses.replace(subject, tokenizer=loaded)
+    files = listed(benchmark)
+    if files:
+        _refuse_beside_benchmarks(
+            tasks=tasks, lm_eval=lm_eval, data=data, metrics=metrics, predictions=predictions
+        )
+    elif benchmark_as is not None or prompt is not None or out is not None:
+        raise UsageError(
+            "benchmark_as (--as), prompt and out are for benchmarks; give the files with benchmark."
+        )
     with borrowed(subject.model), scratch("moslora-evaluation") as folder:
+        if files:
+            return evaluate_on_benchmarks(
+                subject,
+                files,
+                display,
+                options["adapter"],
+                recipe,
+                _own_layers(subject, tokenizer, None, sections, folder),
+                settings,
+                out,
+                benchmark_as,
+                limit,
+                prompt,
+                protocol,
+                exchange,
+            )
         if tasks or lm_eval or (recipe is None and data is None and "data" not in sections):
             if data is not None and not isinstance(data, str | os.PathLike):
                 raise UsageError(
@@ -108,7 +149,7 @@ def evaluate(
                 subject,
                 display,
                 tasks=[tasks] if isinstance(tasks, str) else list(tasks),
-                protocol=protocol,
+                protocol=protocol or "answer-text",
                 harness=[lm_eval] if isinstance(lm_eval, str) else [os.fspath(name) for name in lm_eval],
                 data=None if data is None else os.fspath(data),
                 # These tasks would ignore them, so they are refused.
@@ -118,6 +159,15 @@ def evaluate(
         layers = _own_layers(subject, tokenizer, data, sections, folder)
         built = build_recipe(recipe, *layers, settings=settings)
         return evaluate_model(subject, display, recipe=built, **options)
+
+
+def _refuse_beside_benchmarks(**given: Any) -> None:
+    """Refuse what is about other evaluations, and would be ignored."""
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, list | tuple) and not value):
+            raise UsageError(
+                f"{name} is not for benchmarks, which bring their own questions and rules; leave it out."
+            )
 
 
 def _subject(model: Any, tokenizer: Any) -> Subject:

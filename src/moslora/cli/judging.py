@@ -12,6 +12,7 @@ from moslora.cli.options import Debug, Json
 from moslora.cli.parsing import names_in, numbers_in, split_arguments
 from moslora.cli.running import print_result, quick_import, run_verb
 from moslora.display import Display
+from moslora.distributed import in_main_process
 
 
 def compare(
@@ -120,12 +121,37 @@ def evaluate(
     ] = "",
     protocol: Annotated[
         str,
-        typer.Option(help="For tasks: [bold]answer-text[/], [bold]label[/], [bold]published[/], or several."),
-    ] = "answer-text",
+        typer.Option(
+            help="For tasks: [bold]answer-text[/], [bold]label[/], [bold]published[/], or several; for benchmarks "
+            "[bold]published[/] or [bold]letter[/]."
+        ),
+    ] = "",
     lm_eval: Annotated[
         str,
         typer.Option(help="Tasks of EleutherAI's lm-eval separated by commas, or paths of its YAML files."),
     ] = "",
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.tsv...",
+            help="Vision-language benchmarks in VLMEvalKit's TSV files; several, also separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
+    benchmark_as: Annotated[
+        str | None, typer.Option("--as", help="Which benchmark the file is, where it cannot be told.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="For benchmarks: [bold]llava[/] or [bold]kit[/]; that of the model's family."),
+    ] = None,
+    exchange: Annotated[
+        bool, typer.Option(help="For benchmarks: ask every item about another item's pictures, too.")
+    ] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="For benchmarks: folder of answers, scores and page; continued if there."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum number of items of each task.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="JSON Lines file to write every item to.")] = None,
     as_json: Json = False,
@@ -138,6 +164,7 @@ def evaluate(
     [bold]moslora evaluate my-model --adapter my-lora --task ARC-Easy,boolq --data commonsense --protocol published[/]
     [bold]moslora evaluate my-model --adapter my-lora --lm-eval arc_easy,gsm8k --limit 200[/]
     [bold]moslora evaluate my-llava --adapter my-lora --recipe recipes/shapes-vision.yaml[/]
+    [bold]moslora evaluate my-llava --adapter my-lora --benchmark MMBench_DEV_EN.tsv MME.tsv[/]
 
     First the adapter is proven to be active: logits with and without it must differ. An all-zero adapter is reported;
     one that does not change the logits is an error (exit code 1).
@@ -148,24 +175,32 @@ def evaluate(
             from moslora.api.judging import evaluate as evaluate_model
 
         display = Display(sys.stderr if as_json else sys.stdout)
+        words = settings or []
+        files = [word for word in words if benchmark and "=" not in word]  # --benchmark A.tsv B.tsv
         report = evaluate_model(
             model,
             data=data,
             adapter=adapter,
             recipe=recipe,
             tasks=names_in(task),
-            protocol=protocol,
+            protocol=protocol or None,
             lm_eval=names_in(lm_eval),
+            benchmark=[*(benchmark or []), *files],
+            benchmark_as=benchmark_as,
+            prompt=prompt,
+            exchange=exchange,
+            out=out,
             limit=limit,
             predictions=predictions,
-            settings=settings or (),
+            settings=[word for word in words if word not in files],
             progress=display,
         )
-        print_result(report, as_json)
+        if in_main_process():
+            print_result(report, as_json)
         if predictions is not None:
             display.say(f"Wrote {predictions}.")
 
-    run_verb(action, debug)
+    run_verb(action, debug, together=bool(benchmark))
 
 
 def report(

@@ -147,6 +147,8 @@ class Asker:
             raise_if_stopped: Called after each batch.
         """
         left = [item for item in items if item.index not in answers.by_index]
+        if not left:
+            return
         with self.display.progress(f"{benchmark.name}, answers", len(items)) as progress:
             progress.advance(len(items) - len(left))
             while left:

@@ -183,7 +183,7 @@ def _report(
         subject.name, None if adapter is None else str(adapter), wanted.out, activity, results
     )
     _write_page(report, chosen, recipe.data.max_pixels)
-    write_text(wanted.out / "report.json", json.dumps(_plain(report), indent=2, ensure_ascii=False) + "\n")
+    write_text(wanted.out / "report.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return report
 
 
@@ -381,10 +381,3 @@ def _item_line(
             row = grades.get(column, {}).get(item.index)
             line |= {} if row is None else {f"{column}_grade": row.grade, f"{column}_found": row.found}
     return line
-
-
-def _plain(report: BenchmarkReport) -> dict[str, Any]:
-    found = dataclasses.asdict(report)
-    for result in found["results"]:
-        del result["items_table"]  # it is answers.jsonl with grades, and the page's
-    return {**found, "path": str(report.path)}

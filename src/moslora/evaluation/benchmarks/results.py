@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,13 @@ class BenchmarkReport(Printable):
             if result.name == name:
                 return result
         raise KeyError(f"{name!r} was not asked; there are {', '.join(r.name for r in self.results)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``report.json`` has: all but the single items, which are in ``answers.jsonl``."""
+        results = [dataclasses.asdict(dataclasses.replace(result, items_table=())) for result in self.results]
+        own = {"model": self.model, "adapter": self.adapter, "path": str(self.path)}
+        activity = None if self.activity is None else dataclasses.asdict(self.activity)
+        return {**own, "activity": activity, "results": results}
 
     def show(self, display: Display) -> None:
         """Write a table per benchmark, and what to know about it."""
