@@ -24,7 +24,8 @@ from moslora.data.tokenization import Encoder
 from moslora.data.writing import write_rows
 from moslora.errors import AdapterError, DataError, EncodingError, PictureError, RecipeError, UsageError
 from moslora.evaluation.lm_eval_harness import _task_of
-from moslora.files import read_header, read_json
+from moslora.files import read_json
+from moslora.headers import read_header
 from moslora.patterns import check_patterns
 from moslora.recipe.building import build_recipe
 from moslora.recipe.loading import load_recipe

@@ -24,6 +24,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "errors": (0, set()),
     "wording": (0, set()),
     "files": (0, set()),
+    "headers": (0, set()),
     "patterns": (0, set()),
     "versions": (0, set()),
     "distributed": (0, set()),

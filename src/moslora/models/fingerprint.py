@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moslora.errors import ModelError
-from moslora.files import read_header, sha256
+from moslora.files import sha256
+from moslora.headers import read_header
 from moslora.models.names import ModelSource
 
 __all__ = ["HASH_LIMIT", "fingerprint", "header_sha256", "hub_commit"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import ModelError
-from moslora.files import read_header
+from moslora.headers import read_header
 from moslora.models.gguf import materialize
 from moslora.models.names import ModelSource, read_json, resolve_model
 

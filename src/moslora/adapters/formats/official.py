@@ -26,7 +26,7 @@ from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensor
 from moslora.adapters.formats.layout import group_factors
 from moslora.adapters.formats.tensors import check_tensors
 from moslora.errors import AdapterError
-from moslora.files import read_header
+from moslora.headers import read_header
 
 __all__ = ["WARNING", "carries_mixer", "check_mixers", "read"]
 

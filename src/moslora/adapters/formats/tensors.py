@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moslora.errors import AdapterError
-from moslora.files import Header, read_header
+from moslora.headers import Header, read_header
 
 __all__ = ["check_tensors", "load_tensors", "read_whole_header", "save_tensors"]
 
