@@ -22,10 +22,19 @@ from moslora.data.preview import preview
 from moslora.data.shapes import Example, Message, to_examples
 from moslora.data.tokenization import Encoder
 from moslora.data.writing import write_rows
-from moslora.errors import AdapterError, DataError, EncodingError, PictureError, RecipeError, UsageError
+from moslora.errors import (
+    AdapterError,
+    DataError,
+    EncodingError,
+    ModelError,
+    PictureError,
+    RecipeError,
+    UsageError,
+)
 from moslora.evaluation.lm_eval_harness import _task_of
 from moslora.files import read_json
 from moslora.headers import read_header
+from moslora.models.names import resolve_model
 from moslora.patterns import check_patterns
 from moslora.recipe.building import build_recipe
 from moslora.recipe.loading import load_recipe
@@ -315,6 +324,8 @@ def test_pipes_devices_and_folders_in_place_of_files_are_refused_at_once(tmp_pat
             (folder / name).symlink_to(path)
             refuse_adapter(folder)
         refuse_adapter(path)
+        with pytest.raises(ModelError, match=f"is {kind}, not a model"):
+            resolve_model(str(path))
     with pytest.raises(RecipeError, match="is a device, not a recipe"):
         load_recipe([str(tmp_path / "b.jsonl")])
 

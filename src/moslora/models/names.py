@@ -157,6 +157,9 @@ def not_found_message(name: str, path: Path) -> str:
         name: As the user wrote it.
         path: The same as a path.
     """
+    kind = files.kind_of_file(path)
+    if kind not in ("", "missing", "a folder"):
+        return f"{name} is {kind}, not a model. Give a folder, a .gguf file or a hub id."
     bare = "/" not in name and "\\" not in name and path.suffix != ".gguf"
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(name if bare else path.name, [*siblings, *(PACKAGED if bare else ())])
