@@ -176,6 +176,7 @@ def test_patterns_are_tried_wherever_an_adapter_meets_names(monkeypatch, tmp_pat
     from moslora import MoSLoRAConfig
     from moslora.adapters.formats.reading import read_adapter
     from moslora.evaluation.active import with_adapter
+    from moslora.tuner.matching import find_misfits
 
     monkeypatch.setattr(patterns, "MOST_SECONDS", 0.2)
     bad, name = {r"(a|aa)+b": 8}, "a" * 60
@@ -185,6 +186,8 @@ def test_patterns_are_tried_wherever_an_adapter_meets_names(monkeypatch, tmp_pat
 
     with pytest.raises(UsageError, match="rank_pattern has the regular expression"):
         get_peft_model(base(), MoSLoRAConfig(r=2, target_modules=[name], rank_pattern=bad))
+    with pytest.raises(UsageError, match="rank_pattern has the regular expression"):
+        find_misfits(MoSLoRAConfig(r=2, target_modules=[name], rank_pattern=bad), base())
     for number, config in enumerate((MoSLoRAConfig, LoraConfig)):
         place = tmp_path / str(number)
         get_peft_model(base(), config(r=2, target_modules=[name])).save_pretrained(place)

@@ -110,7 +110,7 @@ def test_a_column_may_have_dots_in_its_own_name():
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ({"type": "image", "image": "b.png"}, r"\[0\]\.image' would be ignored.*\[messages\.content\.image\]"),
+        ({"type": "image", "crop": [1]}, r"\[0\]\.crop' would be ignored.*\[messages\.content\.crop\]"),
         ({"type": "image", "index": 3}, r"content\[0\]\.index' would be ignored"),
         ({"type": "text", "text": "a", "cache": {"x": 1}}, r"data\.ignore=\[messages\.content\.cache\]"),
         ({"type": "text", "text": None}, r"content\[0\]\.text' is not text"),

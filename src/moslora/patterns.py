@@ -87,7 +87,8 @@ def check_patterns(
         )
     names = list(dict.fromkeys(names))
     is_long = any(len(name) > LONG for name in names)
-    slow = [(argument, text) for argument, text in arguments if _may_be_slow(text, is_long)]
+    # What is no expression at all is refused where it is read.
+    slow = [(a, text) for a, text in arguments if _may_be_slow(text, is_long) and compile_fault(text) is None]
     if not slow or not names:
         return
     patterns = [EXPRESSIONS[argument].replace("{}", text) for argument, text in slow]

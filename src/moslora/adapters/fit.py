@@ -21,6 +21,7 @@ from moslora.errors import AdapterError, ModelError
 from moslora.models.module_names import ModuleNames, NamedTensor, read_names
 from moslora.models.names import read_json, resolve_model
 from moslora.models.shards import StoredWeights, open_weights
+from moslora.patterns import check_patterns
 from moslora.wording import nearest
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _hold(adapter: Adapter, names: ModuleNames, base: str, weights: StoredWeights | None) -> Fit:
+    check_patterns(adapter.config, names.modules, "Its configuration", AdapterError)
     adapter = _as_in_file(adapter, names)
     paths, on_disk = _paths(adapter, names, weights)
     taken: dict[str, str] = {}

@@ -17,6 +17,7 @@ from torch import nn
 from moslora.adapters.factors import exact_pattern
 from moslora.compat.targets import expand_targets, is_target
 from moslora.compat.transformers import convert_targets
+from moslora.patterns import check_patterns
 from moslora.wording import did_you_mean
 
 __all__ = ["Misfit", "UnfitSettingWarning", "find_misfits", "settle_overlaps"]
@@ -122,6 +123,7 @@ def find_misfits(config: Any, model: nn.Module) -> list[Misfit]:
     Returns:
         One for each; empty if every entry does something.
     """
+    check_patterns(vars(config), (name for name, _ in model.named_modules()), "The configuration")
     names = _Names(config, model)
     found = [*_targets(names), *_excluded(names), *_saved(names), *_parameters(names)]
     found += [*_layers(names), *_tokens(names, model), *_biases(names, model)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import RecipeError
+from moslora.patterns import check_patterns
 from moslora.tasks.task import Count
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def adapted_modules(skeleton: nn.Module, settings: Mapping[str, Any], title: str
     from moslora.compat.targets import is_target
     from moslora.tuner.matching import find_misfits
 
+    check_patterns(settings, (name for name, _ in skeleton.named_modules()), "adapter")
     config: Any = denoiser_config(settings)
     leaves = [
         name

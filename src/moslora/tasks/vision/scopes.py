@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import UsageError
+from moslora.patterns import check_patterns
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +55,7 @@ def scoped_arguments(
     from torch import nn
 
     arguments = {key: value for key, value in adapter.items() if key != "target_modules"}
+    check_patterns(adapter, (n for n, _ in model.named_modules()), "adapter")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     targets = [n for n in linear if getattr(scopes, scope_of(n)) == "adapter"]
