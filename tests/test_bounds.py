@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moslora import files, patterns
+from moslora import bounded, patterns
+from moslora.bounded import read_header, read_json
 from moslora.comparison.methods import _read as read_method
 from moslora.data import locating
 from moslora.data.encoding import encode_all
@@ -32,8 +33,6 @@ from moslora.errors import (
     UsageError,
 )
 from moslora.evaluation.lm_eval_harness import _task_of
-from moslora.files import read_json
-from moslora.headers import read_header
 from moslora.models.names import resolve_model
 from moslora.patterns import check_patterns
 from moslora.recipe.building import build_recipe
@@ -372,7 +371,7 @@ def test_json_that_is_deep_or_has_huge_numbers_is_refused_with_the_row(tmp_path)
 
 
 def test_a_json_file_of_a_configuration_has_a_largest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST_JSON", 1 << 20)
+    monkeypatch.setattr(bounded, "LARGEST_JSON", 1 << 20)
     (tmp_path / "a.json").write_text(" " * (1 << 21))
     with pytest.raises(ValueError, match="more than 1 MiB"):
         read_json(tmp_path / "a.json")

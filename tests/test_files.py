@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moslora import files, headers
+from moslora import bounded, files
 from moslora.errors import BusyError, ExistsError, MoSLoRAError
 
 DTYPES = (
@@ -40,7 +40,7 @@ def saved(path, shapes=((2, 3), (), (0, 4), (5,)), metadata=None):
 def test_a_header_says_where_every_tensor_is(tmp_path_factory, shapes):
     path = tmp_path_factory.mktemp("header") / "a.safetensors"
     tensors = saved(path, shapes, {"format": "pt"})
-    header = headers.read_header(path)
+    header = bounded.read_header(path)
     assert header.metadata == {"format": "pt"}
     assert set(header.tensors) == set(tensors)
     with path.open("rb") as file:
@@ -67,7 +67,7 @@ def test_a_header_is_refused_where_the_safetensors_library_refuses_it(tmp_path_f
             pass
     except SafetensorError:
         with pytest.raises(ValueError):
-            headers.read_header(path)
+            bounded.read_header(path)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_a_header_with_a_value_of_another_kind_is_refused(tmp_path, old, new):
     saved(path)
     raw = path.read_bytes()
     assert old in raw and len(old) == len(new)
-    headers.read_header(path)
+    bounded.read_header(path)
     path.write_bytes(raw.replace(old, new, 1))
     with pytest.raises(ValueError):
-        headers.read_header(path)
+        bounded.read_header(path)
 
 
 def test_every_dtype_of_the_safetensors_library_is_known(tmp_path):
@@ -101,7 +101,7 @@ def test_every_dtype_of_the_safetensors_library_is_known(tmp_path):
     with pytest.raises(SafetensorError) as refused, safe_open(path, framework="pt"):
         pass
     listed = re.findall(r"`(\w+)`", str(refused.value).partition("expected")[2])
-    assert listed and set(listed) <= set(headers.BITS)
+    assert listed and set(listed) <= set(bounded.BITS)
 
 
 def test_what_an_interrupted_block_wrote_is_removed(tmp_path):

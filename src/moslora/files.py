@@ -1,4 +1,4 @@
-"""Files written whole or not at all, locks between processes, and texts and JSON within bounds.
+"""Files written whole or not at all, and locks between processes.
 
 What is half written has a name that ends in ``.part`` and says whose it is, so that the next one who writes to the same
 place removes what a killed process left, and does not touch what another is still writing.
@@ -9,33 +9,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import os
 import re
 import secrets
 import shutil
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from moslora.errors import BusyError, ExistsError, UsageError
 
 __all__ = [
     "clear_leftovers",
     "is_running",
-    "kind_of_file",
     "lifeline",
     "locked",
     "new_directory",
     "new_file",
     "process_start",
-    "read_json",
-    "read_text",
     "refuse_undecodable",
     "remove",
     "replaced_file",
@@ -46,7 +40,6 @@ __all__ = [
 
 # Seconds. Two readings of one process's start differ by corrections of the clock, never by this much.
 START_TOLERANCE = 5.0
-LARGEST_JSON = 64 << 20  # bytes; an index of the shards of a huge model has some 10 MiB
 
 
 # --- Written whole or not at all ----------------------------------------------------------------------------
@@ -177,59 +170,6 @@ def _overtaken(out: Path) -> str:
         f"{out} exists now: another process wrote it meanwhile, and it was left as it is. Name another place, or "
         "remove that one first."
     )
-
-
-def kind_of_file(path: Path) -> str:
-    """Return what a path is, if it is not an ordinary file: ``"a named pipe"``, ``"a folder"``, …; else an empty text.
-
-    Args:
-        path: Anything; links are followed.
-    """
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - takes names that are not paths too
-    except (OSError, ValueError):
-        return "missing"
-    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
-    if stat.S_ISREG(mode):
-        return ""
-    return next((name for is_one, name in kinds if is_one(mode)), "a device")
-
-
-def read_text(path: Path, most: int = 1 << 20) -> str:
-    """Read a text file within bounds.
-
-    Args:
-        path: The file, in UTF-8.
-        most: Bytes that it may have.
-
-    Raises:
-        ValueError: If it is not an ordinary file, larger, or not UTF-8.
-        OSError: If it cannot be opened.
-    """
-    kind = kind_of_file(path)
-    if kind not in ("", "missing"):
-        raise ValueError(f"it is {kind}, not a file")
-    with Path(path).open("rb") as file:
-        text = file.read(most + 1)
-    if len(text) > most:
-        raise ValueError(f"it has more than {most >> 20} MiB")
-    return text.decode("utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a configuration, within bounds.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If it is not JSON, not an ordinary file, larger than ``LARGEST_JSON``, or nested too deeply.
-        OSError: If it cannot be opened.
-    """
-    try:
-        return json.loads(read_text(path, LARGEST_JSON))
-    except RecursionError:
-        raise ValueError("it has too many nested levels") from None
 
 
 def refuse_undecodable(path: str | os.PathLike[str]) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moslora.adapters.formats.configuration import NO_MIXER
+from moslora.bounded import read_json, read_text
 from moslora.errors import UsageError
-from moslora.files import read_json, read_text
 from moslora.recipe.yaml_core import load_bounded
 from moslora.wording import did_you_mean
 

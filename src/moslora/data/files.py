@@ -18,11 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moslora.bounded import kind_of_file
 from moslora.data.faults import Faults, kind_of, listed, quoted
 from moslora.data.pictures import with_pictures_stored
 from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
-from moslora.files import kind_of_file
 from moslora.wording import did_you_mean, nearest
 
 _field_limit = threading.Lock()

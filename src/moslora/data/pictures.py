@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moslora.bounded import kind_of_file
 from moslora.errors import PictureError
-from moslora.files import kind_of_file
 
 __all__ = [
     "FORMATS",

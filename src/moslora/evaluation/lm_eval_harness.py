@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from moslora.bounded import read_text
 from moslora.errors import UsageError
-from moslora.files import read_text
 from moslora.recipe.yaml_core import load_bounded
 from moslora.wording import did_you_mean, first_line
 

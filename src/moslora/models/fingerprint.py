@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moslora.bounded import read_header
 from moslora.errors import ModelError
 from moslora.files import sha256
-from moslora.headers import read_header
 from moslora.models.names import ModelSource
 
 __all__ = ["HASH_LIMIT", "fingerprint", "header_sha256", "hub_commit"]

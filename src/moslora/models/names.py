@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moslora import files
+from moslora import bounded
 from moslora.errors import ModelError
 from moslora.files import refuse_undecodable
 from moslora.wording import nearest
@@ -157,7 +157,7 @@ def not_found_message(name: str, path: Path) -> str:
         name: As the user wrote it.
         path: The same as a path.
     """
-    kind = files.kind_of_file(path)
+    kind = bounded.kind_of_file(path)
     if kind not in ("", "missing", "a folder"):
         return f"{name} is {kind}, not a model. Give a folder, a .gguf file or a hub id."
     bare = "/" not in name and "\\" not in name and path.suffix != ".gguf"
@@ -218,7 +218,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: If it cannot be read, or is not an object.
     """
     try:
-        value = files.read_json(path)
+        value = bounded.read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from error
     if not isinstance(value, dict):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.bounded import read_header
 from moslora.errors import ModelError
-from moslora.headers import read_header
 from moslora.models.gguf import materialize
 from moslora.models.names import ModelSource, read_json, resolve_model
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moslora import versions
+from moslora.bounded import kind_of_file
 from moslora.errors import RecipeError
-from moslora.files import kind_of_file
 from moslora.recipe.checking import check_recipe
 from moslora.recipe.overrides import expand_shorthands, override
 from moslora.recipe.paths import anchor, user_path

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moslora.headers import read_header
+from moslora.bounded import read_header
 
 __all__ = ["Checkpoint", "checkpoint_faults"]
 

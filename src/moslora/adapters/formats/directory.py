@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moslora.adapters.formats.arguments import check_config
 from moslora.adapters.formats.tensors import load_tensors, save_tensors
+from moslora.bounded import kind_of_file, read_json
 from moslora.errors import AdapterError
-from moslora.files import kind_of_file, read_json
 from moslora.wording import nearest
 
 __all__ = ["CONFIG", "WEIGHTS", "read_config", "read_tensors", "write_files"]

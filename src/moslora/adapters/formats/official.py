@@ -25,8 +25,8 @@ from moslora.adapters.formats.configuration import SHARED
 from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors
 from moslora.adapters.formats.layout import group_factors
 from moslora.adapters.formats.tensors import check_tensors
+from moslora.bounded import read_header
 from moslora.errors import AdapterError
-from moslora.headers import read_header
 
 __all__ = ["WARNING", "carries_mixer", "check_mixers", "read"]
 

@@ -15,8 +15,8 @@ from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.building import build_adapter
 from moslora.adapters.formats.layout import Found
 from moslora.adapters.formats.tensors import load_tensors
+from moslora.bounded import read_json
 from moslora.errors import AdapterError
-from moslora.files import read_json
 
 __all__ = ["CONFIG", "read"]
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moslora.bounded import Header, read_header
 from moslora.errors import AdapterError
-from moslora.headers import Header, read_header
 
 __all__ = ["check_tensors", "load_tensors", "read_whole_header", "save_tensors"]
 

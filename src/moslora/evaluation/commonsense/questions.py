@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moslora.bounded import read_json
 from moslora.errors import UsageError
-from moslora.files import read_json, write_text
+from moslora.files import write_text
 
 __all__ = [
     "COMMONSENSE_TASKS",

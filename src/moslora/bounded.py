@@ -1,20 +1,24 @@
-"""The header of a safetensors file: what is in it and where, held against the file's size; no tensor is read."""
+"""Files of others read within bounds: what a path is, texts, JSON, and the header of safetensors files.
+
+A named pipe or a device may wait forever, and a file may be larger or nested deeper than anything that it claims to be.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moslora.files import kind_of_file
 from moslora.wording import one_line
 
-__all__ = ["Header", "StoredTensor", "read_header"]
+__all__ = ["Header", "StoredTensor", "kind_of_file", "read_header", "read_json", "read_text"]
 
 LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library takes
+LARGEST_JSON = 64 << 20  # bytes; an index of the shards of a huge model has some 10 MiB
 MOST_DIMENSIONS = 64
 # Bits of an element, by the format's names (safetensors 0.8). Another name is an error, as it is for the library.
 BITS = {
@@ -26,6 +30,62 @@ BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+
+
+def kind_of_file(path: Path) -> str:
+    """Return what a path is, if it is not an ordinary file: ``"a named pipe"``, ``"a folder"``, …; else an empty text.
+
+    Args:
+        path: Anything; links are followed.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - takes names that are not paths too
+    except (OSError, ValueError):
+        return "missing"
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    if stat.S_ISREG(mode):
+        return ""
+    return next((name for is_one, name in kinds if is_one(mode)), "a device")
+
+
+def read_text(path: Path, most: int = 1 << 20) -> str:
+    """Read a text file within bounds.
+
+    Args:
+        path: The file, in UTF-8.
+        most: Bytes that it may have.
+
+    Raises:
+        ValueError: If it is not an ordinary file, larger, or not UTF-8.
+        OSError: If it cannot be opened.
+    """
+    kind = kind_of_file(path)
+    if kind not in ("", "missing"):
+        raise ValueError(f"it is {kind}, not a file")
+    with Path(path).open("rb") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"it has more than {most >> 20} MiB")
+    return text.decode("utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a configuration, within bounds.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it is not JSON, not an ordinary file, larger than ``LARGEST_JSON``, or nested too deeply.
+        OSError: If it cannot be opened.
+    """
+    try:
+        return json.loads(read_text(path, LARGEST_JSON))
+    except RecursionError:
+        raise ValueError("it has too many nested levels") from None
+
+
+# --- safetensors --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
