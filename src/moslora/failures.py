@@ -17,15 +17,16 @@ from pathlib import Path
 
 from moslora.compat.telemetry import no_telemetry
 from moslora.errors import DiskFullError, MoSLoRAError
+from moslora.files import PLACE
 from moslora.wording import size_in_words
 
-__all__ = ["add_frame", "frame_of", "full_disk", "is_ours", "raise_if_full", "verb"]
+__all__ = ["GO_ON", "add_frame", "frame_of", "full_disk", "is_ours", "raise_if_full", "verb"]
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # How libraries in Rust and C++ say it; torch.save only that its zip file ends elsewhere than it should.
 FULL_IN_WORDS = re.compile(
     r"No space left on device|File too large|Disk quota exceeded|os error (?:28|27|122)\b|"
-    r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|file write failed"
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|file write failed|iostream error"
 )
 NOT_FORESEEN = (
     "No check foresaw it. Run again with --debug (in Python, look at the traceback) to see where it came from; if the "
@@ -57,6 +58,8 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Check the path: a part of it is something else than it should be, or too long a name.",
     ),
 )  # fmt: skip
+# How a comparison goes on.
+GO_ON = "run the same command again: finished cells are kept."
 # What each verb does, by the command's name.
 DOING = {
     "train": "training",
@@ -99,26 +102,48 @@ def full_disk(error: BaseException) -> OSError | BaseException | None:
     return None
 
 
-def raise_if_full(error: BaseException, place: str | os.PathLike[str] | None, advice: str) -> None:
+def raise_if_full(error: BaseException, place: str | os.PathLike[str] | None, then: str) -> None:
     """Raise a ``DiskFullError`` if that is what an error comes down to.
 
     Args:
         error: What was raised.
         place: What was being written, for errors that do not say it; None for the current folder.
-        advice: How to go on, a sentence.
+        then: How to go on when there is room, the rest of a sentence.
 
     Raises:
         DiskFullError: Then; it comes from ``error``.
     """
     if isinstance(error, DiskFullError) or (found := full_disk(error)) is None:
         return
-    named = next((one.filename for one in chain(error) if isinstance(one, OSError) and one.filename), None)
-    path = Path(os.fsdecode(named) if named is not None else place if place is not None else ".")
-    if (isinstance(found, OSError) and found.errno == errno.EFBIG) or "File too large" in str(found):
-        what = f"{path} could not be written whole: files may not be larger here (ulimit -f says how large)."
+    path = Path(_written(error) or os.fsdecode(place or "."))
+    limit = None if getattr(found, "errno", None) == errno.ENOSPC else _largest_file()
+    if limit is None:
+        what = f"The disk is full: {path} could not be written whole.{_free(path)} Free some space, then"
     else:
-        what = f"The disk is full: {path} could not be written.{_free(path)}"
-    raise DiskFullError(f"{what} {advice}") from error
+        what = (
+            f"{path} could not be written whole: a file may have {size_in_words(limit)} here. Raise that limit "
+            "(ulimit -f unlimited), then"
+        )
+    raise DiskFullError(f"{what} {then}") from error
+
+
+def _written(error: BaseException) -> str | None:
+    """Return the file or directory that was being written; None if nothing says it."""
+    for attribute in (PLACE, "filename"):
+        for one in chain(error):
+            if getattr(one, attribute, None):
+                return os.fsdecode(getattr(one, attribute))
+    return None
+
+
+def _largest_file() -> int | None:
+    """Return how many bytes a file may have in this process; None if there is no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _free(path: Path) -> str:
@@ -183,6 +208,6 @@ def verb(name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            raise_if_full(error, None, "Nothing unfinished is left. Free some space and do the same again.")
+            raise_if_full(error, None, "do the same again; nothing unfinished is left.")
             add_frame(error, doing)
             raise

@@ -40,6 +40,7 @@ __all__ = [
 
 # Seconds. Two readings of one process's start differ by corrections of the clock, never by this much.
 START_TOLERANCE = 5.0
+PLACE = "moslora_place"  # the attribute of an error that says what was being written
 
 
 # --- Written whole or not at all ----------------------------------------------------------------------------
@@ -82,7 +83,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
+        _name(error, path)
         part.unlink(missing_ok=True)
         raise
     finally:
@@ -161,8 +163,12 @@ def _claimed(out: Path, what: str) -> Iterator[Path]:
     )
     if not is_free:
         raise ExistsError(f"{out} exists already. Name a new {what}, or remove that one first.")
-    with scratch(stem, out.parent) as temporary:
-        yield temporary
+    try:
+        with scratch(stem, out.parent) as temporary:
+            yield temporary
+    except BaseException as error:
+        _name(error, out)
+        raise
 
 
 def _overtaken(out: Path) -> str:
@@ -170,6 +176,12 @@ def _overtaken(out: Path) -> str:
         f"{out} exists now: another process wrote it meanwhile, and it was left as it is. Name another place, or "
         "remove that one first."
     )
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Note on an error what was being written: a failed write names no file, a copy its source, others a hidden one."""
+    with contextlib.suppress(AttributeError):
+        setattr(error, PLACE, str(path))
 
 
 def refuse_undecodable(path: str | os.PathLike[str]) -> None:

@@ -22,6 +22,7 @@ from moslora.comparison.together import share_weights, train_together
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
+from moslora.failures import GO_ON, raise_if_full
 from moslora.training.bars import closing_bars
 from moslora.training.borrowed import borrowed
 from moslora.training.stop import StopRequest
@@ -231,6 +232,8 @@ class _Costs:
 
 
 def _crashed(cell: Planned, error: Exception) -> Cell:
+    """Return the result of a cell that failed; a full disk is not a method's fault, and is raised."""
+    raise_if_full(error, None, GO_ON)
     method, rate, seed = cell
     first = first_line(error)
     return Cell(method.name, rate, seed, "crashed", f"{type(error).__name__}: {first}")

@@ -38,6 +38,7 @@ from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.comparison import write_comparison_report
 from moslora.training.provenance import collect_hardware, collect_versions
 from moslora.training.stop import StopRequest
+from moslora.training.trainer_parts import try_trainer_parts
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -105,6 +106,7 @@ def compare(
     chosen = make_engine(engine, workers, together)
     with StopRequest(display) as stop:
         task = prepare_task(plan, display, stop.check)
+        try_trainer_parts(plan.recipe, task.device)
         _say_plan(plan, task, display)
         if plan_only:
             return plan.directory, None

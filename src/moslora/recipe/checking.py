@@ -19,6 +19,7 @@ from moslora.recipe.schema import (
     Recipe,
 )
 from moslora.recipe.trainer_arguments import trainer_fields
+from moslora.recipe.trainer_values import unfit_values
 from moslora.wording import did_you_mean
 
 __all__ = ["check_recipe"]
@@ -68,6 +69,7 @@ def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe
     for section, fields in (("adapter", _adapter_fields()), ("trainer", trainer_fields(kind))):
         if isinstance(raw[section], dict) and raw[section]:
             checked[section] = check_fields(section, raw[section], fields, problems)
+    problems.extend(unfit_values(checked.get("trainer", {})))
     if not any(problem.startswith("adapter.") for problem in problems) and "adapter" in checked:
         problems.extend(_adapter_complaint(checked["adapter"]))
     if problems or recipe is None:

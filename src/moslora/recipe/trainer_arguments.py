@@ -146,5 +146,5 @@ def build_trainer_config(
     arguments = resolve_trainer_arguments(recipe, device, steps) | changes
     try:
         return trainer_config(recipe.task.kind)(output_dir=str(output_dir), **arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise RecipeError(f"trainer: {' '.join(str(error).split())}") from error

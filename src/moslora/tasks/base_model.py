@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from moslora.errors import ModelError, RecipeError
 from moslora.models.fingerprint import fingerprint
 from moslora.models.gguf import materialize
-from moslora.models.loading import build_skeleton, load_model, quantization_options
+from moslora.models.loading import build_skeleton, load_config, load_model, quantization_options
 from moslora.models.names import ModelSource, processor_source, resolve_model
 from moslora.tasks.task import Count
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
+    from transformers import PretrainedConfig
 
     from moslora.recipe.schema import ModelSection
 
@@ -116,6 +117,10 @@ class BaseModel:
         if not getattr(model, "is_quantized", False) and getattr(model, "hf_device_map", None) is None:
             model.to(device)
         return model.eval()  # type: ignore[no-any-return]
+
+    def config(self) -> PretrainedConfig:
+        """Read the model's configuration; no weights are loaded."""
+        return load_config(self.source, self.settings.trust_remote_code)
 
     def build_skeleton(self) -> nn.Module:
         """Build the model on the meta device from its configuration alone."""

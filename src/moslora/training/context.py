@@ -68,13 +68,21 @@ class RunContext:
             yield
             if outer is not None:
                 self.directory.update(stage=outer)
+            self._add_time(name, time.monotonic() - started)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the disk may be full, and what is under way says more
+                self._add_time(name, time.monotonic() - started)
+            raise
         finally:
-            elapsed = time.monotonic() - started
-            if self.team.is_main_process:  # the others' record is not theirs, and may be out of reach
-                earlier = self.directory.read().get("timing", {}).get(f"{name}_seconds", 0.0)
-                seconds = round(earlier + elapsed - self._inner_seconds, 3)
-                self.directory.update(timing={f"{name}_seconds": seconds})
-            self._stage, self._inner_seconds = outer, outer_seconds + elapsed
+            self._stage, self._inner_seconds = outer, outer_seconds + time.monotonic() - started
+
+    def _add_time(self, name: str, elapsed: float) -> None:
+        """Add a stage's seconds, less those of the stages inside it, to what earlier attempts took."""
+        if not self.team.is_main_process:
+            return  # the others' record is not theirs, and may be out of reach
+        earlier = self.directory.read().get("timing", {}).get(f"{name}_seconds", 0.0)
+        seconds = round(earlier + elapsed - self._inner_seconds, 3)
+        self.directory.update(timing={f"{name}_seconds": seconds})
 
 
 def only_of_first(display: Display) -> Display:

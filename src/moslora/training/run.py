@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from moslora.distributed import Team, in_main_process, refuse_sharding
 from moslora.errors import ModelError, Stopped, UsageError
+from moslora.failures import add_frame, raise_if_full
 from moslora.files import write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
@@ -42,6 +44,7 @@ from moslora.training.run_directory import FollowedRun, RunDirectory, now
 from moslora.training.saving import save_adapter
 from moslora.training.stop import StopRequest
 from moslora.training.summary import show_counts, show_proofs, show_result
+from moslora.training.trainer_parts import try_trainer_parts
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -88,6 +91,7 @@ def check(
         task.read()
         if not problems:
             task.prepare()
+        try_trainer_parts(recipe, default_device())
     except ValueError as error:
         if str(error) not in map(str, problems):
             problems.append(error)
@@ -150,9 +154,9 @@ def train_recipe(
         task.read()
         task.prepare()
         _check_mix(mix, task, display)
+        try_trainer_parts(recipe, default_device())
         resolved = resolve_trainer_arguments(recipe, default_device())
         recipe = recipe.model_copy(update={"trainer": resolved})
-        until_usable.pop_all()
         if team.is_main_process:
             text, about = recipe.to_yaml(), {"command": command, "seed": recipe.seed}
             if own is None:
@@ -162,6 +166,7 @@ def train_recipe(
                 directory = own
                 directory.update(**about)
                 write_text(directory.recipe, text)
+            until_usable.pop_all()
             display.say(f"Run: {directory.path}")
             team.broadcast(directory.path)
         else:
@@ -294,8 +299,12 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
             )  # another process stopped first, and was waited for in vain
         if not run.team.is_main_process:
             raise
-        run.directory.update(status="failed", error=f"{type(error).__name__}: {error}")
+        run.directory.end("failed", error=f"{type(error).__name__}: {error}")
         _write_report(run.directory, run.display)
+        path, stage = run.directory.path, run.directory.read().get("stage")
+        go_on = f"continue from where it was: moslora train --resume {shlex.quote(str(path))}"
+        raise_if_full(error, path, go_on)
+        add_frame(error, f"the run {path} was at this stage: {stage}", f"Then {go_on}")
         raise
     if run.team.is_main_process:
         done = {"status": "completed", "stage": "done", "ended": now()}
@@ -309,7 +318,7 @@ def _end_interrupted(run: RunContext, number: int, cause: BaseException) -> NoRe
     """Leave the run as one that can go on, and say how; the first process does."""
     if not run.team.is_main_process:
         raise Stopped(number) from cause
-    run.directory.update(status="interrupted")
+    run.directory.end("interrupted")
     _write_report(run.directory, run.display)
     step = run.directory.latest_checkpoint(lambda _: None)
     kept = f"with the checkpoint of step {step.step}" if step else "before its first checkpoint"

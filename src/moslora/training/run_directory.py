@@ -17,6 +17,7 @@ JSON document, and no step stands twice in ``metrics.jsonl``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -26,7 +27,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,8 @@ __all__ = [
 
 RUN_SCHEMA_VERSION = 1
 STATUSES = ("running", "interrupted", "failed", "completed")
+# As it stands in run.json, with the white space around it, which gives a longer status its room.
+_STATUS_LINE = re.compile(rb'\n *"status": *"\w+",\n *')
 # A process on another machine cannot be asked, so the age of what it writes has to answer.
 HEARTBEAT_SECONDS = 60.0
 
@@ -91,10 +94,11 @@ class RunDirectory:
         _check_name(name)
         parent = Path(parent)
         refuse_undecodable(parent.absolute() / name)
+        is_new = not parent.exists()
         parent.mkdir(parents=True, exist_ok=True)
         opening = {"schema_version": RUN_SCHEMA_VERSION, "name": name, "stage": "starting", "ended": None}
         more = {key: json_value(value, key) for key, value in fields.items()}
-        with scratch(f".{name}", parent) as made:
+        with _removed_if_new(parent, is_new), scratch(f".{name}", parent) as made:
             run = cls(made)
             if recipe is not None:
                 write_text(run.recipe, recipe)
@@ -217,6 +221,27 @@ class RunDirectory:
             fields.setdefault("ended", now())
         self._write(merged(self.read(), {key: json_value(value, key) for key, value in fields.items()}))
 
+    def end(self, status: str, **fields: Any) -> None:
+        """Note how the run ended, at least its status where the disk has no room for more.
+
+        Args:
+            status: One of ``STATUSES``.
+            **fields: As for ``update``.
+        """
+        try:
+            self.update(status=status, **fields)
+        except OSError:
+            self._overwrite_status(status)
+
+    def _overwrite_status(self, status: str) -> None:
+        """Replace the status where it stands, in one write and without a byte more, which needs no room on the disk."""
+        found = _STATUS_LINE.search(self.record.read_bytes())
+        line = f'\n"status":"{status}",\n'.encode()
+        if found and len(line) <= len(found[0]):
+            with self.record.open("r+b", buffering=0) as file:
+                file.seek(found.start())
+                file.write(line + b" " * (len(found[0]) - len(line)))
+
     def claim(self) -> None:
         """Take this run over, to resume it: from now on it is this process that is running it.
 
@@ -307,6 +332,18 @@ def is_alive(run: RunDirectory) -> bool:
     if not isinstance(pid, int) or pid == os.getpid():
         return False
     return is_running(pid, started if isinstance(started, float) else None)
+
+
+@contextlib.contextmanager
+def _removed_if_new(parent: Path, is_new: bool) -> Iterator[None]:
+    """Remove the folder of runs again if it was made for a run of which nothing came."""
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # another run has begun in it
+                parent.rmdir()
+        raise
 
 
 def _check_name(name: str) -> None:

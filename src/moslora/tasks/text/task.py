@@ -20,6 +20,7 @@ from moslora.tasks.task import Answer
 from moslora.tasks.text.generation import Generation, generate_from_prompts
 from moslora.tasks.text.loss import Batch, text_batches
 from moslora.tasks.text.padding import choose_padding_free
+from moslora.tasks.text.room import check_room
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,6 +93,7 @@ class TextTask(LanguageTask):
         with_question = [encoded for encoded in self.heldout_set if encoded.prompt_ids]
         self.asked = with_question[: recipe.task.generate_examples]
         self.check_references()
+        self._check_room()
         if recipe.task.metric != "none" and not self.asked:
             self.display.warn(
                 f"task.metric={recipe.task.metric} has no answer to judge: no held-out example has an answer, or "
@@ -99,6 +101,15 @@ class TextTask(LanguageTask):
             )
         pieces = preview(self.train_set[0], self.tokenizer, MOST)
         show_data(self.display, self.train_summary, self.heldout_summary, pieces)
+
+    def _check_room(self) -> None:
+        """Refuse tokens and positions that the model does not have."""
+        model = self.base_model.handed_over
+        config = model.config if model is not None else self.base_model.config()
+        sets = {"held-out": self.heldout_set}
+        if not self.measures_only:
+            sets = {"training": self.train_set, **sets}
+        check_room(config, sets, self.asked, self.recipe.task.max_new_tokens, self.display.warn)
 
     def part_of(self, module: str) -> str:
         """Return ``"language"``: a text model has one part."""
