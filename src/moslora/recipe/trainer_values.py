@@ -24,16 +24,9 @@ def _positive(value: float) -> bool:
     return value > 0
 
 
-def _steps(value: float) -> bool:
-    """A number of steps, or a fraction of them all."""
-    return value >= 1 or 0 < value < 1
-
-
 Bound = tuple[Callable[[float], bool], str]
-POSITIVE: Bound = (_positive, "above 0")
 AT_LEAST_ONE: Bound = (_at_least_one, "at least 1")
 NOT_NEGATIVE: Bound = (_not_negative, "at least 0")
-STEPS: Bound = (_steps, "a number of steps of at least 1, or a fraction of them all between 0 and 1")
 SHARE: Bound = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 BOUNDS: dict[str, Bound] = {
     "learning_rate": (_positive, "above 0: with a rate of 0 nothing is learned"),
@@ -44,9 +37,7 @@ BOUNDS: dict[str, Bound] = {
         lambda value: value >= 1 or value == -1,
         "at least 1, or -1 to train for trainer.num_train_epochs",
     ),
-    "num_train_epochs": POSITIVE,
     "warmup_steps": NOT_NEGATIVE,
-    "max_grad_norm": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": SHARE,
     "adam_beta2": SHARE,
@@ -54,11 +45,6 @@ BOUNDS: dict[str, Bound] = {
     "label_smoothing_factor": SHARE,
     "neftune_noise_alpha": NOT_NEGATIVE,
     "dataloader_num_workers": NOT_NEGATIVE,
-    "save_steps": STEPS,
-    "eval_steps": STEPS,
-    "logging_steps": STEPS,
-    "save_total_limit": AT_LEAST_ONE,
-    "eos_token_weight": NOT_NEGATIVE,
 }
 
 
@@ -76,11 +62,14 @@ def unfit_values(trainer: Mapping[str, Any]) -> list[str]:
         if not (math.isfinite(value) and fits(value))
     ]
     steps, warmup = trainer.get("max_steps", -1), trainer.get("warmup_steps", 0)
-    if _is_number(steps) and _is_number(warmup) and 1 <= steps <= warmup:
+    epochs = trainer.get("num_train_epochs", 1)
+    if _is_number(steps) and _is_number(warmup) and 1 <= steps < warmup:
         problems.append(
-            f"trainer.warmup_steps={warmup:g} is not below trainer.max_steps={steps}: the learning rate would rise to the "
-            "end. Give fewer, or a fraction of all steps below 1."
+            f"trainer.warmup_steps={warmup:g} is above trainer.max_steps={steps}, so the learning rate is never "
+            "reached. Give fewer, or a fraction of all steps below 1."
         )
+    if _is_number(steps) and _is_number(epochs) and steps < 1 and not epochs > 0:
+        problems.append(f"trainer.num_train_epochs={epochs:g} trains for no step; it must be above 0.")
     return problems
 
 

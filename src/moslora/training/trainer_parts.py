@@ -1,4 +1,4 @@
-"""What the trainer will make in its first step, made once before a run exists: arguments, reporters, optimizer, schedule.
+"""What the trainer will make first, made once before a run exists: arguments, reporters, optimizer, schedule.
 
 Each can fail for a reason that the recipe alone has, as a package that is not installed or a value that the optimizer
 does not take; that is said before a model is loaded, and leaves nothing behind.
@@ -34,6 +34,8 @@ def try_trainer_parts(recipe: Recipe, device: str) -> None:
     with tempfile.TemporaryDirectory(prefix="moslora-") as folder:
         arguments = build_trainer_config(recipe, device, folder, push_to_hub=False)
     _try("report_to", "none, the default, sends nothing", _make_reporters, arguments)
+    _try("torch_compile_backend", "inductor is the default", _find_backend, arguments)
+    _try("use_liger_kernel", "false is the default", _find_liger, arguments)
     optimizer = _try("optim", "adamw_torch is always there", _make_optimizer, arguments)
     if optimizer is not None:
         _try(
@@ -59,6 +61,18 @@ def _make_reporters(arguments: Any) -> None:
 
     for kind in get_reporting_integration_callbacks(arguments.report_to):
         kind()
+
+
+def _find_backend(arguments: Any) -> None:
+    from accelerate.utils import DynamoBackend
+
+    if arguments.torch_compile_backend:
+        DynamoBackend(arguments.torch_compile_backend.upper())
+
+
+def _find_liger(arguments: Any) -> None:
+    if arguments.use_liger_kernel:
+        import liger_kernel  # type: ignore[import-not-found]  # noqa: F401
 
 
 def _make_optimizer(arguments: Any) -> Any:

@@ -70,6 +70,6 @@ def _check_tokens(size: Any, sets: Mapping[str, Sequence[Encoded]]) -> None:
             if largest >= size:
                 raise EncodingError(
                     f"{encoded.place} of the {what} data has the token {largest}, and the model's vocabulary ends at "
-                    f"{size - 1}: the tokenizer belongs to another model, or has tokens that were added after. Name the "
-                    "model's own tokenizer (model.tokenizer), or save the model with its embedding resized."
+                    f"{size - 1}: the tokenizer belongs to another model, or has tokens that were added after. Name "
+                    "the model's own tokenizer (model.tokenizer), or save the model with its embedding resized."
                 )
