@@ -246,7 +246,7 @@ def test_what_cannot_be_evaluated_is_refused(world, adapter, tmp_path):
         evaluate(base, quiet(), data=str(world / "tasks"), tasks=["ARC-Eazy"])
     with pytest.raises(ValueError, match=r"task\.metric=json would not be used"):
         evaluate(base, quiet(), data=str(world / "tasks"), tasks=["ARC-Easy"], settings=["task.metric=json"])
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         evaluate(base, quiet(), data=str(world / "tasks"), tasks=["piqa"])
     with pytest.raises(ValueError, match="not an adapter directory"):
         evaluate(base, quiet(), data=str(world / "heldout.jsonl"), adapter=tmp_path)

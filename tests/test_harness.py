@@ -115,7 +115,7 @@ def test_what_the_harness_does_not_know_is_refused(world, tmp_path):
     base, quiet = str(world / "base"), Display(quiet=True)
     with pytest.raises(ValueError, match="Did you mean 'arc_easy'"):
         evaluate(base, quiet, harness=["arc_eazy"])
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         evaluate(base, quiet, harness=["no/such.yaml"])
     with pytest.raises(ValueError, match="brings its own data"):
         evaluate(base, quiet, harness=["arc_easy"], data="x.jsonl")

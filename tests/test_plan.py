@@ -199,10 +199,10 @@ def test_a_card_is_named_only_where_a_tenth_and_a_gigabyte_stay_free() -> None:
 @pytest.mark.parametrize(
     ("settings", "options", "words"),
     [
-        (["trainer.optim=adafactor"], {"length": 16}, "known are adamw_torch"),
+        (["trainer.optim=adafactor"], {"length": 16}, "supported: adamw_torch"),
         (["trainer.max_length=null"], {}, "give one with --length"),
         ([], {"length": 16, "scored": 17}, "between 1 and the 16 tokens"),
-        ([], {"length": 16, "quantize": "int8"}, "--quantize int8 is not counted"),
+        ([], {"length": 16, "quantize": "int8"}, "--quantize int8 is not supported"),
         (["task=vision"], {"length": 16}, "Only text is counted"),
     ],
 )

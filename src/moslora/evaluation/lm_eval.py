@@ -58,7 +58,7 @@ def _check_felt(
     one, other = [task.outputs() for task in before], [task.outputs() for task in after]
     if activity.effect > 0 and one == other and _has_number(one):
         raise ProofError(
-            f"lm-eval's likelihoods are the same with {adapter} as without, though it moves logits by "
+            f"lm-eval's likelihoods are the same with {adapter} as without, though it changes logits by "
             f"{activity.effect:.3g}: the adapter was not applied in the evaluation."
         )
 

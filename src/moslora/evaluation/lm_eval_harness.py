@@ -138,12 +138,12 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise UsageError(f"Tasks of lm-eval need it ({error}): pip install 'moslora[lm-eval]'") from error
+            raise UsageError(f"lm-eval is not installed ({error}): pip install 'moslora[lm-eval]'") from error
         self.limit = limit
         files = {name: Path(name) for name in tasks if Path(name).suffix in (".yaml", ".yml")}
         for name, file in files.items():
             if not file.is_file():
-                raise UsageError(f"{name} is not there; name a YAML file of lm-eval, or a task.")
+                raise UsageError(f"{name} does not exist; name a YAML file of lm-eval, or a task.")
         folders = sorted({str(file.absolute().parent) for file in files.values()})
         own = {name: _task_of(file) for name, file in files.items()}
         # Thousands of the harness's own files need not be read where none is asked for; a group may name some.
@@ -153,7 +153,7 @@ class Harness:
         known = set(self.manager.all_tasks)
         for name in self.names:
             if name not in known:
-                raise UsageError(f"lm-eval knows no task {name!r}.{did_you_mean(name, known)}")
+                raise UsageError(f"lm-eval has no task {name!r}.{did_you_mean(name, known)}")
 
     def run(self, model: Any, tokenizer: Any) -> list[TaskScores]:
         """Run the tasks on a model.
@@ -177,7 +177,7 @@ class Harness:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=HARNESS_BATCH)
         if lm.model is not model:
             raise UsageError(
-                "lm-eval runs another model than it was given; this version of it is not usable."
+                "lm-eval ran a different model than it received; this version of lm-eval cannot be used."
             )
         try:
             with quiet_lm_eval():

@@ -75,7 +75,7 @@ def count_step(
             reason = first_line(error)
             raise PlanError(
                 f"{type(inner).__name__} cannot take a step on tensors without values, so that its memory cannot be "
-                f"counted ({reason}). Architectures whose values decide what is computed, as experts', are such."
+                f"counted ({reason}). Data-dependent control flow, such as the routing of experts, cannot be traced."
             ) from error
         del body, hidden
     gc.collect()

@@ -122,7 +122,7 @@ def count_memory(
     name = str(settings.get("optim", "adamw_torch_fused"))
     if name not in OPTIMISERS:
         raise PlanError(
-            f"trainer.optim={name!r}: what it keeps is not known here; known are {', '.join(OPTIMISERS)}."
+            f"trainer.optim={name!r}: the size of its state is unknown; supported: {', '.join(OPTIMISERS)}."
         )
     rows = int(settings["per_device_train_batch_size"])
     length = length or settings["max_length"]
@@ -202,12 +202,12 @@ def build_adapted_model(
     if quantize is None and recipe.model.quantization != "none":
         quantize = recipe.model.quantization
     if quantize not in (None, "nf4"):
-        raise PlanError(f"--quantize {quantize} is not counted; nf4 is, which is bitsandbytes' 4 bits.")
+        raise PlanError(f"--quantize {quantize} is not supported; use nf4, which is bitsandbytes' 4 bits.")
     if stored and not stored.get("load_in_4bit") and source.gguf_file is None:
         method = stored.get("quant_method", "a method without a name")
         raise PlanError(
-            f"{recipe.model.name} is stored by {method}, whose memory is not counted; bitsandbytes' 4 bits are, and "
-            "models that are not quantized."
+            f"{recipe.model.name} is stored by {method}, whose memory cannot be counted; supported: bitsandbytes' 4 bits, "
+            "and models that are not quantized."
         )
     double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else True
     is_4bit = quantize is not None or bool(stored.get("load_in_4bit"))

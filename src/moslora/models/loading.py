@@ -329,8 +329,8 @@ def check_loaded(source: ModelSource, info: dict[str, Any]) -> None:
         found = sorted(str(key) for key in info.get(problem) or ())
         if found:
             raise ModelError(
-                f"{source.name} does not fit its architecture: {len(found)} {problem.replace('_', ' ')}, "
-                f"{', '.join(found[:3])}. The checkpoint is cut, or config.json belongs to another model."
+                f"{source.name} does not match its architecture: {len(found)} {problem.replace('_', ' ')}, "
+                f"{', '.join(found[:3])}. The checkpoint is incomplete, or config.json belongs to another model."
             )
     unused = sorted(str(key) for key in info.get("unexpected_keys") or ())
     if unused:

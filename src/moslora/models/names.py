@@ -147,7 +147,7 @@ def _packaged(name: str) -> ModelSource:
     found = (
         f"its package {package.module} has no {package.file}" if places else "its package is not installed"
     )
-    raise ModelError(f"{name} is not here: {found}. Run: {install}")
+    raise ModelError(f"{name} is not available: {found}. Run: {install}")
 
 
 def not_found_message(name: str, path: Path) -> str:

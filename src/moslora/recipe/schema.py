@@ -210,7 +210,7 @@ class OutputSection(_Section):
     @classmethod
     def _plain(cls, name: str | None) -> str | None:
         if name is not None and (name in (".", "..") or re.search(r'[\x00-\x1f/\\<>:"|?*]', name)):
-            raise ValueError("the plain name of a folder; its parent belongs to output.dir")
+            raise ValueError("the name of a folder without a path; set its parent as output.dir")
         return name
 
 

@@ -176,11 +176,11 @@ def read_questions(folder: Path, task: str, limit: int | None = None, split: str
     try:
         rows = read_json(file)
     except FileNotFoundError:
-        raise UsageError(f"{file} is not there; it comes with LLM-Adapters' datasets.") from None
+        raise UsageError(f"{file} does not exist; it comes with LLM-Adapters' datasets.") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(rows, list) or not rows:
-        raise UsageError(f"{file} must be a list of questions, and not an empty one.")
+        raise UsageError(f"{file} must be a list of at least one question.")
     found = [_question(task, file, index, row) for index, row in enumerate(rows, 1)]
     if limit is not None and limit < len(found):
         found = [found[i * len(found) // limit] for i in range(limit)]
@@ -193,7 +193,7 @@ def _question(task: str, file: Path, index: int, row: Any) -> Question:
         raise UsageError(f"{file}, question {index}: instruction and answer must be texts.")
     labels = COMMONSENSE_TASKS[task].split("|")
     if row["answer"] not in labels:
-        raise UsageError(f"{file}, question {index}: answer {row['answer']!r} is none of {labels}.")
+        raise UsageError(f"{file}, question {index}: answer {row['answer']!r} is not one of {labels}.")
     stem, choices = _parts(row["instruction"], labels)
     if row["answer"] not in choices:
         raise UsageError(
