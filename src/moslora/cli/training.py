@@ -53,6 +53,9 @@ def train(
             from moslora.api.training import train as train_model
 
         display = Display(sys.stderr if as_json else sys.stdout)
+        prints = (
+            as_json and in_main_process()
+        )  # asked now: when a team ends, its processes forget their place
         if resume is not None:
             if arguments or dry_run:
                 raise UsageError(
@@ -68,7 +71,7 @@ def train(
                 check(recipe, settings=settings, progress=display)
                 return
             run = train_model(recipe, settings=settings, progress=display)
-        if as_json and in_main_process():
+        if prints:
             print_result(run, as_json)  # what is for people was shown on the way
 
     run_verb(action, debug, together=True)

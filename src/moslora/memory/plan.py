@@ -206,8 +206,8 @@ def build_adapted_model(
     if stored and not stored.get("load_in_4bit") and source.gguf_file is None:
         method = stored.get("quant_method", "a method without a name")
         raise PlanError(
-            f"{recipe.model.name} is stored by {method}, whose memory cannot be counted; supported: bitsandbytes' 4 bits, "
-            "and models that are not quantized."
+            f"{recipe.model.name} is stored by {method}, whose memory cannot be counted; supported: bitsandbytes' 4 "
+            "bits, and models that are not quantized."
         )
     double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else True
     is_4bit = quantize is not None or bool(stored.get("load_in_4bit"))
