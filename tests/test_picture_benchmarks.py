@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import shutil
@@ -13,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import benchmark_files
+import moslora
 import tiny_vision
 from moslora.cli import app
 from moslora.display import Display
@@ -416,3 +418,42 @@ def test_the_command_takes_several_files_and_says_where_everything_is(world, tmp
         assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output
     alone = CliRunner().invoke(app, [*words, "--prompt", "kit"])
     assert alone.exit_code == 2 and "are for benchmarks" in " ".join(alone.output.split())
+
+
+def test_methods_are_compared_by_a_benchmark_over_seeds(world, tmp_path):
+    """Its questions stand where exact match stands otherwise: paired by seed and by question."""
+    for name in ("red", "green", "blue", "white", "yellow", "black"):
+        (tmp_path / f"{name}.png").write_bytes(base64.b64decode(benchmark_files.picture(name)))
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"image": f"{name}.png", "conversations": turns} for name in ("red", "green", "blue", "white")]
+    (tmp_path / "train.json").write_text(json.dumps(rows * 4))
+    others = [{**rows[0], "image": f"{name}.png"} for name in ("yellow", "black")]
+    (tmp_path / "heldout.json").write_text(json.dumps(others))
+    options = {
+        "model": str(world / "base"),
+        "task": {"kind": "vision"},
+        "data": {"train": str(tmp_path / "train.json"), "heldout": str(tmp_path / "heldout.json")},
+        "adapter": {"r": 2},
+        "trainer": {"max_steps": 1, "per_device_train_batch_size": 2},
+        "methods": ["lora", "moslora"],
+        "seeds": 2,
+        "learning_rates": [1e-2],
+        "validation": 2,
+        "out": tmp_path / "out",
+    }
+    found = moslora.compare(benchmark=world / "MMBench_DEV_EN.tsv", **options)
+    assert found.verdict.judged_by == "MMBench_DEV_EN"
+    assert found.verdict.base_judged is not None
+    assert [c.measure for c in found.verdict.contrasts] == ["loss", "exact_match"]
+    assert found.verdict.contrasts[1].difference.examples == 3, "questions, not rows"
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("*_*_*.json")]
+    assert len(cells) == 4 and all(len(cell["correct"]) == 3 for cell in cells)
+    assert "MMBench_DEV_EN" in found.report.read_text(encoding="utf-8")
+    with pytest.raises(UsageError, match="other benchmark"):
+        moslora.compare(benchmark=world / "MME.tsv", **options)
+    with pytest.raises(UsageError, match="has no answers"):
+        moslora.compare(benchmark=world / "DocVQA_TEST.tsv", **{**options, "out": tmp_path / "other"})
+    with pytest.raises(UsageError, match="needs a recipe of task: vision"):
+        moslora.compare(
+            benchmark=world / "MME.tsv", **{**options, "task": {"kind": "text"}, "out": tmp_path / "other"}
+        )

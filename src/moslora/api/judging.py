@@ -250,6 +250,8 @@ def compare(
     steps: int | None = None,
     validation: int = 64,
     examples: int | None = None,
+    benchmark: str | os.PathLike[str] | None = None,
+    benchmark_as: str | None = None,
     out: str | os.PathLike[str] | None = None,
     together: int = 1,
     workers: int | None = None,
@@ -271,6 +273,9 @@ def compare(
         steps: Optimizer steps of every training; None for the recipe's.
         validation: Training examples set aside to choose rates by.
         examples: Held-out examples to judge by; None for all.
+        benchmark: TSV file of a vision-language benchmark whose questions judge the methods, instead of the recipe's
+            metric.
+        benchmark_as: Which benchmark it is, where the file does not tell.
         out: The comparison's folder; None for ``compare-NAME`` beside the recipe's runs.
         together: Cells that are trained at once over one copy of the base.
         workers: Processes side by side, each with its own base.
@@ -311,6 +316,8 @@ def compare(
         steps=steps,
         validation=validation,
         examples=examples,
+        benchmark=benchmark,
+        benchmark_as=benchmark_as,
         together=together,
         workers=workers,
         engine=engine,
@@ -358,6 +365,8 @@ OPTIONS = (
     "steps",
     "validation",
     "examples",
+    "benchmark",
+    "benchmark_as",
     "together",
     "workers",
     "engine",

@@ -40,6 +40,15 @@ def compare(
         int, typer.Option(help="Training examples set aside to choose learning rates.")
     ] = 64,
     examples: Annotated[int | None, typer.Option(help="Held-out examples to judge by; default: all.")] = None,
+    benchmark: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.tsv", help="Vision-language benchmark whose questions judge the methods, too."
+        ),
+    ] = None,
+    benchmark_as: Annotated[
+        str | None, typer.Option("--as", help="Which benchmark the file is, where it cannot be told.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the comparison; an existing one is continued.")
     ] = None,
@@ -85,6 +94,8 @@ def compare(
             "steps": steps,
             "validation": validation,
             "examples": examples,
+            "benchmark": benchmark,
+            "benchmark_as": benchmark_as,
             "out": out,
             "together": together,
             "workers": workers,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.comparison.judged import BenchmarkJudge
 from moslora.comparison.lanes import CannotShare, Surroundings
 from moslora.comparison.methods import Method
 from moslora.comparison.plan import Comparison, Planned
@@ -49,13 +50,17 @@ class Bench:
         self.model: Any = task.load()
         self.fingerprint = _fingerprint(self.model)
         self.alone: set[str] = set()  # methods that cannot share the base
+        self.judge = BenchmarkJudge.of(plan)
 
     def measure_base(self) -> dict[str, list[float]]:
         """Measure the untrained base on validation and held-out examples."""
-        return {
+        found = {
             "validation": self.task.score(self.model, self.task.validation_set, "base, validation"),
             "test": self.task.score(self.model, self.task.heldout_set, "base, held out"),
         }
+        if self.judge is not None:
+            found["correct"] = self.judge.judge(self.task, self.model, "base", self.display)
+        return found
 
     def run(self, method: Method, rate: float, seed: int) -> Cell:
         """Train and measure one cell. What goes wrong in it is its result, not an exception.
@@ -198,6 +203,8 @@ class Bench:
             found["test"] = task.score(adapted, task.heldout_set, f"{name}, held out")
             if not all(map(math.isfinite, (*found["validation"], *found["test"]))):
                 reason, found = "a loss after training is NaN or infinite", {}
+            elif self.judge is not None:
+                found["correct"] = self.judge.judge(task, adapted, name, self.display)
             elif task.recipe.task.metric != "none" and task.asked:
                 found["correct"] = [bool(a.correct) for a in task.ask(adapted, task.asked, name)]
         status = "done" if reason is None else "diverged"

@@ -21,10 +21,12 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from moslora.comparison.cell_files import read_cells
 from moslora.comparison.cells import prepare_task
+from moslora.comparison.judged import BenchmarkJudge
 from moslora.comparison.methods import find_method
 from moslora.comparison.plan import DECISIVE, Comparison
 from moslora.comparison.runners import make_engine, run_all
@@ -64,6 +66,8 @@ def compare(
     steps: int | None = None,
     validation: int = VALIDATION,
     examples: int | None = None,
+    benchmark: Path | None = None,
+    benchmark_as: str | None = None,
     out: Path | None = None,
     engine: str = "local",
     workers: int | None = None,
@@ -83,6 +87,9 @@ def compare(
         steps: Optimizer steps of every cell; None for the recipe's.
         validation: About how many training examples to set aside for choosing rates.
         examples: Held-out examples to judge by; None for all.
+        benchmark: File of a vision-language benchmark whose questions judge the methods, instead of the recipe's
+            metric.
+        benchmark_as: Which benchmark it is, where the file does not tell.
         out: The comparison's folder; ``compare-NAME`` beside the recipe's runs if None.
         engine: A key of ``ENGINES``: processes on this machine, or a Ray cluster.
         workers: Processes that train cells side by side, each with its own copy of the base; None for one, or with Ray
@@ -103,6 +110,12 @@ def compare(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(list(recipe))
     plan = _plan(recipe, methods, seeds, rates, baseline, steps, validation, examples, out)
+    if benchmark_as is not None and benchmark is None:
+        raise UsageError("--as names the benchmark of --benchmark FILE, which is missing.")
+    plan = dataclasses.replace(
+        plan, benchmark=None if benchmark is None else Path(benchmark).absolute(), benchmark_as=benchmark_as
+    )
+    BenchmarkJudge.of(plan)  # a file that cannot be used is told before the data are read
     chosen = make_engine(engine, workers, together)
     with StopRequest(display) as stop:
         task = prepare_task(plan, display, stop.check)
@@ -206,7 +219,7 @@ def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
         config = method.configure(plan.recipe.adapter)
         configs[method.name] = {"library": method.library, "config": config and config.to_dict()}
     versions = collect_versions()
-    identity = {
+    identity: dict[str, Any] = {
         "recipe": plan.recipe.model_dump(exclude={"output"}),
         "trainer": resolve_trainer_arguments(plan.recipe, task.device),
         "methods": configs,
@@ -217,6 +230,8 @@ def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
         "hashes": task.hashes(),
         "versions": {name: versions[name] for name in DECISIVE},
     }
+    judge = BenchmarkJudge.of(plan)
+    identity["benchmark"] = None if judge is None else judge.identity()
     return json.loads(json.dumps(identity, default=_as_json))  # type: ignore[no-any-return]
 
 
@@ -289,6 +304,9 @@ def _conclude(plan: Comparison, display: Display) -> Verdict:
     base = json.loads((plan.directory / "cells" / "base.json").read_text(encoding="utf-8"))
     names = [method.name for method in plan.methods]
     verdict = judge(read_cells(plan), names, plan.baseline, base["validation"], base["test"])
+    asked = BenchmarkJudge.of(plan)
+    if asked is not None:
+        verdict = dataclasses.replace(verdict, judged_by=asked.name, base_judged=fmean(base["correct"]))
     write_text(
         plan.directory / "results.json",
         json.dumps(dataclasses.asdict(verdict), indent=2, ensure_ascii=False, allow_nan=False),
@@ -327,16 +345,18 @@ def show_verdict(verdict: Verdict, display: Display) -> None:
                 "–" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f} GB",
             ]
         )
-    asked = ["exact match"] if _asks(verdict) else []
+    asked = [verdict.judged_by] if _asks(verdict) else []
     columns = ["", "best rate", "held-out loss", "95 % over seeds", "each seed", *asked, "stable rates"]
     columns += ["diverged / crashed", "trained", "time", "peak memory"]
     display.say()
-    display.table(f"Base without training: held-out loss {verdict.base_loss:.4f}", columns, rows)
+    of_base = "" if verdict.base_judged is None else f", {verdict.judged_by} {verdict.base_judged:.1%}"
+    display.table(f"Base without training: held-out loss {verdict.base_loss:.4f}{of_base}", columns, rows)
     for contrast in verdict.contrasts:
         if contrast.measure == "exact_match":
             found = contrast.difference
+            what = verdict.judged_by[0].upper() + verdict.judged_by[1:]
             display.say(
-                f"Exact match, {contrast.method} less {contrast.baseline}: {found.mean:+.1%} (95 % interval "
+                f"{what}, {contrast.method} less {contrast.baseline}: {found.mean:+.1%} (95 % interval "
                 f"{found.low:+.1%} to {found.high:+.1%}, corrected p = {contrast.p_corrected:.2g})."
             )
     for sentence in verdict.sentences:

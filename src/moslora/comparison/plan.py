@@ -30,6 +30,8 @@ class Comparison:
         validation: Examples to set aside for choosing rates.
         examples: Held-out examples to judge by; None for all.
         directory: Where it is kept.
+        benchmark: File of a vision-language benchmark whose questions judge the methods, too; None for none.
+        benchmark_as: Which benchmark it is, where the file does not tell.
     """
 
     recipe: Recipe
@@ -40,6 +42,8 @@ class Comparison:
     validation: int
     examples: int | None
     directory: Path
+    benchmark: Path | None = None
+    benchmark_as: str | None = None
 
     @property
     def cells(self) -> list[Planned]:

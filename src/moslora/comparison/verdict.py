@@ -42,7 +42,7 @@ class Cell:
         reason: Why it is not done, in words.
         validation: Loss of each validation example, in nats per trained token; None unless done.
         test: The same of each held-out example.
-        correct: Whether each answered held-out example was right; None without a metric.
+        correct: Whether each answered held-out example was right, or a grade of each unit of a benchmark; None without.
         train_loss: Mean training loss of the last logged steps; None if there is none.
         seconds: Wall-clock time of the training alone.
         cpu_seconds: Processor time of it.
@@ -60,7 +60,7 @@ class Cell:
     reason: str | None = None
     validation: Sequence[float] | None = None
     test: Sequence[float] | None = None
-    correct: Sequence[bool] | None = None
+    correct: Sequence[float] | None = None
     train_loss: float | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -158,6 +158,8 @@ class Verdict:
         sentences: What was found, in plain words, one per method compared.
         cautions: What a reader has to know beside them.
         complete: Whether every method has a result.
+        judged_by: What ``exact_match`` stands for: exact match, or a benchmark's name.
+        base_judged: The untrained base's share of it; None where it was not measured.
     """
 
     baseline: str
@@ -167,6 +169,8 @@ class Verdict:
     sentences: Sequence[str]
     cautions: Sequence[str]
     complete: bool
+    judged_by: str = "exact match"
+    base_judged: float | None = None
 
 
 def judge(

@@ -164,6 +164,38 @@ class Asker:
                 progress.advance(len(chosen))
                 raise_if_stopped()
 
+    def answer_all(
+        self,
+        benchmark: Benchmark,
+        file: BenchmarkFile,
+        items: Sequence[Item],
+        label: str,
+        raise_if_stopped: Any = lambda: None,
+    ) -> list[str]:
+        """Return the model's answers to all items; nothing is kept on disk.
+
+        Args:
+            benchmark: Which benchmark it is.
+            file: Its file.
+            items: Its rows that are asked.
+            label: The model's name in the progress display.
+            raise_if_stopped: Called after each batch.
+        """
+        answers: list[str] = []
+        with self.display.progress(f"{benchmark.name}, {label}", len(items)) as progress:
+            while len(answers) < len(items):
+                chosen = items[len(answers) : len(answers) + self.batch]
+                try:
+                    rows, images = self._encode(benchmark, file, [(item, item) for item in chosen])
+                    answers += self._answer(benchmark, chosen, rows, images)
+                except Exception as error:
+                    if not self._made_smaller(error):
+                        raise
+                    continue
+                progress.advance(len(chosen))
+                raise_if_stopped()
+        return answers
+
     def _made_smaller(self, error: Exception) -> bool:
         """Halve the batch if an error says that the GPU's memory does not suffice."""
         import torch
