@@ -91,7 +91,6 @@ AT_REST = {
     "adapters.formats.kohya": {"read_with_diffusers"},
     "adapters.formats.through_diffusers": {"understood"},
     "adapters.export": {"base_config"},  # GGUF takes the base's configuration, with its class's defaults
-    "adapters.merge": {"_is_conv1d"},  # which way a square weight of a GPT-2 is stored
 }
 NOT_AT_REST = {"peft", "transformers", "diffusers"}
 

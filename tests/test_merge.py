@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import moslora.adapters.merge
@@ -311,3 +311,21 @@ def test_a_head_saved_with_its_own_base_weight_merges_and_with_another_is_refuse
     save_file({**load_file(file), **other}, file)
     with pytest.raises(AdapterError, match="which is not a factor"):
         merge(base, adapter, tmp_path / "other")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_conv1d_beside_a_linear_head_is_merged_the_right_way_round(tmp_path: Path) -> None:
+    """PEFT writes of ``fan_in_fan_out`` what the last adapted layer was: here a head, after square Conv1D layers."""
+    config = tiny.gpt2().config
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["attn.c_proj", "lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora).eval()
+    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    merge(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tiny.tokens()
+    assert relative_error(merged(ids).logits, adapted(ids).logits) < MODEL

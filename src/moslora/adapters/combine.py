@@ -35,6 +35,8 @@ class CombineProof:
         reader: Whose reader read it back.
         rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that a change of rank cost, over all modules; None if there was none.
         notes: What was put right in names, and what does not fit the base, as sentences.
+        starts: How starts were found that the adapters do not hold (PiSSA, OLoRA), in the order given; empty texts
+            for the others.
     """
 
     weights: tuple[float, ...]
@@ -46,6 +48,7 @@ class CombineProof:
     reader: str = "moslora"
     rank_error: float | None = None
     notes: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
 
 
 def combine(
@@ -79,7 +82,7 @@ def combine(
         UsageError: If the format is not written.
     """
     check_format(to)
-    read = [named_for_base(read_adapter(path), to, base) for path in adapters]
+    read = [named_for_base(read_adapter(path, base=base), to, base) for path in adapters]
     parts, notes = [part for part, _, _ in read], tuple(dict.fromkeys(n for _, _, own in read for n in own))
     whole = add(parts, weights)
     ranked = to_rank(whole, rank) if rank is not None else None
@@ -115,6 +118,7 @@ def combine(
             result.reader,
             None if ranked is None else ranked.overall,
             notes,
+            tuple(str(part.begun or "") for part in parts),
         )
         if not worst <= result.tolerance:
             raise ProofError(

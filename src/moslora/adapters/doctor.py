@@ -14,7 +14,7 @@ from typing import Any
 
 from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.factors import Adapter, Begun, Factors
 from moslora.adapters.findings import NOT_HELD, Diagnosis, Finding, some
 from moslora.adapters.fit import Fit, fit_to_base, fit_to_named_base
 from moslora.adapters.formats import comfyui
@@ -36,6 +36,8 @@ LARGE_SCALE = 16.0
 RENAME = "moslora export ADAPTER OUT --base MODEL, which writes the names that PEFT finds."
 # Of the smallest to the largest singular value of a mixer: below it a direction of the rank is lost.
 SINGULAR = 1e-4
+# Of ΔW to what a start took out of the base: factors that were trained from that start stay nearer to it.
+FAR_FROM_START = 1.0
 
 
 def diagnose(
@@ -67,8 +69,8 @@ def diagnose(
         detect(path)  # raises, with the nearest name
     try:
         format_ = detect(path)
-        found = read_adapter(path)
-    except AdapterError as error:
+        found = read_adapter(path, base=base, say=say)
+    except (AdapterError, ProofError) as error:
         findings = (Finding("error", "read", str(error)),)
         return Diagnosis(str(adapter), None, base, tuple(engines), findings)
     findings_list = [
@@ -131,7 +133,9 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
             "bias",
             "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). Figures of ΔW leave it out.",
         )
-    if any(
+    if adapter.begun is not None:
+        yield from _begun(adapter.begun)
+    elif any(
         "init_lora_weights" in part
         for part in adapter.config.get("components", {"": adapter.config}).values()
     ):
@@ -140,6 +144,28 @@ def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
             "start",
             "It started from its base's weights, and subtracts that start, so its ΔW has twice its rank: "
             "figures are of both together, and so is the export.",
+        )
+
+
+def _begun(begun: Begun) -> Iterator[Finding]:
+    """PEFT takes such a start out of the base each time it loads the adapter; nothing else is known to."""
+    yield Finding(
+        "warning",
+        "start",
+        f"It began with {begun}, so that its ΔW has twice its rank (rounding leaves {begun.unsure:.0e} of it "
+        "open). PEFT takes "
+        "that start out of the base when it loads the adapter; other programs run s·B·A on the whole base, "
+        "which is wrong.",
+        f"moslora export ADAPTER OUT --base {begun.base}",
+    )
+    if begun.moved > FAR_FROM_START:
+        yield Finding(
+            "warning",
+            "start",
+            f"ΔW is {begun.moved:.2g} times as large as that start (median of the modules), as if the start "
+            "were another "
+            "base's.",
+            "Name the base that it was trained on, as it was before the training.",
         )
 
 
@@ -385,6 +411,16 @@ def _tried(
             fix = MERGE_WHOLE if adapter.has_magnitudes else MERGE_BIAS if adapter.has_biases else ""
             yield Finding("error", f"{name}: format", f"It cannot be written as {wanted}. {error}", fix)
             return
+    if adapter.begun is not None and name != "peft":
+        yield Finding(
+            "error",
+            f"{name}: format",
+            f"{name} would run its factors without taking the start ({adapter.begun.name}) out of the base. "
+            "Written again as "
+            f"{wanted} it is whole.",
+            f"moslora export ADAPTER OUT{suffix} --to {wanted} --base {adapter.begun.base}",
+        )
+        return
     proven = f"ΔW is the same to {proof.max_relative_error:.1e}, read back by {proof.reader}."
     if format_ == wanted == "lora" and (unnamed := _passed_over(name, path, adapter, fit)):
         yield unnamed

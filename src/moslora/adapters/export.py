@@ -58,6 +58,7 @@ class ExportProof:
         has_magnitudes: Whether it is a DoRA adapter, which fewer programs read than plain LoRA.
         held_against: The base that its names and shapes were held against; None if none was at hand.
         notes: What was put right in names, and what does not fit that base, as sentences.
+        start: How a start was found that the source does not hold (PiSSA, OLoRA), and the base; empty if there is none.
     """
 
     source: str
@@ -74,6 +75,7 @@ class ExportProof:
     has_magnitudes: bool = False
     held_against: str | None = None
     notes: tuple[str, ...] = ()
+    start: str = ""
 
     @property
     def passed(self) -> bool:
@@ -251,13 +253,18 @@ def export_adapter(
         check_format(to)
     source = Path(source)
     found = detect(source)
-    adapter = read_adapter(source, alpha)
+    adapter = read_adapter(source, alpha, base)
     to = to or format_for(str(engine), adapter)
     adapter, held_against, notes = named_for_base(adapter, to, base)
     ranked = to_rank(adapter, rank) if rank is not None else None
     wanted = adapter if ranked is None else ranked.adapter
     with written(wanted, Path(out), to, dtype, base) as result:
-        proof = replace(_prove(wanted, result, found, to), held_against=held_against, notes=notes)
+        proof = replace(
+            _prove(wanted, result, found, to),
+            held_against=held_against,
+            notes=notes,
+            start=str(adapter.begun or ""),
+        )
         if ranked is not None:
             proof = replace(proof, rank=rank, rank_error=ranked.overall, rank_errors=dict(ranked.errors))
         if not proof.passed:

@@ -18,6 +18,7 @@ from moslora.errors import AdapterError
 
 __all__ = [
     "Adapter",
+    "Begun",
     "Factors",
     "Form",
     "exact_pattern",
@@ -176,6 +177,29 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """How the start of an adapter was found that its file does not hold.
+
+    Attributes:
+        name: Of the start: ``"PiSSA"`` or ``"OLoRA"``.
+        base: The base from whose weights it was computed.
+        is_named: Whether the adapter named that base, rather than the user.
+        unsure: Largest share of a module's ΔW that the rounding of the decomposition leaves open.
+        moved: Median over the modules of ``‖ΔW‖`` over the start's own norm.
+    """
+
+    name: str
+    base: str
+    is_named: bool
+    unsure: float
+    moved: float
+
+    def __str__(self) -> str:
+        named = ", which it names" if self.is_named else ""
+        return f"{self.name}, its start computed from {self.base}{named}, and subtracted"
+
+
+@dataclass(frozen=True)
 class Adapter:
     """The factors of every module, and what a loader must know beside them.
 
@@ -185,6 +209,7 @@ class Adapter:
         extra: Other tensors that were trained (biases, ``modules_to_save``), by their name in the file.
         notes: What was put right in the names of the file, as sentences; empty where nothing was.
         stripped: What was taken from the beginning of every path and may be a module of the base after all.
+        begun: How its start was computed from its base, where it was; the modules are without it then.
     """
 
     modules: Mapping[str, Factors]
@@ -192,6 +217,7 @@ class Adapter:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     stripped: str = ""
+    begun: Begun | None = None
 
     @property
     def is_folded(self) -> bool:

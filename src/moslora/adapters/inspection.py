@@ -176,7 +176,7 @@ def inspect_adapter(
         AdapterError: If the adapter cannot be read.
         ModelError: If the base cannot be read, or has none of the adapter's modules.
     """
-    found = read_adapter(adapter)
+    found = read_adapter(adapter, base=base, say=say)
     if not found.modules:
         raise AdapterError(f"{adapter} has no modules, so there is nothing to inspect.")
     weights = open_weights(base, say) if base is not None else None
@@ -213,11 +213,15 @@ def inspect_adapter(
 
 
 def _note(adapter: Adapter) -> str:
-    begun = any(
-        "init_lora_weights" in part
-        for part in adapter.config.get("components", {"": adapter.config}).values()
+    parts = adapter.config.get("components", {"": adapter.config}).values()
+    kept = adapter.begun is None and any("init_lora_weights" in part for part in parts)
+    computed = f"It began with {adapter.begun}: ΔW = s·(B·A - B0·A0), of twice the rank."
+    notes = (
+        ([computed], adapter.begun is not None),
+        ([MAGNITUDES], adapter.has_magnitudes),
+        ([BIASES], adapter.has_biases),
+        ([COMPONENTS], kept),
     )
-    notes = ([MAGNITUDES], adapter.has_magnitudes), ([BIASES], adapter.has_biases), ([COMPONENTS], begun)
     return " ".join(text for note, is_said in notes for text in note * is_said)
 
 

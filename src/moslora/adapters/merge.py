@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.export import PROOF_FILE
@@ -21,6 +21,7 @@ from moslora.adapters.fit import Fit, fit_to_base
 from moslora.adapters.formats import experts
 from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.reading import read_adapter
+from moslora.adapters.orientation import is_transposed
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.files import new_directory
 from moslora.models.shards import DTYPES, INDEX, Stored, StoredWeights, open_weights
@@ -55,6 +56,7 @@ class MergeProof:
         least_kept_module: Where it is.
         bytes: Size of the weights.
         notes: What was put right in the adapter's names, as sentences; empty where nothing was.
+        start: How a start was found that the adapter does not hold (PiSSA, OLoRA); empty if there is none.
     """
 
     modules: int
@@ -66,6 +68,7 @@ class MergeProof:
     least_kept_module: str
     bytes: int
     notes: tuple[str, ...] = ()
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def merge(
         ProofError: If a weight was not changed, or not to what it should be. Nothing is left at ``out``.
         OSError: If the disk is too small.
     """
-    found, out = read_adapter(adapter), Path(out)
+    found, out = read_adapter(adapter, base=str(base), say=say), Path(out)
     weights = open_weights(base, say)
     folder, shards = weights.folder, weights.shards
     if weights.quantization:
@@ -156,7 +159,7 @@ def merge(
         for shard in shards:
             of_shard = [change for change in changes if change.stored.shard == shard]
             _write(folder / shard, place / shard, sorted(of_shard, key=lambda change: change.stored.start))
-        proof = replace(_prove(folder, place, changes, size), notes=fit.notes)
+        proof = replace(_prove(folder, place, changes, size), notes=fit.notes, start=str(found.begun or ""))
         if not proof.error_ratio <= 1:
             raise ProofError(
                 f"The proof failed: an entry of {proof.worst_module} is off by {proof.error_ratio:.3g} times what "
@@ -198,7 +201,7 @@ def _plan(fit: Fit, weights: StoredWeights) -> list[_Change]:
                 "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
             )
         stored = weights.table[fit.stored_name(module)]
-        changes.append(lay_out(module, factors, stored, adapter.config, weights.folder))
+        changes.append(lay_out(module, factors, stored, fit))
         changes += _change_of_bias(module, factors, fit, weights)
     doubled = len(changes) - len({(c.stored.shard, c.stored.start) for c in changes})
     if doubled:
@@ -248,8 +251,7 @@ def lay_out(
     module: str,
     factors: Factors,
     stored: Stored,
-    adapter_config: Any,
-    folder: Path,
+    fit: Fit,
 ) -> _Change:
     """Lay ΔW out as the base stores its weight.
 
@@ -257,8 +259,7 @@ def lay_out(
         module: Path in the base model.
         factors: Its factors.
         stored: Where its weight is stored.
-        adapter_config: The adapter's configuration.
-        folder: Of the base.
+        fit: The adapter, held against the base.
 
     Returns:
         The change; nothing is read or written.
@@ -282,10 +283,7 @@ def lay_out(
     elif kind == "embedding" and lies == shape[::-1]:
         return _Change(module, stored, composed.T, B.T)
     elif kind == "linear":
-        is_transposed = bool(adapter_config.get("fan_in_fan_out")) and lies == shape[::-1]
-        if is_transposed and shape[0] == shape[1]:
-            is_transposed = _is_conv1d(module, folder)
-        if is_transposed:
+        if lies == shape[::-1] and is_transposed(fit, module, shape, lies):
             return _Change(module, stored, composed.T, B.T)
         if lies == shape:
             return _Change(module, stored, B, composed)
@@ -294,17 +292,6 @@ def lay_out(
         "that the adapter was trained on."
         + (" Convolutions with groups cannot be merged into." if factors.form.groups > 1 else "")
     )
-
-
-def _is_conv1d(module: str, folder: Path) -> bool:
-    """Return whether a square weight is stored transposed, by the class of its module; no weight is loaded."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return isinstance(model.get_submodule(module), Conv1D)
 
 
 def _write(source: Path, target: Path, changes: Sequence[_Change]) -> None:

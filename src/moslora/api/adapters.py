@@ -41,7 +41,8 @@ def export(
         engine: Instead of ``to``, the program that will run it, such as ``"vllm"`` or ``"comfyui"``.
         rank: Bring every module to this rank, by the singular values of ΔW.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; None for float32, or natively what the factors have.
-        base: Base model, for formats that need its configuration; None for the one that the adapter names.
+        base: Base model, for formats that need its configuration, and for a LoRA that began with PiSSA or OLoRA;
+            None for the one that the adapter names.
         alpha: The ``lora_alpha`` of the training, for a file that does not say it.
 
     Returns:
@@ -66,13 +67,16 @@ def export(
 
 
 @verb("import")
-def import_adapter(source: PathLike, out: PathLike, *, alpha: float | None = None) -> ExportedAdapter:
+def import_adapter(
+    source: PathLike, out: PathLike, *, base: str | None = None, alpha: float | None = None
+) -> ExportedAdapter:
     """Read an adapter of another program and write it natively, to train it further or to export it.
 
     Args:
         source: A directory or file: checkpoints of MoSLoRA's authors and of PEFT pull request 2294, PaddleNLP's in
             safetensors, files of diffusers, kohya and other image tools, or a plain LoRA, whose mixers become I.
         out: Directory to write; must not exist yet.
+        base: Base model, for a LoRA that began with PiSSA or OLoRA; None for the one that the adapter names.
         alpha: The ``lora_alpha`` of the training, for a file that does not say it.
 
     Returns:
@@ -85,7 +89,7 @@ def import_adapter(source: PathLike, out: PathLike, *, alpha: float | None = Non
         >>> moslora.import_adapter("plain-lora", "imported").proof.target
         'native'
     """
-    return export(source, out, "native", alpha=alpha)
+    return export(source, out, "native", base=base, alpha=alpha)
 
 
 @verb("combine")

@@ -38,6 +38,10 @@ class ExportedAdapter(Printable):
         proof = self.proof
         alpha = "" if self.alpha is None else f", alpha {self.alpha:g} as given"
         display.say(f"Read {self.source}: {proof.source}, {proof.modules} modules{alpha}.")
+        if proof.start:
+            display.say(
+                f"It began with {proof.start}: what is written is for that base as it is, of twice the rank."
+            )
         if FORMATS[proof.source].warning:
             display.say(FORMATS[proof.source].warning)
         for note in proof.notes:
@@ -93,8 +97,9 @@ class CombinedAdapter(Printable):
     def show(self, display: Display) -> None:
         """Write what was read, what was written, and the proof."""
         proof = self.proof
-        for source, weight in zip(self.sources, proof.weights, strict=True):
-            display.say(f"Read {source}, weight {weight:g}.")
+        for source, weight, start in zip(self.sources, proof.weights, proof.starts, strict=True):
+            began = f" It began with {start}." if start else ""
+            display.say(f"Read {source}, weight {weight:g}.{began}")
         for note in proof.notes:
             display.say(note)
         display.say(f"Wrote {self.path}: {self.format}, {proof.modules} modules, rank up to {proof.rank}.")
@@ -135,6 +140,8 @@ class MergedModel(Printable):
         display.say(f"Read {self.base} and {self.adapter}: {proof.modules} modules.")
         for note in proof.notes:
             display.say(note)
+        if proof.start:
+            display.say(f"It began with {proof.start}.")
         display.say(
             f"Wrote {self.path}: {proof.bytes:,} bytes of weights. Every adapted weight changed, the rest is a copy."
         )

@@ -59,6 +59,7 @@ def export(
 def import_(
     source: Annotated[Path, typer.Argument(help="Adapter of another program: a directory or a file.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist yet.")],
+    base: Base = None,
     alpha: Alpha = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -79,7 +80,7 @@ def import_(
         with quick_import():
             from moslora.api.adapters import import_adapter
 
-        print_result(import_adapter(source, out, alpha=alpha), as_json)
+        print_result(import_adapter(source, out, base=base, alpha=alpha), as_json)
 
     run_verb(action, debug)
 

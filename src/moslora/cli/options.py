@@ -16,7 +16,10 @@ Dtype = Annotated[
     str | None, typer.Option(help="Of the factors: [bold]float32[/], [bold]float16[/] or [bold]bfloat16[/].")
 ]
 Base = Annotated[
-    str | None, typer.Option(help="Base model, for gguf; the one that the adapter names by default.")
+    str | None,
+    typer.Option(
+        help="Base model, for gguf and for a LoRA that began with PiSSA or OLoRA; by default what the adapter names."
+    ),
 ]
 Alpha = Annotated[
     float | None,

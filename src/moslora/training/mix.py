@@ -60,12 +60,14 @@ class Mix:
         weights: What each is multiplied by at the start.
         whole: Their weighted sum as one adapter with a block-diagonal mixer.
         hashes: SHA-256 of every source's files.
+        base: The base model that they are for, as the recipe names it; None if it was not said.
     """
 
     sources: tuple[Path, ...]
     weights: tuple[float, ...]
     whole: Adapter
     hashes: tuple[dict[str, str], ...]
+    base: str | None = None
 
     def adjust(self, recipe: Recipe) -> Recipe:
         """Give a recipe the adapter section that the sources have.
@@ -176,7 +178,7 @@ class Mix:
         """
         import torch
 
-        found, again = read_adapter(written), open_mix(self.sources, self.weights)
+        found, again = read_adapter(written), open_mix(self.sources, self.weights, self.base)
         if again.hashes != self.hashes:
             raise ProofError(
                 "The sources changed while the mix was trained. Put the old files back and start again."
@@ -221,12 +223,15 @@ def _hashes(source: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = None) -> Mix:
+def open_mix(
+    sources: Sequence[str | Path], weights: Sequence[float] | None = None, base: str | None = None
+) -> Mix:
     """Read adapters and lay them side by side.
 
     Args:
         sources: Adapters of any format that is read, for one base; a module may be missing in some, and ranks differ.
         weights: A factor for each, unitless; None for 1 each. They set where the mixer starts.
+        base: The base that they were trained on, for starts that PEFT took out of it (PiSSA, OLoRA).
 
     Returns:
         The adapters as one.
@@ -238,7 +243,7 @@ def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = No
     paths = tuple(Path(source) for source in sources)
     factors = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(paths)
     hashes = tuple(_hashes(path) if path.exists() else {} for path in paths)
-    whole = add([named_for_base(read_adapter(path), "native", None)[0] for path in paths], factors)
+    whole = add([named_for_base(read_adapter(path, base=base), "native", base)[0] for path in paths], factors)
     if not whole.modules:
         raise AdapterError("The adapters have no modules, so there is nothing to mix.")
     whole.refuse_biases("A mix trains mixers and nothing else, and would leave the bias as it is")
@@ -249,4 +254,4 @@ def open_mix(sources: Sequence[str | Path], weights: Sequence[float] | None = No
             f"{name} is an expert, a grouped convolution or another layer whose factors cannot be concatenated in "
             "a model. Combine or merge such adapters instead."
         )
-    return Mix(paths, factors, whole, hashes)
+    return Mix(paths, factors, whole, hashes, base)

@@ -250,7 +250,7 @@ def _with_mix(recipe: Recipe) -> tuple[Recipe, Mix | None]:
     """Open the adapters that a recipe mixes, and let them decide modules and ranks."""
     if recipe.mix is None:
         return recipe, None
-    mix = open_mix(recipe.mix.adapters, recipe.mix.weights)
+    mix = open_mix(recipe.mix.adapters, recipe.mix.weights, recipe.model.name)
     return mix.adjust(recipe), mix
 
 

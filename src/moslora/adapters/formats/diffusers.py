@@ -24,12 +24,13 @@ from torch import Tensor
 from moslora.adapters.factors import Adapter, exact_pattern
 from moslora.adapters.formats import through_diffusers
 from moslora.adapters.formats.building import build_adapter, name_exactly
-from moslora.adapters.formats.configuration import SHARED
+from moslora.adapters.formats.configuration import MOSLORA, SHARED
 from moslora.adapters.formats.image_file import refuse_key, without_zeros
 from moslora.adapters.formats.key_names import notes_on_wrappers
 from moslora.adapters.formats.keys import split_key, unwrap
 from moslora.adapters.formats.layout import Found, as_stored
 from moslora.adapters.formats.lora import MAGNITUDE, flatten
+from moslora.adapters.formats.lora_fields import check_fields
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import (
     COMPONENTS,
@@ -63,6 +64,11 @@ ENDINGS = (
     ),
 )
 T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.")
+FUSE = (
+    "Load it into its pipeline (load_lora_weights), call fuse_lora() and unload_lora_weights(), and save the "
+    "pipeline: those "
+    "full weights need no adapter."
+)
 IN_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -202,6 +208,13 @@ def _part(
         for key, value in metadata.items()
         if key.startswith(f"{component}.")
     }
+    start = check_fields(f"{path}: {component}", said, also=MOSLORA)
+    if start:
+        raise AdapterError(
+            f"{path}: {component} began with init_lora_weights={said['init_lora_weights']!r}, which took a "
+            "part out of the base "
+            f"weight, so its factors are not those of s·B·A. {FUSE}"
+        )
     if said.get("lora_bias"):
         raise AdapterError(f"{path}: {component} has a bias on B, whose update is not s·B·A.")
     ranks = {name: own["A"].shape[0] for name, own in found.modules.items() if "A" in own}

@@ -7,6 +7,7 @@ some take alpha for r, some know neither rsLoRA nor per-module alphas.
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import skeleton
+from moslora.adapters.formats.base_start import subtract_base_start
 from moslora.adapters.formats.building import build_adapter, settle
 from moslora.adapters.formats.configuration import SHARED, lora_config
 from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors, write_files
 from moslora.adapters.formats.layout import KEY_PREFIX, group_factors, name_all
+from moslora.adapters.formats.lora_fields import TRAINING_ONLY, check_fields
 from moslora.errors import AdapterError
 from moslora.wording import first_line
 
@@ -34,39 +37,41 @@ FOREIGN = {
     "lora_mixer": "a mixer in the naming of PEFT pull request 2294; stock PEFT drops it and runs B·A",
     "lora_A.bias": "a bias on A",
 }
-VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config")
 
 
-def read(folder: Path) -> Adapter:
+def read(folder: Path, base: str | None = None, say: Callable[[str], None] = lambda _: None) -> Adapter:
     """Read a plain LoRA directory, DoRA included; its mixers are the identity.
 
     Args:
         folder: The directory.
+        base: The base that it was trained on, for a start that PEFT took out of it; None for the one that the adapter
+            names, where that is a folder.
+        say: Receives a line before long work.
 
     Returns:
         The adapter, in the dtype of the file.
 
     Raises:
-        AdapterError: If it is not a whole, finite, plain LoRA adapter.
+        AdapterError: If it is not a whole, finite, plain LoRA adapter, or its start cannot be computed.
+        ModelError, ProofError: If its start cannot be computed from the base.
     """
     config = read_config(folder)
     if config["peft_type"] != PEFT_TYPE:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
-    set_variants = [name for name in VARIANTS if config.get(name)]
-    if set_variants:
-        raise AdapterError(
-            f"{folder} is not a plain LoRA: {set_variants[0]} is set. Only plain LoRA can be read."
-        )
+    start = check_fields(str(folder), config, also=("lora_use_mixer_pattern",))
     found = group_factors(read_tensors(folder), PARTS, EMBEDDING_PARTS, config)
     for key in [key for key in found.rest if key.endswith(f".{MAGNITUDE}")]:
         module = key.removesuffix(f".{MAGNITUDE}").removeprefix(KEY_PREFIX)
         found.modules.setdefault(module, {})["magnitude"] = found.rest.pop(key)
+    for key in [key for key in found.rest if any(f"{mark}." in f"{key}." for mark in TRAINING_ONLY)]:
+        del found.rest[key]
     for key in found.rest:
         for mark, meaning in FOREIGN.items():
             if mark in key:
                 raise AdapterError(f"{folder / WEIGHTS} is not a plain LoRA: {key} is {meaning}.")
     kept = {name: config[name] for name in SHARED if name in config}
-    return build_adapter(folder, kept, found)
+    adapter = build_adapter(folder, kept, found)
+    return subtract_base_start(adapter, start, folder, base, say) if start else adapter
 
 
 def flatten(adapter: Adapter) -> Adapter:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.building import build_adapter, settle
-from moslora.adapters.formats.configuration import SHARED, moslora_config, subtracts_start
+from moslora.adapters.formats.configuration import MOSLORA, SHARED, moslora_config, subtracts_start
 from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors, write_files
 from moslora.adapters.formats.layout import group_factors, name_all
+from moslora.adapters.formats.lora_fields import check_native_fields
 from moslora.adapters.formats.tensors import load_tensors, read_whole_header
 from moslora.core import functional
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES
@@ -55,6 +56,7 @@ def read(folder: Path) -> Adapter:
     config = read_config(folder)
     if config["peft_type"] != PEFT_TYPE:
         raise AdapterError(f"{folder} is of type {config['peft_type']}, not {PEFT_TYPE}.")
+    check_native_fields(str(folder), config, MOSLORA)
     found = group_factors(
         read_tensors(folder),
         {**PARTS, **STARTS, MAGNITUDE: "magnitude", OLD_MAGNITUDE: "magnitude"},

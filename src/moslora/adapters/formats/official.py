@@ -24,6 +24,7 @@ from moslora.adapters.formats.building import build_adapter
 from moslora.adapters.formats.configuration import SHARED
 from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors
 from moslora.adapters.formats.layout import group_factors
+from moslora.adapters.formats.lora_fields import CONVERT, check_fields
 from moslora.adapters.formats.tensors import check_tensors
 from moslora.bounded import read_header
 from moslora.errors import AdapterError
@@ -33,6 +34,7 @@ __all__ = ["WARNING", "carries_mixer", "check_mixers", "read"]
 PICKLED = "adapter_model.bin"
 PARTS = {"lora_A": "A", "lora_AB": "M", "lora_mixer": "M", "lora_B": "B"}
 EMBEDDING_PARTS = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
+FIELDS = ("lora_use_mixer", "lora_use_mixer_pattern", "use_moslora")
 MIXERS = tuple(f".{part}." for part, letter in PARTS.items() if letter == "M")
 WARNING = (
     "It calls itself LORA but carries mixers: stock PEFT would drop them and run B·A, which is wrong. Use what is "
@@ -132,6 +134,13 @@ def read(folder: Path) -> Adapter:
         AdapterError: If it is not whole, or has other variants of LoRA besides.
     """
     config = read_config(folder)
+    start = check_fields(str(folder), config, also=FIELDS)
+    if start:
+        raise AdapterError(
+            f"{folder} has mixers and began with init_lora_weights={start!r}; how the program that trained it "
+            "runs both "
+            f"together is not known here. {CONVERT}"
+        )
     in_safetensors = (folder / WEIGHTS).is_file()
     tensors = read_tensors(folder) if in_safetensors else _unpickle(folder / PICKLED)
     found = group_factors(tensors, PARTS, EMBEDDING_PARTS, config)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import (
@@ -125,13 +127,21 @@ def _detect_file(path: Path) -> str:
     raise AdapterError(f"{path} {strangers.describe_tensors(names, CONFIG)}")
 
 
-def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
+def read_adapter(
+    path: str | Path,
+    alpha: float | None = None,
+    base: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Adapter:
     """Read an adapter of any format that is read.
 
     Args:
         path: Its directory, or its file where it is a single one.
         alpha: The ``lora_alpha`` that it was trained with, for a file that does not say it; the scale of a module is
             then alpha ÷ its rank.
+        base: The base that it was trained on, for a start that PEFT took out of it and that its file does not hold;
+            None for the one that the adapter names, where that is a folder.
+        say: Receives a line before long work.
 
     Returns:
         The adapter.
@@ -139,6 +149,7 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     Raises:
         AdapterError: If it cannot be read or trusted, or says its alpha itself and one is given; the message says what
             to do.
+        ModelError, ProofError: If its start has to be computed from the base, and cannot be.
         UsageError: If ``alpha`` is not a finite number other than 0, or the path is not UTF-8.
     """
     path = Path(path)
@@ -146,8 +157,9 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     refuse_undecodable(path)
     read = FORMATS[found].read
     assert read is not None, "what is detected is read"
+    about: dict[str, Any] = {"base": base, "say": say} if FORMATS[found].takes_base else {}
     if alpha is None:
-        return read(path)
+        return read(path, **about)
     if not math.isfinite(alpha) or alpha == 0:
         raise UsageError(f"alpha={alpha!r} is not an alpha; it must be a finite number other than 0.")
     if not FORMATS[found].takes_alpha:

@@ -39,6 +39,7 @@ class Format:
             where there is none.
         needs_base: Whether writing takes the base's ``config.json``, as ``base``.
         takes_alpha: Whether reading takes an ``alpha`` for files that do not say theirs.
+        takes_base: Whether reading takes a ``base``, for starts that its weights tell, and ``say``.
     """
 
     read: Callable[..., Adapter] | None
@@ -49,14 +50,17 @@ class Format:
     read_back: Callable[..., tuple[Adapter, str]] | None = None
     needs_base: bool = False
     takes_alpha: bool = False
+    takes_base: bool = False
 
 
-def _read_each(read: Callable[[Path], Adapter]) -> Callable[[Path], Adapter]:
-    """Read an adapter directory, or one for each model of a pipeline."""
+def _read_each(read: Callable[..., Adapter]) -> Callable[..., Adapter]:
+    """Read an adapter directory, or one for each model of a pipeline; the weights of a pipeline tell no start."""
 
-    def whole(path: Path) -> Adapter:
+    def whole(path: Path, **about: Any) -> Adapter:
         parts = {} if (path / CONFIG).exists() else pipeline.folders(path)
-        return pipeline.join({name: read(folder) for name, folder in parts.items()}) if parts else read(path)
+        if parts:
+            return pipeline.join({name: read(folder) for name, folder in parts.items()})
+        return read(path, **about)
 
     return whole
 
@@ -90,6 +94,7 @@ FORMATS: dict[str, Format] = {
         _write_each(lora.write),
         "plain LoRA: PEFT and everything that reads it",
         read_back=_peft_reads_each,
+        takes_base=True,
     ),
     "native": Format(
         _read_each(native.read), _write_each(native.write), "with its mixers, to continue training"
