@@ -119,6 +119,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
             json.dumps({**json.loads((a / "adapter_config.json").read_text()), "lora_alpha": -8})
         ),
         "scale",
+        "warning",  # every verb reads it, and PEFT runs it
+    ),
+    "alpha of zero": (
+        lambda a: (a / "adapter_config.json").write_text(
+            json.dumps({**json.loads((a / "adapter_config.json").read_text()), "lora_alpha": 0})
+        ),
+        "scale",
         "error",
     ),
 }

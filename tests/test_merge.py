@@ -219,8 +219,8 @@ def test_a_small_error_in_a_small_delta_fails_the_proof(
     merge(base, adapter, tmp_path / "right")
     real = moslora.adapters.merge._write
 
-    def off(source: Path, target: Path, changes: Any) -> None:
-        real(source, target, [replace(c, left=c.left * 1.05) for c in changes])
+    def off(source: Path, target: Path, changes: Any) -> list[str]:
+        return real(source, target, [replace(c, left=c.left * 1.05) for c in changes])
 
     monkeypatch.setattr(moslora.adapters.merge, "_write", off)
     with pytest.raises(ProofError, match="times what rounding explains"):
@@ -272,7 +272,7 @@ def test_an_interrupted_or_wrong_merge_leaves_nothing(
         merge(base, adapter, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(ProofError, match="times what rounding explains"):
         patch.setattr(
-            moslora.adapters.merge, "_write", lambda source, target, _: shutil.copyfile(source, target)
+            moslora.adapters.merge, "_write", lambda source, target, _: shutil.copyfile(source, target) and []
         )
         merge(base, adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from moslora.adapters.arithmetic import add, relative, sum_error
 from moslora.adapters.export import check_format, named_for_base, written
 from moslora.adapters.factors import Factors
+from moslora.adapters.facts import to_say
 from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.ranks import to_rank
 from moslora.errors import AdapterError, ProofError
@@ -34,9 +35,10 @@ class CombineProof:
         tolerance: What it was held against.
         reader: Whose reader read it back.
         rank_error: ``‖ΔW - ΔW'‖ / ‖ΔW‖`` that a change of rank cost, over all modules; None if there was none.
-        notes: What was put right in names, and what does not fit the base, as sentences.
         starts: How starts were found that the adapters do not hold (PiSSA, OLoRA), in the order given; empty texts
             for the others.
+        notes: What was put right in names, what does not fit the base, and what must be known of each adapter
+            (``facts.to_say``), as sentences.
     """
 
     weights: tuple[float, ...]
@@ -47,8 +49,8 @@ class CombineProof:
     tolerance: float
     reader: str = "moslora"
     rank_error: float | None = None
-    notes: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def combine(
@@ -83,7 +85,12 @@ def combine(
     """
     check_format(to)
     read = [named_for_base(read_adapter(path, base=base), to, base) for path in adapters]
-    parts, notes = [part for part, _, _ in read], tuple(dict.fromkeys(n for _, _, own in read for n in own))
+    parts = [part for part, _, _ in read]
+    of_names = dict.fromkeys(note for _, _, own in read for note in own)
+    notes = (
+        *of_names,
+        *(f"{path}: {note}" for path, part in zip(adapters, parts, strict=True) for note in to_say(part)),
+    )
     whole = add(parts, weights)
     ranked = to_rank(whole, rank) if rank is not None else None
     if not whole.modules:
@@ -117,8 +124,8 @@ def combine(
             result.tolerance,
             result.reader,
             None if ranked is None else ranked.overall,
-            notes,
             tuple(str(part.begun or "") for part in parts),
+            notes,
         )
         if not worst <= result.tolerance:
             raise ProofError(

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from moslora.adapters.arithmetic import tied_heads
+from moslora.adapters.beside import UNTIE
 from moslora.adapters.export import export_adapter
-from moslora.adapters.factors import Adapter, Begun, Factors
+from moslora.adapters.factors import Adapter, Begun
+from moslora.adapters.facts import facts_of, is_untrained
 from moslora.adapters.findings import NOT_HELD, Diagnosis, Finding, some
 from moslora.adapters.fit import Fit, fit_to_base, fit_to_named_base
 from moslora.adapters.formats import comfyui
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.skeleton import misfits_by_peft
 from moslora.adapters.formats.table import FORMATS
+from moslora.adapters.own_tokenizer import tokenizer_findings
 from moslora.adapters.targets import MERGE_BIAS, MERGE_WHOLE, TARGETS, check_target, format_for
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.files import scratch
@@ -28,14 +31,11 @@ from moslora.models.fingerprint import fingerprint
 from moslora.models.loading import load_tokenizer
 from moslora.models.names import resolve_model
 from moslora.models.shards import open_weights
+from moslora.models.tokenizer_files import read_tokenizer
 
 __all__ = ["diagnose"]
 
-# Beyond this alpha / r training usually diverges or the number is a slip; the paper's largest is 2.
-LARGE_SCALE = 16.0
 RENAME = "moslora export ADAPTER OUT --base MODEL, which writes the names that PEFT finds."
-# Of the smallest to the largest singular value of a mixer: below it a direction of the rank is lost.
-SINGULAR = 1e-4
 # Of ΔW to what a start took out of the base: factors that were trained from that start stay nearer to it.
 FAR_FROM_START = 1.0
 
@@ -75,11 +75,8 @@ def diagnose(
         return Diagnosis(str(adapter), None, base, tuple(engines), findings)
     findings_list = [
         *_read(found, format_),
-        *_more_than_factors(found),
-        *_trained(found),
-        *_scales(found),
-        *_mixers(found),
-        *_beside(found),
+        *_start(found),
+        *(fact.finding for fact in facts_of(found)),
     ]
     weights = None if base is None else open_weights(base, say)
     fit: Fit | None = None
@@ -89,8 +86,8 @@ def diagnose(
         findings_list.append(Finding("error", "fits", str(error)))
     else:
         findings_list += [*_fits(fit), *_tied(fit)] if fit is not None else _not_held(found)
-    if base is not None:
-        findings_list += [*_named(found, base), *_as_trained(path, base)]
+    if base is not None and weights is not None:
+        findings_list += [*_named(found, base), *tokenizer_findings(path, weights), *_as_trained(path, base)]
     for name in engines:
         findings_list += _tried(name, path, found, format_, base, fit)
     return Diagnosis(str(adapter), format_, base, tuple(engines), tuple(findings_list), held=fit is not None)
@@ -118,21 +115,7 @@ def _read(adapter: Adapter, format_: str) -> Iterator[Finding]:
         )
 
 
-def _more_than_factors(adapter: Adapter) -> Iterator[Finding]:
-    """A magnitude may be trained while B is still zero, and only the base tells by how much."""
-    if adapter.has_magnitudes:
-        yield Finding(
-            "note",
-            "DoRA",
-            "It has DoRA's magnitude: the factors turn the rows of the weight, a vector is their lengths. Figures of "
-            "ΔW are of s·B·M·A.",
-        )
-    if adapter.has_biases:
-        yield Finding(
-            "note",
-            "bias",
-            "It has a bias on B (lora_bias=True): h = W0·x + s·(B·M·A·x + b). Figures of ΔW leave it out.",
-        )
+def _start(adapter: Adapter) -> Iterator[Finding]:
     if adapter.begun is not None:
         yield from _begun(adapter.begun)
     elif any(
@@ -166,90 +149,6 @@ def _begun(begun: Begun) -> Iterator[Finding]:
             "were another "
             "base's.",
             "Name the base that it was trained on, as it was before the training.",
-        )
-
-
-def _has_moved_bias(factors: Factors) -> bool:
-    return factors.bias is not None and bool(factors.bias.any())
-
-
-def _trained(adapter: Adapter) -> Iterator[Finding]:
-    zero = [
-        name
-        for name, factors in adapter.modules.items()
-        if factors.norm() == 0 and factors.magnitude is None and not _has_moved_bias(factors)
-    ]
-    if len(zero) == len(adapter.modules):
-        yield Finding(
-            "error", "trained", "ΔW is zero everywhere: it was not trained.", "Take a later checkpoint."
-        )
-    elif zero:
-        yield Finding(
-            "warning",
-            "trained",
-            f"ΔW is zero in {len(zero)} of {len(adapter.modules)} modules: {some(zero)}.",
-            "Were they frozen, or never reached? moslora inspect shows all modules.",
-        )
-    else:
-        yield Finding("ok", "trained", "ΔW is not zero in any module.")
-
-
-def _scales(adapter: Adapter) -> Iterator[Finding]:
-    scales = {name: factors.scale for name, factors in adapter.modules.items()}
-    wrong = [name for name, scale in scales.items() if scale <= 0]
-    large = [name for name, scale in scales.items() if scale > LARGE_SCALE]
-    span = (
-        f"{min(scales.values()):g}"
-        if len(set(scales.values())) == 1
-        else (f"{min(scales.values()):g} to {max(scales.values()):g}")
-    )
-    if wrong:
-        yield Finding("error", "scale", f"alpha / r is not above 0 in {some(wrong)}.", "Fix lora_alpha.")
-    elif large:
-        yield Finding(
-            "warning",
-            "scale",
-            f"alpha / r is {span}, large in {some(large)}.",
-            "Is this lora_alpha intended? Usual values of alpha / r are 1 and 2.",
-        )
-    else:
-        yield Finding("ok", "scale", f"alpha / r is {span}.")
-
-
-def _mixers(adapter: Adapter) -> Iterator[Finding]:
-    import torch
-
-    mixed = {name: factors for name, factors in adapter.modules.items() if not factors.is_folded}
-    flat = []
-    for name, factors in mixed.items():
-        values = torch.linalg.svdvals(factors.M.double())
-        if values[-1] < SINGULAR * values[0]:
-            flat.append(name)
-    if flat:
-        yield Finding(
-            "warning",
-            "mixer",
-            f"M is nearly singular in {len(flat)} of {len(mixed)} modules, so part of the rank is lost: {some(flat)}.",
-            "A smaller rank would do (moslora export --rank), or a smaller rate for M.",
-        )
-    elif mixed:
-        yield Finding("ok", "mixer", f"{len(mixed)} mixers, all of full rank.")
-
-
-def _beside(adapter: Adapter) -> Iterator[Finding]:
-    if adapter.extra:
-        yield Finding(
-            "note",
-            "beside",
-            f"{len(adapter.extra)} tensors beside the factors (bias, modules_to_save): {some(sorted(adapter.extra))}.",
-        )
-    unlike = adapter.config.get("unlike_lora") or {}
-    if unlike:
-        yield Finding(
-            "warning",
-            "layers",
-            f"{len(unlike)} modules that a plain LoRA would compute otherwise: {some(sorted(unlike))}.",
-            "Merge into the base instead: moslora merge, or merge_and_unload().",
         )
 
 
@@ -303,12 +202,13 @@ def _fits(fit: Fit) -> Iterator[Finding]:
 
 def _tied(fit: Fit) -> Iterator[Finding]:
     tied = [module for module in fit.adapter.modules if fit.is_shared(module)]
-    if tied and not tied_heads(fit.adapter.modules, tied):
+    changed = [module for module in tied if not is_untrained(fit.adapter.modules[module])]
+    if changed and not tied_heads(fit.adapter.modules, tied):
         yield Finding(
             "warning",
             "tied",
-            f"{some(tied)} shares its weight between embedding and head: the adapter changes one use, a merge both.",
-            "Keep it an adapter, or untie the base before training.",
+            f"{some(changed)} shares its weight between embedding and head: the adapter changes one use, a merge both.",
+            UNTIE,
         )
 
 
@@ -331,7 +231,16 @@ def _as_trained(path: Path, base: str) -> Iterator[Finding]:
         yield Finding("warning", "template", f"The base's tokenizer cannot be read: {error}")
         return
     now = None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
-    if now == hashes.get("chat_template"):
+    beside = read_tokenizer(path)
+    own = None if beside is None or beside.template is None else beside.template
+    if own is not None and hashlib.sha256(own.encode()).hexdigest() == hashes.get("chat_template") != now:
+        yield Finding(
+            "warning",
+            "template",
+            "The chat template of the training is the one beside the adapter, not the base's.",
+            "Load the tokenizer from the adapter's directory, or moslora merge BASE ADAPTER OUT, which carries it.",
+        )
+    elif now == hashes.get("chat_template"):
         yield Finding("ok", "template", "The base's chat template is the one of the training.")
     else:
         yield Finding(

@@ -11,6 +11,7 @@ from typing import Any
 
 from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.factors import Adapter
+from moslora.adapters.facts import to_say
 from moslora.adapters.fit import fit_to_named_base
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.table import FORMATS, WRITTEN
@@ -57,7 +58,8 @@ class ExportProof:
         rank_errors: The same by module.
         has_magnitudes: Whether it is a DoRA adapter, which fewer programs read than plain LoRA.
         held_against: The base that its names and shapes were held against; None if none was at hand.
-        notes: What was put right in names, and what does not fit that base, as sentences.
+        notes: What was put right in names, what does not fit that base, and what must be known of what was written
+            (``facts.to_say``), as sentences.
         start: How a start was found that the source does not hold (PiSSA, OLoRA), and the base; empty if there is none.
     """
 
@@ -262,7 +264,7 @@ def export_adapter(
         proof = replace(
             _prove(wanted, result, found, to),
             held_against=held_against,
-            notes=notes,
+            notes=(*notes, *to_say(adapter)),
             start=str(adapter.begun or ""),
         )
         if ranked is not None:

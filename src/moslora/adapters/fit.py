@@ -404,8 +404,18 @@ def _held_extra(
         elif last == TOKENS and tuple(tensor.shape[1:]) != place.shape[1:]:
             shapes[key] = f"is {tuple(tensor.shape)}, for a weight of {place.shape}"
         elif last != TOKENS and tuple(tensor.shape) != place.shape:
-            shapes[key] = f"is {tuple(tensor.shape)}, the base's {place.shape}"
+            shapes[key] = f"is {tuple(tensor.shape)}, the base's {place.shape}{_resized(tensor, place.shape)}"
     return extra, wrong, shapes, frozenset(unchecked)
+
+
+def _resized(tensor: Tensor, shape: tuple[int, ...]) -> str:
+    """Say what to do where only the number of rows differs, as that of a vocabulary."""
+    if len(shape) != 2 or tuple(tensor.shape[1:]) != shape[1:]:
+        return ""
+    return (
+        " (if the vocabulary was changed for the training, resize the base likewise, "
+        f"model.resize_token_embeddings({tensor.shape[0]}), and save it)"
+    )
 
 
 def _named_alike(key: str, old: str, new: str) -> str:

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from moslora.adapters.arithmetic import tied_heads
+from moslora.adapters.beside import UNTIE, Replacement, replacements
 from moslora.adapters.export import PROOF_FILE
 from moslora.adapters.factors import Factors
+from moslora.adapters.facts import is_untrained, refuse, to_say
 from moslora.adapters.fit import Fit, fit_to_base
 from moslora.adapters.formats import experts
-from moslora.adapters.formats.layout import KEY_PREFIX
 from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.orientation import is_transposed
+from moslora.adapters.own_tokenizer import check_rows, differences
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.files import new_directory
 from moslora.models.shards import DTYPES, INDEX, Stored, StoredWeights, open_weights
+from moslora.models.tokenizer_files import TEMPLATES, carry_tokenizer, read_tokenizer
 from moslora.wording import evenly_spaced
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ __all__ = ["MergeProof", "merge"]
 LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
 BLOCK = 1 << 19  # entries of a weight in memory at once; small enough for a processor's cache
 PROOF_BLOCKS = 4  # of 1/8 BLOCK, evenly over each weight, that are read again
+NOTHING_SURVIVING = 0.01  # of every module: the merge is the base
 LEAST_SURVIVING = 0.9  # share of ΔW below which rounding has lost enough of it to warn
 
 
@@ -45,7 +49,8 @@ class MergeProof:
     """What a merge measured on the files it wrote.
 
     Attributes:
-        modules: How many modules the adapter has; each was changed. All else is a copy of the base's bytes.
+        modules: How many weights and biases were changed, or replaced by tensors that were trained whole. All else
+            is a copy of the base's bytes.
         checked: How many entries of their weights were read again and compared, some of every module.
         error_ratio: Largest error of a written entry against float64, relative to what the one rounding to the
             weight's dtype and the product's own rounding allow that entry; at most 1.
@@ -55,8 +60,13 @@ class MergeProof:
             again: ``⟨W' - W, ΔW⟩ / ‖ΔW‖²``, 1 if all of it. In 16 bits a small ΔW is lost in part, in any merge.
         least_kept_module: Where it is.
         bytes: Size of the weights.
-        notes: What was put right in the adapter's names, as sentences; empty where nothing was.
         start: How a start was found that the adapter does not hold (PiSSA, OLoRA); empty if there is none.
+        lost: Modules of which rounding left no entry changed.
+        replaced: Tensors of the base that the adapter has whole (``modules_to_save``, biases).
+        notes: What was put right in the adapter's names, and what must be known of it (``facts.to_say``), as sentences.
+        tokenizer: Files of the tokenizer and chat template that lay beside the adapter and were carried over, in the
+            place of the base's; empty if it has none.
+        tokenizer_differs: In what they differ from the base's.
     """
 
     modules: int
@@ -67,8 +77,12 @@ class MergeProof:
     least_kept: float
     least_kept_module: str
     bytes: int
-    notes: tuple[str, ...] = ()
     start: str = ""
+    lost: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    tokenizer: tuple[str, ...] = ()
+    tokenizer_differs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,22 +158,41 @@ def merge(
             "which ΔW cannot be rounded. Merge into the base in 16 or 32 bits and quantize the result."
         )
     fit = fit_to_base(found, weights, str(base))
-    changes = _plan(fit, weights)
+    changes, wholes = _plan(fit, weights)
+    own = read_tokenizer(Path(adapter))
+    if own is not None:
+        check_rows(own, weights)
     size = sum((folder / shard).stat().st_size for shard in shards)
     with new_directory(out) as place:
         free = shutil.disk_usage(place).free
         if free < size + (1 << 20):
             raise OSError(f"{out} needs {size:,} bytes, {free:,} are free. Name a place on a larger disk.")
+        lost: list[str] = []
         say(f"Merging {len(changes)} modules into {len(shards)} shards, {size:,} bytes.")
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.endswith((*LEFT_BEHIND, ".index.json")):
                 shutil.copyfile(path, place / path.name)
         if (folder / INDEX).is_file():
             shutil.copyfile(folder / INDEX, place / INDEX)
+        if (folder / TEMPLATES).is_dir():
+            shutil.copytree(folder / TEMPLATES, place / TEMPLATES)
+        if own is not None:
+            carry_tokenizer(own, place)
         for shard in shards:
-            of_shard = [change for change in changes if change.stored.shard == shard]
-            _write(folder / shard, place / shard, sorted(of_shard, key=lambda change: change.stored.start))
-        proof = replace(_prove(folder, place, changes, size), notes=fit.notes, start=str(found.begun or ""))
+            everything: list[_Change | Replacement] = [*changes, *wholes]
+            of_shard = [change for change in everything if change.stored.shard == shard]
+            lost += _write(folder / shard, place / shard, sorted(of_shard, key=lambda one: one.stored.start))
+        _check_wholes(place, wholes)
+        proof = replace(
+            _prove(folder, place, changes, size),
+            modules=len(changes) + len(wholes),
+            start=str(found.begun or ""),
+            lost=tuple(lost),
+            replaced=tuple(whole.name for whole in wholes),
+            notes=(*fit.notes, *to_say(fit.adapter)),
+            tokenizer=own.names if own is not None else (),
+            tokenizer_differs=differences(own, weights.folder) if own is not None else (),
+        )
         if not proof.error_ratio <= 1:
             raise ProofError(
                 f"The proof failed: an entry of {proof.worst_module} is off by {proof.error_ratio:.3g} times what "
@@ -169,7 +202,7 @@ def merge(
     return proof
 
 
-def _plan(fit: Fit, weights: StoredWeights) -> list[_Change]:
+def _plan(fit: Fit, weights: StoredWeights) -> tuple[list[_Change], list[Replacement]]:
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
     adapter = fit.adapter
     adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
@@ -180,35 +213,34 @@ def _plan(fit: Fit, weights: StoredWeights) -> list[_Change]:
                 "the adapter with PeftModel.from_pretrained, call merge_and_unload() and save the model."
             )
     fit.refuse()
-    for key, tensor in sorted(adapter.extra.items()):
-        if not _is_copy_of_base(key, tensor, fit, weights):
-            raise AdapterError(
-                f"The adapter also holds {key}, which is not a factor (a bias, or of modules_to_save). Load it with "
-                "PeftModel.from_pretrained and merge_and_unload(), which puts such tensors in their places."
-            )
-    changes = []
+    refuse(adapter, "merge")
+    wholes = replacements(fit, weights)
+    changes: list[_Change] = []
     sharing = {module for module in adapter.modules if fit.is_shared(module)}
     heads = tied_heads(adapter.modules, sharing)  # merged with the embedding, whose weight they share
     for module, factors in sorted((n, f) for n, f in adapter.modules.items() if n not in heads):
-        if factors.norm() == 0:
-            raise AdapterError(
-                f"ΔW of {module} is zero: the adapter was not trained there, so merging would change nothing. Take "
-                "a later checkpoint."
-            )
+        if is_untrained(factors):
+            continue  # the weight is the base's, and a copy of it is right
         if module in sharing and not heads:
             raise ModelError(
-                f"{module} shares its weight between embedding and head, so merging would change both. Untie the base "
-                "first (tie_word_embeddings=False, the embedding copied into the head), or keep the adapter beside it."
+                f"{module} shares its weight between embedding and head, so merging would change both. {UNTIE}"
             )
-        stored = weights.table[fit.stored_name(module)]
-        changes.append(lay_out(module, factors, stored, fit))
+        change = lay_out(module, factors, weights.table[fit.stored_name(module)], fit)
+        if factors.norm() > 0:  # else its bias alone was trained
+            changes.append(change)
         changes += _change_of_bias(module, factors, fit, weights)
-    doubled = len(changes) - len({(c.stored.shard, c.stored.start) for c in changes})
+    places = [(change.stored.shard, change.stored.start) for change in changes]
+    if both := [whole.name for whole in wholes if (whole.stored.shard, whole.stored.start) in places]:
+        raise AdapterError(
+            f"The adapter has {both[0]} whole, and a ΔW for it as well, so that a merge would have to choose. Load it "
+            "with PeftModel.from_pretrained, call merge_and_unload() and save the model."
+        )
+    doubled = len(places) - len(set(places))
     if doubled:
         raise ModelError(
             f"{doubled} modules of the adapter share their weight with others; untie the base first."
         )
-    return changes
+    return changes, wholes
 
 
 def _change_of_bias(module: str, factors: Factors, fit: Fit, weights: StoredWeights) -> list[_Change]:
@@ -229,22 +261,6 @@ def _change_of_bias(module: str, factors: Factors, fit: Fit, weights: StoredWeig
         )
     scaled = factors.scale * factors.bias.double()
     return [_Change(f"{module}.bias", stored, scaled[:, None], scaled.new_ones(1, 1))]
-
-
-def _is_copy_of_base(key: str, tensor: Tensor, fit: Fit, weights: StoredWeights) -> bool:
-    """Tell whether a tensor is the base's own: PEFT saves adapted embeddings and heads with their base weight."""
-    import torch
-
-    if ".base_layer." not in key:
-        return False
-    name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-    group = next((group for group in fit.names.shared if name in group), frozenset({name}))
-    places = [place for one in sorted(group) if (place := fit.names.tensors.get(one)) and place.stored]
-    if not places or places[0].is_converted or weights.table[places[0].stored[0]].dtype not in DTYPES:
-        return False
-    name = places[0].stored[0]
-    own = weights.read(name)
-    return own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype))
 
 
 def lay_out(
@@ -290,17 +306,25 @@ def lay_out(
     raise ModelError(
         f"{module}: the adapter changes a {kind} weight of (out, in) {shape}, the base's is {lies}. Name the base "
         "that the adapter was trained on."
-        + (" Convolutions with groups cannot be merged into." if factors.form.groups > 1 else "")
+        + (
+            " Convolutions with groups cannot be merged into; export the adapter --to lora, which PEFT runs."
+            if factors.form.groups > 1
+            else ""
+        )
     )
 
 
-def _write(source: Path, target: Path, changes: Sequence[_Change]) -> None:
-    """Copy a shard with its adapted tensors changed; they are in the order of the file."""
+def _write(source: Path, target: Path, changes: Sequence[_Change | Replacement]) -> list[str]:
+    """Copy a shard with its adapted tensors changed, which are in the order of the file; return what rounding lost."""
     import torch
 
+    lost = []
     with source.open("rb") as old_file, target.open("xb") as new_file:
         for change in changes:
             _copy(old_file, new_file, change.stored.start)
+            if isinstance(change, Replacement):
+                new_file.write(change.bytes())
+                continue
             dtype = torch.promote_types(change.dtype, torch.float32)
             left, right = change.left.to(dtype), change.right.to(dtype)
             differs = False
@@ -315,11 +339,18 @@ def _write(source: Path, target: Path, changes: Sequence[_Change]) -> None:
                 differs = differs or not torch.equal(new, old)
                 new_file.write(new.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
             if not differs:
-                raise ProofError(
-                    f"ΔW of {change.module} is too small to change any entry in {change.stored.dtype}; nothing was "
-                    "written. Merge into a base of higher precision, or keep the adapter beside it."
-                )
+                lost.append(change.module)
         _copy(old_file, new_file, source.stat().st_size)
+    return lost
+
+
+def _check_wholes(place: Path, wholes: Sequence[Replacement]) -> None:
+    """Read back what was put in the place of the base's tensors."""
+    for whole in wholes:
+        with (place / whole.stored.shard).open("rb") as file:
+            file.seek(whole.stored.start)
+            if file.read(whole.end - whole.stored.start) != whole.bytes():
+                raise ProofError(f"The proof failed: {whole.name} is not what the adapter has.")
 
 
 def _copy(source: IO[bytes], target: IO[bytes], end: int) -> None:
@@ -335,7 +366,8 @@ def _copy(source: IO[bytes], target: IO[bytes], end: int) -> None:
 def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> MergeProof:
     """Read rows of every written weight again and compare them with float64."""
     checked = 0
-    worst, worst_module, relative, least, least_module = -1.0, "", 0.0, 1.0, ""
+    worst, worst_module, relative = -1.0, "", 0.0
+    kept: dict[str, float] = {}  # share of ΔW, by module
     for change in changes:
         largest = error = ratio = arrived = size_of_delta = 0.0
         with (
@@ -356,8 +388,17 @@ def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> Merg
         relative = max(relative, error / largest if largest else error)
         if not ratio <= worst:
             worst, worst_module = ratio, change.module
-        if size_of_delta and not arrived / size_of_delta >= least:
-            least, least_module = arrived / size_of_delta, change.module
+        if size_of_delta:
+            kept[change.module] = arrived / size_of_delta
+    # Of some modules it is said, as of those that lose a part.
+    if kept and worst <= 1 and max(kept.values()) < NOTHING_SURVIVING:
+        raise ProofError(
+            f"ΔW of {next(iter(kept))} is too small to change any entry in {changes[0].stored.dtype}, and so "
+            "is that of all "
+            "other modules; nothing was written. Merge into a base of higher precision, or keep the adapter beside it."
+        )
+    least_module = min(kept, key=lambda module: kept[module], default="")
+    least = min(1.0, kept.get(least_module, 1.0))
     return MergeProof(len(changes), checked, worst, worst_module, relative, least, least_module, size)
 
 

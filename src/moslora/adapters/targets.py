@@ -31,7 +31,7 @@ def _only_factors(adapter: Adapter) -> Iterator[Finding]:
             "error",
             "beside",
             f"Servers refuse modules_to_save and biases; it holds {some(sorted(adapter.extra))}.",
-            "Merge it: PeftModel.merge_and_unload(), and serve the full model.",
+            "Merge it (moslora merge BASE ADAPTER OUT), and serve the full model.",
         )
 
 
@@ -64,7 +64,7 @@ def _served_layers(adapter: Adapter) -> Iterator[Finding]:
             "error",
             "layers",
             f"Convolutions and experts are not served as adapters: {some(odd)}.",
-            "Merge it.",
+            MERGE_WHOLE,
         )
     ends = [name for name in adapter.modules if name.rpartition(".")[2] in HEADS + EMBEDDINGS]
     if ends:
@@ -72,7 +72,7 @@ def _served_layers(adapter: Adapter) -> Iterator[Finding]:
             "warning",
             "layers",
             f"Embeddings and heads are served for some models only: {some(ends)}.",
-            "Try it, or merge it.",
+            "Try it, or merge it (moslora merge BASE ADAPTER OUT).",
         )
     vision = [name for name in adapter.modules if re.search(r"(^|[._])(vision|visual|projector)", name)]
     if vision:
@@ -80,7 +80,7 @@ def _served_layers(adapter: Adapter) -> Iterator[Finding]:
             "warning",
             "layers",
             f"Adapters of vision towers and projectors are often left out by servers: {some(vision)}.",
-            "Merge it, or adapt the language model alone.",
+            "Merge it (moslora merge BASE ADAPTER OUT), or adapt the language model alone.",
         )
 
 

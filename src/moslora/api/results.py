@@ -9,7 +9,7 @@ from typing import Any
 
 from moslora.adapters.combine import CombineProof
 from moslora.adapters.export import ExportProof
-from moslora.adapters.findings import NOT_HELD
+from moslora.adapters.findings import NOT_HELD, some
 from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.merge import LEAST_SURVIVING, MergeProof
 from moslora.display import Display, Printable
@@ -143,14 +143,30 @@ class MergedModel(Printable):
         if proof.start:
             display.say(f"It began with {proof.start}.")
         display.say(
-            f"Wrote {self.path}: {proof.bytes:,} bytes of weights. Every adapted weight changed, the rest is a copy."
+            f"Wrote {self.path}: {proof.bytes:,} bytes of weights. Every weight with a ΔW changed, the rest is a copy."
         )
+        if proof.tokenizer:
+            differs = "; ".join(proof.tokenizer_differs)
+            display.say(
+                f"The tokenizer and chat template are those beside the adapter ({some(proof.tokenizer)}), "
+                + (f"not the base's: {differs}." if differs else "which say the same as the base's.")
+            )
+        if proof.replaced:
+            display.say(
+                f"Put in place of the base's: {len(proof.replaced)} tensors ({some(proof.replaced)})."
+            )
         display.say(
             f"Proven: {proof.checked:,} entries of all {proof.modules} modules read back, largest relative error "
             f"{proof.max_relative_error:.1e}; each entry within its rounding (at worst {proof.error_ratio:.2f} of it, "
             f"in {proof.worst_module})."
         )
-        if proof.least_kept < LEAST_SURVIVING:
+        if proof.lost:
+            display.say(
+                f"Rounding to the base's dtype left nothing of ΔW in {len(proof.lost)} modules: "
+                f"{some(proof.lost)}. To keep it, "
+                "merge into the base in float32, or ship the adapter."
+            )
+        elif proof.least_kept < LEAST_SURVIVING:
             display.say(
                 f"Rounding to the base's dtype kept {proof.least_kept:.0%} of ΔW in {proof.least_kept_module}: it is "
                 "small beside the weights. To keep it all, merge into the base in float32, or ship the adapter."

@@ -87,7 +87,9 @@ def _targets(adapter: Adapter, base: Mapping[str, Any]) -> tuple[str, dict[str, 
     for key in adapter.extra:
         raise AdapterError(
             f"The adapter also has {key}, which is not a factor (a bias, or of modules_to_save); llama.cpp's adapters "
-            "have no place for it. Merge the adapter into its base (moslora merge) instead."
+            "have no place for it. Merge the adapter into its base (moslora merge BASE ADAPTER OUT), and "
+            "convert the whole model with "
+            "llama.cpp's convert_hf_to_gguf.py."
         )
     arch = getattr(gguf.MODEL_ARCH, architecture.name)
     layers, attention_heads = base.get("num_hidden_layers"), base.get("num_attention_heads")
@@ -108,13 +110,17 @@ def _targets(adapter: Adapter, base: Mapping[str, Any]) -> tuple[str, dict[str, 
         name = names.get_name(path)
         if name is None or factors.form.kind == "conv":
             raise AdapterError(
-                f"{path} has no name in llama.cpp's {architecture.name}, so it would not be found."
+                f"{path} has no name in llama.cpp's {architecture.name}, so it would not be found. Merge the "
+                "adapter into its "
+                "base (moslora merge), and convert the whole model."
             )
         if name in ("token_embd", "output") and tied:
             raise AdapterError(
                 f"{path} is adapted, and the base ties its embedding to its head. llama.cpp has one tensor for both: "
-                "it refuses an adapted head, and ends the process on an adapted embedding. Leave the module out, or "
-                "merge."
+                "it refuses an adapted head, and ends the process on an adapted embedding. Untie the base "
+                "(tie_word_embeddings=False, the embedding copied into the head), merge the adapter into that "
+                "(moslora merge), "
+                "and convert the whole model."
             )
         moving = heads.get(path.rpartition(".")[2], 0) if architecture.moves_rows else 0
         if moving and factors.B.shape[0] % (2 * moving):

@@ -88,8 +88,8 @@ def flatten(adapter: Adapter) -> Adapter:
     """
     for name, reason in (adapter.config.get("unlike_lora") or {}).items():
         raise AdapterError(
-            f"{name} cannot be written as a plain LoRA: {reason}. Merge the adapter into its base instead, with "
-            "merge_and_unload()."
+            f"{name} cannot be written as a plain LoRA: {reason}. Merge the adapter into its base instead: "
+            "load it with PEFT (import moslora first), call merge_and_unload(), and save the model."
         )
     # float32 at least: rounding a product to half precision again would cost more than it saves.
     modules = {name: f.at_least(torch.float32).fold().unscaled() for name, f in adapter.modules.items()}
