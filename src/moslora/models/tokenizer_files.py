@@ -1,5 +1,4 @@
-"""The files of a tokenizer beside a model or an adapter: what they say, how two differ, and how one takes another's
-place.
+"""The files of a tokenizer beside a model or an adapter: what they say, and how two differ.
 
 A trainer saves its tokenizer beside the adapter. Where tokens were added or the chat template was changed, the
 adapter goes with that tokenizer and not with the base's. Files are compared by what they say; no tokenizer is loaded.
