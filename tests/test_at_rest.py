@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, TaskType
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
+import upstream
 from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats import native
 from moslora.adapters.formats.configuration import (
@@ -28,6 +31,7 @@ from moslora.adapters.formats.configuration import (
     lora_config,
     moslora_config,
     pattern_key,
+    selects,
 )
 from moslora.adapters.formats.pipeline import join
 from moslora.adapters.formats.table import FORMATS
@@ -226,3 +230,27 @@ PATTERN = st.one_of(
 @given(st.lists(PATTERN, max_size=4), PATH)
 def test_patterns_are_looked_up_as_peft_does(patterns: list[str], module: str) -> None:
     assert pattern_key(patterns, module) == get_pattern_key(patterns, module)
+
+
+CHOICES = st.fixed_dictionaries(
+    {
+        "target_modules": st.one_of(st.lists(PATH, min_size=1, max_size=3), PATTERN),
+        "exclude_modules": st.one_of(st.none(), st.lists(PATH, max_size=2), PATH),
+        "modules_to_save": st.one_of(st.none(), st.lists(PART, max_size=1)),
+    },
+    optional={
+        "layers_to_transform": st.one_of(
+            st.none(), st.integers(0, 10), st.lists(st.integers(0, 10), max_size=2)
+        ),
+        "layers_pattern": st.one_of(st.none(), st.just("layers"), st.just(["model", "layers"])),
+    },
+)
+
+
+@upstream.needs("the first index of a path counts", peft="0.21")
+@given(CHOICES, st.lists(PART, min_size=1, max_size=6).map(".".join))
+def test_modules_are_chosen_as_peft_does(config: dict[str, Any], module: str) -> None:
+    if isinstance(config["target_modules"], str):
+        config = {**config, "layers_to_transform": None, "layers_pattern": None}
+    chosen = check_target_module_exists(SimpleNamespace(target_parameters=None, **config), module)
+    assert selects(config, module) == bool(chosen)

@@ -35,6 +35,7 @@ from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.inspection import inspect_adapter
 from moslora.adapters.merge import merge
 from moslora.errors import AdapterError, ModelError, ProofError
+from moslora.training.mix import open_mix
 from tolerances import MODEL, relative_error
 
 TARGETS = ["q_proj", "down_proj"]
@@ -403,3 +404,83 @@ def test_what_acts_in_training_alone_is_read_without_it(
         relative_error(logits(PeftModel.from_pretrained(load(bases["llama"]), tmp_path / "lora")), wanted)
         < MODEL
     )
+
+
+CHOOSING: dict[str, dict[str, Any]] = {
+    "target_modules": {"target_modules": ["down_proj"]},
+    "exclude_modules": {"exclude_modules": ["q_proj"]},
+    "layers_to_transform": {"layers_to_transform": [0]},
+    "modules_to_save": {"modules_to_save": ["mlp"]},
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_factors_that_peft_passes_over_are_refused(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_trained(bases["llama"], tmp_path / "a", init_lora_weights=False)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **CHOOSING[name]}))
+    with pytest.raises(AdapterError, match=r"PEFT passes over 2 of 4 modules.*name them in target_modules"):
+        read_adapter(adapter)
+    nothing_else = {"exclude_modules": None, "layers_to_transform": None, "modules_to_save": None}
+    path.write_text(json.dumps({**config, **nothing_else}))
+    assert len(read_adapter(adapter).modules) == 4
+
+
+def test_other_layouts_refuse_what_changes_the_meaning_of_factors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 6), torch.randn(5, 2)
+    module = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    said = {"unet.r": 2, "unet.lora_alpha": 2, "unet.init_lora_weights": "pissa"}
+    tensors = {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(said)})
+    with pytest.raises(AdapterError, match=r"unet began with init_lora_weights='pissa'.*fuse_lora"):
+        read_adapter(tmp_path / "a.safetensors")
+    said = {**said, "unet.init_lora_weights": True, "unet.layer_replication": [[0, 1]]}
+    save_file(tensors, tmp_path / "b.safetensors", {"lora_adapter_metadata": json.dumps(said)})
+    with pytest.raises(AdapterError, match="layer_replication is set"):
+        read_adapter(tmp_path / "b.safetensors")
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    own = {
+        f"{prefix}.lora_A.weight": A,
+        f"{prefix}.lora_AB.weight": torch.eye(2),
+        f"{prefix}.lora_B.weight": B,
+    }
+    for change in ({"init_lora_weights": "pissa"}, {"enable_lora": [True]}, {"use_newlora": 3}):
+        folder = tmp_path / next(iter(change))
+        folder.mkdir()
+        save_file(own, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **change}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(AdapterError, match=next(iter(change))):
+            read_adapter(folder)
+
+
+@pytest.mark.parametrize("change", [{"pissa": True}, {"loraga": True}, {"new": 1}, {"scaling": 7.0}], ids=str)
+def test_paddles_fields_are_read_harmless_or_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = "llama.layers.0.self_attn.q_proj"
+    tensors = {f"{path}.lora_A": torch.randn(6, 2), f"{path}.lora_B": torch.randn(2, 5)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    config = {
+        "r": 2,
+        "lora_alpha": 4,
+        "scaling": 2.0,
+        "lora_plus_scale": 4.0,
+        "pissa": False,
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "lora_config.json").write_text(json.dumps(config))
+    assert len(read_adapter(tmp_path).modules) == 1
+    (tmp_path / "lora_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(AdapterError, match=f"{next(iter(change))} is set|scale is 7"):
+        read_adapter(tmp_path)
+
+
+def test_adapters_that_began_with_pissa_are_mixed_on_their_base(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_trained(bases["llama"], tmp_path / "a", init_lora_weights="pissa")
+    whole = read_adapter(adapter, base=str(bases["llama"]))
+    mix = open_mix([adapter], [2.0], base=str(bases["llama"]))
+    for name, factors in whole.modules.items():
+        assert relative_error(mix.whole.modules[name].delta_weight(), 2 * factors.delta_weight()) < MODEL

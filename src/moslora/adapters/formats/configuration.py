@@ -26,6 +26,7 @@ __all__ = [
     "lora_config",
     "moslora_config",
     "pattern_key",
+    "selects",
     "subtracts_start",
 ]
 
@@ -159,6 +160,39 @@ def pattern_key(patterns: Iterable[str], module: str) -> str:
         The first key that fits the module; its path if none does.
     """
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+
+
+def selects(config: Mapping[str, Any], module: str) -> bool:
+    """Tell whether a configuration chooses a module, so that PEFT gives it factors when it loads the adapter.
+
+    Args:
+        config: Of the adapter, with ``target_modules`` in a list or as a regular expression.
+        module: Path in the base model.
+    """
+    excluded = config.get("exclude_modules")
+    if excluded and _names(excluded, module):
+        return False
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or ()):
+        return False
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not targets or not _names(targets, module):
+        return False
+    if layers is None or layers == [] or isinstance(targets, str) or module in targets:
+        return True
+    patterns = config.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        before = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
+        found = re.match(rf"{before}{pattern}\.(?P<index>\d+)\.", module)
+        if found:
+            return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _names(names: str | Iterable[str], module: str) -> bool:
+    """Tell whether a regular expression is a module's path, or one of several names its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def lora_config(values: Mapping[str, Any]) -> dict[str, Any]:

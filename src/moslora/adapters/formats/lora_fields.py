@@ -285,7 +285,8 @@ def check_native_fields(where: str, config: Mapping[str, Any], known: Iterable[s
 
 def _unknown(where: str, name: str, value: Any, known: Iterable[str]) -> str:
     return (
-        f"{where}: {name}={_short(value)} in its configuration is unknown here, and may change what the factors mean."
+        f"{where}: {name[:60]}={_short(value)} in its configuration is unknown here, and may change what the "
+        "factors mean."
         f"{did_you_mean(name, known)} Update moslora; or, if the field changes nothing that the adapter "
         "computes, remove it "
         "from the configuration."

@@ -7,13 +7,16 @@ read; Paddle's own ``.pdparams`` are pickles.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.building import build_adapter
 from moslora.adapters.formats.layout import Found
+from moslora.adapters.formats.lora_fields import is_off
 from moslora.adapters.formats.tensors import load_tensors
 from moslora.bounded import read_json
 from moslora.errors import AdapterError
@@ -21,6 +24,27 @@ from moslora.errors import AdapterError
 __all__ = ["CONFIG", "read"]
 
 CONFIG = "lora_config.json"
+# PaddleNLP's LoRAConfig. What is neither read nor harmless refuses the directory, unless its value switches nothing on.
+READ = ("r", "lora_alpha", "rslora", "scaling", "lora_dropout", "lora_use_mixer", "base_model_name_or_path")
+HARMLESS = (
+    "target_modules",  # each has its factors in the file
+    "trainable_modules",  # what was trained whole is in the file, which is then refused for it
+    "trainable_bias",
+    "merge_weights",  # how it is run or trained
+    "tensor_parallel_degree",
+    "dtype",
+    "head_dim",
+    "lora_plus_scale",
+    "use_quick_lora",
+    "lorapro",
+)
+REFUSED = {
+    "pissa": "PiSSA took its start out of the base weight",
+    "loraga": "LoRA-GA took its start out of the base weight",
+    "use_mora": "MoRA has a square matrix in the place of B·A",
+    "do_qat": "the factors were trained on a weight that is quantized",
+    "enable_lora_list": "parts of a joint projection have factors of their own",
+}
 PARTS = {"lora_A": "A", "lora_AB": "M", "lora_B": "B"}
 
 
@@ -45,6 +69,7 @@ def read(folder: Path) -> Adapter:
         raise AdapterError(
             f"{folder / CONFIG} has no rank r, so it is not a LoRA configuration of PaddleNLP."
         )
+    _check_fields(folder / CONFIG, config)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise AdapterError(
@@ -71,4 +96,27 @@ def read(folder: Path) -> Adapter:
         "target_modules": sorted({name.rpartition(".")[2] for name in found.modules}),
         "base_model_name_or_path": config.get("base_model_name_or_path"),
     }
-    return build_adapter(folder, {**shared, "mixer": "kaiming"}, found)
+    adapter = build_adapter(folder, {**shared, "mixer": "kaiming"}, found)
+    said, scale = config.get("scaling"), next(iter(adapter.modules.values())).scale
+    if isinstance(said, int | float) and not math.isclose(said, scale, rel_tol=1e-6):
+        raise AdapterError(
+            f"{folder / CONFIG} says that the scale is {said:g}; by r, lora_alpha and rslora it is {scale:g}. "
+            "Save the adapter again, or correct the one that is wrong."
+        )
+    return adapter
+
+
+def _check_fields(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration under which the factors are not those of ``s·A·AB·B`` on the base."""
+    for name, value in config.items():
+        if name in READ or name in HARMLESS or is_off(value):
+            continue
+        reason = REFUSED.get(name, "it is unknown here, and may change what the factors mean")
+        raise AdapterError(
+            f"{path}: {name} is set: {reason}. Merge the adapter into its base with PaddleNLP"
+            + (
+                "."
+                if name in REFUSED
+                else "; or, if it changes nothing that is computed, remove it from the file."
+            )
+        )
