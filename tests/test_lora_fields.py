@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -454,6 +454,34 @@ def test_other_layouts_refuse_what_changes_the_meaning_of_factors(tmp_path: Path
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(AdapterError, match=next(iter(change))):
             read_adapter(folder)
+
+
+@torch.no_grad()
+def test_a_pipelines_pissa_is_fused_by_diffusers(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    import tiny_pipelines
+
+    pipeline = tiny_pipelines.sdxl()
+    pipeline.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="pissa")
+    pipeline.unet.add_adapter(config)
+    for name, weight in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            weight += 0.05
+    wanted = tiny_pipelines.outputs(pipeline)["unet"]
+    own = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet)}
+    about = {"unet_lora_adapter_metadata": config.to_dict()}
+    type(pipeline).save_lora_weights(tmp_path / "lora", **own, **about)
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(AdapterError, match=r"load_lora_weights\(…, low_cpu_mem_usage=False\)"):
+        read_adapter(file)
+    fused = type(pipeline).from_pretrained(tmp_path / "base")
+    fused.load_lora_weights(file, low_cpu_mem_usage=False)
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    fused.save_pretrained(tmp_path / "full")
+    got = tiny_pipelines.outputs(type(pipeline).from_pretrained(tmp_path / "full"))["unet"]
+    assert relative_error(got, wanted) < MODEL
 
 
 @pytest.mark.parametrize("change", [{"pissa": True}, {"loraga": True}, {"new": 1}, {"scaling": 7.0}], ids=str)

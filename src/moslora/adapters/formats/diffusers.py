@@ -65,9 +65,9 @@ ENDINGS = (
 )
 T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.")
 FUSE = (
-    "Load it into its pipeline (load_lora_weights), call fuse_lora() and unload_lora_weights(), and save the "
-    "pipeline: those "
-    "full weights need no adapter."
+    "Load it into its pipeline with load_lora_weights(…, low_cpu_mem_usage=False), call fuse_lora() and "
+    "unload_lora_weights(), "
+    "and save the pipeline: those full weights need no adapter."
 )
 IN_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
