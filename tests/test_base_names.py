@@ -547,6 +547,13 @@ def test_targets_are_matched_as_peft_matches_them() -> None:
     )
 
 
+def test_layers_that_a_configuration_leaves_out_are_not_missing_and_the_others_are() -> None:
+    config = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    assert targets_module(config, "model.layers.1.q_proj")
+    assert not targets_module(config, "model.layers.0.q_proj")
+    assert targets_module({"target_modules": "all-linear"}, "model.layers.0.q_proj")
+
+
 @upstream.needs("PEFT converts experts of their own since 0.19", transformers="5", peft="0.19")
 def test_experts_that_are_modules_on_disk_alone_merge_there_as_peft_loads_them(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(

@@ -211,6 +211,26 @@ def test_a_start_taken_out_of_the_base_is_subtracted_as_peft_runs_it(
     assert relative_error(exported, wanted) < MODEL < 100 * MODEL < relative_error(forgotten, wanted)
 
 
+@pytest.mark.parametrize("outer", ["_orig_mod.model.", "module.model.", ""], ids=repr)
+def test_a_start_is_computed_under_the_names_that_the_base_has(
+    outer: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base, adapter = bases["llama"], save_trained(bases["llama"], tmp_path / "a", init_lora_weights="pissa")
+    wanted = logits(PeftModel.from_pretrained(load(base), adapter))
+    file = adapter / "adapter_model.safetensors"
+    tensors = {
+        key.replace("base_model.model.model.", f"base_model.model.{outer}"): tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    proof = export_adapter(adapter, tmp_path / "lora", base=str(base))
+    assert proof.start and proof.notes and proof.held_against == str(base)
+    assert relative_error(logits(PeftModel.from_pretrained(load(base), tmp_path / "lora")), wanted) < MODEL
+    merged = merge(base, adapter, tmp_path / "merged")
+    assert merged.start and merged.notes
+    assert relative_error(logits(load(tmp_path / "merged")), wanted) < MODEL
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_every_verb_knows_a_start_that_the_file_does_not_hold(
     start: str, bases: dict[str, Path], tmp_path: Path

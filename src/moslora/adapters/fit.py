@@ -16,6 +16,7 @@ from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.findings import some
 from moslora.adapters.formats import experts
 from moslora.adapters.formats.building import name_exactly
+from moslora.adapters.formats.configuration import selects
 from moslora.adapters.formats.key_names import KEY_PREFIX
 from moslora.errors import AdapterError, ModelError
 from moslora.models.module_names import ModuleNames, NamedTensor, read_names
@@ -450,35 +451,21 @@ def targets_module(config: Mapping[str, Any], path: str) -> bool:
     Returns:
         Also True for ``"all-linear"``, which PEFT resolves by the modules' classes.
     """
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if _names(excluded, path):
-        return False
-    return targets == "all-linear" or _names(targets, path)
-
-
-def _names(targets: Any, path: str) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, path) is not None
-        except re.error:
-            return False
-    if not isinstance(targets, Iterable):
-        return False
-    return any(path == target or path.endswith(f".{target}") for target in map(str, targets))
+    if config.get("target_modules") == "all-linear":
+        config = {**config, "target_modules": [path]}
+    return selects(config, path)
 
 
 def _missing(adapter: Adapter, names: ModuleNames, own: set[str]) -> tuple[str, ...]:
     """Return the modules that the configuration targets and the adapter lacks."""
     config = adapter.config
     targets = config.get("target_modules")
-    if not targets or targets == "all-linear" or config.get("layers_to_transform") is not None:
+    if not targets or targets == "all-linear":
         return ()
-    whole = [str(name) for name in config.get("modules_to_save") or ()]
     return tuple(
         path
         for name, tensor in names.tensors.items()
         if name.endswith(".weight") and (tensor.shape is None or len(tensor.shape) > 1)
         for path in [name.removesuffix(".weight")]
         if path not in own and targets_module(config, path)
-        if not any(part in path.split(".") for part in whole)
     )

@@ -7,7 +7,7 @@ some take alpha for r, some know neither rsLoRA nor per-module alphas.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from moslora.adapters.formats.base_start import subtract_base_start
 from moslora.adapters.formats.building import build_adapter, settle
 from moslora.adapters.formats.configuration import SHARED, lora_config, selects
 from moslora.adapters.formats.directory import WEIGHTS, read_config, read_tensors, write_files
-from moslora.adapters.formats.layout import KEY_PREFIX, group_factors, name_all
+from moslora.adapters.formats.key_names import without_wrappers
+from moslora.adapters.formats.layout import KEY_PREFIX, Found, group_factors, name_all
 from moslora.adapters.formats.lora_fields import TRAINING_ONLY, check_fields
 from moslora.errors import AdapterError
 from moslora.wording import first_line
@@ -70,22 +71,27 @@ def read(folder: Path, base: str | None = None, say: Callable[[str], None] = lam
             if mark in key:
                 raise AdapterError(f"{folder / WEIGHTS} is not a plain LoRA: {key} is {meaning}.")
     kept = {name: config[name] for name in SHARED if name in config}
-    _check_chosen(folder, config, found.modules)
+    _check_chosen(folder, config, found)
     adapter = build_adapter(folder, kept, found)
     return subtract_base_start(adapter, start, folder, base, say) if start else adapter
 
 
-def _check_chosen(folder: Path, config: Mapping[str, Any], modules: Iterable[str]) -> None:
+def _check_chosen(folder: Path, config: Mapping[str, Any], found: Found) -> None:
     """Refuse factors that PEFT passes over, since the configuration does not choose their modules."""
     targets = config.get("target_modules")
     if not targets or targets == "all-linear" or config.get("ensure_weight_tying"):
         return  # PEFT chooses by the model, or ties a head's factors to the embedding's
     parents = {str(name).rpartition(".")[0] for name in config.get("target_parameters") or ()}
-    paths = {name: name.partition(".base_layer")[0] for name in modules}
+    paths = {name: name.partition(".base_layer")[0] for name in found.modules}
+    outer, config = (
+        found.stripped,
+        without_wrappers(config),
+    )  # names that were put right may stand in it as they were
     passed_over = [
         name
         for name, path in paths.items()
         if not selects(config, path)
+        and not (outer and selects(config, f"{outer}{path}"))
         and not any(path == parent or path.endswith(f".{parent}") for parent in parents)
     ]
     if passed_over:
