@@ -31,8 +31,10 @@ from moslora.cli import VERBS, app
 from moslora.compat.telemetry import CONSTANTS, ENVIRONMENT, no_telemetry
 from moslora.display import Display, Silence, _NotebookProgress
 from moslora.failures import verb
+from moslora.recipe.loading import load_recipe
 from moslora.reports.page import render
 from moslora.terminal import guarded_streams
+from moslora.training.run_directory import RunDirectory
 from moslora.wording import printable
 from verbs import World
 
@@ -251,6 +253,48 @@ def test_a_page_and_its_drawings_show_what_would_turn_their_text_around(
     (tmp_path / "templates" / "a.html.jinja").write_text("{{ a }} {{ a | safe }}", encoding="utf-8")
     monkeypatch.setattr(page, "__file__", str(tmp_path / "page.py"))
     assert render("a", a="<b>\u202e\x1b") == r"&lt;b&gt;\u202e\x1b <b>\u202e\x1b"
+
+
+# --- Names of files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "😀"])
+def test_names_as_long_as_a_file_system_takes_work_at_rest(letter: str, tmp_path: Path) -> None:
+    def name(start: str, suffix: str = "") -> Path:
+        return tmp_path / f"{start}{letter * ((254 - len(suffix)) // len(letter.encode()))}{suffix}"
+
+    world = World.make(tmp_path / "world")
+    native = world.native.rename(name("n"))
+    for arguments in (
+        ["export", str(native), str(name("e"))],
+        ["export", str(native), str(name("g", ".gguf")), "--to", "gguf", "--base", str(world.base)],
+        ["combine", str(native), str(name("e")), "--out", str(name("c"))],
+        ["merge", str(world.base), str(native), str(name("m"))],
+        ["inspect", str(native), "--html", str(name("i", ".html"))],
+        ["doctor", str(name("e"))],
+    ):
+        code, shown = run(arguments)
+        assert code == 0, shown
+    found = load_recipe(
+        [*world.recipe(name("r")), f"mix={{adapters: {json.dumps([str(native)])}, weights: [1]}}"]
+    )
+    assert found.mix is not None and found.mix.adapters == [str(native)]
+    assert RunDirectory.create(name("r"), name("x").name).path == name("r") / name("x").name
+
+
+def test_a_name_that_is_not_utf8_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    world = World.make(tmp_path / "world")
+    odd = world.native.rename(tmp_path / os.fsdecode(b"\xffnative"))
+    for arguments in (
+        ["export", str(odd), "out"],
+        ["export", str(world.lora), os.fsdecode(b"\xffout")],
+        ["export", str(world.lora), os.fsdecode(b"\xffout.gguf"), "--to", "gguf", "--base", str(world.base)],
+        ["train", *world.recipe(tmp_path / os.fsdecode(b"\xffruns"))],
+        ["inspect", str(odd)],
+    ):
+        code, shown = run(arguments)
+        assert code == 2 and "mv OLD NEW" in shown and "Traceback" not in shown
+    assert not list(Path.cwd().glob("*out*"))
 
 
 # --- One way ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def write_rows(rows: Iterable[Any], path: Path, what: str, pictures: Path | None
     path.parent.mkdir(parents=True, exist_ok=True)
     place = pictures or path.parent / "pictures"
     faults: list[str] = []
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for number, row in enumerate(with_pictures_stored(rows), start=1):
             if not isinstance(row, Mapping):
                 faults.append(f"row {number}: is a {type(row).__name__}; expected a dict with named fields")

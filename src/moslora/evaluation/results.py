@@ -9,6 +9,7 @@ from typing import Any
 
 from moslora.display import Display, Printable
 from moslora.evaluation.commonsense.questions import COMMONSENSE_TASKS, REPORTED
+from moslora.metrics.change import change_of
 
 __all__ = ["Activity", "Measure", "Report", "show"]
 
@@ -115,6 +116,8 @@ def show(report: Report, display: Display, samples: int = 3) -> None:
     kinds = list(dict.fromkeys(m.protocol for m in report.measures))
     for protocol in kinds:
         _show_measures(report, protocol, display)
+    for sentence in _verdicts(report):
+        display.say(sentence, style="bold")
     if len(kinds) > 1:
         _show_protocols(report, kinds, display)
     if any(m.published is not None for m in report.measures):
@@ -126,6 +129,24 @@ def show(report: Report, display: Display, samples: int = 3) -> None:
             display.say(
                 f"  base {_short(line['base'])!r}  tuned {_short(line['tuned'])!r}  right {line['reference']!r}"
             )
+
+
+def _verdicts(report: Report) -> list[str]:
+    """Say of each measurement what the adapter did to it, where that is no gain."""
+    said = []
+    for m in report.measures:
+        if m.tuned is None or m.difference is None:
+            continue
+        name, form = m.name.replace("_", " "), "{:.4f}" if m.base_interval is None else "{:.1%}"
+        course = f"{form.format(m.base)} → {form.format(m.tuned)}"
+        change = change_of(m.base, m.tuned, "lower" if m.name == "loss" else "higher")
+        if change == "nothing":
+            said.append(f"{name} did not change: {course}.")
+        elif m.low is not None and m.high is not None and m.low <= 0 <= m.high:
+            said.append(f"No difference in {name} could be shown: {course}, the 95 % interval holds 0.")
+        elif change == "worse" and (m.name == "loss" or m.base_interval is not None):
+            said.append(f"The adapter makes {name} worse: {course}.")
+    return said
 
 
 def _show_measures(report: Report, protocol: str, display: Display) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moslora.metrics.answers import wilson_interval
+from moslora.metrics.change import change_of
 from moslora.reports.formatting import UNIT, number, percent, section_of
 from moslora.tasks.image.fidelity import SCORES
 from moslora.wording import figure
@@ -87,6 +88,7 @@ def metric_rows(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, A
             improved = difference > 0 if metric.better == "higher" else difference < 0
             judged = metric.better != "unknown" and difference != 0
             row["direction"] = ("better" if improved else "worse") if judged else ""
+            row["stands"] = change_of(values["before"], values["after"]) == "nothing"
         rows.append(row)
     return rows
 
@@ -173,6 +175,8 @@ def verdict_sentence(
     where = f" on {count} {unit}{some}" if count and unit.startswith("held-out") else ""
     worse = [row["label"].lower() for row in said if row.get("direction") == "worse"]
     also = f" Tuning made the {' and the '.join(worse)} worse." if worse else ""
+    if said and all(row.get("stands") for row in said):
+        also = " Tuning changed nothing."
     if all(row["after"] == "—" for row in rows):
         also = " Nothing was measured after it."
     return f"{'; '.join(parts)}{where}.{also}"

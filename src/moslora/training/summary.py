@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.metrics.change import training_verdict
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.training.context import RunContext
 from moslora.wording import evenly_spaced, one_line
@@ -67,6 +68,8 @@ def show_measurements(measured: Mapping[str, Any], display: Display) -> None:
     examples, answers = measured["examples"], measured["answers"]
     some = f", {answers} of them answered" if 0 < answers < examples else ""
     display.table(f"{examples} {measured['unit']}{some}", ["", *columns], rows)
+    change, verdict = training_verdict(measured["before"], measured["after"], measured["unit"])
+    display.say(verdict, style="green" if change == "better" else "bold yellow")
 
 
 def show_proofs(proofs: Mapping[str, Any], display: Display) -> None:

@@ -1,0 +1,59 @@
+"""What training did to a measurement: better, worse, or nothing, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+__all__ = ["Change", "change_of", "training_verdict"]
+
+Change = Literal["better", "worse", "nothing"]
+# Relative. A loss that moved by less stands where it stood: in float32 a mean over thousands of tokens rounds to about
+# 1e-6, in bfloat16 to 1e-4, and a step of training moves it by more.
+LEAST = 1e-4
+
+
+def change_of(before: float, after: float, better: Literal["lower", "higher"] = "lower") -> Change:
+    """Say what became of a measurement.
+
+    Args:
+        before, after: Its values, unitless or in nats.
+        better: Which way is up.
+
+    Example:
+        >>> change_of(5.552, 5.557), change_of(5.554, 5.554)
+        ('worse', 'nothing')
+    """
+    if abs(after - before) <= LEAST * max(abs(before), abs(after)):
+        return "nothing"
+    return "better" if (after < before) == (better == "lower") else "worse"
+
+
+def training_verdict(before: Mapping[str, Any], after: Mapping[str, Any], unit: str) -> tuple[Change, str]:
+    """Say in a sentence what training did to the loss and to the shares of right answers.
+
+    Args:
+        before, after: Measurements of the base and of the tuned model, ``loss`` among them.
+        unit: What they were measured on, as ``held-out examples``.
+
+    Returns:
+        What became of the loss, and the sentence; it says what to look at where nothing was gained.
+    """
+    one, two = float(before["loss"]), float(after["loss"])
+    what = "Held-out loss" if unit.startswith("held-out") else f"Loss on {unit}"
+    course = f"{one:.4f} → {two:.4f}"
+    loss = change_of(one, two)
+    worse = [
+        f"{name.replace('_', ' ')} fell from {before[name]:.1%} to {after[name]:.1%}"
+        for name in ("exact_match", "accuracy")
+        if name in before and name in after and after[name] < before[name]
+    ]
+    also = f" {worse[0][0].upper()}{worse[0][1:]}." if worse else ""
+    if loss == "nothing":
+        return loss, (
+            f"Training changed nothing: {what.lower()} {course}.{also} Look at adapter.lora_alpha, "
+            "trainer.learning_rate and the number of steps."
+        )
+    if loss == "worse":
+        return loss, f"Training made it worse: {what.lower()} {course}.{also} Lower trainer.learning_rate."
+    return loss, f"{what} {course}: better.{also}"
