@@ -79,8 +79,8 @@ def test_the_command_calls_the_python_api_and_nothing_below_it() -> None:
                 assert (node.module or "").startswith(wanted), f"{path.name} imports {node.module}"
 
 
-class CalledError(Exception):
-    """Raised in place of a verb, with what it was given."""
+class CalledError(BaseException):
+    """Raised in place of a verb, with what it was given; it passes what turns errors into messages."""
 
 
 # What is typed → the function of the Python API, and what it is given (``progress`` aside).
@@ -143,7 +143,7 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "doctor a --for vllm,peft": ("adapters.doctor", (Path("a"), None, ["vllm", "peft"]), {}),
     "inspect a --html p": ("adapters.inspect", (Path("a"), None), {"html": Path("p")}),
     "merge m a o": ("adapters.merge", ("m", Path("a"), Path("o")), {}),
-    "import a o --alpha 2": ("adapters.import_adapter", (Path("a"), Path("o")), {"alpha": 2.0}),
+    "import a o --alpha 2": ("adapters.import_adapter", (Path("a"), Path("o")), {"base": None, "alpha": 2.0}),
     "export a o --for vllm --rank 2": (
         "adapters.export",
         (Path("a"), Path("o"), None),
