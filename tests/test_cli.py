@@ -67,7 +67,9 @@ def test_wrong_usage_is_exit_code_2_and_one_message(
     assert not list(tmp_path.iterdir())
 
 
-ALLOWED = ("moslora.api.", "moslora.cli", "moslora.display", "moslora.errors", "moslora.distributed")
+# Beside the API: how text is shown, and errors are told.
+SHOWING = ("moslora.display", "moslora.terminal", "moslora.wording", "moslora.errors", "moslora.failures")
+ALLOWED = ("moslora.api.", "moslora.cli", "moslora.distributed", *SHOWING)
 
 
 def test_the_command_calls_the_python_api_and_nothing_below_it() -> None:

@@ -207,5 +207,5 @@ def test_the_error_of_a_run_names_its_stage_and_how_it_goes_on(
     assert (
         done.exit_code == 1 and "Error: IndexError: index out of range in self\nWhile the run" in done.output
     )
-    assert f"Then go on from where it was: moslora train --resume {tmp_path}/run" in done.output
+    assert f"Then continue from where it was: moslora train --resume {tmp_path}/run" in done.output
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -83,6 +83,7 @@ class World:
             "train, checks alone": ["train", "--dry-run", *recipe],
             "mix": ["mix", native, lora, *few_steps, "--recipe", str(few)],
             "compare": ["compare", *recipe, *rates, "--out", str(out / "compared")],
+            "report": ["report", str(out / "runs" / "run")],
             "evaluate": ["evaluate", base, "--adapter", native, "--data", data, "--limit", "4"],
             "export": ["export", native, str(out / "exported")],
             "export to gguf": ["export", native, str(out / "a.gguf"), "--to", "gguf", "--base", base],

@@ -328,6 +328,7 @@ def compare(
     return ComparisonResult(path, verdict)
 
 
+@verb("check_comparison")
 def check_comparison(
     recipe: RecipeSource = None,
     *,

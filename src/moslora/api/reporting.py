@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moslora.display import Display, Printable
+from moslora.failures import verb
 from moslora.reports.again import remake_report
 
 __all__ = ["WrittenReport", "report"]
@@ -34,6 +35,7 @@ class WrittenReport(Printable):
         return {"source": str(self.source), "report": str(self.path)}
 
 
+@verb("report")
 def report(path: str | os.PathLike[str]) -> WrittenReport:
     """Make the report of a run or of a comparison again, from what it recorded; nothing is trained or measured.
 

@@ -110,6 +110,7 @@ def train(
     return _train(recipe, layers, settings, handed_over, progress, "moslora.train")
 
 
+@verb("check")
 def check(
     recipe: RecipeSource = None,
     *,

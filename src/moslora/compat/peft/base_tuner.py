@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any, cast
 
 import peft.tuners.tuners_utils as tuners_utils
@@ -15,6 +14,7 @@ from torch import nn
 from moslora import versions
 from moslora.compat.peft.state_hooks import HAS_STATE_HOOKS, StateHooks
 from moslora.errors import UsageError
+from moslora.terminal import warn
 
 __all__ = ["HAS_TIES", "Tuner"]
 
@@ -118,7 +118,7 @@ class _Guarded:
             )
             if not peft_config.is_saved:
                 raise UsageError(message) from error
-            warnings.warn(message, stacklevel=2)
+            warn(message, stacklevel=2)
 
 
 _TUNER_BASES: tuple[type, ...] = (
