@@ -1,6 +1,6 @@
 """Does memory stay flat with the size of a benchmark's file? Files of several sizes are read, and pictures opened.
 
-Each size is a process of its own: the file is read and checked, and the pictures of 64 rows are opened in batches of 16.
+Each size is a process of its own: the file is read and checked, and the pictures of 64 rows are opened, 16 at once.
 Reported is the peak of resident memory, less that of the same process before it reads.
 
     python benchmarks/vlm_memory.py [--sizes 0.02 0.2 2.0] [--out FILE]

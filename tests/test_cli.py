@@ -119,7 +119,7 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
             "seeds": 3,
             "validation": 64,
             "engine": "local",
-            **dict.fromkeys(("baseline", "examples", "out", "workers")),
+            **dict.fromkeys(("baseline", "examples", "benchmark", "benchmark_as", "out", "workers")),
         },
     ),
     "evaluate m seed=3 --adapter a --data d --limit 2 --predictions p": (
@@ -134,7 +134,23 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
             "recipe": None,
             "tasks": [],
             "lm_eval": [],
-            "protocol": "answer-text",
+            "benchmark": [],
+            "exchange": True,
+            **dict.fromkeys(("protocol", "benchmark_as", "prompt", "out")),
+        },
+    ),
+    "evaluate m --benchmark a.tsv b.tsv data.square=pad --no-exchange --out o": (
+        "judging.evaluate",
+        ("m",),
+        {
+            "settings": ["data.square=pad"],
+            "benchmark": ["a.tsv", "b.tsv"],
+            "exchange": False,
+            "out": Path("o"),
+            "tasks": [],
+            "lm_eval": [],
+            **dict.fromkeys(("adapter", "data", "limit", "predictions", "recipe")),
+            **dict.fromkeys(("protocol", "benchmark_as", "prompt")),
         },
     ),
     "combine a b --out o --weights 1,2": (
