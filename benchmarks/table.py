@@ -22,6 +22,8 @@ Rows = list[tuple[str, ...]]
 # Results that have no row, and why.
 WITHOUT_ROW = {
     "roofline.json": "counted, not measured; docs/performance.md has what it says",
+    "vlm_memory.json": "of one reader; docs/picture-benchmarks.md has what it says",
+    "vlm_rules.json": "a comparison of rules, not of costs; docs/picture-benchmarks.md has what it says",
 }
 
 

@@ -12,9 +12,9 @@ from peft import PeftModel, get_peft_model
 
 import tiny
 from moslora import MoSLoRAConfig
+from moslora.api.planning import plan
 from moslora.display import Display
 from moslora.errors import RecipeError
-from moslora.memory.plan import plan
 from moslora.training.run import check, train
 from moslora.tuner.layer import MoSLoRALayer
 from moslora.tuner.matching import UnfitSettingWarning, find_misfits
@@ -178,7 +178,7 @@ def test_every_verb_refuses_such_settings_before_anything_is_loaded_or_written(
     wrong = [*given, "adapter.rank_pattern.qproj=2", "adapter.modules_to_save=[score]", f"output={runs}/a"]
     verbs: dict[str, Any] = {
         "dry run": lambda: check(wrong, Display(quiet=True)),
-        "plan": lambda: plan([*wrong, "trainer.max_length=8"]),
+        "plan": lambda: plan(settings=[*wrong, "trainer.max_length=8"]),
         "train": lambda: train(wrong, Display(quiet=True)),
         "compare": lambda: compare(wrong, Display(quiet=True), plan_only=True),
     }
