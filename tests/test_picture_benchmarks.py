@@ -219,7 +219,13 @@ def test_an_interval_over_units_covers_and_one_over_rows_would_not():
 def test_equal_models_differ_by_nothing_and_a_better_one_is_told():
     base = [Graded(str(n), str(n), (), float(n % 2)) for n in range(100)]
     same = compare_scores("accuracy", base, base)[0][0]
-    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert (same.difference, same.p) == (0, 1)
+    assert same.high == -same.low == pytest.approx(3.7, abs=0.1), (
+        "100 units that agree do not prove that all do"
+    )
+    wrong = [dataclasses.replace(row, unit=str(int(row.unit) // 2), grade=0.0) for row in base]
+    nothing = compare_scores("accuracy", wrong, wrong)[0][0]
+    assert nothing.base == nothing.base_low == 0 and nothing.base_high > 5, "of 50 pictures, not of certainty"
     better = [dataclasses.replace(row, grade=1.0 if n < 40 else row.grade) for n, row in enumerate(base)]
     found = compare_scores("accuracy", base, better)[0][0]
     assert found.difference == pytest.approx(20)

@@ -15,6 +15,7 @@ from moslora.evaluation.benchmarks.results import BenchmarkReport
 from moslora.evaluation.judge import Subject
 from moslora.models.names import resolve_model
 from moslora.recipe.building import RecipeSource, build_recipe
+from moslora.training.context import only_of_first
 from moslora.training.stop import StopRequest
 
 __all__ = ["evaluate_on_benchmarks", "listed"]
@@ -75,8 +76,9 @@ def evaluate_on_benchmarks(
     wanted = Wanted(files, place, named, limit, prompt, protocol or "published", exchange)
     if subject.model is None:
         resolve_model(subject.name)  # a name that is none is told before a large file is read
-    with StopRequest(display) as stop:
-        return evaluate_benchmarks(subject, built, display, adapter, wanted, stop.check)
+    shown = only_of_first(display)
+    with StopRequest(shown) as stop:
+        return evaluate_benchmarks(subject, built, shown, adapter, wanted, stop.check)
 
 
 def _name_of(subject: Subject, adapter: Path | None) -> str:

@@ -76,10 +76,12 @@ class Score:
     Attributes:
         count: From the rows of one unit to its sums.
         value: From sums over all units to the score.
+        full: The score if everything is right.
     """
 
     count: Callable[[Rows], dict[str, float]]
     value: Callable[[Sums], Any]
+    full: float = 100.0
 
 
 def _ratio(right: Any, all_: Any, scale: float = 100.0) -> Any:
@@ -140,7 +142,7 @@ def _mme(categories: Sequence[str] | None) -> Score:
         parts = sorted({key.rsplit("\t", 1)[0] for key in sums})
         return sum((_ratio(sums[f"{p}\tright"], sums[f"{p}\tall"]) for p in parts), start=_ratio(0.0, 0.0))
 
-    return Score(count, value)
+    return Score(count, value, 200.0 * len(categories or ("one",)))
 
 
 # A benchmark's numbers by name, the headline first; all but MME's in percent.
@@ -207,7 +209,9 @@ def compare_scores(score: str, base: Rows, tuned: Rows | None) -> tuple[list[Fig
     Returns:
         The benchmark's numbers, the headline first; and the headline of each category, by name.
     """
-    figures = [_figure(name, rule, base, tuned) for name, rule in SCORES[score].items()]
+    # Of MME a part may have no row in the file.
+    there = {name: rule for name, rule in SCORES[score].items() if any(rule.count([row]) for row in base)}
+    figures = [_figure(name, rule, base, tuned) for name, rule in there.items()]
     headline = _mme(None) if score == "mme" else next(iter(SCORES[score].values()))
     names = sorted({name for row in base for name in row.categories})
     categories = []
@@ -238,13 +242,17 @@ def _figure(name: str, score: Score, base: Rows, tuned: Rows | None) -> Figure:
     assert found is not None, "there is a base"
     draws = _resampled(score, [table for table in tables if table is not None], len(members))
     own = float(score.value({key: values.sum() for key, values in found.items()}))
-    figure = Figure(name, len(members), own, *_interval(found, draws[0]))
+    figure = Figure(name, len(members), own, *_interval(found, draws[0], own, score.full))
     if then is None:
         return figure
     other = float(score.value({key: values.sum() for key, values in then.items()}))
     differences = draws[1] - draws[0]
     low, high = _ends(differences)
-    tuned_low, tuned_high = _interval(then, draws[1])
+    if not differences.any():
+        # No unit differs, which resampling takes for certain: at most so many would among all there are.
+        high = score.full * wilson_interval(0, len(members), LEVEL)[1]
+        low = -high
+    tuned_low, tuned_high = _interval(then, draws[1], other, score.full)
     return dataclasses.replace(
         figure,
         tuned=other,
@@ -290,11 +298,20 @@ def _is_share(table: Mapping[str, Any]) -> bool:
     )
 
 
-def _interval(table: Mapping[str, Any], draws: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return Wilson's interval of a share, which is right near 0 and 100 %, and the bootstrap's of anything else."""
+def _interval(
+    table: Mapping[str, Any], draws: np.ndarray[Any, Any], score: float, full: float
+) -> tuple[float, float]:
+    """Return Wilson's interval of a share, which is right near both ends, and the bootstrap's of anything else.
+
+    Where every unit is wrong, or every unit right, resampling would give an interval of no width; it is Wilson's, too.
+    """
+    units = len(next(iter(table.values())))
     if _is_share(table):
-        low, high = wilson_interval(int(table["right"].sum()), len(table["right"]), LEVEL)
+        low, high = wilson_interval(int(table["right"].sum()), units, LEVEL)
         return 100 * low, 100 * high
+    if draws.min() == draws.max() and score in (0.0, full):
+        low, high = wilson_interval(units if score else 0, units, LEVEL)
+        return full * low, full * high
     return _ends(draws)
 
 
