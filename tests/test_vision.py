@@ -336,7 +336,18 @@ def test_the_papers_recipes_hold_its_settings_and_pass_a_dry_run_on_their_shape_
     assert (trainer["learning_rate"], trainer["num_train_epochs"], rows) == (rate, 1, 64)
     assert (recipe.data.square, trainer["train_sampling_strategy"]) == ("pad", "group_by_length")
     assert recipe.model.quantization == quantization
-    check(given, Display(quiet=True))
+    shown = io.StringIO()
+    check(given, Display(shown))
+    text = " ".join(shown.getvalue().split())
+    for line in (
+        f"learning rate {rate:g}, cosine",
+        "pictures made square pad",
+        "order of rows group_by_length",
+        f"scopes.language_r {language_r}",
+        f"scopes.vision_alpha {float(vision_alpha)}",
+        *([] if vision_mixes else ["scopes.vision_mixer none"]),
+    ):
+        assert line in text, line
     task = VisionTask(recipe, Display(quiet=True), lambda: None)
     task.needs_weights = False
     model = build_skeleton(resolve_model(str(configured), weights=False), task.auto_class)

@@ -43,7 +43,7 @@ from moslora.training.proving import prove_reloaded
 from moslora.training.run_directory import FollowedRun, RunDirectory, now
 from moslora.training.saving import save_adapter
 from moslora.training.stop import StopRequest
-from moslora.training.summary import show_counts, show_proofs, show_result
+from moslora.training.summary import show_counts, show_proofs, show_result, show_settings
 from moslora.training.trainer_parts import try_trainer_parts
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def check(
     task.needs_weights = False
     handed_over.put_into(task)
     problems: list[ValueError] = []
+    show_settings(recipe, default_device(), display)
     try:
         if mix is None:  # of a mix the mixers alone are trained, which its own lines say
             show_counts(task.count(), display)

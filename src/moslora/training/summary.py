@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moslora.metrics.change import training_verdict
+from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.training.context import RunContext
 from moslora.wording import evenly_spaced, one_line
 
 if TYPE_CHECKING:
     from moslora.display import Display
+    from moslora.recipe.schema import Recipe
 
 
 def show_counts(counts: Sequence[Count], display: Display) -> None:
@@ -24,6 +26,36 @@ def show_counts(counts: Sequence[Count], display: Display) -> None:
         rows.append(["all", f"{base:,}", f"{trained:,}"])
     display.table("Parameters, counted from the configuration", ["", "base", "trained"], rows)
     display.say(f"Training {trained:,} parameters beside a base of {base:,} ({trained / base:.2%}).")
+
+
+def show_settings(recipe: Recipe, device: str, display: Display) -> None:
+    """Show how a recipe trains, defaults included: what is to be held against a paper or another run."""
+    trainer = resolve_trainer_arguments(recipe, device)
+    rows_each, accumulated = (
+        trainer["per_device_train_batch_size"],
+        trainer.get("gradient_accumulation_steps", 1),
+    )
+    steps = trainer.get("max_steps", -1)
+    settings: dict[str, Any] = {
+        "length": f"{steps} steps" if steps > 0 else f"epochs: {trainer['num_train_epochs']:g}",
+        "rows of a step": f"{rows_each} × {accumulated} accumulated, on each GPU",
+        "learning rate": f"{trainer['learning_rate']:g}, {trainer.get('lr_scheduler_type')}",
+        "warm-up": trainer.get("warmup_steps"),
+        "weight decay": trainer.get("weight_decay"),
+        "gradients clipped at": trainer.get("max_grad_norm"),
+        "order of rows": trainer.get("train_sampling_strategy"),
+        "tokens at most": trainer.get("max_length"),
+        "precision": next((name for name in ("fp16", "bf16") if trainer.get(name)), "float32"),
+        "base": f"{recipe.model.name}, {recipe.model.dtype}, {getattr(recipe.model, 'quantization', 'none')}",
+        "pictures made square": getattr(recipe.data, "square", None),
+    }
+    adapter = dict(recipe.adapter)
+    settings |= {f"adapter.{name}": value for name, value in adapter.items() if name != "target_modules"}
+    scopes = getattr(recipe, "scopes", None)
+    if scopes is not None:
+        settings |= {f"scopes.{name}": value for name, value in scopes.model_dump(exclude_none=True).items()}
+    rows = [[name, str(value)] for name, value in settings.items() if value is not None]
+    display.table("How it trains", ["", ""], rows)
 
 
 def show_result(run: RunContext, task: Task, before: Evaluation, after: Evaluation, display: Display) -> None:
