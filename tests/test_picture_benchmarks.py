@@ -314,6 +314,7 @@ def test_every_kind_of_benchmark_runs_from_file_to_score(world, tmp_path, monkey
         header = table.splitlines()[0].split("\t")
         assert header[-1] == "prediction" and "image" not in header
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "12 items, protocol published" in page and "built-in" not in page
     assert "MMBench_DEV_EN" in page and "data:image/webp" in page and "XTuner" in page
     assert json.loads((tmp_path / "out" / "report.json").read_text())["results"][0]["name"] == names[0]
 

@@ -111,13 +111,12 @@ class BenchmarkReport(Printable):
             figure = next(iter(result.figures), None)
             if figure is None or figure.difference is None or figure.low is None or figure.high is None:
                 continue
-            change = f"{figure.base:.1f} to {figure.tuned:.1f} ({figure.low:+.1f} to {figure.high:+.1f})"
-            if figure.low > 0 or figure.high < 0:
-                found.append(
-                    f"{result.name}, {figure.name}: {'higher' if figure.low > 0 else 'lower'}, {change}."
-                )
-            else:
-                found.append(f"{result.name}, {figure.name}: no difference shown, {change}.")
+            shown = "higher" if figure.low > 0 else "lower" if figure.high < 0 else "no difference shown"
+            what = result.name if figure.name.startswith(result.name) else f"{result.name}, {figure.name}"
+            found.append(
+                f"{what}: {shown}. {figure.base:.1f} without the adapter, {figure.tuned:.1f} with it; difference "
+                f"{figure.difference:+.1f}, 95 % interval {figure.low:+.1f} to {figure.high:+.1f}."
+            )
         mean = mean_of_nine(self.results)
         if mean is not None:
             base, tuned = mean
