@@ -67,7 +67,7 @@ class Verb:
     Attributes:
         command: Its arguments on the command line, in a world as ``make_world`` makes it.
         out: What it leaves, of which nothing else may be left.
-        resumed: Arguments to go on with, where ``out`` has a ``run.json``; None for the same as before.
+        resumed: Arguments to continue with, where ``out`` has a ``run.json``; None for the same as before.
     """
 
     command: Sequence[str]

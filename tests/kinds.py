@@ -191,7 +191,7 @@ def packed_is_known() -> Iterator[None]:
 
 
 def once(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Build a model the first time and copy it after that; random numbers go on as if it had been built again."""
+    """Build a model the first time and copy it after that; random numbers continue as if it had been built again."""
 
     @functools.cache
     def first() -> tuple[nn.Module, Tensor]:

@@ -742,7 +742,7 @@ HELPERS: dict[str, Helper] = {
     ),
     "transformers' `load_adapter(hotswap=True)`": Helper(
         swaps_in_transformers,
-        instead="Of another alpha too, where LoRA goes on with the old one (transformers 5.23).",
+        instead="Of another alpha too, where LoRA continues with the old one (transformers 5.23).",
     ),
     "`create_loraplus_optimizer`": Helper(
         has_a_rate_for_b, instead="`moslora.param_groups` has a rate for M, too."

@@ -124,13 +124,13 @@ def test_a_full_disk_is_recognized_however_a_library_says_it(tmp_path: Path) -> 
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
         RuntimeError("basic_ios::clear: iostream error"),
     ):
-        with pytest.raises(DiskFullError, match=r"disk is full: .*B of .*B are free.*then go on\."):
-            raise_if_full(error, tmp_path, "go on.")
+        with pytest.raises(DiskFullError, match=r"disk is full: .*B of .*B are free.*then continue\."):
+            raise_if_full(error, tmp_path, "continue.")
         outer = KeyError("outer")
         outer.__context__ = error
         with pytest.raises(DiskFullError):
-            raise_if_full(outer, tmp_path, "go on.")
-    raise_if_full(ValueError("something else"), tmp_path, "go on.")
+            raise_if_full(outer, tmp_path, "continue.")
+    raise_if_full(ValueError("something else"), tmp_path, "continue.")
 
 
 def test_a_status_is_noted_where_there_is_room_for_nothing(

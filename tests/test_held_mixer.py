@@ -151,7 +151,7 @@ def test_the_file_of_a_split_mixer_has_m_itself_and_loads_everywhere(
     again = PeftModel.from_pretrained(tiny.llama().to(dtype), tmp_path, is_trainable=True)
     for name, M in mixers(again).items():
         assert relative_error(M, expected[name]) < RELATIVE[torch.float32]
-    # Loaded into a model whose mixers are split already, they are M still, and go on learning.
+    # Loaded into a model whose mixers are split already, they are M still, and continue learning.
     other = adapted(mixer="orthogonal")
     cast_one_by_one(other)
     other.train()

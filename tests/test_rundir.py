@@ -235,7 +235,7 @@ def test_a_damaged_line_that_is_not_the_last_is_named(tmp_path):
 
 def test_a_run_is_alive_while_its_process_is(tmp_path):
     run = RunDirectory.create(tmp_path, "demo")
-    assert not is_alive(run), "this process may go on with its own run"
+    assert not is_alive(run), "this process may continue with its own run"
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     write_record(run, pid=other.pid, process_started=files.process_start(other.pid))
     assert is_alive(run)

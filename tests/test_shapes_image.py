@@ -155,7 +155,7 @@ def test_an_interrupted_build_goes_on_to_the_same_weights(shape: str, tmp_path: 
         build_pipeline.build(tmp_path / "cut", amount, say=interrupt, shape=shape)
     assert not (tmp_path / "cut").exists()
     build_pipeline.build(tmp_path / "cut", amount, say=interrupt, shape=shape)
-    assert "going on after step 2" in said
+    assert "continuing after step 2" in said
     build_pipeline.build(tmp_path / "straight", amount, say=lambda _: None, shape=shape)
     files = sorted(p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*.safetensors"))
     assert len(files) == 4

@@ -159,7 +159,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_go_on_to_the_sam
     assert "another number of processes" not in done.stdout
     assert run.read()["status"] == "completed"
     assert all(torch.equal(weights(run.path)[name], tensor) for name, tensor in weights(together).items())
-    # One process alone can go on too, to other weights, and says so.
+    # One process alone can continue too, to other weights, and says so.
     for place in ("adapter", "checkpoints/checkpoint-4"):
         (run.path / place).rename(tmp_path / place.replace("/", "-"))
     run.update(status="interrupted")

@@ -115,7 +115,7 @@ class ExistsError(MoSLoRAError, FileExistsError):
 
 
 class DiskFullError(MoSLoRAError, OSError):
-    """A file could not be written whole; the message says where, how much is free there, and how to go on."""
+    """A file could not be written whole; the message says where, how much is free there, and how to continue."""
 
     exit_code = 1
 

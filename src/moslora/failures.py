@@ -1,7 +1,8 @@
 """What ends a verb and is not an error of ours: put in words, with what was being done and what to do.
 
-A full disk becomes a ``DiskFullError`` that says where, how much is free and how to go on. Other libraries' errors stay
-what they are, with a note (PEP 678) that says the same of them; a traceback of Python's shows it, and the command does.
+A full disk becomes a ``DiskFullError`` that says where, how much is free and how to continue. Other libraries' errors
+stay what they are, with a note (PEP 678) that says the same of them; a traceback of Python's shows it, and the
+command does.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Check the path: a part of it is something else than it should be, or too long a name.",
     ),
 )  # fmt: skip
-# How a comparison goes on.
+# How a comparison continues.
 GO_ON = "run the same command again: finished cells are kept."
 # What each verb does, by the command's name.
 DOING = {
     "train": "training",
-    "resume": "going on with a run",
+    "resume": "resuming a run",
     "mix": "mixing adapters",
     "check": "checking a recipe",
     "compare": "comparing methods",
@@ -111,7 +112,7 @@ def raise_if_full(error: BaseException, place: str | os.PathLike[str] | None, th
     Args:
         error: What was raised.
         place: What was being written, for errors that do not say it; None for the current folder.
-        then: How to go on when there is room, the rest of a sentence.
+        then: How to continue when there is room, the rest of a sentence.
 
     Raises:
         DiskFullError: Then; it comes from ``error``.
@@ -187,7 +188,7 @@ def add_frame(error: BaseException, doing: str, advice: str = "") -> None:
     Args:
         error: What was raised; one of ours is left as it is.
         doing: What was being done, as ``exporting an adapter``.
-        advice: What to do after that, as how to go on.
+        advice: What to do after that, as how to continue.
     """
     if is_ours(error) or not isinstance(error, Exception) or frame_of(error):
         return

@@ -75,7 +75,7 @@ def compare(
     command: str = "",
     plan_only: bool = False,
 ) -> tuple[Path, Verdict | None]:
-    """Compare methods, or go on with a comparison that was stopped.
+    """Compare methods, or continue with a comparison that was stopped.
 
     Args:
         recipe: A checked recipe; or a recipe's path and/or ``section.key=value``, as for training.
@@ -105,7 +105,7 @@ def compare(
         ValueError: If arguments, recipe, data or model cannot be used, or the folder holds another comparison.
         BusyError: If another process is at work in the folder.
         TrainingError: If the base changes in a way that cannot be undone, or a worker dies.
-        Stopped: If it was asked to stop; the same command goes on.
+        Stopped: If it was asked to stop; the same command continues.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(list(recipe))
@@ -130,7 +130,7 @@ def compare(
                 number = stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT
                 done = sum(plan.cell_file(*cell).exists() for cell in plan.cells)
                 display.say(
-                    f"Interrupted with {done} of {len(plan.cells)} cells finished; the same command goes on."
+                    f"Interrupted with {done} of {len(plan.cells)} cells finished; the same command continues."
                 )
                 raise Stopped(number) from stopped
             verdict = _conclude(plan, display)
@@ -270,12 +270,12 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
             ]
             if changed:
                 raise UsageError(
-                    f"{folder} holds a comparison with other {', '.join(changed)}. Go on with those, or name another "
-                    "folder with --out. (Adding seeds or methods after seeing a result would make findings by chance "
+                    f"{folder} holds a comparison with other {', '.join(changed)}. Continue with those, or name "
+                    "another folder with --out. (Adding seeds or methods after seeing a result would make findings by chance "
                     "likelier than the intervals say.)"
                 )
             done = sum(plan.cell_file(*cell).exists() for cell in plan.cells)
-            display.say(f"Going on with {folder}: {done} of {len(plan.cells)} cells are finished.")
+            display.say(f"Continuing {folder}: {done} of {len(plan.cells)} cells are finished.")
         else:
             about = {
                 "schema_version": COMPARISON_SCHEMA_VERSION,

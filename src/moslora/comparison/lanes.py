@@ -97,7 +97,7 @@ class Lane:
 
     Args:
         trainer: Not run yet.
-        surroundings: Those that it goes on from.
+        surroundings: Those that it continues from.
     """
 
     def __init__(self, trainer: Any, surroundings: Surroundings) -> None:

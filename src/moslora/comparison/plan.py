@@ -12,7 +12,7 @@ from moslora.recipe.schema import Recipe
 __all__ = ["Comparison", "Planned"]
 
 
-# Versions on which a cell's numbers depend; with others a comparison does not go on.
+# Versions on which a cell's numbers depend; with others a comparison does not continue.
 DECISIVE = ("torch", "transformers", "peft", "trl", "moslora")
 Planned = tuple[Method, float, int]
 

@@ -151,7 +151,7 @@ def _feed(
                     continue
                 except ray.exceptions.RayTaskError as error:
                     raise TrainingError(
-                        f"A worker cannot go on: {_last_line(error.cause or error)}"
+                        f"A worker cannot continue: {_last_line(error.cause or error)}"
                     ) from error
                 idle.append(worker)
                 for cell in cells:

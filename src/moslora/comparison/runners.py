@@ -66,7 +66,7 @@ def run_all(
 
     Raises:
         Stopped: If asked to stop.
-        TrainingError: If the base cannot be brought back, or a worker cannot go on.
+        TrainingError: If the base cannot be brought back, or a worker cannot continue.
     """
     base = plan.directory / "cells" / "base.json"
     mark_crashed_cells(plan, display)

@@ -45,7 +45,7 @@ def share_weights(model: nn.Module) -> Any:
         A model into which an adapter can be put without touching the other.
 
     Raises:
-        CannotShare: If a copy would go on running the original's modules.
+        CannotShare: If a copy would continue running the original's modules.
     """
     for name, module in model.named_modules():
         # A copy of a method is bound to the copy, and what it closes over is the original all the same.
@@ -66,7 +66,7 @@ def train_together(
         surroundings: For each trainer those that were there when it was ready: ``Surroundings.now()``.
 
     Returns:
-        For each trainer None, or what its own loop raised; the others go on.
+        For each trainer None, or what its own loop raised; the others continue.
 
     Raises:
         CannotShare: If they cannot, or if the first step is not the one of each cell alone. Nothing is kept of the

@@ -15,7 +15,7 @@ SHOWN = 5  # faults that one error spells out; the rest are counted
 
 @dataclass
 class Faults:
-    """Collects faults while reading goes on, so that one error names several.
+    """Collects faults while reading continues, so that one error names several.
 
     Attributes:
         source: The file or hub id, as the user wrote it.

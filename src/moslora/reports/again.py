@@ -42,7 +42,7 @@ def remake_report(path: Path) -> Path:
 def _of_comparison(folder: Path) -> Path:
     if not (folder / "results.json").is_file():
         raise UsageError(
-            f"{folder} has no results yet: not all of its cells are finished. The command that began it goes on "
+            f"{folder} has no results yet: not all of its cells are finished. The command that began it continues "
             "with it, and makes the report; compare.json has it under command."
         )
     try:

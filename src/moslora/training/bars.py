@@ -13,7 +13,7 @@ __all__ = ["closing_bars"]
 def closing_bars(*trainers: Any) -> Iterator[None]:
     """Close what the callbacks of trainers have open when the block ends.
 
-    A trainer tells its callbacks of its end only where it ends by itself. A bar left open goes on being drawn, hides
+    A trainer tells its callbacks of its end only where it ends by itself. A bar left open continues being drawn, hides
     the cursor, and is in the way of the next.
 
     Args:

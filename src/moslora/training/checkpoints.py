@@ -20,7 +20,7 @@ class Checkpoint:
     Attributes:
         path: The folder.
         step: Optimiser steps done when it was written.
-        faults: What keeps training from going on here, in words; empty for a complete checkpoint.
+        faults: What keeps training from continuing here, in words; empty for a complete checkpoint.
     """
 
     path: Path

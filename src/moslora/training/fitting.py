@@ -79,7 +79,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
 
 
 def _warn_of_world_size(run: RunContext, checkpoint: Checkpoint | None) -> None:
-    """Say where a run cannot go on to the weights of an uninterrupted one."""
+    """Say where a run cannot continue to the weights of an uninterrupted one."""
     if checkpoint is None:
         return
     team = run.team

@@ -23,7 +23,7 @@ class MetricsLog:
 
     Args:
         path: The ``metrics.jsonl``.
-        resume_step: The step training goes on from. Lines past it, which the lost part of the run wrote,
+        resume_step: The step training continues from. Lines past it, which the lost part of the run wrote,
             are dropped. None starts a new log.
 
     Raises:
@@ -37,7 +37,7 @@ class MetricsLog:
             kept = [line for line in lines if line.get("step", 0) <= resume_step]
             write_text(self.path, "".join(_json_line(line) for line in kept))
         elif self.path.exists():
-            raise ExistsError(f"{self.path} exists already; give resume_step to go on with it.")
+            raise ExistsError(f"{self.path} exists already; give resume_step to continue with it.")
         self._file = self.path.open("a", encoding="utf-8")
 
     def append(self, step: int, **values: Any) -> None:

@@ -2,7 +2,7 @@
 
 recipe → data → base measured → trained → saved → folded and proven → measured again → proven once more
 in a fresh process → report. Each stage is noted in ``run.json`` when it is done, so that a run that was
-stopped goes on where it was.
+stopped continues where it was.
 
 Where several processes were launched they train together; the first does everything else.
 """
@@ -185,7 +185,7 @@ def _remove(path: Path, with_parent: bool) -> None:
 
 
 def resume(path: Path, display: Display, handed_over: HandedOver | None = None) -> RunDirectory:
-    """Go on with a run that was interrupted, killed or failed, or prove one whose proof could not be carried out.
+    """Continue with a run that was interrupted, killed or failed, or prove one whose proof could not be carried out.
 
     Args:
         path: Its directory.
@@ -316,14 +316,14 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
 
 
 def _end_interrupted(run: RunContext, number: int, cause: BaseException) -> NoReturn:
-    """Leave the run as one that can go on, and say how; the first process does."""
+    """Leave the run as one that can continue, and say how; the first process does."""
     if not run.team.is_main_process:
         raise Stopped(number) from cause
     run.directory.end("interrupted")
     _write_report(run.directory, run.display)
     step = run.directory.latest_checkpoint(lambda _: None)
     kept = f"with the checkpoint of step {step.step}" if step else "before its first checkpoint"
-    run.display.say(f"Interrupted {kept}. Go on with: moslora train --resume {run.directory.path}")
+    run.display.say(f"Interrupted {kept}. Continue with: moslora train --resume {run.directory.path}")
     raise Stopped(number) from cause
 
 
@@ -393,13 +393,13 @@ def _stages(run: RunContext, task: Task) -> None:
 
 
 def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
-    """Refuse to go on with other data or another base than the run began with."""
+    """Refuse to continue with other data or another base than the run began with."""
     old = directory.read().get("hashes")
     if old is None:
         return
     changed = [name for name in hashes if old.get(name) != json.loads(json.dumps(hashes[name]))]
     if changed:
         raise UsageError(
-            f"Cannot go on with {directory.path}: its {' and '.join(changed)} changed since it began. Put "
+            f"Cannot continue with {directory.path}: its {' and '.join(changed)} changed since it began. Put "
             "the old files back, or start a new run."
         )

@@ -293,7 +293,7 @@ class RunDirectory:
         """Remove what a kill left of checkpoints past a step, so that nothing of it gets into those that follow.
 
         Args:
-            step: The step from which training goes on.
+            step: The step from which training continues.
         """
         for checkpoint in self.all_checkpoints():
             if checkpoint.faults and checkpoint.step > step:

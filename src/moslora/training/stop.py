@@ -17,7 +17,7 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """Remembers Ctrl-C and SIGTERM until the run reaches a place where it can go on later.
+    """Remembers Ctrl-C and SIGTERM until the run reaches a place where it can continue later.
 
     Used as a context manager it takes the two signals over. The second one ends the run at once.
 

@@ -7,7 +7,7 @@ An entry of M is about 0.25 when training begins, a step 1e-4 to 1e-3. In bfloat
 so most steps would round to nothing; and trainers do hold what they train in bfloat16 (TRL over a quantized base,
 ``model.to(torch.bfloat16)``, sharding with one dtype for each group). Near 0 the same dtype resolves every step, as it
 does for B. So a mixer that is found in 16 bits is *split* before it is trained: its value moves into the frozen start,
-and ``weight`` goes on from 0 as the change since. Splitting changes neither M nor the dtype of any parameter.
+and ``weight`` continues from 0 as the change since. Splitting changes neither M nor the dtype of any parameter.
 
 It is done in place, at whichever comes first of the casts that a module sees (``.to(torch.bfloat16)``, DeepSpeed's),
 ``train()`` (which Trainer calls before it shards), and the first forward with gradients (after ``param.data = …``).
@@ -231,7 +231,7 @@ def from_file(
 
     Returns:
         The tensors by the model's names, without the adapter's. Where the mixer is held in 16 bits, M is in the start,
-        so that training can go on; else the start is zero.
+        so that training can continue; else the start is zero.
     """
     out = dict(tensors)
     for key, start in starts.items():

@@ -336,7 +336,7 @@ def _choose(known: Iterable[str]) -> str:
 def settle_overlaps(config: Any, model: nn.Module) -> dict[str, list[str]]:
     """Write patterns of which two keys fit one module so that the order of keys does not matter.
 
-    The first key that fits counts, as in PEFT, and goes on to count when the configuration is saved, which sorts keys.
+    The first key that fits counts, as in PEFT, and still counts after the configuration is saved, which sorts keys.
 
     Args:
         config: An adapter's configuration, changed in place.

@@ -1,7 +1,7 @@
 """Which modules ComfyUI applies of the LoRA files that are written here.
 
 Its reader looks for a file's names in a table that it makes of the model (``comfy/lora.py``, ``comfy/utils.py``; seen
-in 0.3.64 and at commit 17358c8), logs what it does not find as "lora key not loaded", and goes on without. In that
+in 0.3.64 and at commit 17358c8), logs what it does not find as "lora key not loaded", and continues without. In that
 table:
 
 - a **U-Net's** modules have kohya's names, and diffusers' with ``.to_`` turned to ``.processor.to_``, as diffusers

@@ -3,8 +3,9 @@
     OUT/pytorch_lora_weights.safetensors    the fold, in diffusers' names: ``pipe.load_lora_weights(OUT)``
     OUT/moslora_checkpoint/unet/            the same adapter with its mixers, a PEFT directory for each model
 
-The file says what the adapter does, the directories how it goes on: optimizers hold states of A, M and B, which a fold
-does not have. ``belongs_to.json`` has the digest of the file's tensors, so that the two are not taken for each other's
+The file says what the adapter does, the directories how it continues: optimizers hold states of A, M and B, which a
+fold does not have. ``belongs_to.json`` has the digest of the file's tensors, so that the two are not taken for
+each other's
 when one of them was replaced. The directory's name has "checkpoint" in it because diffusers passes over such names when
 it looks for a file to load.
 """

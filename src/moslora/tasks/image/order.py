@@ -39,7 +39,7 @@ class TrainingOrder:
     """A data set for transformers' Trainer: every picture once in random order, then again in another, to the end.
 
     Item ``k`` is the picture's number and the seed of its noise; both follow from ``k`` and the seed, so that an
-    interrupted run goes on with the same examples.
+    interrupted run continues with the same examples.
 
     Args:
         pictures: How many there are.

@@ -98,7 +98,7 @@ class ClassPictures:
         Args:
             draw: Makes a PNG file of a prompt and a seed.
             seed: The run's.
-            checkpoint: Called after each picture; what it interrupts goes on with the next missing one.
+            checkpoint: Called after each picture; what it interrupts continues with the next missing one.
         """
         if self.missing:
             self.folder.mkdir(parents=True, exist_ok=True)
