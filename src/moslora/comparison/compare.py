@@ -271,8 +271,8 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
             if changed:
                 raise UsageError(
                     f"{folder} holds a comparison with other {', '.join(changed)}. Continue with those, or name "
-                    "another folder with --out. (Adding seeds or methods after seeing a result would make findings by chance "
-                    "likelier than the intervals say.)"
+                    "another folder with --out. (Adding seeds or methods after seeing a result would make findings by "
+                    "chance likelier than the intervals say.)"
                 )
             done = sum(plan.cell_file(*cell).exists() for cell in plan.cells)
             display.say(f"Continuing {folder}: {done} of {len(plan.cells)} cells are finished.")
