@@ -106,3 +106,46 @@ def texts(path: Path, answers: Sequence[str]) -> Path:
         for number, answer in enumerate(answers)
     ]
     return write(path, rows)
+
+
+def hallusion(path: Path) -> Path:
+    """Two questions about each of two figures of a set: set, figure and question are parts of the index."""
+    rows = [
+        {
+            "index": f"VD_x_{number}_1_{figure}_{question}",
+            "image": picture(COLORS[figure]),
+            "question": "Is it red?",
+            "answer": "Yes" if figure == 0 else "No",
+            "category": "VD",
+            "l2-category": "color",
+        }
+        for number, (figure, question) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1)))
+    ]
+    return write(path, rows)
+
+
+def math_vista(path: Path) -> Path:
+    """A question with options, and one with a number, which only a judge scores."""
+    rows = [
+        {
+            "index": 1,
+            "image": picture("red"),
+            "question": "Which color?",
+            "question_type": "multi_choice",
+            "answer_type": "text",
+            "choices": str(["red", "blue"]),
+            "answer": "red",
+            "answer_option": "A",
+            "task": "figure question answering",
+        },
+        {
+            "index": 2,
+            "image": picture("blue"),
+            "question": "How many?",
+            "question_type": "free_form",
+            "answer_type": "integer",
+            "answer": "1",
+            "task": "figure question answering",
+        },
+    ]
+    return write(path, rows)

@@ -258,6 +258,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     benchmark_files.texts(folder / "DocVQA_VAL.tsv", ["['red']", "['blue', 'navy']"])
     benchmark_files.texts(folder / "MMVet.tsv", ["red", "blue"])
     benchmark_files.texts(folder / "DocVQA_TEST.tsv", ["", ""])
+    benchmark_files.texts(folder / "OCRBench.tsv", ["['red']", "['blue']"])
+    benchmark_files.yes_no(folder / "POPE.tsv")
+    benchmark_files.hallusion(folder / "HallusionBench.tsv")
+    benchmark_files.math_vista(folder / "MathVista_MINI.tsv")
     return folder
 
 
@@ -283,6 +287,10 @@ def test_every_kind_of_benchmark_runs_from_file_to_score(world, tmp_path, monkey
 
     monkeypatch.setattr(generation, "generate", shorter)
     names = [
+        "OCRBench",
+        "POPE",
+        "HallusionBench",
+        "MathVista_MINI",
         "MMBench_DEV_EN",
         "MMStar",
         "MME",
@@ -295,6 +303,10 @@ def test_every_kind_of_benchmark_runs_from_file_to_score(world, tmp_path, monkey
     report = judged(world, tmp_path / "out", *names)
     heads = {r.name: r.figures[0].name if r.figures else None for r in report.results}
     assert heads == {
+        "OCRBench": "accuracy",
+        "POPE": "F1 of yes",
+        "HallusionBench": "aAcc",
+        "MathVista_MINI": "accuracy, questions with options",
         "MMBench_DEV_EN": "circular accuracy",
         "MMStar": "accuracy",
         "MME": "MME, of 2800",
@@ -464,3 +476,14 @@ def test_methods_are_compared_by_a_benchmark_over_seeds(world, tmp_path):
         moslora.compare(
             benchmark=world / "MME.tsv", **{**options, "task": {"kind": "text"}, "out": tmp_path / "other"}
         )
+
+
+def test_hallusionbench_counts_figures_and_questions_that_are_right_throughout():
+    rows = [
+        Graded("set", "0", (), 1, keys=("figure 0", "question 0")),
+        Graded("set", "1", (), 1, keys=("figure 0", "question 1")),
+        Graded("set", "2", (), 1, keys=("figure 1", "question 0")),
+        Graded("set", "3", (), 0, keys=("figure 1", "question 1")),
+    ]
+    figures, _ = compare_scores("hallusion", rows, None)
+    assert {f.name: f.base for f in figures} == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
