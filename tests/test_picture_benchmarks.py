@@ -223,6 +223,11 @@ def test_equal_models_differ_by_nothing_and_a_better_one_is_told():
     assert same.high == -same.low == pytest.approx(3.7, abs=0.1), (
         "100 units that agree do not prove that all do"
     )
+    right = [dataclasses.replace(row, grade=1.0) for row in base[:8]]
+    all_fixed = compare_scores("accuracy", [dataclasses.replace(row, grade=0.0) for row in right], right)[0][
+        0
+    ]
+    assert all_fixed.difference == all_fixed.high == 100 and 60 < all_fixed.low < 80, "of 8 rows"
     wrong = [dataclasses.replace(row, unit=str(int(row.unit) // 2), grade=0.0) for row in base]
     nothing = compare_scores("accuracy", wrong, wrong)[0][0]
     assert nothing.base == nothing.base_low == 0 and nothing.base_high > 5, "of 50 pictures, not of certainty"

@@ -23,7 +23,7 @@ from moslora.evaluation.benchmarks.results import (
 )
 from moslora.evaluation.benchmarks.rules import RULES_VERSION, UNREAD
 from moslora.evaluation.benchmarks.scores import compare_scores
-from moslora.evaluation.benchmarks.table import Benchmark, find_benchmark
+from moslora.evaluation.benchmarks.table import BENCHMARKS, Benchmark, find_benchmark
 from moslora.evaluation.benchmarks.tsv import BenchmarkFile, Item, read_benchmark_file
 from moslora.evaluation.judge import Subject
 from moslora.files import sha256, write_text
@@ -211,7 +211,8 @@ def _choose(path: Path, wanted: Wanted, display: Display) -> _Chosen:
         )
     )
     items = _limited(benchmark, file.items, wanted.limit)
-    return _Chosen(benchmark, known_by, file, items, wanted.named or benchmark.name)
+    name = benchmark.name if benchmark.name in BENCHMARKS else path.stem  # of a file of one's own
+    return _Chosen(benchmark, known_by, file, items, name)
 
 
 def _limited(benchmark: Benchmark, items: Sequence[Item], limit: int | None) -> Sequence[Item]:
@@ -275,7 +276,8 @@ def _load(
         activity = prove_active(asker.model, adapter, probes, task.device)
         asker.prove_base(before, probes)
     identity = {
-        "model": task.base_model.fingerprint(),
+        # What the model holds; a folder may be called by another name the next time.
+        "model": {k: v for k, v in task.base_model.fingerprint().items() if k not in ("kind", "name")},
         "adapter": None if adapter is None else _hash_of(adapter),
         "prompt": prompt,
         "square": recipe.data.square,

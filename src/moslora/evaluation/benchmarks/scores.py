@@ -248,10 +248,12 @@ def _figure(name: str, score: Score, base: Rows, tuned: Rows | None) -> Figure:
     other = float(score.value({key: values.sum() for key, values in then.items()}))
     differences = draws[1] - draws[0]
     low, high = _ends(differences)
-    if not differences.any():
-        # No unit differs, which resampling takes for certain: at most so many would among all there are.
-        high = score.full * wilson_interval(0, len(members), LEVEL)[1]
-        low = -high
+    if differences.min() == differences.max():
+        # Every unit has one difference, which resampling takes for certain: so many others there may be among all.
+        others = wilson_interval(0, len(members), LEVEL)[1]
+        low = high = other - own
+        low = -score.full * others if low == 0 else low * (1 - others) if low > 0 else low
+        high = score.full * others if high == 0 else high * (1 - others) if high < 0 else high
     tuned_low, tuned_high = _interval(then, draws[1], other, score.full)
     return dataclasses.replace(
         figure,
