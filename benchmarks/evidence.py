@@ -1,7 +1,7 @@
 """Is the learned mixer worth it? Five methods, four learning rates or more and five seeds on three small tasks.
 
 ``home`` teaches a form (requests to JSON), ``facts`` content (invented people), ``commonsense`` neither: its questions
-want what a base model knows already. Each is one ``moslora compare`` on SmolLM2-135M; it goes on where it was stopped.
+want what a base model knows already. Each is one ``moslora compare`` on SmolLM2-135M; it continues if stopped.
 What it found is kept under ``benchmarks/results/evidence/``, one folder per task, every example's loss included, and
 in README's table.
 

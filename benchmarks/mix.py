@@ -9,7 +9,7 @@ training. Rates are first guesses; none was tuned.
 
     python benchmarks/mix.py --folder DIR [--seeds 0,1,2] [--examples 48] [--steps 36] [--out FILE]
 
-DIR keeps what was trained, so that a run that was stopped goes on.
+DIR keeps what was trained, so that a run that was stopped continues.
 """
 
 from __future__ import annotations

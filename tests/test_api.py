@@ -364,7 +364,7 @@ def test_a_comparison_of_rows_goes_on_with_the_same_call(here: Path) -> None:
     assert "lora" in repr(result) and str(result.report) in repr(result)
     shown = io.StringIO()
     again = moslora.compare(**given, **settings, progress=Display(shown))
-    assert again.verdict == result.verdict and "Going on" in shown.getvalue()
+    assert again.verdict == result.verdict and "Continuing" in shown.getvalue()
     with pytest.raises(moslora.UsageError, match="holds a comparison with other"):
         moslora.compare(**{**given, "data": rows(23)}, **settings)
     with torch.no_grad():

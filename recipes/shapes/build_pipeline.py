@@ -18,7 +18,7 @@ Needs no network; takes 38 minutes of CPU time on one core, less on a GPU. Measu
 and background that a caption of one thing asks for (34 of 35 held-out ones), but places are not learned (4 of 29,
 guessing is right for one in four), and of two things colours and shapes are mixed up (4 of 29 right). ``--quick`` takes
 a few steps and draws noise. The folder appears when all is done, never in part, and is not overwritten; interrupted,
-the same command goes on where it was.
+the same command continues where it was.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def noise_schedule(scheduler: type[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Keep:
-    """A file that training goes on from: parameters and Adam's two means of each, in order.
+    """A file that training continues from: parameters and Adam's two means of each, in order.
 
     Attributes:
         file: Its place.
@@ -296,7 +296,7 @@ def rate_at(step: int, steps: int, highest: float) -> float:
 def optimise(
     modules: list[nn.Module], loss: Callable[[int], Tensor], steps: int, highest: float, keep: Keep, say: Any
 ) -> None:
-    """Take steps of Adam down a loss; goes on from what ``keep`` holds, which is renewed fifty times on the way.
+    """Take steps of Adam down a loss; continues from what ``keep`` holds, which is renewed fifty times on the way.
 
     Args:
         modules: Whose parameters are trained.
@@ -310,7 +310,7 @@ def optimise(
     optimizer = torch.optim.Adam(parameters, lr=highest)
     done = keep.restore(parameters, optimizer)
     if done:
-        say(f"going on after step {done}")
+        say(f"continuing after step {done}")
     recent: list[float] = []
     for module in modules:
         module.train()
@@ -514,6 +514,6 @@ if __name__ == "__main__":
         place = given.folder or Path(__file__).with_name(SHAPED[given.shape].folder)
         build(place, QUICK if given.quick else Amount(steps=given.steps), given.seed, shape=given.shape)
     except KeyboardInterrupt:
-        sys.exit("Interrupted; the same command goes on from what was learned.")
+        sys.exit("Interrupted; the same command continues from what was learned.")
     except FileExistsError as error:
         sys.exit(str(error))
