@@ -9,7 +9,7 @@ own, by pictures from other noise than what is reported.
 
     python benchmarks/subject.py [--folder DIR] [--seeds 0,1,2,3,4,5] [--rates 3e-4,1e-3,3e-3,1e-2] [--out FILE]
 
-DIR keeps what was trained and measured, so that a run that was stopped continues. Pipeline and judge are built where they
+DIR keeps what was trained and measured, so a stopped run continues. Pipeline and judge are built where they
 are missing.
 """
 
