@@ -96,7 +96,7 @@ def test_a_quotation_mark_that_is_never_closed_is_a_fault(tmp_path):
 def test_an_answer_that_is_not_among_the_options_and_a_rotation_without_its_question_are_refused(tmp_path):
     path = benchmark_files.choices(tmp_path / "MMStar.tsv")
     path.write_text(path.read_text().replace("None\tA", "None\tE"))
-    with pytest.raises(UsageError, match="index 0: the answer E is not among the options A, B"):
+    with pytest.raises(UsageError, match="index 0: the answer 'E' is not among the options A, B"):
         find_benchmark(read_benchmark_file(path))
 
 
@@ -104,7 +104,8 @@ def test_a_file_is_known_by_checksum_else_by_name_else_as_named(tmp_path, monkey
     path = benchmark_files.circular(tmp_path / "CCBench.tsv")
     file = read_benchmark_file(path)
     assert find_benchmark(file) == (BENCHMARKS["CCBench"], "name")
-    known = dataclasses.replace(file, md5="b36b43c3f09801f5d368627fb92187c3")
+    answers = read_benchmark_file(benchmark_files.yes_no(tmp_path / "other.tsv"))
+    known = dataclasses.replace(answers, md5="b36b43c3f09801f5d368627fb92187c3")
     assert find_benchmark(known) == (BENCHMARKS["MME"], "checksum")
     other = dataclasses.replace(file, path=tmp_path / "mine.tsv")
     assert find_benchmark(other, "circular")[1] == "as named"
@@ -492,3 +493,45 @@ def test_hallusionbench_counts_figures_and_questions_that_are_right_throughout()
     ]
     figures, _ = compare_scores("hallusion", rows, None)
     assert {f.name: f.base for f in figures} == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
+
+
+ODD_ROWS = {
+    "a letter in lower case": (
+        "choice",
+        {"index": 1, "A": "x", "B": "y", "answer": "a"},
+        "not among the options A, B",
+    ),
+    "yes in lower case": ("yes-no", {"index": 1, "answer": "yes"}, "'yes' is neither Yes nor No"),
+    "an index of words": ("circular", {"index": "one", "A": "x", "B": "y", "answer": "A"}, "no whole number"),
+    "an index without parts": (
+        "HallusionBench",
+        {"index": "7", "answer": "Yes"},
+        "parts four to six of the index",
+    ),
+    "an option that is none": (
+        "MathVista_MINI",
+        {
+            "index": 1,
+            "question_type": "multi_choice",
+            "choices": "['x', 'y']",
+            "answer": "x",
+            "answer_option": "C",
+        },
+        "not one of the letters of its 2 choices",
+    ),
+    "choices that are no list": (
+        "MathVista_MINI",
+        {"index": 1, "question_type": "multi_choice", "choices": "x", "answer": "x", "answer_option": "A"},
+        "not one of the letters of its 0 choices",
+    ),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ROWS)
+def test_a_row_that_no_answer_could_be_right_for_is_refused(tmp_path, odd):
+    named, row, message = ODD_ROWS[odd]
+    shown = {"image": benchmark_files.picture("red"), "question": "Which?", **row}
+    file = read_benchmark_file(benchmark_files.write(tmp_path / "mine.tsv", [shown]))
+    with pytest.raises(UsageError, match="line 2") as caught:
+        find_benchmark(file, named)
+    assert message in str(caught.value)

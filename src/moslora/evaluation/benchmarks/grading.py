@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 
 from moslora.evaluation.benchmarks.rules import (
@@ -13,7 +12,7 @@ from moslora.evaluation.benchmarks.rules import (
     split_answers,
 )
 from moslora.evaluation.benchmarks.scores import Graded
-from moslora.evaluation.benchmarks.table import Benchmark
+from moslora.evaluation.benchmarks.table import Benchmark, read_choices
 from moslora.evaluation.benchmarks.tsv import LETTERS, Item
 from moslora.wording import one_line
 
@@ -54,8 +53,7 @@ def options_of(benchmark: Benchmark, item: Item) -> dict[str, str]:
         item: One of its rows.
     """
     if benchmark.score == "mathvista":
-        choices = ast.literal_eval(item.cells["choices"])
-        return {LETTERS[number]: str(text) for number, text in enumerate(choices)}
+        return dict(zip(LETTERS, read_choices(item.cells["choices"]), strict=False))
     if benchmark.kind == "choice" and not item.options:
         return {"A": item.cells.get("answer", ""), "B": OTHER}
     return item.options

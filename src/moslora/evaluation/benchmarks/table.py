@@ -6,14 +6,15 @@ benchmark's name alone decides how VLMEvalKit scores it.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from moslora.errors import UsageError
-from moslora.evaluation.benchmarks.tsv import LETTERS, BenchmarkFile
-from moslora.wording import did_you_mean
+from moslora.evaluation.benchmarks.tsv import LETTERS, BenchmarkFile, Item
+from moslora.wording import did_you_mean, one_line
 
-__all__ = ["BENCHMARKS", "NINE", "Benchmark", "find_benchmark"]
+__all__ = ["BENCHMARKS", "NINE", "Benchmark", "find_benchmark", "read_choices"]
 
 
 @dataclass(frozen=True)
@@ -204,17 +205,42 @@ def _check_columns(benchmark: Benchmark, file: BenchmarkFile) -> None:
             f"{file.path.name} is taken for {benchmark.name}, and has no column {missing[0]}; its columns are "
             f"{', '.join(file.columns)}. Say what it is with --as."
         )
-    if benchmark.kind == "choice":
-        unanswerable = [
-            item
-            for item in file.items
-            if item.cells.get("answer") in LETTERS
-            and item.options
-            and item.cells["answer"] not in item.options
-        ]
-        if unanswerable:
-            item = unanswerable[0]
+    for item in file.items:
+        fault = _fault_of(benchmark, item)
+        if fault:
             raise UsageError(
-                f"{file.path}, line {item.line}, index {item.index}: the answer {item.cells['answer']} is not among "
-                f"the options {', '.join(item.options)} (and {len(unanswerable) - 1} more such rows)."
+                f"{file.path}, line {item.line}, index {item.index}: {fault}. {file.path.name} is taken for "
+                f"{benchmark.name}; say what it is with --as, or correct the row."
             )
+
+
+def _fault_of(benchmark: Benchmark, item: Item) -> str:
+    """Return what would make a row count as wrong whatever is answered, or be grouped with others; empty if nothing."""
+    answer = item.cells.get("answer")
+    if benchmark.circular and not item.index.isdecimal():
+        return "rotations of a question are told by the index, which is no whole number"
+    if benchmark.score == "hallusion" and item.index.count("_") < 5:
+        return "set, figure and question are parts four to six of the index, joined by underscores"
+    if benchmark.kind == "yes-no" and answer not in (None, "Yes", "No"):
+        return f"the answer {one_line(answer, 40)!r} is neither Yes nor No"
+    if benchmark.kind == "choice" and answer is not None and item.options and answer not in item.options:
+        return f"the answer {one_line(answer, 40)!r} is not among the options {', '.join(item.options)}"
+    if benchmark.score == "mathvista" and item.cells.get("question_type") == "multi_choice":
+        choices = read_choices(item.cells.get("choices", ""))
+        letters = LETTERS[: len(choices)]
+        if item.cells.get("answer_option") not in letters:
+            return f"answer_option is not one of the letters of its {len(choices)} choices"
+    return ""
+
+
+def read_choices(cell: str) -> list[str]:
+    """Return the texts of MathVista's column ``choices``, a Python list; empty if it is none.
+
+    Args:
+        cell: The cell.
+    """
+    try:
+        found = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []  # which the check of the row refuses
+    return [str(text) for text in found] if isinstance(found, list) else []
