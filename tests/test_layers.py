@@ -26,6 +26,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "files": (0, set()),
     "patterns": (0, set()),
     "bounded": (0, set()),
+    "batching": (0, set()),
     "versions": (0, set()),
     "distributed": (0, set()),
     "terminal": (0, set()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import benchmark_files
@@ -339,7 +341,6 @@ def test_every_kind_of_benchmark_runs_from_file_to_score(world, tmp_path, monkey
 
 def test_an_interrupted_evaluation_continues_to_the_same_answers(world, tmp_path, monkeypatch):
     whole = judged(world, tmp_path / "whole", "MMBench_DEV_EN")
-    monkeypatch.setattr("moslora.evaluation.benchmarks.asking.BATCH", 4)
     calls: list[int] = []
 
     def stop() -> None:
@@ -349,11 +350,10 @@ def test_an_interrupted_evaluation_continues_to_the_same_answers(world, tmp_path
 
     from moslora.evaluation.benchmarks import asking
 
-    monkeypatch.setattr(asking.Asker, "batch", 4)
+    monkeypatch.setattr(asking, "BATCH", 4)
     original = asking.Asker.ask
 
     def stopped(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.batch = 4
         original(self, *args[:5], stop)
 
     monkeypatch.setattr(asking.Asker, "ask", stopped)
@@ -397,6 +397,42 @@ def test_the_likeliest_letter_is_always_an_option(world, tmp_path):
     assert report["MME"].unread == {}
     with pytest.raises(UsageError, match="letter takes the likeliest option, and TextVQA_VAL has none"):
         judged(world, tmp_path / "other", "TextVQA_VAL", protocol="letter")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "paligemma"])
+def test_letters_and_rows_without_a_picture_are_asked_of_every_family(tmp_path, family):
+    tiny_vision.FAMILIES[family](tmp_path / "base")
+    path = benchmark_files.choices(tmp_path / "MMStar.tsv")
+    assert read_benchmark_file(path).without_picture == 1
+    for protocol in ("letter", "published"):
+        report = judged(tmp_path, tmp_path / protocol, "MMStar", adapter=False, protocol=protocol)
+        assert report.results[0].items == 4
+
+
+def test_what_the_processor_cuts_off_a_benchmark_s_pictures_is_said(world, tmp_path):
+    wide = io.BytesIO()
+    Image.new("RGB", (64, 16), "red").save(wide, "PNG")
+    row = {
+        "index": 0,
+        "image": base64.b64encode(wide.getvalue()).decode(),
+        "question": "Which?",
+        "answer": "A",
+    }
+    benchmark_files.write(tmp_path / "MMStar.tsv", [{**row, "A": "red", "B": "blue"}])
+    for square, notes in (("none", 1), ("pad", 0)):
+        recipe = [
+            "task=vision",
+            f"model={world / 'base'}",
+            "data=x",
+            "data.heldout=x",
+            f"data.square={square}",
+        ]
+        wanted = Wanted([tmp_path / "MMStar.tsv"], tmp_path / square)
+        subject = Subject(str(world / "base"))
+        built: Any = load_recipe(recipe)
+        report = evaluate_benchmarks(subject, built, Display(quiet=True), None, wanted)
+        assert len(report.results[0].notes) == notes, square
+        assert all("a part off 1 of 1 pictures" in note for note in report.results[0].notes)
 
 
 def test_a_base_alone_is_scored_and_a_limit_takes_whole_questions(world, tmp_path):

@@ -7,12 +7,14 @@ when a batch is done, so that the same command continues after an interruption.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.batching import BatchSize
 from moslora.data.shapes import Example, Message
 from moslora.data.tokenization import IGNORED
 from moslora.display import Display
@@ -22,7 +24,9 @@ from moslora.evaluation.benchmarks.prompts import question_of_item
 from moslora.evaluation.benchmarks.table import Benchmark
 from moslora.evaluation.benchmarks.tsv import BenchmarkFile, Item
 from moslora.files import write_text
-from moslora.tasks.vision.cropping import make_square, mean_color
+from moslora.tasks.vision.cropping import Kept, make_square, mean_color, measure_kept
+from moslora.tasks.vision.processors import IMAGE
+from moslora.wording import evenly_spaced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,8 +38,10 @@ __all__ = ["COLUMNS", "Answers", "Asker", "other_pictures"]
 
 # What is asked of each item: whose answer, and about which pictures.
 COLUMNS = ("base", "tuned", "base_exchanged", "tuned_exchanged")
-# Items at once; fewer where memory does not suffice.
-BATCH = 16
+# Items at once on a CPU, and at most on a GPU, where their number follows the free memory.
+BATCH, MOST = 16, 64
+# Items whose pictures are looked at to tell what the processor cuts off.
+LOOKED_AT = 16
 YES_NO = ("Yes", "No")
 
 
@@ -113,7 +119,6 @@ class Asker:
         square: As for ``cropping.make_square``.
         prompt: One of ``prompts.PROMPTS``.
         letters: Whether the likeliest option is taken, instead of what the model writes.
-        batch: Items at once; halved when memory does not suffice.
     """
 
     model: nn.Module
@@ -125,7 +130,10 @@ class Asker:
     square: str
     prompt: str
     letters: bool = False
-    batch: int = BATCH
+
+    def __post_init__(self) -> None:
+        self.batch = BatchSize(self.device, BATCH, MOST, self.display.warn)
+        self.first_tokens: dict[str, int] = {}
 
     def ask(
         self,
@@ -152,11 +160,13 @@ class Asker:
         with self.display.progress(f"{benchmark.name}, answers", len(items)) as progress:
             progress.advance(len(items) - len(left))
             while left:
-                chosen, shown = left[: self.batch], [exchanged.get(item.index) for item in left[: self.batch]]
+                chosen = left[: self.batch.now]
+                shown = [exchanged.get(item.index) for item in chosen]
                 try:
-                    lines = self._ask_batch(benchmark, file, chosen, shown)
+                    with self.batch.measured(len(chosen)):
+                        lines = self._ask_batch(benchmark, file, chosen, shown)
                 except Exception as error:
-                    if not self._made_smaller(error):
+                    if not self.batch.made_smaller(error):
                         raise
                     continue
                 answers.add(lines)
@@ -184,28 +194,18 @@ class Asker:
         answers: list[str] = []
         with self.display.progress(f"{benchmark.name}, {label}", len(items)) as progress:
             while len(answers) < len(items):
-                chosen = items[len(answers) : len(answers) + self.batch]
+                chosen = items[len(answers) : len(answers) + self.batch.now]
                 try:
-                    rows, images = self._encode(benchmark, file, [(item, item) for item in chosen])
-                    answers += self._answer(benchmark, chosen, rows, images)
+                    with self.batch.measured(len(chosen)):
+                        rows, images = self._encode(benchmark, file, [(item, item) for item in chosen])
+                        answers += self._answer(benchmark, chosen, rows, images)
                 except Exception as error:
-                    if not self._made_smaller(error):
+                    if not self.batch.made_smaller(error):
                         raise
                     continue
                 progress.advance(len(chosen))
                 raise_if_stopped()
         return answers
-
-    def _made_smaller(self, error: Exception) -> bool:
-        """Halve the batch if an error says that the GPU's memory does not suffice."""
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError) or self.batch == 1:
-            return False
-        self.batch //= 2
-        torch.cuda.empty_cache()
-        self.display.warn(f"Out of memory; continuing with {self.batch} items at once.")
-        return True
 
     def _ask_batch(
         self, benchmark: Benchmark, file: BenchmarkFile, chosen: Sequence[Item], shown: Sequence[Item | None]
@@ -290,12 +290,26 @@ class Asker:
 
     def first_token(self, benchmark: Benchmark, item: Item, answer: str) -> int:
         """Return the first token of an answer, as the model would write it after its question."""
-        known: dict[str, int] = self.__dict__.setdefault("_first_tokens", {})
-        if answer not in known:
-            text = Example(item.index, (Message("user", "?"), Message("assistant", answer)))
-            encoded = self.encoder.encode_question(text, [])
-            known[answer] = next(label for label in encoded.labels if label != IGNORED)
-        return known[answer]
+        if answer not in self.first_tokens:
+            from PIL import Image
+
+            # Some families have no question without a picture.
+            text = Example(item.index, (Message("user", f"{IMAGE}\n?"), Message("assistant", answer)))
+            encoded = self.encoder.encode_question(text, [Image.new("RGB", (64, 64))])
+            self.first_tokens[answer] = next(label for label in encoded.labels if label != IGNORED)
+        return self.first_tokens[answer]
+
+    def kept(self, file: BenchmarkFile, items: Sequence[Item]) -> Kept | None:
+        """Measure what the processor keeps of a benchmark's pictures, on a few of them.
+
+        Args:
+            file: Its file.
+            items: Its rows that are asked.
+        """
+        chosen = evenly_spaced(items, LOOKED_AT)
+        opened = (file.pictures(item, self.max_pixels) for item in chosen)
+        sizes = Counter(picture.size for pictures in opened for picture in pictures)
+        return measure_kept(self.encoder.processor, sizes, self.square)
 
     def prove_base(self, before: Sequence[Tensor], probes: Sequence[Mapping[str, Tensor]]) -> None:
         """Prove that the model without its adapter is the base.

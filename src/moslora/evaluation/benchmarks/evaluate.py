@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["PROTOCOLS", "Wanted", "evaluate_benchmarks"]
 
 PROTOCOLS = ("published", "letter")
+RECOGNIZED = {"checksum": "by its checksum", "name": "by its name", "as named": "as --as says"}
 PROBES = 4  # items on which the adapter has to show itself
 SUBMISSION = (
     "The answers of this split are not in the file, so there is no score. The prediction file has every row; the "
@@ -144,8 +145,12 @@ def evaluate_benchmarks(
                 )
     team = team or Team.join()
     asker, activity, identity = _load(subject, recipe, display, adapter, chosen, wanted)
-    given = []
+    given, cut = [], []
     for one in chosen:
+        kept = asker.kept(one.file, one.items)
+        cut.append(kept.sentence() if kept is not None else "")
+        if cut[-1]:
+            display.warn(f"{one.named}: {cut[-1]}.")
         exchanged = other_pictures(one.items) if wanted.exchange else {}
         of = {"file": one.file.sha256, "benchmark": one.benchmark.name, "items": len(one.items)}
         answers = Answers(wanted.out / one.named, {**of, **identity}, team.rank)
@@ -158,7 +163,11 @@ def evaluate_benchmarks(
     team.wait()
     report = None
     if team.is_main_process:
-        report = _report(subject, recipe, adapter, chosen, given, asker, wanted, activity)
+        results = []
+        for one, answers, sentence in zip(chosen, given, cut, strict=True):
+            answers.read()
+            results.append(_score(one, answers, asker, wanted, sentence))
+        report = _report(subject, recipe, adapter, chosen, wanted, activity, results)
     found = team.broadcast(report)
     assert found is not None, "the first process made it"
     return found
@@ -169,16 +178,11 @@ def _report(
     recipe: VisionRecipe,
     adapter: Path | None,
     chosen: Sequence[_Chosen],
-    given: Sequence[Answers],
-    asker: Asker,
     wanted: Wanted,
     activity: Any,
+    results: Sequence[BenchmarkResult],
 ) -> BenchmarkReport:
-    """Score what all processes were answered, and write it."""
-    results = []
-    for one, answers in zip(chosen, given, strict=True):
-        answers.read()
-        results.append(_score(one, answers, asker, wanted))
+    """Write the scores and their page."""
     report = BenchmarkReport(
         subject.name, None if adapter is None else str(adapter), wanted.out, activity, results
     )
@@ -205,11 +209,7 @@ def _write_page(report: BenchmarkReport, chosen: Sequence[_Chosen], max_pixels: 
 def _choose(path: Path, wanted: Wanted, display: Display) -> _Chosen:
     file = read_benchmark_file(path)
     benchmark, known_by = find_benchmark(file, wanted.named)
-    display.say(
-        f"{path}: {benchmark.name}, by its {known_by}; {len(file.items)} items.".replace(
-            "its as named", "--as"
-        )
-    )
+    display.say(f"{path}: {benchmark.name}, {RECOGNIZED[known_by]}; {len(file.items)} items.")
     items = _limited(benchmark, file.items, wanted.limit)
     name = benchmark.name if benchmark.name in BENCHMARKS else path.stem  # of a file of one's own
     return _Chosen(benchmark, known_by, file, items, name)
@@ -292,8 +292,16 @@ def _hash_of(adapter: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(adapter.iterdir()) if path.name.startswith("adapter_")}
 
 
-def _score(one: _Chosen, answers: Answers, asker: Asker, wanted: Wanted) -> BenchmarkResult:
-    """Score the answers to one benchmark, and write its prediction files."""
+def _score(one: _Chosen, answers: Answers, asker: Asker, wanted: Wanted, cut: str) -> BenchmarkResult:
+    """Score the answers to one benchmark, and write its prediction files.
+
+    Args:
+        one: The benchmark.
+        answers: Of all processes.
+        asker: Who asked.
+        wanted: What was asked for.
+        cut: What the processor cuts off its pictures, as a sentence; empty for nothing.
+    """
     benchmark, lines = one.benchmark, answers.by_index
     items = scored(benchmark, one.items)
     public = answered_publicly(benchmark, one.items)
@@ -316,7 +324,7 @@ def _score(one: _Chosen, answers: Answers, asker: Asker, wanted: Wanted) -> Benc
         if texts and wanted.protocol == "published":
             written = write_predictions(one.file, texts, folder / f"{column}_{one.named}")
             files |= {f"{what}, {column}": path for what, path in written.items()}
-    notes = [benchmark.note] if benchmark.note else []
+    notes = [text for text in (benchmark.note, cut and f"Of a few pictures looked at, {cut}.") if text]
     if not public:
         notes.append(SUBMISSION)
     if benchmark.kind == "judged" and files:
