@@ -107,6 +107,9 @@ VERBS = {
     "merge": Verb(["merge", "base", "native", "out"], "out"),
     "inspect": Verb(["inspect", "native", "--html", "out.html"], "out.html"),
     "doctor": Verb(["doctor", "native", "--base", "base", "--for", "peft,vllm"], "none"),
+    "push": Verb(["push", "lora", "ada/tuned", "--dry-run"], "none"),
+    "chat": Verb(["chat", "lora", "--base", "base"], "none"),
+    "advise": Verb(["advise", *RECIPE], "none"),
     "plan": Verb(["plan", "model=base", "adapter.r=2"], "none"),
     "merge a GGUF base": Verb(["merge", "base.gguf", "native", "out"], "out"),
 }  # fmt: skip

@@ -70,8 +70,20 @@ def test_every_public_name_is_there_and_every_error_has_the_same_base() -> None:
     assert set(moslora.__all__) <= set(dir(moslora))
 
 
-AT_REST = ["export", "import_adapter", "combine", "merge", "inspect", "doctor", "plan"]
-VERBS = [*AT_REST, "train", "check", "resume", "mix", "evaluate", "compare", "check_comparison", "report"]
+AT_REST = ["export", "import_adapter", "combine", "merge", "inspect", "doctor", "push", "plan"]
+VERBS = [
+    *AT_REST,
+    "train",
+    "check",
+    "resume",
+    "mix",
+    "evaluate",
+    "compare",
+    "check_comparison",
+    "report",
+    "advise",
+    "chat",
+]
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -89,8 +101,10 @@ def run_examples(name: str) -> None:
         assert runner.run(test).failed == 0, f"an example of moslora.{name} failed; see the output"
 
 
-REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", REFERENCE, re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+REFERENCE = (DOCS / "reference.md").read_text(encoding="utf-8")
+PAGES = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("advise.md", "chat.md"))
+BLOCKS = re.findall(r"^```python\n(.*?)^```", REFERENCE + PAGES, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

@@ -107,6 +107,17 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         ("r.yaml",),
         {"settings": ["seed=3"], "length": 9, "scored": None, "quantize": "nf4"},
     ),
+    "advise r.yaml seed=3": ("advising.advise", ("r.yaml",), {"settings": ["seed=3"]}),
+    "chat a --base m --adapter b --adapter c --seed 3 --temperature 0.5 --system x": (
+        "chatting.chat",
+        ([Path("a"), Path("b"), Path("c")], "m"),
+        {"system": "x", "seed": 3, "temperature": 0.5, "max_new_tokens": None},
+    ),
+    "push a o/n --private --revision b --base x/y --dry-run": (
+        "adapters.push",
+        (Path("a"), "o/n"),
+        {"private": True, "revision": "b", "base": "x/y", "dry_run": True},
+    ),
     "compare r.yaml seed=3 --methods lora,dora --learning-rates 1e-3,1e-2, --steps 5 --together 2": (
         "judging.compare",
         ("r.yaml",),

@@ -52,6 +52,8 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "tasks": (4, YAML),
     "training": (5, YAML | {"rich"}),
     "evaluation": (5, YAML | {"rich"}),
+    "advice": (5, YAML | {"rich"}),
+    "conversation": (5, YAML | {"rich"}),
     "comparison": (5, YAML | {"rich"}),
     "memory": (5, YAML | {"rich"}),
     "reports": (5, YAML | {"rich"}),

@@ -77,7 +77,9 @@ class World:
         recipe = self.recipe(out / "runs")
         rates = ["--learning-rates", "1e-2", "--seeds", "2", "--validation", "4", "--steps", "1"]
         few_steps = [f"output.dir={out / 'mixed'}", "trainer.max_steps=2", "task.max_new_tokens=4"]
+        few_tokens = ["--max-new-tokens", "2", "--transcript", str(out / "talk.jsonl")]
         return {
+            "advise": ["advise", *recipe],
             "plan": ["plan", f"model={base}", "--length", "16"],
             "train": ["train", *recipe],
             "train, checks alone": ["train", "--dry-run", *recipe],
@@ -91,5 +93,7 @@ class World:
             "combine": ["combine", native, lora, "--out", str(out / "combined")],
             "merge": ["merge", base, native, str(out / "merged")],
             "inspect": ["inspect", native, "--base", base, "--html", str(out / "inspected.html")],
+            "chat": ["chat", lora, "--base", base, *few_tokens],
+            "push": ["push", lora, "ada/tuned", "--dry-run"],
             "doctor": ["doctor", native, "--base", base, "--for", "peft,vllm,llama.cpp"],
         }

@@ -22,7 +22,9 @@ from moslora import versions
 if TYPE_CHECKING:
     from moslora.adapters.factors import Adapter
     from moslora.adapters.formats.reading import read_adapter
-    from moslora.api.adapters import combine, doctor, export, import_adapter, inspect, merge
+    from moslora.api.adapters import combine, doctor, export, import_adapter, inspect, merge, push
+    from moslora.api.advising import advise
+    from moslora.api.chatting import chat
     from moslora.api.judging import check_comparison, compare, evaluate
     from moslora.api.planning import plan
     from moslora.api.reporting import report
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         DiskFullError,
         EncodingError,
         ExistsError,
+        HubError,
         MissingPackageError,
         ModelError,
         MoSLoRAError,
@@ -64,6 +67,7 @@ __all__ = [
     "DiskFullError",
     "EncodingError",
     "ExistsError",
+    "HubError",
     "MissingPackageError",
     "MoSLoRAConfig",
     "MoSLoRAError",
@@ -79,6 +83,8 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "VersionError",
+    "advise",
+    "chat",
     "check",
     "check_comparison",
     "combine",
@@ -93,6 +99,7 @@ __all__ = [
     "mix",
     "param_groups",
     "plan",
+    "push",
     "read_adapter",
     "replace_lora_weights_loftq",
     "report",
@@ -111,6 +118,7 @@ _PLACES = {
     "DiskFullError": "moslora.errors",
     "EncodingError": "moslora.errors",
     "ExistsError": "moslora.errors",
+    "HubError": "moslora.errors",
     "MissingPackageError": "moslora.errors",
     "MoSLoRAConfig": "moslora.tuner.config",
     "MoSLoRAError": "moslora.errors",
@@ -126,6 +134,8 @@ _PLACES = {
     "TrainingError": "moslora.errors",
     "UsageError": "moslora.errors",
     "VersionError": "moslora.errors",
+    "advise": "moslora.api.advising",
+    "chat": "moslora.api.chatting",
     "check": "moslora.api.training",
     "check_comparison": "moslora.api.judging",
     "combine": "moslora.api.adapters",
@@ -140,6 +150,7 @@ _PLACES = {
     "mix": "moslora.api.training",
     "param_groups": "moslora.tuner.param_groups",
     "plan": "moslora.api.planning",
+    "push": "moslora.api.adapters",
     "read_adapter": "moslora.adapters.formats.reading",
     "replace_lora_weights_loftq": "moslora.tuner.loftq",
     "report": "moslora.api.reporting",

@@ -18,6 +18,7 @@ __all__ = [
     "DiskFullError",
     "EncodingError",
     "ExistsError",
+    "HubError",
     "MissingPackageError",
     "MoSLoRAError",
     "ModelError",
@@ -136,6 +137,12 @@ class VersionError(MoSLoRAError, ImportError):
 
 class ProofError(MoSLoRAError, RuntimeError):
     """What was written does not compute what it should; the message has both numbers."""
+
+    exit_code = 1
+
+
+class HubError(MoSLoRAError, RuntimeError):
+    """The Hub cannot be reached, or refuses what was asked of it."""
 
     exit_code = 1
 

@@ -71,6 +71,8 @@ DOING = {
     "check_comparison": "checking a comparison",
     "report": "writing a report",
     "evaluate": "evaluating",
+    "chat": "talking",
+    "advise": "looking for advice",
     "plan": "counting memory",
     "export": "exporting an adapter",
     "import": "importing an adapter",
@@ -78,6 +80,7 @@ DOING = {
     "merge": "merging an adapter",
     "inspect": "inspecting an adapter",
     "doctor": "looking an adapter over",
+    "push": "uploading an adapter",
 }
 START = "While "  # how a frame begins
 

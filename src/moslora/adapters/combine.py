@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moslora.adapters.arithmetic import add, relative, sum_error
+from moslora.adapters.cards.card import Card
 from moslora.adapters.export import check_format, named_for_base, written
 from moslora.adapters.factors import Factors
 from moslora.adapters.facts import to_say
@@ -95,7 +96,8 @@ def combine(
     ranked = to_rank(whole, rank) if rank is not None else None
     if not whole.modules:
         raise AdapterError("The adapters have no modules, so there is nothing to combine.")
-    with written(whole if ranked is None else ranked.adapter, Path(out), to, dtype, base) as result:
+    wanted = whole if ranked is None else ranked.adapter
+    with written(wanted, Path(out), to, dtype, base) as result:
         if result.adapter.modules.keys() != whole.modules.keys():
             lost = sorted(whole.modules.keys() ^ result.adapter.modules.keys())
             raise ProofError(
@@ -133,6 +135,13 @@ def combine(
                 f"{result.tolerance:.0e}. Nothing was left at {out}."
             )
         result.keep(proof)
+        weighted = ", ".join(f"{weight:g}" for weight in proof.weights)
+        proven = (
+            f"Largest relative error of ΔW against the sum {worst:.1e} over {proof.modules} modules, at most "
+            f"{proof.tolerance:.2g} allowed, in float64 on the written file; read back by {proof.reader}."
+        )
+        summed = f"It is the weighted sum of {len(parts)} adapters (weights {weighted}), and was not measured as such."
+        result.describe(Card(Path(out).name, to, wanted, proofs=[proven], origin=summed))
     return proof
 
 

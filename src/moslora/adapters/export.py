@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
+from moslora.adapters.cards.card import Card, write_card
+from moslora.adapters.cards.measured import carried, keep_measured, read_measured
 from moslora.adapters.factors import Adapter
 from moslora.adapters.facts import to_say
 from moslora.adapters.fit import fit_to_named_base
@@ -19,6 +21,7 @@ from moslora.adapters.ranks import to_rank
 from moslora.adapters.targets import check_target, format_for
 from moslora.errors import AdapterError, ProofError, UsageError
 from moslora.files import new_directory, new_file
+from moslora.models.names import HUB_ID
 from moslora.wording import did_you_mean, first_line
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "check_format",
     "export_adapter",
     "named_for_base",
+    "proof_in_words",
     "written",
 ]
 
@@ -108,6 +112,17 @@ class Written:
         if self.place.is_dir():
             text = json.dumps(asdict(proof), indent=2) + "\n"
             (self.place / PROOF_FILE).write_text(text, encoding="utf-8")
+
+    def describe(self, card: Card) -> None:
+        """Write a README.md, and what was measured, beside the adapter, where the format is a directory.
+
+        Args:
+            card: What to say.
+        """
+        if self.place.is_dir():
+            if card.measured is not None:
+                keep_measured(self.place, card.measured)
+            write_card(self.place, card)
 
 
 def check_format(to: str) -> None:
@@ -275,7 +290,42 @@ def export_adapter(
                 f"{proof.max_relative_error:.1e}, above {proof.tolerance:.0e}. Nothing was left at {out}."
             )
         result.keep(proof)
+        measured = carried(read_measured(source), _changes(proof, dtype))
+        result.describe(
+            Card(Path(out).name, to, wanted, measured, [proof_in_words(proof)], hub_base=_hub_id(base))
+        )
     return proof
+
+
+def _hub_id(base: str | None) -> str | None:
+    """Return the base that the caller named, if that is an id of the Hub."""
+    return base if base and HUB_ID.fullmatch(base) and not Path(base).exists() else None
+
+
+def _changes(proof: ExportProof, dtype: str | None) -> list[str]:
+    """Say in what ΔW differs from the source's by more than rounding in float32."""
+    changes = []
+    if proof.rank_error is not None:
+        changes.append(
+            f"Every module was brought to rank {proof.rank}: relative error of ΔW {proof.rank_error:.1e} over all "
+            "modules."
+        )
+    if dtype not in (None, "float32"):
+        changes.append(f"Its factors were rounded to {dtype}.")
+    return changes
+
+
+def proof_in_words(proof: ExportProof) -> str:
+    """Say in a sentence what an export proved.
+
+    Args:
+        proof: What it measured.
+    """
+    return (
+        f"Largest relative error of ΔW {proof.max_relative_error:.1e} over {proof.modules} modules, at most "
+        f"{proof.tolerance:.2g} allowed, in float64 on the written file, against the {proof.source} adapter it was "
+        f"made from; read back by {proof.reader}."
+    )
 
 
 def named_for_base(

@@ -9,12 +9,12 @@ from typing import Any
 
 from moslora.adapters.findings import Diagnosis
 from moslora.adapters.inspection import Inspection
-from moslora.api.results import CombinedAdapter, ExportedAdapter, MergedModel
+from moslora.api.results import CombinedAdapter, ExportedAdapter, MergedModel, PushedAdapter
 from moslora.display import Display, find_display
 from moslora.errors import UsageError
 from moslora.failures import verb
 
-__all__ = ["combine", "doctor", "export", "import_adapter", "inspect", "merge"]
+__all__ = ["combine", "doctor", "export", "import_adapter", "inspect", "merge", "push"]
 
 PathLike = str | os.PathLike[str]
 
@@ -238,3 +238,54 @@ def doctor(
     names = [engines] if isinstance(engines, str) else list(engines)
     name: Any = None if base is None else os.fspath(base)
     return diagnose(Path(adapter), name, names, find_display(progress).say)
+
+
+@verb("push")
+def push(
+    adapter: PathLike,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    base: str | None = None,
+    dry_run: bool = False,
+    progress: str | Display | None = None,
+) -> PushedAdapter:
+    """Upload an adapter with its card to the Hub; of what lies beside it nothing else.
+
+    Args:
+        adapter: A directory or file of any format that is read, or a run directory, whose plain LoRA is meant.
+        repo: ``"owner/name"``; it is made if it does not exist.
+        private: Whether only its owner sees it. A repository that is public already is refused then.
+        revision: A branch, which is made if it does not exist; None for ``main``.
+        base: Hub id of the base, where the adapter knows only a folder of this machine.
+        dry_run: Find out what would be uploaded, and ask the Hub nothing.
+        progress: None for silence, ``"terminal"`` or ``"notebook"``.
+
+    Returns:
+        What was uploaded, with the number of files that the Hub has with the same hash.
+
+    Raises:
+        AdapterError: If the adapter cannot be read, or the doctor finds it broken.
+        HubError: If the Hub cannot be reached, or refuses.
+        UsageError: If an argument makes no sense, or there is no token.
+
+    Example:
+        >>> pushed = moslora.push("my-adapter", "ada/my-adapter", dry_run=True)
+        >>> [file.name for file in pushed.pushed.files]
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+    """
+    from moslora.adapters.push import push_adapter
+
+    display = find_display(progress)
+    pushed = push_adapter(
+        Path(adapter),
+        repo,
+        private=private,
+        revision=revision,
+        base=base,
+        dry_run=dry_run,
+        say=display.say,
+        bars=display.console.is_terminal and not display.quiet,
+    )
+    return PushedAdapter(Path(adapter), repo, revision, pushed)

@@ -13,7 +13,7 @@ from moslora.failures import verb
 from moslora.memory.plan import Plan, count_memory
 from moslora.recipe.building import RecipeSource, build_recipe
 
-__all__ = ["plan"]
+__all__ = ["leaves_data_out", "plan"]
 
 
 @verb("plan")
@@ -52,7 +52,7 @@ def plan(
         1
     """
     layers, objects = take_objects(**sections)
-    if _leaves_data_out(recipe, layers, settings):
+    if leaves_data_out(recipe, layers, settings):
         layers.append({"data": "none"})
     built = build_recipe(recipe, *layers, settings=settings)
     counts: dict[str, Any] = {
@@ -72,10 +72,16 @@ def plan(
     )
 
 
-def _leaves_data_out(
+def leaves_data_out(
     recipe: RecipeSource, layers: Sequence[Mapping[str, Any]], settings: Sequence[str]
 ) -> bool:
-    """Return whether no data are named. A recipe's file has to name them, because it is meant to be trained."""
+    """Return whether no data are named. A recipe's file has to name them, because it is meant to be trained.
+
+    Args:
+        recipe: A recipe's path, sections or ``Recipe``.
+        layers: Sections over it.
+        settings: ``section.key=value`` over all of it.
+    """
     if recipe is not None and not isinstance(recipe, Mapping):
         return False
     named = {setting.split("=", 1)[0].split(".", 1)[0] for setting in settings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moslora.adapters.combine import CombineProof
 from moslora.adapters.export import ExportProof
@@ -13,8 +13,12 @@ from moslora.adapters.findings import NOT_HELD, some
 from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.merge import LEAST_SURVIVING, MergeProof
 from moslora.display import Display, Printable
+from moslora.wording import size_in_words
 
-__all__ = ["CombinedAdapter", "ExportedAdapter", "MergedModel"]
+if TYPE_CHECKING:
+    from moslora.adapters.push import Pushed
+
+__all__ = ["CombinedAdapter", "ExportedAdapter", "MergedModel", "PushedAdapter"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -175,3 +179,47 @@ class MergedModel(Printable):
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
         return {"out": str(self.path), **dataclasses.asdict(self.proof)}
+
+
+@dataclass(frozen=True, repr=False)
+class PushedAdapter(Printable):
+    """An adapter on the Hub, or what would be uploaded of it.
+
+    Attributes:
+        adapter: What was named.
+        repo: The repository.
+        revision: The branch; None for ``main``.
+        pushed: What was uploaded, left out and verified.
+    """
+
+    adapter: Path
+    repo: str
+    revision: str | None
+    pushed: Pushed
+
+    def show(self, display: Display) -> None:
+        """Write the files, what stays here, and the proof."""
+        pushed = self.pushed
+        where = self.repo + (f" ({self.revision})" if self.revision else "")
+        verb = "Would upload" if pushed.commit is None else "Uploaded"
+        display.say(f"{verb} {len(pushed.files)} files of {self.adapter} to {where}:")
+        for file in pushed.files:
+            remark = f"  ({file.remark})" if file.remark else ""
+            display.say(f"  {file.name}  {size_in_words(file.size)}{remark}")
+        if pushed.left_out:
+            display.say(
+                f"Stays here: {some(pushed.left_out)}. Checkpoints, data and predictions are never uploaded."
+            )
+        for note in pushed.notes:
+            display.say(note)
+        if pushed.commit is None:
+            display.say("Nothing was uploaded, and the Hub was not asked anything.")
+            return
+        display.say(f"Commit {pushed.commit}: {pushed.url}")
+        display.say(
+            f"Proven: the Hub has {pushed.verified} of {len(pushed.files)} files with the hashes of what was sent."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {"repo": self.repo, "revision": self.revision or "main", **dataclasses.asdict(self.pushed)}

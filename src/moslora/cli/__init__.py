@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moslora.cli.adapters import combine, doctor, export, import_, inspect_, merge
+from moslora.cli.adapters import combine, doctor, export, import_, inspect_, merge, push
+from moslora.cli.chatting import chat
 from moslora.cli.judging import compare, evaluate, report
-from moslora.cli.training import mix, plan, train
+from moslora.cli.training import advise, mix, plan, train
 from moslora.wording import printable
 
 __all__ = ["app", "main"]
@@ -77,9 +78,11 @@ def _options(
 
 VERBS: dict[str, Callable[..., None]] = {  # in the order of --help
     "train": train,
+    "advise": advise,
     "plan": plan,
     "compare": compare,
     "evaluate": evaluate,
+    "chat": chat,
     "report": report,
     "export": export,
     "import": import_,
@@ -88,6 +91,7 @@ VERBS: dict[str, Callable[..., None]] = {  # in the order of --help
     "merge": merge,
     "inspect": inspect_,
     "doctor": doctor,
+    "push": push,
 }
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)

@@ -1,4 +1,4 @@
-"""The verbs on adapters at rest: export, import, combine, merge, inspect, doctor."""
+"""The verbs on adapters at rest: export, import, combine, merge, inspect, doctor, push."""
 
 from __future__ import annotations
 
@@ -201,5 +201,56 @@ def doctor(
         print_result(diagnosis, as_json)
         if not diagnosis.is_usable:
             raise typer.Exit(1)
+
+    run_verb(action, debug)
+
+
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Adapter of any format that is read, or a run directory.")],
+    repo: Annotated[
+        str, typer.Argument(help="Repository of the Hub, OWNER/NAME; made if it does not exist.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Only you see it.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch; made if it does not exist. [bold]main[/] by default.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the base, where the adapter knows only a folder of this machine."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded, and ask the Hub nothing.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload an adapter and its card to the Hugging Face Hub, and nothing else that lies there.
+
+    [bold]moslora push runs/demo ada/my-adapter --dry-run[/]
+    [bold]moslora push runs/demo ada/my-adapter --private[/]
+    [bold]moslora push style.safetensors ada/my-style --base stabilityai/stable-diffusion-xl-base-1.0[/]
+
+    Of a run directory its plain LoRA is meant. Checkpoints, optimizer states, data and predictions are never uploaded,
+    and paths of this machine are taken out. An adapter that [bold]doctor[/] finds broken is refused; a README that
+    you wrote is not replaced, neither here nor there. Needs a token with write access (hf auth login, or HF_TOKEN).
+    The proof is the hash of every file, as the Hub has it.
+    """
+
+    def action() -> None:
+        with quick_import():
+            from moslora.api.adapters import push as push_adapter
+
+        print_result(
+            push_adapter(
+                adapter,
+                repo,
+                private=private,
+                revision=revision,
+                base=base,
+                dry_run=dry_run,
+                progress=Display(sys.stderr),
+            ),
+            as_json,
+        )
 
     run_verb(action, debug)

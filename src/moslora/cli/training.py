@@ -1,4 +1,4 @@
-"""The verbs that train, and the one that predicts the memory of a training: train, mix, plan."""
+"""The verbs that train, and those that look ahead of a training: train, mix, plan, advise."""
 
 from __future__ import annotations
 
@@ -115,6 +115,33 @@ def plan(
             recipe, length=length, scored=scored, quantize=quantize, settings=settings, progress=display
         )
         print_result(counted, as_json)
+
+    run_verb(action, debug)
+
+
+def advise(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|KEY=VALUE...", help="As for training; data may be left out."),
+    ],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what to try: rate, rank, batch, targets, length and scale, with the reason and source of each.
+
+    [bold]moslora advise recipes/demo.yaml[/]
+    [bold]moslora advise model=HuggingFaceTB/SmolLM2-135M-Instruct data=my.jsonl adapter.r=64[/]
+
+    Reads the recipe, the data and the base's configuration, no weights. What is our guess is called that, and results
+    that disagree are told. The last line is ready to paste. [bold]train --dry-run[/] shows a short form.
+    """
+
+    def action() -> None:
+        with quick_import():
+            from moslora.api.advising import advise as advise_on
+
+        recipe, settings = split_arguments(arguments, Path.cwd())
+        print_result(advise_on(recipe, settings=settings, progress=Display(sys.stderr)), as_json)
 
     run_verb(action, debug)
 

@@ -14,8 +14,8 @@ from moslora.patterns import check_patterns
 PROBES, PROBE_TOKENS = 4, 128
 
 
-def with_adapter(base: Any, adapter: Path) -> Any:
-    """Put an adapter into a model, as PEFT does; every tensor of its file has to find its place."""
+def with_adapter(base: Any, adapter: Path, name: str = "default") -> Any:
+    """Put an adapter into a model, as PEFT does, under a name; every tensor of its file has to find its place."""
     from moslora.adapters.formats.directory import read_config
     from moslora.compat.peft.loading import load_whole
 
@@ -24,9 +24,9 @@ def with_adapter(base: Any, adapter: Path) -> Any:
             f"{adapter} is not an adapter directory that PEFT loads. Convert other formats "
             f"with: moslora import {adapter} OUT"
         )
-    names = [name for name, _ in base.named_modules()]
+    names = [module for module, _ in base.named_modules()]
     check_patterns(read_config(adapter), names, str(adapter), AdapterError)
-    return load_whole(base, adapter)
+    return load_whole(base, adapter, name)
 
 
 def prove_active(adapted: Any, adapter: Path, inputs: Sequence[Any], device: str) -> Activity:

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from moslora.advice.advise import advise_on, short_form
+from moslora.advice.situation import situation_of_task
 from moslora.distributed import Team, in_main_process, refuse_sharding
 from moslora.errors import ModelError, Stopped, UsageError
 from moslora.failures import add_frame, raise_if_full
@@ -28,9 +30,10 @@ from moslora.recipe.schema import Recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.run import write_report
 from moslora.tasks import find_task
-from moslora.tasks.task import Task
+from moslora.tasks.task import Count, Task
 from moslora.training import proving
 from moslora.training.artifacts import write_predictions
+from moslora.training.cards import write_cards
 from moslora.training.context import RunContext, only_of_first
 from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.fitting import fit
@@ -82,10 +85,12 @@ def check(
     task.needs_weights = False
     handed_over.put_into(task)
     problems: list[ValueError] = []
+    counts: list[Count] = []
     show_settings(recipe, default_device(), display)
     try:
         if mix is None:  # of a mix the mixers alone are trained, which its own lines say
-            show_counts(task.count(), display)
+            counts = task.count()
+            show_counts(counts, display)
     except ModelError as error:  # the data is worth a look all the same
         problems.append(error)
     try:
@@ -101,6 +106,11 @@ def check(
     if problems:
         raise problems[0]
     _check_mix(mix, task, display)
+    if mix is None:
+        named = frozenset(
+            (*(f"adapter.{k}" for k in recipe.adapter), *(f"trainer.{k}" for k in recipe.trainer))
+        )
+        short_form(advise_on(situation_of_task(recipe, named, task, counts)), display)
     display.say("Recipe and data are fine. Nothing was trained.")
 
 
@@ -241,6 +251,7 @@ def _prove_later(directory: RunDirectory, display: Display) -> RunDirectory:
     with StopRequest(display) as stop:
         try:
             proving.prove_later(directory, display, stop.check)
+            write_cards(directory, display)
         finally:
             _write_report(directory, display)
     show_proofs(directory.read()["proofs"], display)
@@ -389,6 +400,7 @@ def _stages(run: RunContext, task: Task) -> None:
         del model, trainer, adapted
         proving.collect_garbage()
         prove_reloaded(run, observed)
+        write_cards(directory, display)
     show_result(run, task, before, after, display)
 
 

@@ -14,6 +14,7 @@ from moslora.adapters.formats.pipeline import folders
 from moslora.errors import TrainingError
 from moslora.files import new_directory
 from moslora.tasks.task import Task
+from moslora.training.cards import drop_pefts_cards
 from moslora.training.context import RunContext
 
 # What a proof that could not be carried out needs to be made up for: inputs, and what the trained model gave.
@@ -38,6 +39,7 @@ def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
     (directory.path / UNPROVEN).unlink(missing_ok=True)
     with new_directory(directory.adapter) as folder:
         adapted.save_pretrained(folder)
+        drop_pefts_cards(folder)
         if run.start.exists():
             _save_start_beside(folder, read_start(run.start))
     if run.mix is not None:

@@ -20,7 +20,7 @@ __all__ = ["load_whole"]
 STRICT = ("LORA", "MOSLORA")
 
 
-def load_whole(base: nn.Module, adapter: Path) -> Any:
+def load_whole(base: nn.Module, adapter: Path, name: str = "default") -> Any:
     """Put an adapter of any method of PEFT into a model; every tensor finds its place, and no factor is without one.
 
     PEFT 0.18 to 0.21.2 warns of factors that the file lacks, and drops what fits no module of the base: its
@@ -28,8 +28,9 @@ def load_whole(base: nn.Module, adapter: Path) -> Any:
     base in part or whole. It can go when ``from_pretrained`` can be told to be strict.
 
     Args:
-        base: The model; changed in place.
+        base: The model, or a ``PeftModel`` that has other adapters of the same type already; changed in place.
         adapter: Directory that PEFT loads.
+        name: What PEFT calls it.
 
     Returns:
         The ``PeftModel``, in evaluation mode.
@@ -40,7 +41,11 @@ def load_whole(base: nn.Module, adapter: Path) -> Any:
     with warnings.catch_warnings(record=True) as said, _keeping_results() as results:
         warnings.simplefilter("always")
         try:
-            model = PeftModel.from_pretrained(base, str(adapter)).eval()
+            if isinstance(base, PeftModel):
+                base.load_adapter(str(adapter), name)
+                model = base.eval()
+            else:
+                model = PeftModel.from_pretrained(base, str(adapter), name).eval()
         except (RuntimeError, KeyError) as error:
             if "size mismatch" not in str(error) and not isinstance(error, KeyError):
                 raise

@@ -1,0 +1,1 @@
+"""The README.md of an adapter: what the Hub shows of it."""

@@ -1,0 +1,1 @@
+"""What to try, with the reason and the source of each piece of advice; the verb advise."""

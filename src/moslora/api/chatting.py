@@ -1,0 +1,102 @@
+"""Talking to a base and its adapters side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from moslora.display import Display, Silence, find_display
+from moslora.errors import UsageError
+from moslora.failures import verb
+
+if TYPE_CHECKING:
+    from moslora.conversation.chat import Chat
+
+__all__ = ["chat", "converse", "open_transcript"]
+
+PathLike = str | os.PathLike[str]
+
+
+@verb("chat")
+def chat(
+    adapters: PathLike | Sequence[PathLike],
+    base: str | None = None,
+    *,
+    system: str | None = None,
+    seed: int = 0,
+    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    progress: str | Display | None = None,
+) -> Chat:
+    """Load a base with one adapter or several, to ask all of them the same questions.
+
+    Args:
+        adapters: Run directories, whose plain LoRA is meant, or folders that PEFT loads; one, or a list.
+        base: Hub id, folder, GGUF file or packaged name; None for the one of the first adapter's run, or that it names.
+        system: A system turn.
+        seed: Of the sampling. Every model draws with the same numbers.
+        temperature: 0 for the most likely token at each step.
+        max_new_tokens: Of an answer, at most; None for the recipe's, or 256.
+        progress: None for silence, ``"terminal"`` or ``"notebook"``.
+
+    Returns:
+        The conversation: ``ask(text)`` returns a turn with one reply of each model, ``reset()`` begins anew.
+
+    Raises:
+        AdapterError, ModelError: If something cannot be read.
+        ProofError: If an adapter does not fit the base, or is not active.
+        UsageError: If an argument makes no sense.
+
+    Example:
+        >>> talk = moslora.chat("my-adapter", "base-model", max_new_tokens=4)
+        >>> [reply.model for reply in talk.ask("Hello!").replies]
+        ['base', 'my-adapter']
+    """
+    from moslora.conversation.chat import DEFAULT_TOKENS, Chat
+    from moslora.conversation.subjects import load_subjects
+
+    paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    if not paths:
+        raise UsageError("adapters is empty; name an adapter or a run.")
+    if not temperature >= 0 or temperature == float("inf"):
+        raise UsageError(f"temperature={temperature} must be 0 (the most likely token) or above.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed} must lie between 0 and 2**32 - 1.")
+    display = find_display(progress)
+    subjects = load_subjects([Path(path) for path in paths], base, display.say)
+    if isinstance(display, Silence):
+        for note in subjects.warnings:
+            display.warn(note)
+    longest = max_new_tokens or subjects.max_new_tokens or DEFAULT_TOKENS
+    made = Chat(subjects, seed=seed, temperature=temperature, max_new_tokens=longest)
+    if system:
+        made.set_system(system)
+    return made
+
+
+def open_transcript(path: PathLike | None) -> object | None:
+    """Return a transcript to keep turns in, before anything is loaded.
+
+    Args:
+        path: The file; None for none.
+
+    Raises:
+        UsageError: If it cannot be one.
+    """
+    from moslora.conversation.transcript import Transcript
+
+    return None if path is None else Transcript(Path(path))
+
+
+def converse(
+    made: Chat, display: Display, stream: TextIO | None = None, transcript: object | None = None
+) -> None:
+    """Read questions until there are no more, and show the answers; as ``conversation.loop.converse``."""
+    from moslora.conversation.loop import converse as talk
+    from moslora.conversation.transcript import Transcript
+
+    talk(made, display, stream, transcript if isinstance(transcript, Transcript) else None)
