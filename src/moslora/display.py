@@ -84,6 +84,15 @@ class Display:
         if not self.quiet:
             self.console.print(text, style=style)
 
+    def go_on(self, text: str) -> None:
+        """Write more of a line that is not ended yet, as a model writes it.
+
+        Args:
+            text: What comes next; control characters are shown, not obeyed.
+        """
+        if not self.quiet:
+            self.console.print(printable(text), end="")
+
     def warn(self, text: str) -> None:
         """Write a warning.
 

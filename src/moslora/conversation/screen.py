@@ -72,7 +72,7 @@ class Screen:
                 self.display.say(name, style=self._style(name))
                 self.begun, before = name, ""
             # What was shown stays; a tokenizer seldom takes back what it has decoded.
-            self.display.console.print(printable(text[len(before) :]), end="")
+            self.display.go_on(text[len(before) :])
 
     def done(self, turn: Turn) -> None:
         """Show the answers whole, where they are not on the screen already.
