@@ -176,7 +176,9 @@ class Hub:
 @contextlib.contextmanager
 def _without_bars(hidden: bool) -> Iterator[None]:
     """Keep the client's bars off the terminal inside the block."""
-    from huggingface_hub.utils import tqdm as bars  # type: ignore[attr-defined]
+    import huggingface_hub.utils
+
+    bars: Any = huggingface_hub.utils
 
     if not hidden or bars.are_progress_bars_disabled():
         yield
