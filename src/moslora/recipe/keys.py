@@ -64,6 +64,10 @@ MISNAMED: dict[str, str] = {
     "data.eval": "data.heldout",
     "data.validation": "data.heldout",
     "model.path": "model.name",
+    "evaluation.forgetting": "evaluation.also",
+    "evaluation.general": "evaluation.also",
+    "data.also": "evaluation.also",
+    "also": "evaluation.also",
     "lora": "adapter",
     "peft": "adapter",
     "training": "trainer",
@@ -92,6 +96,7 @@ UNFIT: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "image": {
+        "evaluation": {"also": "it measures text, and pipelines write none"},
         "adapter": {
             "use_dora": "kohya's file, which a run writes too, holds no DoRA",
             "bias": "diffusers' files hold factors alone",

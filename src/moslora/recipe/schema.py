@@ -29,7 +29,9 @@ from moslora.recipe.yaml_core import CORE_SCHEMA, Dumper, Loader
 
 __all__ = [
     "ADAPTER_DEFAULTS",
+    "SHIPPED",
     "DataSection",
+    "EvaluationSection",
     "MixSection",
     "ModelSection",
     "OutputSection",
@@ -200,6 +202,23 @@ class ImageScopesSection(_Scopes):
     text_encoders_alpha: float | None = Field(default=None, gt=0)
 
 
+# The text that comes with the package; any other entry of ``evaluation.also`` is a file or hub id.
+SHIPPED = "general"
+
+
+class EvaluationSection(_Section):
+    """What is measured beside the task's own held-out data: what tuning cost on text that it is not about."""
+
+    also: list[Name] = [SHIPPED]
+
+    @field_validator("also")
+    @classmethod
+    def _once(cls, also: list[str]) -> list[str]:
+        if twice := next((name for name in also if also.count(name) > 1), None):
+            raise ValueError(f"a list that names {twice} once")
+        return also
+
+
 class OutputSection(_Section):
     """Where the run directory goes."""
 
@@ -236,6 +255,7 @@ class Recipe(_Section):
     adapter: dict[str, Any] = {}
     mix: MixSection | None = None
     trainer: dict[str, Any] = {}
+    evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -259,6 +279,7 @@ class ImageRecipe(Recipe):
     task: ImageTaskSection = ImageTaskSection()  # type: ignore[assignment]
     model: ImageModelSection  # type: ignore[assignment]
     data: ImageDataSection  # type: ignore[assignment]
+    evaluation: EvaluationSection = EvaluationSection(also=[])
     scopes: ImageScopesSection = ImageScopesSection()
 
 
@@ -288,6 +309,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
     "data": DataSection,
     "mix": MixSection,
+    "evaluation": EvaluationSection,
     "output": OutputSection,
     "scopes": ScopesSection,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moslora.data.columns import without_keys
 from moslora.data.encoding import Summary, encode_all
@@ -15,6 +15,7 @@ from moslora.data.splitting import overlap, prompt_of, split_heldout
 from moslora.data.tokenization import Encoded, Encoder
 from moslora.models.loading import load_tokenizer
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
+from moslora.tasks.also import encode_also
 from moslora.tasks.language import LanguageTask, judge_answer, show_data
 from moslora.tasks.task import Answer
 from moslora.tasks.text.generation import Generation, generate_from_prompts
@@ -64,6 +65,7 @@ class TextTask(LanguageTask):
                 "by content and seed), because data.heldout names none."
             )
         self.warn_of_idle_entries(parts)
+        self.read_also()
         shared = overlap(self.train_examples, self.heldout_examples)
         if shared and not self.measures_only:
             self.display.warn(
@@ -94,6 +96,7 @@ class TextTask(LanguageTask):
         self.asked = with_question[: recipe.task.generate_examples]
         self.check_references()
         self._check_room()
+        self.also = encode_also(self.also_examples, encoder, self._config(), self.also_limit)
         if recipe.task.metric != "none" and not self.asked:
             self.display.warn(
                 f"task.metric={recipe.task.metric} has no answer to judge: no held-out example has an answer, or "
@@ -104,12 +107,14 @@ class TextTask(LanguageTask):
 
     def _check_room(self) -> None:
         """Refuse tokens and positions that the model does not have."""
-        model = self.base_model.handed_over
-        config = model.config if model is not None else self.base_model.config()
         sets = {"held-out": self.heldout_set}
         if not self.measures_only:
             sets = {"training": self.train_set, **sets}
-        check_room(config, sets, self.asked, self.recipe.task.max_new_tokens, self.display.warn)
+        check_room(self._config(), sets, self.asked, self.recipe.task.max_new_tokens, self.display.warn)
+
+    def _config(self) -> Any:
+        model = self.base_model.handed_over
+        return model.config if model is not None else self.base_model.config()
 
     def part_of(self, module: str) -> str:
         """Return ``"language"``: a text model has one part."""
