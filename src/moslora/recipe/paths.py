@@ -31,11 +31,18 @@ def anchor(section: str, values: Any, folders: Sequence[Path]) -> None:
     for key in PATHS.get(section, ()) if isinstance(values, dict) else ():
         value = values.get(key)
         if isinstance(value, list):
-            # A folder that happens to be called so is given as ./general.
-            keep = key == "also"
-            values[key] = [item if keep and item == SHIPPED else _found(item, folders) for item in value]
+            # A folder that happens to be called general is given as ./general.
+            named = (SHIPPED,) if key == "also" else ()
+            values[key] = [item if item in named else _found_in_list(item, folders) for item in value]
         elif value is not None:
             values[key] = _found(value, folders)
+
+
+def _found_in_list(item: Any, folders: Sequence[Path]) -> Any:
+    """Return the path of one of several files, or the settings with it, as an absolute one."""
+    if isinstance(item, dict) and "path" in item:
+        return {**item, "path": _found(item["path"], folders)}
+    return _found(item, folders)
 
 
 def _found(value: Any, folders: Sequence[Path]) -> Any:

@@ -382,13 +382,16 @@ def judge_answer(
         pictures: Files of the pictures that were shown.
     """
     is_right = ANSWER_METRICS.get(metric)
+    turns = [message for message in example.messages or () if message.role == "assistant" and message.trained]
+    # Thoughts that the data has apart from the answer are not a part of the reference.
+    answer = text.rpartition("</think>")[2].strip() if turns and turns[-1].reasoning else text
     kind = example.extra.get("kind")
     return Answer(
         place=example.place,
         prompt=question_of(example),
         reference=reference,
         text=text,
-        correct=None if is_right is None else is_right(text, reference),
+        correct=None if is_right is None else is_right(answer, reference),
         kind=None if kind is None else str(kind),
         pictures=pictures,
     )
