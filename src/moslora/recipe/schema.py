@@ -131,8 +131,13 @@ def _source(item: Any, number: int) -> str | SourceSection:
         said = []
         for found in error.errors(include_url=False):
             key = ".".join(map(str, found["loc"]))
-            hint = did_you_mean(key, SourceSection.model_fields) if found["type"] == "extra_forbidden" else ""
-            said.append(f"{key}: {found['msg']}{hint}".rstrip("?") + ("?" if hint else ""))
+            if found["type"] == "extra_forbidden":
+                hint = did_you_mean(key, SourceSection.model_fields) or " It is unknown."
+                said.append(f"{key}.{hint}".rstrip("?."))
+            elif found["type"] == "missing":
+                said.append(f"no {key}")
+            else:
+                said.append(f"{key}: {found['msg'].removeprefix('Value error, ')}")
         raise ValueError(f"a list of usable files; item {number} has {'; '.join(said)}") from None
 
 
