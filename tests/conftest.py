@@ -8,6 +8,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
+import moslora.tasks.also
 import moslora.training.reload_proof.proof
 import warm
 from upstream import LEFT_OUT, TESTS, lacking, needs, skip_if_refused_by_transformers
@@ -25,6 +26,14 @@ def proofs_start_warm() -> Generator[warm.Warm]:
         patch.setattr(moslora.training.reload_proof.proof, "run_script", warmed.run)
         yield warmed
     warmed.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_general_text() -> Generator[None]:
+    """Runs of tests measure a part of the general text, which takes a tenth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moslora.tasks.also, "SHIPPED_FILES", ("questions.jsonl",))
+        yield
 
 
 collect_ignore = [name for name, (_, least) in LEFT_OUT.items() if lacking(least)]

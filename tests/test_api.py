@@ -341,7 +341,8 @@ def test_a_model_is_evaluated_with_rows_and_metrics_and_is_as_before(here: Path)
         predictions="items.jsonl",
     )
     assert state_of(model) == state
-    assert [measure.name for measure in report.measures] == ["loss", "right", "closeness"]
+    names = ["loss", "right", "closeness", "loss_general", "kl_general"]
+    assert [measure.name for measure in report.measures] == names
     assert report["loss"].difference is not None and report["right"].base_interval is not None
     assert "the adapter is active in 4 modules" in repr(report) and "LlamaForCausalLM" in repr(report)
     assert len(Path("items.jsonl").read_text().splitlines()) == 6

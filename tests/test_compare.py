@@ -94,7 +94,7 @@ def test_a_comparison_leaves_every_cell_a_verdict_and_a_page(finished):
         json.dumps(dataclasses.asdict(verdict))
     )
     page = (folder / "report.html").read_text()
-    assert verdict.sentences[0].split(",")[0] in page and page.count("<svg") == 3
+    assert verdict.sentences[0].split(",")[0] in page and page.count("<svg") == 4  # the last is the price
     assert not re.search(r'(?:src|href)="?(?:https?:)?//', page)
     assert not list((folder / "cells").glob("*.started"))
     (folder / "report.html").unlink()

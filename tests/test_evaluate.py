@@ -85,7 +85,8 @@ def test_base_and_adapter_are_measured_on_the_same_items(world, adapter, tmp_pat
         settings=["task.metric=json", "task.max_new_tokens=4", "task.generate_examples=3"],
         predictions=out,
     )
-    loss, match = report.measures
+    loss, match, *costs = report.measures
+    assert [measure.name for measure in costs] == ["loss_general", "kl_general"]
     items = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(items) == loss.items == 8 and match.items == 3
     by_hand = [i["tuned_loss"] - i["base_loss"] for i in items]

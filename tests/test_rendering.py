@@ -81,9 +81,7 @@ def test_a_question_that_loses_text_is_refused():
 def test_earlier_answers_that_are_learned_may_not_lose_text_and_those_that_are_not_are_counted():
     tok = tokenizer(EARLIER_CUT)
     turns = ("1 + 1?", THOUGHT, "2 + 1?", "<think>one more</think>It is 3.")
-    with pytest.raises(
-        EncodingError, match=r"turn 1 \(assistant\).*train_on=all.*prompt \(a list of messages\)"
-    ):
+    with pytest.raises(EncodingError, match=r"turn 1 \(assistant\).*train_on=each.*train_on=all"):
         Encoder(tok).encode(chat(*turns))
     for example, train_on in ((quoted(*turns), "completions"), (chat(*turns), "all")):
         _, summary = encode_all([example, chat("hi", THOUGHT)], Encoder(tok, train_on=train_on))

@@ -273,7 +273,10 @@ def test_a_token_that_reaches_across_the_boundary_is_learned_and_warned_of():
     assert kept[0].input_ids == kept[1].input_ids
     assert kept[0].labels == kept[1].labels
     assert [e.prompt_differs for e in kept] == [False, True]
-    assert "in 1 of 2 examples the prompt has other tokens in generation" in summary.warnings()[0]
+    assert (
+        "in 1 of 2 examples (first: line 2) the prompt has other tokens in generation"
+        in summary.warnings()[0]
+    )
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -341,13 +344,16 @@ def test_too_long_is_cut_dropped_or_refused_as_told_and_counted():
     assert (summary.cut, summary.dropped, summary.longest, summary.tokens) == (1, 1, 14, 6 + 8)
     assert summary.trained_tokens == 5 + 3
     said = (
-        "1 of 3 examples are longer than max_length=8 and were {}: "
+        "1 of 3 examples are longer than max_length=8 and were {} (first: {}): "
         "raise trainer.max_length (the longest has 14 tokens)"
     )
-    assert summary.warnings() == [said.format("dropped"), said.format("cut")]
+    assert summary.warnings() == [said.format("dropped", "line 9"), said.format("cut", "line 5")]
     kept, summary = encode_all(examples, Encoder(tok, max_length=8, too_long="drop"))
     assert (len(kept), summary.dropped, summary.cut) == (1, 2, 0)
-    with pytest.raises(EncodingError, match=r"line 5: has 10 tokens.*max_length=8.*\(1 more examples"):
+    with pytest.raises(
+        EncodingError,
+        match=r"line 5: has 10 tokens.*max_length=8.*\(1 more example .*line 9",
+    ):
         encode_all(examples, Encoder(tok, max_length=8, too_long="refuse"))
     with pytest.raises(EncodingError, match=r"none of 3 examples is left within max_length=2"):
         encode_all(examples, Encoder(tok, max_length=2, too_long="drop"))

@@ -42,7 +42,7 @@ from moslora.tasks.vision.task import VisionTask
 from moslora.training.run import check, resume, train
 from moslora.training.run_directory import RunDirectory
 from tiny_vision import save_llava
-from tolerances import MODEL, relative_error
+from tolerances import MODEL, TRAINED, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -499,7 +499,9 @@ def test_guessing_in_the_small_world_is_right_for_one_in_four() -> None:
 def test_batches_made_when_wanted_are_those_of_examples_encoded_before_and_none_is_kept(
     world: Path, tmp_path: Path
 ) -> None:
-    given = arguments(world, tmp_path, "trainer.train_sampling_strategy=group_by_length")
+    given = arguments(
+        world, tmp_path, "trainer.train_sampling_strategy=group_by_length", "evaluation.also=[]"
+    )
     gc.collect()
     # Of other tests and libraries; they are held here, so that none of ours gets the identity of one.
     before = [found for found in gc.get_objects() if type(found) in (Encoded, Image.Image)]
@@ -574,8 +576,12 @@ def test_an_evaluation_gives_a_runs_numbers_and_says_what_each_item_and_other_pi
         recipe=str(run.recipe),
         predictions=tmp_path / "items.jsonl",
     )
-    assert [m.name for m in found.measures] == ["loss", "accuracy", "accuracy_shuffled_images"]
-    for measure in found.measures[1:]:
+    own, costs = found.measures[:3], found.measures[3:]
+    assert [m.name for m in own] == ["loss", "accuracy", "accuracy_shuffled_images"]
+    for measure in costs:  # the language part, without a picture
+        stage, name = ("after", "kl") if measure.name == "kl_general" else ("after", "loss")
+        assert measure.tuned == pytest.approx(run.read()["also"]["general"][stage][name], rel=TRAINED)
+    for measure in own[1:]:
         assert (measure.base, measure.tuned) == tuple(
             measured[stage][measure.name] for stage in ("before", "after")
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from moslora.display import Display, Printable
 from moslora.training.run_directory import RunDirectory
-from moslora.training.summary import show_measurements, show_proofs
+from moslora.training.summary import show_costs, show_measurements, show_proofs
 
 __all__ = ["Run"]
 
@@ -36,6 +36,15 @@ class Run(Printable):
         Also ``"intervals"`` (95 %), by the same names, and ``"examples"``, how many were measured.
         """
         return dict(self.record["metrics"])
+
+    @property
+    def also(self) -> dict[str, Any]:
+        """What tuning cost on the data of ``evaluation.also``, by the name of each set; empty if it was not measured.
+
+        ``run.also["general"]["after"]`` has ``"loss"`` and ``"kl"`` (from the base), in nats a token; ``"change"`` has
+        their 95 % intervals over passages.
+        """
+        return dict(self.record.get("also", {}))
 
     @property
     def proofs(self) -> dict[str, Any]:
@@ -74,6 +83,7 @@ class Run(Printable):
             display.say(f"{self.path}: {record.get('status')}, {record.get('stage')}.")
             return
         show_measurements(record["metrics"], display)
+        show_costs(record.get("also", {}), display)
         show_proofs(record["proofs"], display)
         display.say(f"Plain LoRA, loads anywhere:   {self.lora}")
         display.say(f"Native, to train further:     {self.adapter}")

@@ -41,6 +41,7 @@ def train(
     heldout: Any = None,
     adapter: Any = None,
     trainer: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     scopes: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -66,6 +67,7 @@ def train(
         heldout: Held-out examples, likewise; None takes some of ``data``.
         adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section.
         trainer: Fields of TRL's ``SFTConfig``.
+        evaluation: What is measured beside the held-out examples; ``{"also": []}`` for nothing.
         scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
         output: The run directory, such as ``"runs/demo"``; a run never overwrites another.
         seed: Of data order, initial values and splits.
@@ -75,7 +77,8 @@ def train(
         progress: None for silence (warnings are Python's), ``"terminal"`` or ``"notebook"``.
 
     Returns:
-        The run: ``path``, ``metrics``, ``adapter``, ``lora``, ``report``, ``proofs``, ``history`` and ``answers``.
+        The run: ``path``, ``metrics``, ``also``, ``adapter``, ``lora``, ``report``, ``proofs``, ``history`` and
+        ``answers``.
 
     Raises:
         RecipeError, DataError, ModelError, UsageError: If something cannot be used; no run directory is left.
@@ -101,6 +104,7 @@ def train(
         heldout=heldout,
         adapter=adapter,
         trainer=trainer,
+        evaluation=evaluation,
         scopes=scopes,
         output=output,
         seed=seed,

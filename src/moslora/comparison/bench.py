@@ -19,11 +19,13 @@ from moslora.comparison.judged import BenchmarkJudge
 from moslora.comparison.lanes import CannotShare, Surroundings
 from moslora.comparison.methods import Method
 from moslora.comparison.plan import Comparison, Planned
+from moslora.comparison.prices import shares_of
 from moslora.comparison.together import share_weights, train_together
 from moslora.comparison.verdict import Cell
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
 from moslora.failures import GO_ON, raise_if_full
+from moslora.tasks.text.cost import keep_changed
 from moslora.training.bars import closing_bars
 from moslora.training.borrowed import borrowed
 from moslora.training.stop import StopRequest
@@ -52,14 +54,17 @@ class Bench:
         self.alone: set[str] = set()  # methods that cannot share the base
         self.judge = BenchmarkJudge.of(plan)
 
-    def measure_base(self) -> dict[str, list[float]]:
-        """Measure the untrained base on validation and held-out examples."""
-        found = {
+    def measure_base(self) -> dict[str, Any]:
+        """Measure the untrained base on validation and held-out examples, and on other data."""
+        found: dict[str, Any] = {
             "validation": self.task.score(self.model, self.task.validation_set, "base, validation"),
             "test": self.task.score(self.model, self.task.heldout_set, "base, held out"),
         }
         if self.judge is not None:
             found["correct"] = self.judge.judge(self.task, self.model, "base", self.display)
+        if self.task.also:
+            costs = self.task.measure_also(self.model, tuned=False)
+            found["also"] = shares_of(self.task.also, costs, tuned=False)
         return found
 
     def run(self, method: Method, rate: float, seed: int) -> Cell:
@@ -173,6 +178,8 @@ class Bench:
         task.recipe = self.plan.recipe.model_copy(update={"trainer": trainer_arguments, "seed": seed})
         task.display = self.display if shows else Display(quiet=True)
         config = method.configure(task.adapter_arguments(self.model))
+        if task.also:
+            task.remembered = keep_changed(model, config, method.changes_base)
         scratch = self.plan.directory / "cells"
         trainer: Any = task.build_trainer(model, config, scratch, [_watcher(self, task.display)])
         trainer.remove_callback(PrinterCallback)
@@ -207,6 +214,8 @@ class Bench:
                 found["correct"] = self.judge.judge(task, adapted, name, self.display)
             elif task.recipe.task.metric != "none" and task.asked:
                 found["correct"] = [bool(a.correct) for a in task.ask(adapted, task.asked, name)]
+        if found and task.also:
+            found["also"] = shares_of(task.also, task.measure_also(adapted, task.remembered))
         status = "done" if reason is None else "diverged"
         return Cell(method.name, rate, seed, status, reason, **known, **found)  # type: ignore[arg-type]
 

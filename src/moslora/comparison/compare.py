@@ -29,6 +29,7 @@ from moslora.comparison.cells import prepare_task
 from moslora.comparison.judged import BenchmarkJudge
 from moslora.comparison.methods import find_method
 from moslora.comparison.plan import DECISIVE, Comparison
+from moslora.comparison.prices import show_prices, with_prices
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.verdict import Verdict, judge
 from moslora.errors import Stopped, UsageError
@@ -230,6 +231,10 @@ def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
         "hashes": task.hashes(),
         "versions": {name: versions[name] for name in DECISIVE},
     }
+    if not plan.recipe.evaluation.also:
+        del identity["recipe"]["evaluation"]  # as comparisons had it that knew no such section
+    elif task.also:
+        identity["also"] = {also.name: also.sha256 for also in task.also}
     judge = BenchmarkJudge.of(plan)
     identity["benchmark"] = None if judge is None else judge.identity()
     return json.loads(json.dumps(identity, default=_as_json))  # type: ignore[no-any-return]
@@ -304,6 +309,7 @@ def _conclude(plan: Comparison, display: Display) -> Verdict:
     base = json.loads((plan.directory / "cells" / "base.json").read_text(encoding="utf-8"))
     names = [method.name for method in plan.methods]
     verdict = judge(read_cells(plan), names, plan.baseline, base["validation"], base["test"])
+    verdict = with_prices(verdict, read_cells(plan), base.get("also", {}))
     asked = BenchmarkJudge.of(plan)
     if asked is not None:
         verdict = dataclasses.replace(verdict, judged_by=asked.name, base_judged=fmean(base["correct"]))
@@ -351,6 +357,7 @@ def show_verdict(verdict: Verdict, display: Display) -> None:
     display.say()
     of_base = "" if verdict.base_judged is None else f", {verdict.judged_by} {verdict.base_judged:.1%}"
     display.table(f"Base without training: held-out loss {verdict.base_loss:.4f}{of_base}", columns, rows)
+    show_prices(verdict, display)
     for contrast in verdict.contrasts:
         if contrast.measure == "exact_match":
             found = contrast.difference

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
-from typing import Literal
+from typing import Any, Literal
 
+from moslora.comparison.price import Price
 from moslora.errors import UsageError
 from moslora.metrics.intervals import (
     Difference,
@@ -51,6 +52,8 @@ class Cell:
         trainable_parameters: How many.
         together: How many cells were trained at once over one base; times are the whole's divided by it, and the peak
             of memory is the whole's.
+        also: By data that tuning is not about: ``loss``, and ``kl`` from the base, of each passage, as its share in the
+            mean over tokens; None where that was not measured.
     """
 
     method: str
@@ -68,6 +71,7 @@ class Cell:
     peak_bytes: int | None = None
     trainable_parameters: int | None = None
     together: int = 1
+    also: Mapping[str, Mapping[str, Sequence[float]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,9 @@ class Verdict:
         complete: Whether every method has a result.
         judged_by: What ``exact_match`` stands for: exact match, or a benchmark's name.
         base_judged: The untrained base's share of it; None where it was not measured.
+        prices: What methods cost on other data; empty where that was not measured.
+        base_also: The untrained base's loss there, by the name of the data.
+        points_also: Every finished cell's held-out loss beside its costs.
     """
 
     baseline: str
@@ -171,6 +178,9 @@ class Verdict:
     complete: bool
     judged_by: str = "exact match"
     base_judged: float | None = None
+    prices: Sequence[Price] = ()
+    base_also: Mapping[str, float] | None = None
+    points_also: Sequence[Mapping[str, Any]] = ()
 
 
 def judge(

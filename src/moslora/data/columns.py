@@ -15,9 +15,11 @@ from moslora.data.files import Records
 from moslora.wording import nearest
 
 __all__ = [
+    "CALLS",
     "FLAGS",
     "HARMLESS",
     "OF_TEMPLATES",
+    "THOUGHTS",
     "Unread",
     "idle_entry",
     "says_nothing",
@@ -79,11 +81,14 @@ HARMLESS_BECAUSE: dict[str, tuple[str, ...]] = {
 }
 HARMLESS: dict[str, str] = {key: why for why, keys in HARMLESS_BECAUSE.items() for key in keys}
 
-_THOUGHTS = "write the thoughts into content, in the form that the model's template uses, as <think>…</think>"
-_CALLS = "tool calls are not supported: write them into content as the model writes them"
+# Keys of a message for an assistant's thoughts, and for the tools that it calls.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+CALLS = ("tool_calls", "function_call")
+_THOUGHTS = "thoughts are read in an assistant's message, not beside the conversation"
+_CALLS = "calls of tools are read in an assistant's message, not beside the conversation"
 # What to do about keys that are often met, instead of dropping them.
 WAYS: dict[str, str] = {
-    "system": "put it into the conversation as a first message with role 'system', or rename the column",
+    "system": "plain text has no system turn",
     "history": "write earlier turns as 'messages'",
     "image": "images need task=vision: remove the column to train on the text alone",
     "images": "images need task=vision: remove the column to train on the text alone",
@@ -108,7 +113,8 @@ FLAGS: dict[str, bool] = {
     "masked": False,
 }
 CONVERSATIONS = frozenset(("messages", "conversations", "prompt", "completion"))
-OF_MESSAGES = frozenset(("role", "content", "from", "value"))
+OF_MESSAGES = frozenset(("role", "content", "from", "value", *THOUGHTS, *CALLS, "tool_call_id"))
+OF_TOOLS = frozenset(("tool", "function", "ipython", "observation"))  # whose name says which tool
 # Columns that go to the chat template, where there is one.
 OF_TEMPLATES = ("tools", "chat_template_kwargs")
 
@@ -131,6 +137,7 @@ def _unread_of_turns(turns: Any, column: str) -> Iterator[tuple[str, str]]:
             continue
         for key, value in turn.items():
             known = key in OF_MESSAGES or key in FLAGS or key in HARMLESS
+            known = known or (key == "name" and (turn.get("role") or turn.get("from")) in OF_TOOLS)
             if not known and not says_nothing(value):
                 yield f"{column}.{key}", f"{column}[{index}].{key}"
 

@@ -11,6 +11,8 @@ from moslora.errors import EncodingError
 
 __all__ = ["Summary", "Tally", "encode_all"]
 
+SHOWN_ROWS = 3  # places that a warning or an error names
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -28,7 +30,7 @@ class Summary:
         control_text: How many contain a control token in the text of a turn.
         loses_context: How many have an earlier answer, not learned, of which the chat template leaves out text.
         misspelt: How many have tokens that spell another text than what is learned.
-        first: Where the first of each of these is.
+        first: Where the first ones of each of these are, and how many more there are.
         max_length: The limit.
         end_tokens: The end-of-turn tokens, as text.
         longest_is_least: Whether ``longest`` is a lower bound.
@@ -62,14 +64,16 @@ class Summary:
             )
         elif self.without_end > self.cut:
             warnings.append(
-                f"{self.without_end} of {self.examples} examples train no end-of-turn token {ends}"
+                f"{self.without_end} of {self.examples} examples train no end-of-turn token {ends} "
+                f"(first: {self.first['without_end']})"
             )
         more = " and more" if self.longest_is_least else ""
         for count, fate in ((self.dropped, "dropped"), (self.cut, "cut")):
             if count:
+                where = f" (first: {self.first[fate]})" if fate in self.first else ""
                 warnings.append(
                     f"{count} of {total} examples are longer than max_length={self.max_length} and were "
-                    f"{fate}: raise trainer.max_length (the longest has {self.longest} tokens{more})"
+                    f"{fate}{where}: raise trainer.max_length (the longest has {self.longest} tokens{more})"
                 )
         if self.misspelt:
             warnings.append(
@@ -85,14 +89,15 @@ class Summary:
             )
         if self.prompt_differs:
             warnings.append(
-                f"in {self.prompt_differs} of {self.examples} examples the prompt has other tokens in generation than "
-                "in training: white space between prompt and answer is joined into one token (move it from the "
-                "prompt's end to the answer's start, or remove it), or the chat template is at fault"
+                f"in {self.prompt_differs} of {self.examples} examples (first: "
+                f"{self.first['prompt_differs']}) the prompt has other tokens in generation than in "
+                "training: white space between prompt and answer is joined into one token (move it from the prompt's "
+                "end to the answer's start, or remove it), or the chat template is at fault"
             )
         if self.control_text:
             warnings.append(
-                f"{self.control_text} of {self.examples} examples contain a control token in their text, "
-                "which the model will read as one: remove it unless it is intended"
+                f"{self.control_text} of {self.examples} examples contain a control token in their text (first: "
+                f"{self.first['control_text']}), which the model will read as one: remove it unless it is intended"
             )
         return warnings
 
@@ -101,6 +106,12 @@ COUNTED = (
     "examples", "tokens", "trained_tokens", "cut", "dropped", "without_end", "prompt_differs", "control_text",
     "loses_context", "misspelt",
 )  # fmt: skip
+
+
+def _listed(places: Sequence[str], count: int) -> str:
+    """Return the first places, and how many more there are."""
+    more = count - len(places)
+    return ", ".join(places) + (f" and {more} more" if more > 0 else "")
 
 
 class Tally:
@@ -113,7 +124,7 @@ class Tally:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.longest, self.longest_is_least = 0, False
-        self._first: dict[str, str] = {}
+        self._first: dict[str, list[str]] = {}
         self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, whole: Encoded, fitted: Encoded | None) -> None:
@@ -127,6 +138,9 @@ class Tally:
             self.longest, self.longest_is_least = whole.full_length, whole.is_start
         if fitted is None:
             self._counts["dropped"] += 1
+            places = self._first.setdefault("dropped", [])
+            if len(places) < SHOWN_ROWS:
+                places.append(whole.place)
             return
         counted = {
             "examples": 1,
@@ -141,15 +155,16 @@ class Tally:
         }
         for name, count in counted.items():
             self._counts[name] += int(count)
-            if count:
-                self._first.setdefault(name, whole.place)
+            places = self._first.setdefault(name, []) if count else []
+            if count and len(places) < SHOWN_ROWS:
+                places.append(whole.place)
 
     def summary(self) -> Summary:
         """Return the counts so far."""
         names = self.encoder.tokenizer.convert_ids_to_tokens(sorted(self.encoder.stop_ids))
         return Summary(
             **self._counts,
-            first=self._first,
+            first={name: _listed(places, self._counts[name]) for name, places in self._first.items()},
             longest=self.longest,
             longest_is_least=self.longest_is_least,
             max_length=self.encoder.max_length,
@@ -171,21 +186,23 @@ def encode_all(examples: Sequence[Example], encoder: Encoder) -> tuple[list[Enco
         EncodingError: If examples cannot be encoded, naming the first and how many more; or if none is left.
     """
     encoded: list[Encoded] = []
-    problems: list[EncodingError] = []
+    problems: list[tuple[str, EncodingError]] = []
     tally = Tally(encoder)
     for example in examples:
         try:
             whole = encoder.encode_whole(example)
             fitted = encoder.fit(whole)
         except EncodingError as problem:
-            problems.append(problem)
+            problems.append((example.place, problem))
             continue
         tally.add(whole, fitted)
         if fitted is not None:
             encoded.append(fitted)
     if problems:
-        more = f" ({len(problems) - 1} more examples cannot be encoded either)" if problems[1:] else ""
-        raise EncodingError(f"{problems[0]}{more}") from problems[0].__cause__
+        others = _listed([example for example, _ in problems[1 : 1 + SHOWN_ROWS]], len(problems) - 1)
+        many = "s cannot" if problems[2:] else " cannot"
+        more = f" ({len(problems) - 1} more example{many} be encoded either: {others})" if others else ""
+        raise EncodingError(f"{problems[0][1]}{more}") from problems[0][1].__cause__
     if not encoded:
         raise EncodingError(
             f"none of {len(examples)} examples is left within max_length={encoder.max_length}: raise "

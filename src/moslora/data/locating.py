@@ -15,8 +15,8 @@ from functools import cached_property
 from itertools import groupby, pairwise, takewhile
 from typing import Any
 
+from moslora.data.messages import Message
 from moslora.data.rendering import Template
-from moslora.data.shapes import Message
 from moslora.errors import EncodingError
 
 __all__ = ["IGNORED", "OTHER_WAYS", "AnswerFinder", "common_length"]
@@ -27,8 +27,8 @@ MANY = 16  # answers; up to so many are found by token ids alone
 # the others must stand between the same opening and end, or are found so too.
 RENDERED, ALL_AT_ENDS = 128, 8
 OTHER_WAYS = (
-    "Set data.train_on=all, or, if earlier answers are the cause, give prompt (a list of messages) and "
-    "completion, so that only the last answer is trained on."
+    "If earlier answers are the cause, set data.train_on=each, which makes every answer an example of its own, written "
+    "as it would be generated, or data.train_on=last to learn only the last one; else set data.train_on=all."
 )
 
 

@@ -7,24 +7,48 @@ leaves out is looked for in the text that it writes, which costs no second token
 from __future__ import annotations
 
 import inspect
+import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.columns import THOUGHTS
 from moslora.data.faults import listed, quoted
-from moslora.data.shapes import Message
+from moslora.data.messages import Message, leaves
 from moslora.errors import EncodingError
 from moslora.wording import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Template", "first_difference", "missing_turns", "spells", "without_opening"]
+__all__ = [
+    "KEEPING",
+    "Template",
+    "first_difference",
+    "first_lost",
+    "last_alone",
+    "lost_of_calls",
+    "missing_turns",
+    "spells",
+    "without_opening",
+]
 
 PICTURE = "<image>"  # stands for a picture in a text, and is written as the model's own token
 LONGEST_OPENING = 200  # characters of an answer that a template may write before it is generated
 PROBED = 64  # turns of a conversation whose roles are tried with words of our own
+
+# What to do where a template leaves out text of a turn, by its role.
+KEEPING = {
+    "system": "Set data.system_turn=user to write it into the next question, or choose a tokenizer (model.tokenizer) "
+    "with a template that has a branch for it.",
+    "user": "Remove or rewrite that text, or choose a tokenizer (model.tokenizer) with a template that keeps it.",
+    "tool": "Write this result into the next question, or choose a tokenizer (model.tokenizer) whose template has a "
+    "branch for it.",
+    "assistant": "The model would learn another answer than the data's. Remove that text if it is not to be learned, "
+    "or choose a tokenizer (model.tokenizer) with a template that keeps it.",
+}
 
 
 class Template:
@@ -36,7 +60,7 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer: Any = tokenizer
-        self._roles: dict[tuple[str, ...], frozenset[int]] = {}
+        self._roles: dict[tuple[Any, ...], frozenset[int]] = {}
 
     def apply(self, messages: Sequence[Message], arguments: Mapping[str, Any], **options: Any) -> Any:
         """Render turns.
@@ -51,12 +75,14 @@ class Template:
         """
         from jinja2 import TemplateError
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [message.as_turn(self.thoughts) for message in messages]
         try:
             return self.tokenizer.apply_chat_template(turns, **arguments, **options)
         except (TemplateError, TypeError, ValueError, RecursionError) as problem:
-            roles = listed(message.role for message in messages)
-            raise EncodingError(f"the chat template refuses the turns {roles}: {problem}") from problem
+            roles = [message.role for message in messages]
+            way = " If it takes no system turn: data.system_turn=user writes it into the next question."
+            said = f"the chat template refuses the turns {listed(roles)}: {problem}"
+            raise EncodingError(f"{said}{way if 'system' in roles else ''}") from problem
 
     def text(self, messages: Sequence[Message], arguments: Mapping[str, Any], ask: bool = False) -> str:
         """Return turns as the template writes them.
@@ -86,6 +112,29 @@ class Template:
         return str(
             self.tokenizer.get_chat_template(tools=tools) if tools else self.tokenizer.get_chat_template()
         )
+
+    @cached_property
+    def thoughts(self) -> tuple[str, ...]:
+        """The keys under which the template looks for an assistant's thoughts; none if it knows of no such thing."""
+        words = _words(self.source())
+        return tuple(key for key in THOUGHTS if key in words)
+
+    def check_thoughts(self, messages: Sequence[Message]) -> None:
+        """Refuse thoughts that no key would bring to the template.
+
+        Args:
+            messages: The turns.
+
+        Raises:
+            EncodingError: If there are some, and the template reads none.
+        """
+        if not self.thoughts and any(message.reasoning for message in messages):
+            index = next(i for i, message in enumerate(messages) if message.reasoning)
+            raise EncodingError(
+                f"turn {index} has thoughts in a key of their own, and the chat template reads none "
+                f"({', '.join(THOUGHTS)}). Set data.reasoning=inline to write them into the answer as "
+                "<think>…</think>, or data.reasoning=drop to leave them out."
+            )
 
     @cached_property
     def _managed(self) -> frozenset[str]:
@@ -142,23 +191,57 @@ class Template:
             messages, arguments: What was rendered.
             text: As the template writes it.
         """
-        return missing_turns(messages, text) | self._without_branch(messages, arguments)
+        lost = missing_turns(messages, text) | self._without_branch(messages, arguments)
+        return lost | {i for i, message in enumerate(messages) if lost_of_calls(message, text)}
 
     def _without_branch(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> frozenset[int]:
         """Return the turns that are left out whatever they say: a short text may be found elsewhere by chance."""
-        roles = tuple(message.role for message in messages)
+        roles = tuple((m.role, bool(m.content.strip()), bool(m.reasoning), len(m.calls)) for m in messages)
         if len(roles) > PROBED or not isinstance(arguments, Mapping):
             return frozenset()
         if roles not in self._roles:
-            words = [
-                Message(role, f"Word{index}x{index * 7919 + 104729}") for index, role in enumerate(roles)
-            ]
+            words = [_in_our_words(message, index) for index, message in enumerate(messages)]
             try:
-                missing = missing_turns(words, self.text(words, arguments))
+                text = self.text(words, arguments)
+                missing = missing_turns(words, text)
+                missing |= {i for i, message in enumerate(words) if lost_of_calls(message, text)}
             except EncodingError:
                 missing = set()  # the real turns were rendered, so these say nothing
             self._roles[roles] = frozenset(missing)
-        return frozenset(i for i in self._roles[roles] if messages[i].content.strip())
+        return self._roles[roles]
+
+
+def _in_our_words(message: Message, index: int) -> Message:
+    """Return a turn of the same form that says what no template says by chance."""
+
+    def word(number: int) -> str:
+        return f"Word{index}x{(index + 1000 * number) * 7919 + 104729}"
+
+    return replace(
+        message,
+        content=word(0) if message.content.strip() else message.content,
+        reasoning=word(1) if message.reasoning else "",
+        calls=tuple(
+            {**call, "name": word(2 + number), "arguments": {word(100 + number): word(200 + number)}}
+            for number, call in enumerate(message.calls)
+        ),
+    )
+
+
+@lru_cache(maxsize=8)
+def _words(source: str) -> frozenset[str]:
+    """Return every name and every text in a template's source."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        found = list(Environment().lex(source))
+    except TemplateSyntaxError:
+        return frozenset()
+    return frozenset(
+        value.strip("'\"") if kind == "string" else value
+        for _, kind, value in found
+        if kind in ("name", "string")
+    )
 
 
 @lru_cache(maxsize=8)
@@ -187,8 +270,32 @@ def missing_turns(messages: Sequence[Message], text: str) -> set[int]:
 
 
 def _pieces(message: Message) -> list[str]:
-    """Return a turn's text between its pictures."""
-    return [piece.strip() for piece in message.content.split(PICTURE)]
+    """Return a turn's thoughts, if it has any apart, and its text between its pictures."""
+    thoughts = [message.reasoning.strip()] if message.reasoning else []
+    return thoughts + [piece.strip() for piece in message.content.split(PICTURE)]
+
+
+def lost_of_calls(message: Message, text: str) -> str | int | float | bool | None:
+    """Return the first name, key or value of a turn's calls that a rendered conversation lacks; None if it has all.
+
+    Args:
+        message: The turn.
+        text: The rendered conversation; values may stand there as in JSON, in Python or as they are.
+    """
+    bare = _bare(text) if message.calls else ""
+    for call in message.calls:
+        for value in (call["name"], *leaves(call["arguments"])):
+            if not any(_bare(form) in bare for form in _forms(value)):
+                return value  # type: ignore[no-any-return]
+    return None
+
+
+def _forms(value: str | int | float | bool) -> list[str]:
+    """Return the ways in which templates write a value."""
+    if not isinstance(value, str):
+        return [json.dumps(value), str(value)]
+    escaped = [json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+    return [value, *escaped, repr(value)[1:-1]]
 
 
 def _bare(text: str) -> str:
@@ -201,6 +308,9 @@ def _missing(pieces: Iterable[Sequence[str]], messages: Sequence[Message], text:
         cursor = 0 if message.role == "system" else at
         for part in parts:
             start = text.find(part, cursor)
+            if start < 0 and message.role == "tool":  # a result may be written as JSON
+                part = _forms(part)[1]
+                start = text.find(part, cursor)
             if start < 0:
                 missing.add(index)
                 break
@@ -253,3 +363,31 @@ def without_opening(text: str, opening: str) -> str:
 
 def _folded(text: str) -> str:
     return _bare(unicodedata.normalize("NFKC", text))
+
+
+def last_alone(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return turns of which the last answer that is learned is the only one.
+
+    Args:
+        messages: A conversation with an answer that is learned.
+    """
+    learned = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
+    return [replace(m, trained=m.trained and i == learned[-1]) for i, m in enumerate(messages)]
+
+
+def first_lost(message: Message, text: str) -> str:
+    """Return the first piece of a turn that a rendered conversation lacks, short and in quotes.
+
+    Args:
+        message: A turn that was not written whole.
+        text: The rendered conversation.
+    """
+    of_calls = lost_of_calls(message, text)
+    if of_calls is not None and _bare_in(message.content, text):
+        return f"{quoted(str(of_calls))} of its tool calls"
+    thoughts = message.reasoning
+    return first_difference(message.content if not thoughts or _bare_in(thoughts, text) else thoughts, text)
+
+
+def _bare_in(part: str, text: str) -> bool:
+    return "".join(part.split()) in "".join(text.split())

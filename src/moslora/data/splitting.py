@@ -25,7 +25,7 @@ def prompt_of(example: Example) -> str:
         )
     turns = example.messages
     last = max(i for i, message in enumerate(turns) if message.role == "assistant" and message.trained)
-    return json.dumps([*((message.role, message.content) for message in turns[:last]), *_variables(example)])
+    return json.dumps([*(message.says() for message in turns[:last]), *_variables(example)])
 
 
 def split_heldout(
@@ -99,7 +99,7 @@ def thin_out(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _content(example: Example) -> list[Any]:
-    turns = [(message.role, message.content, message.trained) for message in example.messages or ()]
+    turns = [(m.role, m.content, m.trained, *m.says()[2:]) for m in example.messages or ()]
     return [turns, example.prompt, example.completion, example.text, *_variables(example)]
 
 

@@ -18,8 +18,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moslora.data.locating import IGNORED, OTHER_WAYS, AnswerFinder, common_length
-from moslora.data.rendering import Template, first_difference, spells, without_opening
-from moslora.data.shapes import Example, Message
+from moslora.data.messages import Message
+from moslora.data.rendering import KEEPING, Template, first_lost, last_alone, spells, without_opening
+from moslora.data.shapes import Example
 from moslora.errors import EncodingError, UsageError
 
 if TYPE_CHECKING:
@@ -35,21 +36,13 @@ __all__ = [
 
 CHOICES = {
     "template": ("auto", "chat", "plain", "pair"),
-    "train_on": ("completions", "all"),
+    "train_on": ("completions", "last", "each", "all"),
     "too_long": ("cut", "drop", "refuse"),
 }
 # An example far beyond max_length is tokenized up to so many characters, so many for each token allowed at least, and
 # more until there are so many tokens too many: the last ones depend on what follows.
 FEWEST_CHARACTERS, CHARACTERS, GUARD = 50_000, 16, 256
 FEWEST = 200  # characters that are kept of every turn then, for templates that look at turns to come
-# What to do where a template leaves out text of a turn, by its role.
-KEEPING = {
-    "system": "Move this text into the next question, or choose a tokenizer (model.tokenizer) with a template that has "
-    "a branch for it.",
-    "user": "Remove or rewrite that text, or choose a tokenizer (model.tokenizer) with a template that keeps it.",
-    "assistant": "The model would learn another answer than the data's. Remove that text if it is not to be learned, "
-    "or choose a tokenizer (model.tokenizer) with a template that keeps it.",
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,8 @@ class Encoder:
         template: ``"chat"``: the tokenizer's chat template; ``"plain"``: prompt and completion joined, and
             the end-of-sequence token; ``"auto"``: chat if there is a template. Text is always plain. ``"pair"``: one
             question and its answer, joined by ``tokenizer.pair``, for models with bidirectional attention to prompts.
-        train_on: ``"completions"``: every assistant turn (every completion); ``"all"``: every token.
+        train_on: ``"completions"``: every assistant turn (every completion); ``"last"``: the last of them;
+            ``"each"``: the same, of conversations that ``answers_apart`` made; ``"all"``: every token.
         max_length: Most tokens of an example; None for no limit.
         too_long: What to do with a longer one: ``"cut"`` its end, ``"drop"`` it, or ``"refuse"`` it with an
             error. If a cut would leave no trained token, the example is dropped.
@@ -194,12 +188,15 @@ class Encoder:
         return AnswerFinder(self._renderer, self.max_length)
 
     def _chat(self, example: Example) -> Encoded:
-        messages = example.messages or (
+        messages: Sequence[Message] = example.messages or (
             Message("user", example.prompt or ""),
             Message("assistant", example.completion or ""),
         )
         arguments, everything = example.template_arguments, self.train_on == "all"
         self._renderer.check_arguments(arguments)
+        self._renderer.check_thoughts(messages)
+        if self.train_on in ("last", "each"):
+            messages = last_alone(messages)
         if everything:
             _refuse_flags(messages)
         learned = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
@@ -227,7 +224,7 @@ class Encoder:
             input_ids=ids,
             labels=[IGNORED, *labels[1:]],
             prompt_ids=prompt_ids,
-            answer=messages[last].content,
+            answer=self._answer(messages[last], ids, prompt_ids),
             was_cut=False,
             place=example.place,
             full_length=len(ids),
@@ -235,8 +232,16 @@ class Encoder:
             control_text=any(self._control.search(message.content) for message in messages),
             is_start=beyond,
             loses_context=loses_context,
-            misspelt=self._misspells(ids, labels, [messages[i].content for i in whole_answers], opening),
+            misspelt=self._misspells(
+                ids, labels, [text for i in whole_answers for text in messages[i].texts], opening
+            ),
         )
+
+    def _answer(self, message: Message, ids: list[int], prompt_ids: list[int]) -> str:
+        """Return the text of the last answer, with its calls as the template writes them."""
+        if not message.calls or ids[: len(prompt_ids)] != prompt_ids:
+            return message.content
+        return str(self.tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True)).strip()
 
     def _misspells(
         self, ids: list[int], labels: list[int], texts: Sequence[str], opening: str | None = None
@@ -284,9 +289,11 @@ class Encoder:
             message = messages[index]
             if index in learned or message.role != "assistant":
                 earlier = f" {OTHER_WAYS}" if message.role == "assistant" and index < learned[-1] else ""
+                if message.reasoning:
+                    earlier += " data.reasoning=drop leaves thoughts out."
                 raise EncodingError(
                     f"the chat template leaves out or changes text of turn {index} ({message.role}): "
-                    f"{first_difference(message.content, text)} is not in what it writes. "
+                    f"{first_lost(message, text)} is not in what it writes. "
                     f"{KEEPING[message.role]}{earlier}"
                 )
         return bool(lost)

@@ -8,8 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from moslora.adapters.formats.directory import read_config
 from moslora.display import Display
 from moslora.errors import UsageError
 from moslora.evaluation.active import prove_active, with_adapter
@@ -22,6 +24,7 @@ from moslora.recipe.schema import Recipe
 if TYPE_CHECKING:
     from moslora.tasks.language import AnswerMetric
     from moslora.tasks.task import Answer
+    from moslora.tasks.text.cost import Costs
 
 
 def evaluate_own_data(
@@ -35,6 +38,7 @@ def evaluate_own_data(
     """Measure loss and answers on the user's own examples, for base and adapted model."""
     from moslora.tasks import find_task
     from moslora.tasks.language import LanguageTask, question_of
+    from moslora.tasks.text.cost import keep_changed
 
     kind = find_task(wanted.task.kind)
     if not issubclass(kind, LanguageTask):
@@ -43,6 +47,7 @@ def evaluate_own_data(
     task = kind(wanted, quiet, lambda: None)
     task.measures_only = True
     task.base_model.handed_over, task.answer_metrics = subject.model, metrics
+    task.also_limit = limit
     task.read()
     if limit is not None:
         every = len(task.heldout_examples)
@@ -63,10 +68,16 @@ def evaluate_own_data(
     tuned_answers: list[Any] = []
     tuned_shuffled: list[Any] = []
     activity = None
-    if adapter is not None:
+    costs: dict[str, Costs] = {}
+    if adapter is None:
+        costs = task.measure_also(base, tuned=False)
+    else:
+        config = read_config(adapter) if (adapter / "adapter_config.json").is_file() else {}
+        changed = keep_changed(base, SimpleNamespace(**config)) if task.also else ()
         adapted = with_adapter(base, adapter)
         activity = prove_active(adapted, adapter, task.probe(), task.device)
         tuned_losses, tuned_answers, tuned_shuffled = measured(adapted, "tuned")
+        costs = task.measure_also(adapted, changed)
     measures = [_loss(losses, tuned_losses)]
     shares = {task.accuracy_name: (answers, tuned_answers)}
     shares |= {f"{task.accuracy_name}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
@@ -77,6 +88,7 @@ def evaluate_own_data(
     for name, metric in metrics.items() if answers else ():
         before, after = (_judged(metric, of) for of in (answers, tuned_answers))
         measures.append(_compare(name, before, after if adapter is not None else None))
+    measures += [measure for also in task.also for measure in _of_cost(also.name, costs[also.name])]
     asked, strange = (
         {a.place: (a, b) for a, b in itertools.zip_longest(one, two)}
         for one, two in ((answers, tuned_answers), (shuffled, tuned_shuffled))
@@ -109,6 +121,16 @@ def evaluate_own_data(
             }
         lines.append(line)
     return Report(subject.name, None if adapter is None else str(adapter), "data", activity, measures, lines)
+
+
+def _of_cost(name: str, costs: Costs) -> list[Measure]:
+    """Return loss and KL from the base on data that the adapter is not about, as means over tokens."""
+    from moslora.tasks.also import per_token
+
+    base, tuned, kl = (per_token(sums, costs.tokens) for sums in (costs.base, costs.tuned, costs.kl))
+    loss = dataclasses.replace(_loss(base, tuned if tuned else None), name=f"loss_{name}")
+    apart = [dataclasses.replace(_loss([0.0] * len(kl), kl), name=f"kl_{name}")] if kl else []
+    return [loss, *apart]
 
 
 def _judged(metric: AnswerMetric, answers: Sequence[Answer]) -> list[bool | float]:

@@ -35,7 +35,8 @@ class Measure:
 
     Attributes:
         name: ``"loss"``, ``"exact_match"``, or a task's name (accuracy); where there are pictures ``"accuracy"`` and
-            ``"accuracy_shuffled_images"``.
+            ``"accuracy_shuffled_images"``. On a set of ``evaluation.also``: ``"loss_NAME"``, and ``"kl_NAME"``, the KL
+            from the base.
         items: How many.
         base: Of the base; None if the adapted model alone was asked for.
         base_interval: 95 %; None for losses, whose spread between examples is not an error of the difference.
@@ -135,18 +136,22 @@ def _verdicts(report: Report) -> list[str]:
     """Say of each measurement what the adapter did to it, where that is no gain."""
     said = []
     for m in report.measures:
-        if m.tuned is None or m.difference is None:
-            continue
+        if m.tuned is None or m.difference is None or m.name.startswith("kl_"):
+            continue  # a distance is never a gain
         name, form = m.name.replace("_", " "), "{:.4f}" if m.base_interval is None else "{:.1%}"
         course = f"{form.format(m.base)} → {form.format(m.tuned)}"
-        change = change_of(m.base, m.tuned, "lower" if m.name == "loss" else "higher")
+        change = change_of(m.base, m.tuned, "lower" if _is_loss(m) else "higher")
         if change == "nothing":
             said.append(f"{name} did not change: {course}.")
         elif m.low is not None and m.high is not None and m.low <= 0 <= m.high:
             said.append(f"No difference in {name} could be shown: {course}, the 95 % interval holds 0.")
-        elif change == "worse" and (m.name == "loss" or m.base_interval is not None):
+        elif change == "worse" and (_is_loss(m) or m.base_interval is not None):
             said.append(f"The adapter makes {name} worse: {course}.")
     return said
+
+
+def _is_loss(measure: Measure) -> bool:
+    return measure.name == "loss" or measure.name.startswith("loss_")
 
 
 def _show_measures(report: Report, protocol: str, display: Display) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-__all__ = ["Change", "change_of", "training_verdict"]
+__all__ = ["Change", "change_of", "price_sentence", "training_verdict"]
 
 Change = Literal["better", "worse", "nothing"]
 # Relative. A loss that moved by less stands where it stood: in float32 a mean over thousands of tokens rounds to about
@@ -57,3 +57,28 @@ def training_verdict(before: Mapping[str, Any], after: Mapping[str, Any], unit: 
     if loss == "worse":
         return loss, f"Training made it worse: {what.lower()} {course}.{also} Lower trainer.learning_rate."
     return loss, f"{what} {course}: better.{also}"
+
+
+def price_sentence(name: str, cost: Mapping[str, Any]) -> str:
+    """Say in a sentence what tuning cost on data that it is not about.
+
+    Args:
+        name: Of the data.
+        cost: As ``run.json`` has it under ``also``.
+    """
+    before, after = cost["before"].get("loss"), cost["after"].get("loss")
+    kl, change = cost["after"].get("kl"), cost["change"].get("loss")
+    if before is None or after is None or kl is None:
+        return f"On {name} text the tuned model's loss or its KL from the base is not a finite number."
+    course = f"loss on {name} text {before:.4f} → {after:.4f}"
+    ends = (
+        ""
+        if change is None
+        else " ({:+.4f}, 95 % {:+.4f} to {:+.4f})".format(change["mean"], change["low"], change["high"])
+    )
+    apart = f"KL from the base {kl:.4f} nats a token"
+    if change_of(before, after) == "nothing" or (change and change["low"] <= 0 <= change["high"]):
+        return f"No price could be shown: {course}{ends}; {apart}."
+    if after < before:
+        return f"It cost nothing there: {course}{ends}; {apart}."
+    return f"The price: {course}{ends}; {apart}."

@@ -54,7 +54,7 @@ def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe
     except ValidationError as error:
         problems.extend(explain_all(error.errors(include_url=False), kind))
     for section, unfit in UNFIT.get(kind, {}).items():
-        values = raw[section] if isinstance(raw[section], dict) else {}
+        values = raw[section] if isinstance(raw.get(section), dict) else {}
         problems.extend(
             f"{section}.{key} cannot be set for task={kind}: {why}."
             for key, why in unfit.items()

@@ -11,7 +11,7 @@ from yaml.reader import Reader
 from moslora.errors import RecipeError
 from moslora.recipe.keys import BELONGING, SHORTHANDS
 from moslora.recipe.paths import anchor, user_path
-from moslora.recipe.schema import SECTIONS_OF, Name, Recipe
+from moslora.recipe.schema import SECTIONS_OF, Name, Recipe, Sources
 from moslora.recipe.yaml_core import parse_yaml
 
 __all__ = ["expand_shorthands", "override"]
@@ -25,6 +25,8 @@ def expand_shorthands(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _expanded(section: str, value: Any) -> Any:
     if value is None and section in {*Recipe.model_fields, "scopes"} and section not in ("seed", "mix"):
         return {}
+    if section == "data" and isinstance(value, list):
+        return {SHORTHANDS[section]: value}  # several files
     if section not in SHORTHANDS or not isinstance(value, str):
         return value
     if section == "output" and "/" in value:
@@ -85,7 +87,8 @@ def replace_section(raw: dict[str, Any], section: str, value: Any, here: Path) -
     """Set a section in place. A shorthand keeps the section's other keys, but those that belong to the old value."""
     new, old = _expanded(section, value), raw.get(section)
     anchor(section, new, (here,))
-    if isinstance(value, str) and section in SHORTHANDS and isinstance(old, dict):
+    is_short = isinstance(value, str) or (section == "data" and isinstance(value, list))
+    if is_short and section in SHORTHANDS and isinstance(old, dict):
         new = {**{key: old[key] for key in old if key not in BELONGING[section]}, **new}
     raw[section] = new
 
@@ -99,5 +102,5 @@ def _is_text(place: str) -> bool:
         for sections in SECTIONS_OF.values()
         if section in sections and key in sections[section].model_fields
     ]
-    texts = (str, Name, Name | None, str | None)
+    texts = (str, Name, Name | None, str | None, Sources, Sources | None)
     return bool(fields) and all(field.annotation in texts for field in fields)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moslora.recipe.schema import SHIPPED
+
 __all__ = ["anchor", "user_path"]
 
 PATHS: dict[str, tuple[str, ...]] = {
@@ -15,6 +17,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "data": ("train", "heldout", "images", "class_images"),
     "task": ("prompts_file", "clip_model", "dino_model"),
     "mix": ("adapters",),
+    "evaluation": ("also",),
 }
 
 
@@ -28,9 +31,18 @@ def anchor(section: str, values: Any, folders: Sequence[Path]) -> None:
     for key in PATHS.get(section, ()) if isinstance(values, dict) else ():
         value = values.get(key)
         if isinstance(value, list):
-            values[key] = [_found(item, folders) for item in value]
+            # A folder that happens to be called general is given as ./general.
+            named = (SHIPPED,) if key == "also" else ()
+            values[key] = [item if item in named else _found_in_list(item, folders) for item in value]
         elif value is not None:
             values[key] = _found(value, folders)
+
+
+def _found_in_list(item: Any, folders: Sequence[Path]) -> Any:
+    """Return the path of one of several files, or the settings with it, as an absolute one."""
+    if isinstance(item, dict) and "path" in item:
+        return {**item, "path": _found(item["path"], folders)}
+    return _found(item, folders)
 
 
 def _found(value: Any, folders: Sequence[Path]) -> Any:

@@ -18,18 +18,25 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
 from moslora.recipe.yaml_core import CORE_SCHEMA, Dumper, Loader
+from moslora.wording import did_you_mean
 
 __all__ = [
     "ADAPTER_DEFAULTS",
+    "SHIPPED",
     "DataSection",
+    "EvaluationSection",
     "MixSection",
     "ModelSection",
     "OutputSection",
@@ -70,17 +77,100 @@ class ModelSection(_Section):
     quantization: Literal["none", "nf4"] = "none"
 
 
+DataFormat = Literal["auto", "messages", "prompt-completion", "text", "alpaca"]
+
+
+def _columns(columns: dict[str, str] | None) -> dict[str, str] | None:
+    """Check the names and templates of ``data.columns``."""
+    from moslora.data.naming import TARGETS, parse_template
+
+    for target, source in (columns or {}).items():
+        if target not in TARGETS:
+            known = did_you_mean(target, TARGETS) or f" Those are {', '.join(TARGETS)}."
+            raise ValueError(f"a mapping from columns that are read; {target!r} is none.{known}".rstrip("."))
+        parse_template(source)
+    return columns
+
+
+Columns = Annotated[dict[Name, Name] | None, AfterValidator(_columns)]
+
+
+class SourceSection(_Section):
+    """One file of several, with its weight and what differs from the section's settings."""
+
+    path: Name
+    weight: float = Field(default=1.0, gt=0)
+    split: Name | None = None
+    format: DataFormat | None = None
+    columns: Columns = None
+    limit: int | None = Field(default=None, ge=1)
+    ignore: list[Name] | None = None
+
+
+def _sources(value: Any) -> Any:
+    """Check a file or a list of files; the words of pydantic for a union help nobody."""
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("a file or hub id; it is empty")
+        return value
+    if not isinstance(value, list):
+        raise ValueError("a file or hub id, or a list of them; a mapping in the list has path and weight")
+    if not value:
+        raise ValueError("a list with a file in it")
+    return [_source(item, number) for number, item in enumerate(value, start=1)]
+
+
+def _source(item: Any, number: int) -> str | SourceSection:
+    if isinstance(item, SourceSection) or (isinstance(item, str) and item):
+        return item
+    if not isinstance(item, dict):
+        raise ValueError(f"a list of files and of mappings with path and weight; item {number} is {item!r}")
+    try:
+        return SourceSection.model_validate(item)
+    except ValidationError as error:
+        said = []
+        for found in error.errors(include_url=False):
+            key = ".".join(map(str, found["loc"]))
+            if found["type"] == "extra_forbidden":
+                hint = did_you_mean(key, SourceSection.model_fields) or " It is unknown."
+                said.append(f"{key}.{hint}".rstrip("?."))
+            elif found["type"] == "missing":
+                said.append(f"no {key}")
+            else:
+                said.append(f"{key}: {found['msg'].removeprefix('Value error, ')}")
+        raise ValueError(f"a list of usable files; item {number} has {'; '.join(said)}") from None
+
+
+def _sources_or_none(value: Any) -> Any:
+    return None if value is None else _sources(value)
+
+
+def _as_written(value: Any) -> Any:
+    """Return files as YAML has them, without settings that nobody gave."""
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    return value.model_dump(exclude_none=True) if isinstance(value, SourceSection) else value
+
+
+_SERIALIZED = PlainSerializer(_as_written, return_type=Any)
+# A file or hub id, or several.
+Sources = str | list[str | SourceSection]
+
+
 class DataSection(_Section):
     """The examples: files or hub ids."""
 
-    train: Name
-    heldout: Name | None = None
+    train: Annotated[Sources, PlainValidator(_sources), _SERIALIZED]
+    heldout: Annotated[Sources | None, PlainValidator(_sources_or_none), _SERIALIZED] = None
     heldout_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     train_split: Name = "train"
     heldout_split: Name | None = None
-    format: Literal["auto", "messages", "prompt-completion", "text", "alpaca"] = "auto"
+    format: DataFormat = "auto"
+    columns: Columns = None
     template: Literal["auto", "chat", "plain"] = "auto"
-    train_on: Literal["completions", "all"] = "completions"
+    train_on: Literal["completions", "last", "each", "all"] = "completions"
+    reasoning: Literal["keep", "inline", "drop"] = "keep"
+    system_turn: Literal["keep", "user", "drop"] = "keep"
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     limit: int | None = Field(default=None, ge=1)
     ignore: list[Name] | None = None
@@ -96,6 +186,10 @@ class VisionTaskSection(TaskSection):
 
 class VisionDataSection(DataSection):
     """Examples with pictures: LLaVA's JSON, or messages beside a list of images."""
+
+    train: Name
+    heldout: Name | None = None
+    train_on: Literal["completions", "last", "all"] = "completions"
 
     images: Name | None = None
     bad_images: Literal["refuse", "skip"] = "refuse"
@@ -200,6 +294,23 @@ class ImageScopesSection(_Scopes):
     text_encoders_alpha: float | None = Field(default=None, gt=0)
 
 
+# The text that comes with the package; any other entry of ``evaluation.also`` is a file or hub id.
+SHIPPED = "general"
+
+
+class EvaluationSection(_Section):
+    """What is measured beside the task's own held-out data: what tuning cost on text that it is not about."""
+
+    also: list[Name] = [SHIPPED]
+
+    @field_validator("also")
+    @classmethod
+    def _once(cls, also: list[str]) -> list[str]:
+        if twice := next((name for name in also if also.count(name) > 1), None):
+            raise ValueError(f"a list that names {twice} once")
+        return also
+
+
 class OutputSection(_Section):
     """Where the run directory goes."""
 
@@ -236,6 +347,7 @@ class Recipe(_Section):
     adapter: dict[str, Any] = {}
     mix: MixSection | None = None
     trainer: dict[str, Any] = {}
+    evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -259,6 +371,7 @@ class ImageRecipe(Recipe):
     task: ImageTaskSection = ImageTaskSection()  # type: ignore[assignment]
     model: ImageModelSection  # type: ignore[assignment]
     data: ImageDataSection  # type: ignore[assignment]
+    evaluation: EvaluationSection = EvaluationSection(also=[])
     scopes: ImageScopesSection = ImageScopesSection()
 
 
@@ -288,6 +401,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
     "data": DataSection,
     "mix": MixSection,
+    "evaluation": EvaluationSection,
     "output": OutputSection,
     "scopes": ScopesSection,
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moslora.files import write_text
 from moslora.reports.drawing import INKS, drawing
 from moslora.reports.page import render
+from moslora.reports.pareto import draw_pareto
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,6 +79,15 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
             "svg": _draw("Validation loss by learning rate", 3.8, lambda axes: _rates(axes, results, colors)),
         }
     )
+    for data in results.get("base_also") or ():
+        if any(data in point["also"] for point in results["points_also"]):
+            text = (
+                f"What a method brings, to the left, against what it costs on {data} text, downwards: lower left is "
+                "better. Diamonds are means of seeds at the best rate, dots their seeds, faint dots other rates; the "
+                "line joins the methods that no other beats in both."
+            )
+            title = f"Loss on the task against {data} text"
+            drawings.append({"title": title, "text": text, "svg": draw_pareto(results, data, colors)})
     page = render(
         "comparison",
         name=folder.name,

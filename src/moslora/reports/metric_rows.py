@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moslora.metrics.answers import wilson_interval
-from moslora.metrics.change import change_of
+from moslora.metrics.change import change_of, price_sentence
 from moslora.reports.formatting import UNIT, number, percent, section_of
 from moslora.tasks.image.fidelity import SCORES
 from moslora.wording import figure
@@ -105,6 +105,45 @@ def _counted_interval(
 
 def _marks(predictions: Sequence[Mapping[str, Any]], key: str) -> list[bool]:
     return [mark for line in predictions if isinstance(mark := line.get(key), bool)]
+
+
+def cost_rows(also: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what tuning cost on each set of other data, ready for the page."""
+    sets = []
+    for name, cost in also.items():
+        rows = []
+        for key, label in (("loss", f"Loss on {name} text"), ("kl", "KL from the base")):
+            before, after = (number(section_of(cost, stage).get(key)) for stage in ("before", "after"))
+            change = section_of(section_of(cost, "change"), key)
+            ends = [number(change.get(end)) for end in ("low", "high")]
+            rows.append(
+                {
+                    "label": label,
+                    "before": "—" if before is None else f"{before:.4f}",
+                    "after": "—" if after is None else f"{after:.4f}",
+                    "change": "—" if before is None or after is None else _signed(after - before),
+                    "interval": None if None in ends else " to ".join(_signed(end) for end in ends),
+                }
+            )
+        kinds = [
+            {"kind": kind, "count": of.get("passages"), **{key: _plain(of.get(key)) for key in COST_COLUMNS}}
+            for kind, of in section_of(cost, "kinds").items()
+        ]
+        about = {"source": cost.get("source"), "passages": cost.get("passages"), "tokens": cost.get("tokens")}
+        sets.append({"name": name, "rows": rows, "kinds": kinds, "said": price_sentence(name, cost), **about})
+    return sets
+
+
+COST_COLUMNS = ("base", "tuned", "kl")
+
+
+def _plain(value: Any) -> str:
+    known = number(value)
+    return "—" if known is None else f"{known:.4f}"
+
+
+def _signed(value: float | None) -> str:
+    return "—" if value is None else f"{value:+.4f}".replace("-", "−")
 
 
 def fidelity_rows(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from moslora.reports.formatting import UNIT, flattened, is_number, number, secti
 from moslora.reports.metric_rows import (
     CHANGES,
     chance_sentence,
+    cost_rows,
     fidelity_rows,
     kind_rows,
     metric_rows,
@@ -105,6 +106,7 @@ def write_report(run_dir: Path, **fields: Any) -> Path:
         verdict=verdict_sentence(rows, count, len(predictions), metrics.get("unit") or UNIT),
         unit=metrics.get("unit") or UNIT,
         pictures=picture_rows(run, section_of(record, "pictures")),
+        costs=cost_rows(section_of(record, "also")),
         fidelity=fidelity_rows(section_of(record, "fidelity")),
         drawn_steps=len(section_of(section_of(record, "pictures"), "during")),
         shown_steps=SERIES,

@@ -16,8 +16,10 @@ from moslora.data.splitting import set_aside, thin_out
 from moslora.errors import ModelError, UsageError
 from moslora.metrics.answers import ANSWER_METRICS, wilson_interval
 from moslora.models.loading import default_device
+from moslora.tasks.also import AlsoExamples, AlsoSet, measure_set, read_also, summarize
 from moslora.tasks.base_model import BaseModel, count_parameters, refuse_misfits
 from moslora.tasks.task import Answer, Count, Evaluation, Task
+from moslora.tasks.text.cost import Changed, Costs, keep_changed
 from moslora.tasks.text.loss import Batch, example_losses
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class LanguageTask(Task):
         asked: The held-out examples that are to be answered.
         by_place: The held-out examples by their place in the data.
         answer_metrics: By name, functions of an answer and its reference, measured beside the recipe's metric.
+        also_examples, also: The sets of ``evaluation.also``: as they were read, and encoded.
+        also_limit: How many passages of each are measured, evenly spread; None for all.
+        remembered: In a comparison, what the method under way changes of the base itself.
         measures_only: Whether only held-out data are used; a task may then leave the rest unread.
     """
 
@@ -78,6 +83,10 @@ class LanguageTask(Task):
     by_place: Mapping[str, Example]
     answer_metrics: Mapping[str, AnswerMetric] = {}
     measures_only = False
+    also_examples: Sequence[AlsoExamples] = ()
+    also: Sequence[AlsoSet] = ()
+    also_limit: int | None = None
+    remembered: Any = ()
 
     def __init__(self, recipe: Recipe, display: Display, raise_if_stopped: Callable[[], None]) -> None:
         super().__init__(recipe, display, raise_if_stopped)
@@ -243,6 +252,43 @@ class LanguageTask(Task):
                 "metrics has no answer to judge: no held-out example has an answer, or task.generate_examples is 0."
             )
 
+    # ---- what tuning cost ----------------------------------------------------------------------------
+
+    def read_also(self) -> None:
+        """Read the sets of ``evaluation.also``; a part of ``read``."""
+        self.also_examples = read_also(self.recipe.evaluation.also, self.recipe.data.ignore or ())
+
+    def remember_base(self, model: nn.Module) -> Any:
+        """Copy what training changes of the base itself, which is nothing for most adapters."""
+        return keep_changed(model, self.adapter_config(model)) if self.also else ()
+
+    def costs(self, model: nn.Module, remembered: Any) -> dict[str, Any]:
+        """Measure loss and KL from the base on the sets of ``evaluation.also``."""
+        found = self.measure_also(model, remembered)
+        return {also.name: summarize(also, found[also.name]) for also in self.also}
+
+    def measure_also(self, model: nn.Module, changed: Changed = (), tuned: bool = True) -> dict[str, Costs]:
+        """Measure base and tuned model on every set of ``evaluation.also``.
+
+        Args:
+            model: The tuned model, or the base if not ``tuned``.
+            changed: From ``keep_changed``.
+            tuned: Whether there is a tuned model.
+
+        Returns:
+            Sums of each passage, by the set's name.
+        """
+        found = {}
+        for also in self.also:
+            with self.display.progress(f"What it cost, {also.name}", len(also.passages)) as progress:
+
+                def done(count: int, progress: Any = progress) -> None:
+                    progress.advance(count)
+                    self.raise_if_stopped()
+
+                found[also.name] = measure_set(also, model, self.pad_id, self.device, changed, tuned, done)
+        return found
+
     # ---- measurements --------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, label: str) -> Evaluation:
@@ -336,13 +382,16 @@ def judge_answer(
         pictures: Files of the pictures that were shown.
     """
     is_right = ANSWER_METRICS.get(metric)
+    turns = [message for message in example.messages or () if message.role == "assistant" and message.trained]
+    # Thoughts that the data has apart from the answer are not a part of the reference.
+    answer = text.rpartition("</think>")[2].strip() if turns and turns[-1].reasoning else text
     kind = example.extra.get("kind")
     return Answer(
         place=example.place,
         prompt=question_of(example),
         reference=reference,
         text=text,
-        correct=None if is_right is None else is_right(text, reference),
+        correct=None if is_right is None else is_right(answer, reference),
         kind=None if kind is None else str(kind),
         pictures=pictures,
     )

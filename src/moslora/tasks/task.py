@@ -174,6 +174,26 @@ class Task(ABC):
             label: The model's name in the progress display.
         """
 
+    def remember_base(self, model: nn.Module) -> Any:
+        """Keep what training changes of the base itself, for ``costs``; called before training.
+
+        Args:
+            model: The base model.
+        """
+        return None
+
+    def costs(self, model: nn.Module, remembered: Any) -> dict[str, Any]:
+        """Measure what tuning cost on data that it is not about; empty if a task has none.
+
+        Args:
+            model: The tuned model.
+            remembered: From ``remember_base``.
+
+        Returns:
+            By the name of each set what ``moslora.tasks.also.summarize`` gives.
+        """
+        return {}
+
     @abstractmethod
     def probe(self) -> list[Any]:
         """Return inputs for the proof: for each, token ids ``(1, length)`` or all arguments by name."""

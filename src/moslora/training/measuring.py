@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moslora.errors import TrainingError
 from moslora.files import write_text
@@ -61,6 +61,28 @@ def measure(run: RunContext, task: Task, model: nn.Module, stage: str, label: st
     return evaluation
 
 
+def measure_costs(run: RunContext, task: Task, model: nn.Module, remembered: Any) -> dict[str, Any]:
+    """Measure what tuning cost on other data, or read what an earlier try of the run has measured already.
+
+    Args:
+        run: The run.
+        task: Prepared.
+        model: The tuned model.
+        remembered: From ``Task.remember_base``, before training.
+    """
+    kept = evaluation_file(run.directory, "also")
+    if kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        with run.stage("also", "measuring what tuning cost"):
+            found = task.costs(model, remembered)
+        if not found:
+            return {}
+        write_text(kept, json.dumps(found, ensure_ascii=False, allow_nan=False))
+    run.directory.update(also=found)
+    return found
+
+
 def restore_measurements(directory: RunDirectory) -> None:
     """Put into ``run.json`` what was measured and is not in it, as where a run was killed between the two.
 
@@ -72,6 +94,9 @@ def restore_measurements(directory: RunDirectory) -> None:
         found = read_evaluation(directory, stage)
         if found is not None and stage not in known:
             _record(directory, stage, found)
+    kept = evaluation_file(directory, "also")
+    if kept.exists() and "also" not in directory.read():
+        directory.update(also=json.loads(kept.read_text(encoding="utf-8")))
 
 
 def _record(directory: RunDirectory, stage: str, evaluation: Evaluation) -> None:

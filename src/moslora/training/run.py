@@ -39,7 +39,7 @@ from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
 from moslora.training.heartbeat import heartbeat
-from moslora.training.measuring import measure, record_change
+from moslora.training.measuring import measure, measure_costs, record_change
 from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
 from moslora.training.proving import prove_reloaded
@@ -383,6 +383,7 @@ def _stages(run: RunContext, task: Task) -> None:
         model = task.load()
     run.team.wait()
     before = measure(run, task, model, "before", "base model")
+    remembered = task.remember_base(model)
     run.team.wait()
     trainer = fit(run, task, model)
     # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
@@ -392,12 +393,13 @@ def _stages(run: RunContext, task: Task) -> None:
         save_adapter(run, task, adapted)
     after = measure(run, task, adapted, "after", "tuned model")
     record_change(run, before, after)
+    measure_costs(run, task, adapted, remembered)
     write_predictions(run, before.answers, after.answers)
     with run.stage("prove", "proving the exported LoRA"):
         observed = proving.observe(run, task, adapted)
         # The fresh process loads the base again: nothing of the first may be in its way.
         proving.release(task, trainer)
-        del model, trainer, adapted
+        del model, trainer, adapted, remembered
         proving.collect_garbage()
         prove_reloaded(run, observed)
         write_cards(directory, display)

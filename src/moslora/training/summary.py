@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moslora.metrics.change import training_verdict
+from moslora.metrics.change import price_sentence, training_verdict
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.training.context import RunContext
@@ -63,6 +63,7 @@ def show_result(run: RunContext, task: Task, before: Evaluation, after: Evaluati
     record = run.directory.read()
     display.say()
     show_measurements(record["metrics"], display)
+    show_costs(record.get("also", {}), display)
     if after.fidelity:
         _show_fidelity(run, before.fidelity, after.fidelity)
     if after.answers:
@@ -102,6 +103,25 @@ def show_measurements(measured: Mapping[str, Any], display: Display) -> None:
     display.table(f"{examples} {measured['unit']}{some}", ["", *columns], rows)
     change, verdict = training_verdict(measured["before"], measured["after"], measured["unit"])
     display.say(verdict, style="green" if change == "better" else "bold yellow")
+
+
+def show_costs(also: Mapping[str, Any], display: Display) -> None:
+    """Show what tuning cost on data that it was not about.
+
+    Args:
+        also: ``also`` of ``run.json``; empty if it was not measured.
+        display: Where to.
+    """
+    for name, cost in also.items():
+        rows = []
+        for key, label in (("loss", "loss"), ("kl", "KL from the base")):
+            found = cost["change"][key]
+            ends = "" if found is None else "{:+.4f} to {:+.4f}".format(found["low"], found["high"])
+            values = (cost["before"][key], cost["after"][key])
+            rows.append([label, *("not finite" if v is None else f"{v:.4f}" for v in values), ends])
+        title = f"What it cost, {name}: {cost['passages']} passages, {cost['tokens']} tokens"
+        display.table(title, ["", "base", "tuned", "change, 95 %"], rows)
+        display.say(price_sentence(name, cost))
 
 
 def show_proofs(proofs: Mapping[str, Any], display: Display) -> None:

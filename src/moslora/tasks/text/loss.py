@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "example_losses",
     "labeled_loss",
+    "labeled_rows",
     "logits_are_plain",
     "row_losses",
     "score_labels",
@@ -213,22 +214,37 @@ def row_losses(model: nn.Module, arguments: Mapping[str, Tensor], labels: Tensor
         The sums in nats, float64, and the numbers of tokens, ``(rows,)`` each.
     """
     import torch
-    from torch import nn
     from torch.nn import functional as F
 
-    base = unwrapped(model)
     targets = labels[:, 1:]
     trained = targets != -100  # (rows, length - 1)
     with torch.inference_mode():
-        if logits_are_plain(base):
-            hidden = base.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]
-            head, rows = base.get_output_embeddings(), hidden[trained]  # (tokens, d)
-        else:
-            logits = model(**arguments, use_cache=False).logits[:, :-1]
-            head, rows = nn.Identity(), logits[trained]  # (tokens, vocabulary)
+        head, rows = labeled_rows(model, arguments, trained)
         parts = zip(torch.split(rows, LOGIT_ROWS), torch.split(targets[trained], LOGIT_ROWS), strict=True)
         losses = [F.cross_entropy(head(row).float(), target, reduction="none") for row, target in parts]
     sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     token_losses = torch.cat(losses).double() if losses else sums[:0]  # (tokens,)
     sums.index_add_(0, trained.nonzero()[:, 0], token_losses)
     return sums, trained.sum(dim=1)
+
+
+def labeled_rows(model: nn.Module, arguments: Mapping[str, Tensor], labeled: Tensor) -> tuple[Any, Tensor]:
+    """Run a model, and return what its logits at labeled positions are made from.
+
+    Args:
+        model: A causal language model, or PEFT's around it.
+        arguments: As for ``row_losses``.
+        labeled: Where the next token is labeled, ``(rows, length - 1)``.
+
+    Returns:
+        The head, and its input at those positions, ``(tokens, d)``; where logits are more than the head's product, the
+        identity and the logits, ``(tokens, vocabulary)``.
+    """
+    from torch import nn
+
+    base = unwrapped(model)
+    if logits_are_plain(base):
+        hidden = base.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]
+        return base.get_output_embeddings(), hidden[labeled]
+    logits = model(**arguments, use_cache=False).logits[:, :-1]
+    return nn.Identity(), logits[labeled]

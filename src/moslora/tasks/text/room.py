@@ -10,7 +10,7 @@ from moslora.errors import EncodingError
 if TYPE_CHECKING:
     from moslora.data.tokenization import Encoded
 
-__all__ = ["check_room"]
+__all__ = ["check_room", "check_tokens", "positions_of"]
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # What a configuration has whose model computes positions instead of looking them up.
@@ -36,9 +36,9 @@ def check_room(
     Raises:
         EncodingError: If a token is beyond the vocabulary, or a row beyond the positions of a model that looks them up.
     """
-    _check_tokens(getattr(config, "vocab_size", None), sets)
-    limit = next((n for n in (getattr(config, name, None) for name in POSITIONS) if isinstance(n, int)), None)
-    if limit is None or limit < 1:
+    check_tokens(getattr(config, "vocab_size", None), sets)
+    limit = positions_of(config)
+    if limit is None:
         return
     rows = [(len(e.input_ids), f"{e.place} of the {what} data", 0) for what, s in sets.items() for e in s]
     rows += [(len(e.prompt_ids) + new_tokens, f"{e.place} of the held-out data", new_tokens) for e in asked]
@@ -60,8 +60,28 @@ def check_room(
     )
 
 
-def _check_tokens(size: Any, sets: Mapping[str, Sequence[Encoded]]) -> None:
-    """Refuse a token that the embedding has no row for."""
+def positions_of(config: Any) -> int | None:
+    """Return for how many positions a model was made; None if its configuration does not say.
+
+    Args:
+        config: The model's configuration; of a model with several parts, that of its text counts.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = (getattr(text, name, None) for name in POSITIONS)
+    limit = next((number for number in known if isinstance(number, int)), None)
+    return None if limit is None or limit < 1 else limit
+
+
+def check_tokens(size: Any, sets: Mapping[str, Sequence[Encoded]]) -> None:
+    """Refuse a token that the embedding has no row for.
+
+    Args:
+        size: Of the model's vocabulary, if it is known.
+        sets: Encoded examples by what they are called.
+
+    Raises:
+        EncodingError: If there is one.
+    """
     if not isinstance(size, int):
         return
     for what, examples in sets.items():

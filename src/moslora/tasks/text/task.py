@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moslora.data.columns import without_keys
 from moslora.data.encoding import Summary, encode_all
-from moslora.data.files import read_records
 from moslora.data.preview import MOST, preview
-from moslora.data.shapes import Example, to_examples
+from moslora.data.shapes import Example, answers_apart
+from moslora.data.sources import Part, read_sources, weighted
 from moslora.data.splitting import overlap, prompt_of, split_heldout
 from moslora.data.tokenization import Encoded, Encoder
+from moslora.errors import UsageError
 from moslora.models.loading import load_tokenizer
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
+from moslora.tasks.also import encode_also
 from moslora.tasks.language import LanguageTask, judge_answer, show_data
 from moslora.tasks.task import Answer
 from moslora.tasks.text.generation import Generation, generate_from_prompts
@@ -47,14 +48,15 @@ class TextTask(LanguageTask):
         """Read the data and find the base model."""
         data = self.recipe.data
         self.base_model.find(self.needs_weights)
-        parts = [without_keys(read_records(data.train, data.train_split, data.limit), data.ignore or ())]
-        self.data_hashes = {"train": parts[0][0].sha256}
-        self.train_examples = to_examples(parts[0][0], data.format)
+        train = read_sources(data.train, data, data.train_split, data.limit)
+        parts = list(train)
+        self.data_hashes = _hashes("train", train)
+        self.train_examples = [example for part in train for example in part.examples]
         if data.heldout is not None or data.heldout_split is not None:
-            records = read_records(data.heldout or data.train, data.heldout_split or "train", None)
-            parts.append(without_keys(records, data.ignore or ()))
-            self.data_hashes["heldout"] = records.sha256
-            self.heldout_examples = to_examples(parts[1][0], data.format)
+            heldout = read_sources(data.heldout or data.train, data, data.heldout_split or "train", None)
+            parts += heldout
+            self.data_hashes |= _hashes("heldout", heldout)
+            self.heldout_examples = [example for part in heldout for example in part.examples]
         else:
             self.train_examples, self.heldout_examples = split_heldout(
                 self.train_examples, data.heldout_fraction, self.recipe.seed
@@ -63,13 +65,35 @@ class TextTask(LanguageTask):
                 f"Held out {len(self.heldout_examples)} examples ({data.heldout_fraction:.0%}, chosen "
                 "by content and seed), because data.heldout names none."
             )
-        self.warn_of_idle_entries(parts)
+        self.warn_of_idle_entries([(part.records, part.present) for part in parts])
+        self.read_also()
         shared = overlap(self.train_examples, self.heldout_examples)
         if shared and not self.measures_only:
             self.display.warn(
                 f"{shared} of {len(self.heldout_examples)} held-out prompts are also trained on, so the "
                 "held-out numbers are too good. Remove these prompts from one of the two files."
             )
+        self._weigh(train)
+
+    def _weigh(self, parts: Sequence[Part]) -> None:
+        """Repeat a file's examples, or take a share of them, as its weight says; held-out ones stay as they are."""
+        if len(parts) < 2 and parts[0].weight == 1:
+            return
+        left = {id(example) for example in self.train_examples}
+        chosen, rows = [], []
+        for part in parts:
+            own = [example for example in part.examples if id(example) in left]
+            taken = weighted(own, part.weight, self.recipe.seed)
+            chosen += taken
+            rows.append([part.name, str(len(own)), f"{part.weight:g}", str(len(taken))])
+        if not chosen:
+            raise UsageError("The weights of data.train leave no example to train on; raise them.")
+        self.train_examples = chosen
+        shares = [f"{int(row[3]) / len(chosen):.0%}" for row in rows]
+        columns = ["", "examples", "weight", "in an epoch", "share"]
+        self.display.table(
+            "Training data", columns, [[*row, share] for row, share in zip(rows, shares, strict=True)]
+        )
 
     def prepare(self) -> None:
         """Convert the base if it must be, encode the examples, and show what is trained on."""
@@ -83,6 +107,11 @@ class TextTask(LanguageTask):
             resolve_trainer_arguments(recipe, self.device)["max_length"],
             recipe.data.too_long,
         )
+        if recipe.data.train_on == "each":
+            self.train_examples, self.heldout_examples, self.validation_examples = (
+                [one for example in examples for one in answers_apart(example)]
+                for examples in (self.train_examples, self.heldout_examples, self.validation_examples)
+            )
         self.train_set, self.train_summary = encode_all(self.train_examples, encoder)
         self.heldout_set, self.heldout_summary = encode_all(self.heldout_examples, encoder)
         if self.validation_examples:
@@ -94,6 +123,7 @@ class TextTask(LanguageTask):
         self.asked = with_question[: recipe.task.generate_examples]
         self.check_references()
         self._check_room()
+        self.also = encode_also(self.also_examples, encoder, self._config(), self.also_limit)
         if recipe.task.metric != "none" and not self.asked:
             self.display.warn(
                 f"task.metric={recipe.task.metric} has no answer to judge: no held-out example has an answer, or "
@@ -104,12 +134,14 @@ class TextTask(LanguageTask):
 
     def _check_room(self) -> None:
         """Refuse tokens and positions that the model does not have."""
-        model = self.base_model.handed_over
-        config = model.config if model is not None else self.base_model.config()
         sets = {"held-out": self.heldout_set}
         if not self.measures_only:
             sets = {"training": self.train_set, **sets}
-        check_room(config, sets, self.asked, self.recipe.task.max_new_tokens, self.display.warn)
+        check_room(self._config(), sets, self.asked, self.recipe.task.max_new_tokens, self.display.warn)
+
+    def _config(self) -> Any:
+        model = self.base_model.handed_over
+        return model.config if model is not None else self.base_model.config()
 
     def part_of(self, module: str) -> str:
         """Return ``"language"``: a text model has one part."""
@@ -179,6 +211,12 @@ class TextTask(LanguageTask):
         import torch
 
         return [torch.tensor([e.input_ids[:PROBE_TOKENS]]) for e in self.heldout_set[:PROBES]]
+
+
+def _hashes(name: str, parts: Sequence[Part]) -> dict[str, str]:
+    """Return the hash of a file under the name of its half, and of several each under its own."""
+    several = len(parts) > 1
+    return {f"{name}, {part.name}" if several else name: part.records.sha256 for part in parts}
 
 
 def _as_dataset(encoded: Sequence[Encoded]) -> Dataset:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moslora.data.columns import says_nothing, without_keys
 from moslora.data.faults import SHOWN
 from moslora.data.files import Records, read_records
+from moslora.data.naming import rename_columns
 from moslora.data.pictures import open_image
 from moslora.data.shapes import Example, to_examples
 from moslora.errors import DataError, PictureError
@@ -140,6 +141,7 @@ def read_examples(
     places: list[str] = []
     row_faults: list[str] = []
     picture_faults: list[str] = []
+    records = rename_columns(records, data.columns)
     for place, row in zip(records.places, records.rows, strict=True):
         try:
             text_row, names = split_off_images(row)
@@ -167,7 +169,8 @@ def read_examples(
     if not rows:
         raise DataError(records.source, ["no example has a usable picture"], "Check data.images.")
     hashes = {part: records.sha256, f"{part}_pictures": pictures.sha256()}
-    examples = to_examples(Records(rows, places, records.source, records.sha256), data.format)
+    usable = Records(rows, places, records.source, records.sha256)
+    examples = to_examples(usable, data.format, data.reasoning, data.system_turn)
     return examples, hashes, (records, present)
 
 

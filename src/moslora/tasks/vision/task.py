@@ -14,11 +14,12 @@ from moslora.data.encoding import Summary
 from moslora.data.preview import MOST, preview
 from moslora.data.shapes import Example
 from moslora.data.splitting import prompt_of
-from moslora.data.tokenization import Encoded
+from moslora.data.tokenization import Encoded, Encoder
 from moslora.errors import ModelError, UsageError
 from moslora.models.loading import call_loader
 from moslora.recipe.schema import VisionRecipe
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
+from moslora.tasks.also import encode_also
 from moslora.tasks.language import LanguageTask, judge_answer, show_data
 from moslora.tasks.task import Answer
 from moslora.tasks.text.generation import Generation, generate
@@ -50,6 +51,7 @@ class VisionTask(LanguageTask):
     Attributes:
         pictures: The files of the examples' pictures; set by ``read``.
         encoder: Encodes examples with their pictures; set by ``prepare``.
+        model_config: The model's configuration; likewise.
     """
 
     auto_class = "AutoModelForImageTextToText"
@@ -60,6 +62,7 @@ class VisionTask(LanguageTask):
     recipe: VisionRecipe
     pictures: PictureFiles
     encoder: PictureEncoder
+    model_config: Any
     train_set: EncodedRows
     heldout_set: EncodedRows
     validation_set: EncodedRows
@@ -83,6 +86,7 @@ class VisionTask(LanguageTask):
         self.heldout_examples = self._read("heldout", data.heldout, data.heldout_split or "train", None)
         self.warn_of_idle_entries(self._parts)
         self._warn_of_shared_pictures()
+        self.read_also()
 
     def _read(self, part: str, source: str, split: str, limit: int | None) -> list[Example]:
         examples, hashes, rows = read_examples(
@@ -139,12 +143,27 @@ class VisionTask(LanguageTask):
         self.by_place = {example.place: example for example in self.heldout_examples}
         self.asked = self.heldout_set[: recipe.task.generate_examples]
         self.check_references()
+        self._encode_also()
         if not self.measures_only:
             pieces = preview(self.train_set[0], self.tokenizer, MOST)
             shortened = ((self.encoder.shorten(piece), trained) for piece, trained in pieces)
             show_data(self.display, self.train_summary, self.heldout_summary, shortened)
         for remark in self.remarks:
             self.display.warn(f"Pictures: {remark}.")
+
+    def _encode_also(self) -> None:
+        """Encode the sets of ``evaluation.also``: text for the language part, which sees no picture then."""
+        own = self.encoder.encoder
+        if own.template == "pair":
+            if self.also_examples:
+                self.display.say(
+                    "evaluation.also is not measured: this family of models reads no text without a question and a "
+                    "picture."
+                )
+            return
+        plain = Encoder(self.tokenizer, "plain", own.train_on, own.max_length, "cut")
+        with self.encoder.renderer.showing([]):
+            self.also = encode_also(self.also_examples, own, self.model_config, self.also_limit, plain)
 
     def _measure_kept(self) -> None:
         """Note how much of the pictures the processor cuts off."""
@@ -167,7 +186,7 @@ class VisionTask(LanguageTask):
             options["revision"] = source.revision
         model = self.base_model.handed_over
         config = call_loader(source, AutoConfig.from_pretrained, options) if model is None else model.config
-        kind = config.model_type
+        self.model_config, kind = config, config.model_type
         if kind not in PROCESSOR_FAMILIES:
             raise ModelError(
                 f"{source.name} is of the family {kind!r}; task=vision was tested on "
