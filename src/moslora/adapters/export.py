@@ -15,6 +15,7 @@ from moslora.adapters.facts import to_say
 from moslora.adapters.fit import fit_to_named_base
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.table import FORMATS, WRITTEN
+from moslora.adapters.lineage import keep_lineage, lineage_of
 from moslora.adapters.ranks import to_rank
 from moslora.adapters.targets import check_target, format_for
 from moslora.errors import AdapterError, ProofError, UsageError
@@ -275,6 +276,9 @@ def export_adapter(
                 f"{proof.max_relative_error:.1e}, above {proof.tolerance:.0e}. Nothing was left at {out}."
             )
         result.keep(proof)
+        story = lineage_of(source)
+        if story is not None and result.place.is_dir():
+            keep_lineage(result.place, story)
     return proof
 
 
