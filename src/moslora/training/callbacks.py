@@ -87,12 +87,10 @@ class Rescheduled(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
         """Set the rates to those of the schedule at this step."""
-        lambdas = getattr(lr_scheduler, "lr_lambdas", None)
-        if not lambdas or optimizer is None:
-            return
-        rates = zip(optimizer.param_groups, lr_scheduler.base_lrs, lambdas, strict=True)
-        for group, rate, part in rates:
-            group["lr"] = rate * part(lr_scheduler.last_epoch)
+        from moslora.compat.trainer import take_rates_of_schedule
+
+        if optimizer is not None:
+            take_rates_of_schedule(optimizer, lr_scheduler)
 
 
 class Painter(TrainerCallback):  # type: ignore[misc]
