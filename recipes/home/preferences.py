@@ -27,7 +27,7 @@ OPPOSITE = {
     "up": "down",
     "down": "up",
 }
-TRAIN, HELDOUT = 200, 100
+TRAIN, HELDOUT = 96, 40
 
 Command = dict[str, Any]
 

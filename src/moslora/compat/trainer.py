@@ -99,7 +99,9 @@ def take_rates_of_schedule(optimizer: Any, scheduler: Any) -> None:
     lambdas = getattr(scheduler, "lr_lambdas", None)
     if not lambdas:
         return
-    rates = [rate * part(scheduler.last_epoch) for rate, part in zip(scheduler.base_lrs, lambdas, strict=True)]
+    rates = [
+        rate * part(scheduler.last_epoch) for rate, part in zip(scheduler.base_lrs, lambdas, strict=True)
+    ]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
