@@ -17,6 +17,7 @@ from moslora.adapters.facts import to_say
 from moslora.adapters.fit import fit_to_named_base
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.table import FORMATS, WRITTEN
+from moslora.adapters.lineage import keep_lineage, lineage_of
 from moslora.adapters.ranks import to_rank
 from moslora.adapters.targets import check_target, format_for
 from moslora.errors import AdapterError, ProofError, UsageError
@@ -294,6 +295,9 @@ def export_adapter(
         result.describe(
             Card(Path(out).name, to, wanted, measured, [proof_in_words(proof)], hub_base=_hub_id(base))
         )
+        story = lineage_of(source)
+        if story is not None and result.place.is_dir():
+            keep_lineage(result.place, story)
     return proof
 
 

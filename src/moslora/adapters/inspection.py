@@ -17,6 +17,7 @@ from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.fit import Fit, fit_to_base
 from moslora.adapters.formats.native import start_of
 from moslora.adapters.formats.reading import detect, read_adapter
+from moslora.adapters.lineage import describe_lineage, lineage_of
 from moslora.display import Display, Printable
 from moslora.errors import AdapterError, ModelError
 from moslora.models.shards import StoredWeights, open_weights
@@ -131,6 +132,7 @@ class Inspection(Printable):
         groups: The same by kind of module.
         learned_nothing: Modules whose ``‖ΔW‖`` is below ``NOTHING`` of the median.
         note: What must be known to read the figures; empty if nothing.
+        lineage: Where it came from, in sentences, the newest training first; empty where that was not kept.
     """
 
     adapter: str
@@ -142,6 +144,7 @@ class Inspection(Printable):
     groups: tuple[Group, ...]
     learned_nothing: tuple[str, ...]
     note: str = ""
+    lineage: tuple[str, ...] = ()
 
     def show(self, display: Display) -> None:
         """Write the medians by kind of module, and what is to be known of them."""
@@ -150,6 +153,8 @@ class Inspection(Printable):
         display.say(
             f"Read {self.adapter}: {self.format}{mixer}, {len(self.modules)} modules, {self.parameters:,} parameters."
         )
+        for sentence in self.lineage:
+            display.say(sentence)
         if self.note:
             display.say(self.note)
         if self.learned_nothing:
@@ -209,6 +214,7 @@ def inspect_adapter(
         ),
         tuple(r.module for r in reports if r.norm == 0 or r.norm < NOTHING * typical),
         " ".join(filter(None, (*(found.notes if fit is None else (*fit.notes, *fit.faults)), _note(found)))),
+        tuple(describe_lineage(lineage_of(Path(adapter)) or {})),
     )
 
 

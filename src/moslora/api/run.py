@@ -82,7 +82,8 @@ class Run(Printable):
         if record.get("status") != "completed":
             display.say(f"{self.path}: {record.get('status')}, {record.get('stage')}.")
             return
-        show_measurements(record["metrics"], display)
+        names = ("start", "tuned") if record.get("start_from") else ()
+        show_measurements(record["metrics"], display, *names)
         show_costs(record.get("also", {}), display)
         show_proofs(record["proofs"], display)
         display.say(f"Plain LoRA, loads anywhere:   {self.lora}")

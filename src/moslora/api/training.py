@@ -57,7 +57,7 @@ def train(
 
     Args:
         recipe: A recipe's path, a dict of its sections, or a ``Recipe``; None if the other arguments are enough.
-        task: ``"text"``, ``"vision"`` or ``"image"``, or the section.
+        task: ``"text"``, ``"vision"``, ``"image"`` or ``"preference"``, or the section.
         model: A name (packaged, a folder, a hub id, a GGUF file), the section, or a loaded model of transformers. That
             one is trained with an adapter and is afterwards as it was before. If no folder holds its weights, it is
             saved as ``base/`` in the run directory, because a proof and a resumed run have to load it.
@@ -65,8 +65,9 @@ def train(
         data: A file or hub id, the section, or rows: a ``datasets.Dataset``, a ``DatasetDict`` or a list of dicts. Rows
             are written into the run directory as ``data/train.jsonl``; PIL images in them as files.
         heldout: Held-out examples, likewise; None takes some of ``data``.
-        adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section.
-        trainer: Fields of TRL's ``SFTConfig``.
+        adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section. ``{"start_from": path}`` goes on
+            from an adapter.
+        trainer: Fields of TRL's ``SFTConfig``, or of the configuration of the trainer that the task has.
         evaluation: What is measured beside the held-out examples; ``{"also": []}`` for nothing.
         scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
         output: The run directory, such as ``"runs/demo"``; a run never overwrites another.
@@ -150,14 +151,17 @@ def resume(
     path: str | os.PathLike[str],
     progress: str | Display | None = None,
     *,
+    settings: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
 ) -> Run:
-    """Continue a run that was interrupted, killed or failed.
+    """Continue a run that was interrupted, killed or failed, or train one longer.
 
     Args:
         path: The run directory.
         progress: As for ``train``.
+        settings: ``["trainer.max_steps=N"]`` or ``["trainer.num_train_epochs=N"]``, more than the run had, trains it
+            longer, a completed one too; what it had measured is kept under ``history`` of its record.
         callbacks, metrics: Those that were given to ``train``; they are in no file.
 
     Returns:
@@ -176,7 +180,7 @@ def resume(
     """
     _, handed_over = take_objects(callbacks=callbacks, metrics=metrics)
     with _quiet():
-        return Run(resume_run(Path(path), find_display(progress), handed_over).path)
+        return Run(resume_run(Path(path), find_display(progress), handed_over, list(settings)).path)
 
 
 @verb("mix")

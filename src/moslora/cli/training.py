@@ -26,7 +26,12 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue an interrupted run.", metavar="RUN", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Continue an interrupted run; with trainer.max_steps=N train one longer.",
+            metavar="RUN",
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, show an example, and stop.")
@@ -57,12 +62,13 @@ def train(
             as_json and in_main_process()
         )  # asked now: when a team ends, its processes forget their place
         if resume is not None:
-            if arguments or dry_run:
+            if dry_run or any("=" not in argument for argument in arguments or ()):
                 raise UsageError(
-                    "--resume cannot be combined with a recipe, settings or --dry-run: it uses the run's own "
-                    "recipe.yaml. To train with other settings, start a new run."
+                    "--resume cannot be combined with a recipe or --dry-run: it uses the run's own recipe.yaml. To "
+                    "train "
+                    "longer, add trainer.max_steps=N; to train with other settings, start a new run."
                 )
-            run = resume_run(resume, display)
+            run = resume_run(resume, display, settings=arguments or [])
         elif not arguments:
             raise UsageError("Nothing to train: name a recipe file, or at least model=NAME and data=FILE.")
         else:

@@ -114,7 +114,7 @@ class Bench:
 
     def _train_together(self, cells: Sequence[Planned]) -> list[Cell]:
         if self.plan.recipe.task.kind != "text":
-            raise CannotShare("batches with pictures are not concatenated")
+            raise CannotShare(f"batches of task={self.plan.recipe.task.kind} are not concatenated")
         found: dict[Planned, Cell] = {}
         made: dict[Planned, tuple[LanguageTask, Any]] = {}
         surroundings = []
@@ -185,6 +185,7 @@ class Bench:
         trainer.remove_callback(PrinterCallback)
         if method.adjust is not None:
             method.adjust(trainer.model)
+        task.begin(trainer, None)
         task.display = self.display
         return task, trainer
 

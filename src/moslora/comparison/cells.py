@@ -52,6 +52,14 @@ def prepare_task(plan: Comparison, display: Display, check: Callable[[], None]) 
         raise UsageError(
             f"task.kind={plan.recipe.task.kind} cannot be compared yet; only text and vision can."
         )
+    if plan.recipe.start_from is not None:
+        raise UsageError(
+            "adapter.start_from cannot be compared: methods differ in the structure that an adapter has, and each "
+            "would "
+            "need a start of its own. Leave it out."
+        )
+    for method in plan.methods:
+        task.check_method(method.name, method.configure(plan.recipe.adapter))
     task.check_adapter()
     task.read()
     task.set_aside(plan.validation, plan.examples)

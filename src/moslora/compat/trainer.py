@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer
 
-__all__ = ["HookedTrainer", "load_checkpoint", "use_one_gpu"]
+__all__ = ["HookedTrainer", "load_checkpoint", "take_rates_of_schedule", "use_one_gpu"]
 
 
 class HookedTrainer(Trainer):  # type: ignore[misc]
@@ -82,6 +82,29 @@ def load_checkpoint(trainer: Any, folder: Path) -> None:
         folder: The checkpoint.
     """
     trainer._load_from_checkpoint(str(folder))
+
+
+def take_rates_of_schedule(optimizer: Any, scheduler: Any) -> None:
+    """Set an optimizer's rates to those that its schedule has at its step.
+
+    Sets torch's ``LRScheduler._last_lr``, seen in torch 2.4 to 2.13: a checkpoint restores it, and Trainer logs it.
+    Without it the first step of a lengthened run is logged with the rate at which the shorter one had ended. It can go
+    when torch's schedules recompute their rates on request.
+
+    Args:
+        optimizer: Its groups are changed in place.
+        scheduler: torch's ``LambdaLR``, which all schedules of transformers are but those that look at the loss; others
+            are left alone.
+    """
+    lambdas = getattr(scheduler, "lr_lambdas", None)
+    if not lambdas:
+        return
+    rates = [
+        rate * part(scheduler.last_epoch) for rate, part in zip(scheduler.base_lrs, lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def use_one_gpu(arguments: Any) -> bool:

@@ -102,6 +102,8 @@ WAYS: dict[str, str] = {
     "tool_calls": _CALLS,
     "tool_call_id": _CALLS,
     "function_call": _CALLS,
+    "chosen": "pairs of answers need task=preference",
+    "rejected": "pairs of answers need task=preference",
     "mask": "say weight: 0 or weight: 1 instead, which can be read in one way only",
     "label": "remove the rows that are not to be learned, then drop the column",
     "weight": "examples are weighted alike: remove those that are not to be learned, then drop the column",
@@ -112,7 +114,7 @@ FLAGS: dict[str, bool] = {
     **dict.fromkeys(("loss", "loss_mask", "step_loss_mask"), True),
     "masked": False,
 }
-CONVERSATIONS = frozenset(("messages", "conversations", "prompt", "completion"))
+CONVERSATIONS = frozenset(("messages", "conversations", "prompt", "completion", "chosen", "rejected"))
 OF_MESSAGES = frozenset(("role", "content", "from", "value", *THOUGHTS, *CALLS, "tool_call_id"))
 OF_TOOLS = frozenset(("tool", "function", "ipython", "observation"))  # whose name says which tool
 # Columns that go to the chat template, where there is one.

@@ -64,6 +64,7 @@ def evaluate_own_data(
         return losses, answers, task.ask_shuffled(of, label) if answers and judges else []
 
     losses, answers, shuffled = measured(base, "base")
+    own_shares = [task.shares(base, "base")]
     tuned_losses: list[float] | None = None
     tuned_answers: list[Any] = []
     tuned_shuffled: list[Any] = []
@@ -78,6 +79,7 @@ def evaluate_own_data(
         activity = prove_active(adapted, adapter, task.probe(), task.device)
         tuned_losses, tuned_answers, tuned_shuffled = measured(adapted, "tuned")
         costs = task.measure_also(adapted, changed)
+        own_shares.append(task.shares(adapted, "tuned"))
     measures = [_loss(losses, tuned_losses)]
     shares = {task.accuracy_name: (answers, tuned_answers)}
     shares |= {f"{task.accuracy_name}_shuffled_images": (shuffled, tuned_shuffled)} if shuffled else {}
@@ -85,6 +87,8 @@ def evaluate_own_data(
         for name, (before, after) in shares.items():
             right = [[bool(a.correct) for a in of] for of in (before, after)]
             measures.append(compare_shares(name, right[0], right[1] if adapter is not None else None))
+    for name, marks in own_shares[0].items():
+        measures.append(compare_shares(name, marks, own_shares[1].get(name) if adapter is not None else None))
     for name, metric in metrics.items() if answers else ():
         before, after = (_judged(metric, of) for of in (answers, tuned_answers))
         measures.append(_compare(name, before, after if adapter is not None else None))

@@ -32,6 +32,8 @@ def count_step(
     device: str = "cuda",
     *,
     accumulating: bool = False,
+    whole_logits: bool = False,
+    learns: bool = True,
 ) -> int:
     """Count what a training step takes beside weights, gradients and the optimizer's state.
 
@@ -46,6 +48,9 @@ def count_step(
         checkpointing: Whether each block is computed again in the backward pass.
         device: ``"cuda"``: dropout and scores as they are made there; ``"cpu"``: as here.
         accumulating: Whether gradients of an earlier batch are there from the beginning.
+        whole_logits: Whether the trainer makes the logits of all positions at once, as TRL's experimental trainers of
+            preferences do.
+        learns: Whether there is a backward pass; without, it is the forward of a reference, its adapter off.
 
     Returns:
         Bytes at the fullest moment of the forward and backward pass.
@@ -67,18 +72,23 @@ def count_step(
         live = _live_bytes(model)
         inner: Any = model.get_base_model()  # type: ignore[operator]
         try:
-            with live, _as_on(device, model):
+            quietly = contextlib.nullcontext() if learns else _as_reference(model)
+            with live, _as_on(device, model), quietly:
                 body = inner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
                 hidden = body.last_hidden_state[:, :scored].reshape(rows * scored, -1)
-                torch.autograd.backward(_score(inner, hidden, device))
+                loss = _score_whole(inner, hidden, rows) if whole_logits else _score(inner, hidden, device)
+                if learns:
+                    torch.autograd.backward(loss)
         except (RuntimeError, NotImplementedError) as error:
             reason = first_line(error)
             raise PlanError(
                 f"{type(inner).__name__} cannot take a step on tensors without values, so that its memory cannot be "
                 f"counted ({reason}). Data-dependent control flow, such as the routing of experts, cannot be traced."
             ) from error
-        del body, hidden
+        del body, hidden, loss
     gc.collect()
+    if not learns:
+        return int(live.peak)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return int(live.peak if accumulating else max(live.peak - gradients, 0))
 
@@ -112,6 +122,29 @@ def _score(model: Any, hidden: torch.Tensor, device: str) -> torch.Tensor:
             return total.to(hidden.dtype)
 
     return Tiles.apply(hidden)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _score_whole(model: Any, hidden: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a loss over the logits of all positions, as TRL's trainers of CPO, SimPO and ORPO make it."""
+    import torch
+    from torch.nn import functional as F
+
+    logits = model.get_output_embeddings()(hidden).reshape(rows, len(hidden) // rows, -1)
+    places = torch.zeros(logits.shape[1] - 1, 1, dtype=torch.long)
+    # TRL's selective_log_softmax goes row by row; the likelihood of the chosen half is taken of a copy.
+    logps = [F.log_softmax(row[:-1], dim=-1).gather(1, places) for row in logits]
+    chosen = logits[: rows // 2, :-1].contiguous().flatten(0, 1)
+    likelihood = F.cross_entropy(chosen, torch.zeros(len(chosen), dtype=torch.long))
+    return torch.stack(logps).float().sum() + likelihood.float()
+
+
+@contextlib.contextmanager
+def _as_reference(model: Any) -> Iterator[None]:
+    """Run a model with its adapter off, without gradients, inside the block."""
+    import torch
+
+    with torch.no_grad(), model.disable_adapter():
+        yield
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from moslora.memory.four_bit import quantize_linears
 from moslora.memory.placement import OPTIMISERS, Placement, Weights, place
 from moslora.models.loading import load_config, quiet_transformers
 from moslora.models.names import resolve_model
+from moslora.recipe.preferences import LOSSES
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.tasks.base_model import refuse_misfits
 
@@ -56,6 +57,9 @@ class Plan(Printable):
         checkpointing: Whether the recipe computes activations again.
         logits: Bytes of the logits that exist at a time.
         placements: One for each way of training.
+        pairs: Whether each of two rows is an answer of one pair.
+        reference: Bytes beside the weights at the fullest moment of the reference's forward, which reads the training
+            rows once before the first step; None without a reference.
     """
 
     model: str
@@ -71,17 +75,26 @@ class Plan(Printable):
     checkpointing: bool
     logits: int
     placements: tuple[Placement, ...]
+    pairs: bool = False
+    reference: int | None = None
 
     def show(self, display: Display) -> None:
         """Write what each way of training takes of a GPU."""
         kind = f"{self.base}, adapter {self.trained / 1e6:.1f} M trained numbers"
         display.say(f"{self.model}: {self.architecture}, {self.parameters / 1e9:.2f} G parameters in {kind}.")
+        both = f" ({self.rows // 2} pairs, both answers)" if self.pairs else ""
         steps = f", {self.accumulation} batches to a step" if self.accumulation > 1 else ""
         display.say(
-            f"On each GPU {self.rows} × {self.length} tokens, {self.scored} of each row trained on{steps}; "
+            f"On each GPU {self.rows} × {self.length} tokens{both}, {self.scored} of each row trained on{steps}; "
             f"{self.optimiser}; logits {self.logits / 1e9:.2f} GB at a time."
         )
         display.show(_placements_table(self.placements))
+        if self.reference is not None:
+            display.say(
+                "The reference reads all training rows once, before the first step: a second forward of each, with the "
+                f"adapter off and without gradients, {self.reference / 1e9:.2f} GB beside the weights. Its numbers are "
+                "kept with the run, so that steps have one forward."
+            )
         display.say(
             "GB of 10⁹ bytes at the fullest moment of a step; state is the optimizer's. "
             f"The recipe has checkpointing {'on' if self.checkpointing else 'off'}."
@@ -113,10 +126,10 @@ def count_memory(
         ModelError: If the model's configuration cannot be read.
         PlanError: If this fine-tune cannot be counted.
     """
-    if recipe.task.kind != "text":
+    if recipe.task.kind not in ("text", "preference"):
         raise PlanError(
             f"task.kind is {recipe.task.kind!r}: the number of tokens of a picture depends on its processor. Only text "
-            "is counted."
+            "is counted, and preferences of it."
         )
     settings = resolve_trainer_arguments(recipe, "cuda")
     name = str(settings.get("optim", "adamw_torch_fused"))
@@ -125,6 +138,10 @@ def count_memory(
             f"trainer.optim={name!r}: the size of its state is unknown; supported: {', '.join(OPTIMISERS)}."
         )
     rows = int(settings["per_device_train_batch_size"])
+    loss: Any = LOSSES[recipe.task.loss] if recipe.task.kind == "preference" else None  # type: ignore[attr-defined]
+    pairs = loss is not None and loss.trainer != "kto"
+    rows = 2 * rows if pairs else rows
+    whole = loss is not None and loss.trainer in ("cpo", "orpo")
     length = length or settings["max_length"]
     if length is None:
         raise PlanError("trainer.max_length is null, so rows have no largest length: give one with --length.")
@@ -138,10 +155,15 @@ def count_memory(
     weights = Weights.of(model)
     say(f"Counting a step of {weights.parameters / 1e9:.2f} billion parameters, on tensors without values …")
     activations = {
-        checkpointing: count_step(model, rows, length, scored, checkpointing, accumulating=accumulation > 1)
+        checkpointing: count_step(
+            model, rows, length, scored, checkpointing, accumulating=accumulation > 1, whole_logits=whole
+        )
         for checkpointing in (False, True)
         if not checkpointing or model.get_base_model().supports_gradient_checkpointing  # type: ignore[operator]
     }
+    reference = None
+    if loss is not None and loss.has_reference:
+        reference = count_step(model, rows, length, scored, False, learns=False)
     state = int(weights.trained * OPTIMISERS[name])
     ways = [("one", 1), *(("DDP", n) for n in GPUS), *(("FSDP", n) for n in GPUS)]
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -159,7 +181,9 @@ def count_memory(
         optimiser=name,
         accumulation=accumulation,
         checkpointing=bool(wanted),
-        logits=tile * item,
+        logits=(rows * length * config.vocab_size if whole else tile) * item,
+        pairs=pairs,
+        reference=reference,
         placements=tuple(
             place(strategy, gpus, checkpointing, weights, state, activations[checkpointing])
             for strategy, gpus in ways

@@ -61,7 +61,7 @@ def build_recipe(
         values: Any = read_recipe_file(path)
         folders = (path.parent, here)
     elif isinstance(source, Recipe):
-        values = source.model_dump(exclude_none=True)
+        values = source.sections(exclude_none=True)
     elif isinstance(source, Mapping | None):
         values = plain(source or {})
     else:

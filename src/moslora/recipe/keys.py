@@ -77,6 +77,9 @@ MISNAMED: dict[str, str] = {
     "peft": "adapter",
     "training": "trainer",
     "dataset": "data",
+    "start_from": "adapter.start_from",
+    "adapter.start": "adapter.start_from",
+    "adapter.resume_from": "adapter.start_from",
     "r": "adapter.r",
     "lora_alpha": "adapter.lora_alpha",
     "lora_dropout": "adapter.lora_dropout",
@@ -98,6 +101,30 @@ UNFIT: dict[str, dict[str, dict[str, str]]] = {
         "trainer": {
             "packing": "rows with pictures are not packed",
             "padding_free": "rows with pictures are padded",
+        },
+    },
+    "preference": {
+        "adapter": {
+            "bias": "the reference is the base with the adapter off, and a trained bias of the base stays on",
+        },
+        "trainer": {
+            "loss_type": "set task.loss",
+            "loss_weights": "one loss is trained; set task.loss",
+            "beta": "set task.beta",
+            **dict.fromkeys(
+                ("precompute_ref_log_probs", "precompute_ref_batch_size"),
+                "the reference's log-probabilities are always computed once, before training, and kept with the run",
+            ),
+            **dict.fromkeys(
+                ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+                "the reference is computed once and stays as it is",
+            ),
+            "padding_free": "pairs are padded; TRL has switched it off for them too",
+            "label_smoothing_factor": "preferences have no labels to smooth; see trainer.label_smoothing",
+            "generate_during_eval": "set task.generate_examples: base and tuned model answer side by side",
+            "max_completion_length": "set trainer.max_length, of prompt and answer together",
+            "is_encoder_decoder": "only decoders are trained",
+            "remove_unused_columns": "the run decides it",
         },
     },
     "image": {

@@ -16,6 +16,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "model": ("name", "tokenizer"),
     "data": ("train", "heldout", "images", "class_images"),
     "task": ("prompts_file", "clip_model", "dino_model"),
+    "adapter": ("start_from",),
     "mix": ("adapters",),
     "evaluation": ("also",),
 }

@@ -197,6 +197,29 @@ class VisionDataSection(DataSection):
     square: Literal["none", "pad", "crop"] = "none"
 
 
+# The keys of ``LOSSES``.
+LossName = Literal[
+    "dpo", "ipo", "hinge", "robust", "exo", "nca", "bco", "sppo", "aot", "aot-unpaired", "apo-zero", "apo-down",
+    "discopop", "dpo-norm", "kto", "apo-zero-unpaired", "orpo", "cpo", "simpo",
+]  # fmt: skip
+
+
+class PreferenceTaskSection(TaskSection):
+    """How preferences are learned, and how that is judged."""
+
+    kind: Literal["preference"] = "preference"  # type: ignore[assignment]
+    loss: LossName = "dpo"
+    beta: float | None = Field(default=None, gt=0)
+    reference: Literal["auto", "base", "start", "none"] = "auto"
+
+
+class PreferenceDataSection(DataSection):
+    """Pairs of answers, or answers with labels."""
+
+    format: Literal["auto", "preference", "labeled"] = "auto"  # type: ignore[assignment]
+    train_on: Literal["completions"] = "completions"
+
+
 # A scope's own mixer; none is no mixer, as in LoRA.
 MixerName = Literal["none", "kaiming", "orthogonal", "gaussian", "identity", "two-subspace"]
 
@@ -345,16 +368,29 @@ class Recipe(_Section):
     model: ModelSection
     data: DataSection
     adapter: dict[str, Any] = {}
+    # In a file it is ``adapter.start_from``; the section proper holds the arguments of MoSLoRAConfig alone.
+    start_from: Name | None = None
     mix: MixSection | None = None
     trainer: dict[str, Any] = {}
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
+    def sections(self, exclude_none: bool = False) -> dict[str, Any]:
+        """Return the recipe as a file has it, section by section.
+
+        Args:
+            exclude_none: Whether keys without a value are left out.
+        """
+        values = self.model_dump(exclude_none=exclude_none)
+        start = values.pop("start_from", None)
+        if start is not None:
+            values["adapter"] = {"start_from": start, **values["adapter"]}
+        return values
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every default written out; reading it back gives an equal recipe."""
-        values = self.model_dump()
-        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+        return yaml.dump(self.sections(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 class VisionRecipe(Recipe):
@@ -363,6 +399,13 @@ class VisionRecipe(Recipe):
     task: VisionTaskSection = VisionTaskSection()
     data: VisionDataSection
     scopes: ScopesSection = ScopesSection()
+
+
+class PreferenceRecipe(Recipe):
+    """A recipe of ``task: preference``."""
+
+    task: PreferenceTaskSection = PreferenceTaskSection()
+    data: PreferenceDataSection
 
 
 class ImageRecipe(Recipe):
@@ -376,7 +419,12 @@ class ImageRecipe(Recipe):
 
 
 # What a recipe may contain, by the kind of its task.
-RECIPES: dict[str, type[Recipe]] = {"text": Recipe, "vision": VisionRecipe, "image": ImageRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "text": Recipe,
+    "vision": VisionRecipe,
+    "image": ImageRecipe,
+    "preference": PreferenceRecipe,
+}
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
     "r": 16,
@@ -409,6 +457,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 SECTIONS_OF: dict[str, dict[str, type[BaseModel]]] = {
     "text": SECTIONS,
     "vision": {**SECTIONS, "task": VisionTaskSection, "data": VisionDataSection},
+    "preference": {**SECTIONS, "task": PreferenceTaskSection, "data": PreferenceDataSection},
     "image": {
         **SECTIONS,
         "task": ImageTaskSection,

@@ -3,29 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
 from moslora.errors import RecipeError
 from moslora.recipe.field_types import fields_of
+from moslora.recipe.preferences import LOSSES
 from moslora.recipe.schema import Recipe
 
 __all__ = ["TRAINER_DEFAULTS", "build_trainer_config", "resolve_trainer_arguments"]
 
 
-def trainer_config(kind: str) -> Any:
-    """Return the class that holds a trainer's arguments."""
-    if kind == "image":
-        from transformers import TrainingArguments
+# The class that holds a trainer's arguments, by the trainer.
+CONFIGS: dict[str, tuple[str, str]] = {
+    "sft": ("trl", "SFTConfig"),
+    "plain": ("transformers", "TrainingArguments"),
+    "dpo": ("trl", "DPOConfig"),
+    "kto": ("trl", "KTOConfig"),
+    "cpo": ("trl.experimental.cpo", "CPOConfig"),
+    "orpo": ("trl.experimental.orpo", "ORPOConfig"),
+}
+# Which trainer a kind of task has, where it isn't TRL's SFTTrainer.
+TRAINERS = {"image": "plain"}
 
-        return TrainingArguments
-    from trl import SFTConfig
 
-    return SFTConfig
+def trainer_of(kind: str, loss: Any = None) -> str:
+    """Return the trainer of a task, a key of ``CONFIGS``.
+
+    Args:
+        kind: The task's.
+        loss: Its ``task.loss``, where a kind has several; an unknown one counts as the usual one.
+    """
+    if kind == "preference":
+        return LOSSES[loss if isinstance(loss, str) and loss in LOSSES else "dpo"].trainer
+    return TRAINERS.get(kind, "sft")
 
 
-def trainer_fields(kind: str = "text") -> dict[str, Any]:
-    return fields_of(trainer_config(kind))
+def trainer_config(trainer: str) -> Any:
+    """Return the class that holds a trainer's arguments.
+
+    Args:
+        trainer: A key of ``CONFIGS``.
+    """
+    module, name = CONFIGS[trainer]
+    if module.startswith("trl.experimental"):
+        from moslora.compat.trl import find_experimental
+
+        return find_experimental(module, name)
+    return getattr(importlib.import_module(module), name)
+
+
+def trainer_fields(trainer: str = "sft") -> dict[str, Any]:
+    """Return the type of every field of a trainer's arguments.
+
+    Args:
+        trainer: A key of ``CONFIGS``.
+    """
+    return fields_of(trainer_config(trainer))
+
+
+def trainer_of_recipe(recipe: Recipe) -> str:
+    """Return the trainer of a recipe, a key of ``CONFIGS``."""
+    return trainer_of(recipe.task.kind, getattr(recipe.task, "loss", None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +115,9 @@ TRAINER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
         "warmup_steps": 0,
         "per_device_train_batch_size": 1,
         "max_steps": 500,
-    }
+    },
+    # tinker-cookbook's rate for DPO with LoRA; ten times the 1e-6 of TRL, which is for all weights.
+    "preference": {"learning_rate": 1e-5, "per_device_train_batch_size": 4},
 }
 FEW_STEPS = 200  # below, every step is logged
 # transformers 5.23 renamed these; whichever is given, the one that this version has is set.
@@ -99,7 +141,7 @@ def resolve_trainer_arguments(recipe: Recipe, device: str, steps: int | None = N
     given = dict(recipe.trainer)
     on_cpu = device.startswith("cpu") or bool(given.get("use_cpu"))
     arguments = {name: d.cpu if on_cpu else d.gpu for name, d in TRAINER_DEFAULTS.items()}
-    own = TRAINER_DEFAULTS_OF.get(recipe.task.kind, {})
+    own = TRAINER_DEFAULTS_OF.get(recipe.task.kind, {}) | loss_defaults(recipe)
     # Who counts epochs wants no other number of steps.
     arguments |= {n: v for n, v in own.items() if n != "max_steps" or "num_train_epochs" not in given}
     arguments |= {"seed": recipe.seed, "data_seed": recipe.seed}
@@ -109,7 +151,7 @@ def resolve_trainer_arguments(recipe: Recipe, device: str, steps: int | None = N
         arguments["logging_steps"] = 1
     # Both to the new name, so that the user's replaces ours; then to the one that this version has.
     arguments |= {CHECKPOINTING.get(name, name): value for name, value in given.items()}
-    known = trainer_fields(recipe.task.kind)
+    known = trainer_fields(trainer_of_recipe(recipe))
     older = {new: old for old, new in CHECKPOINTING.items() if new not in known}
     named = {older.get(name, name): value for name, value in arguments.items()}
     return {name: value for name, value in named.items() if name in known}
@@ -143,8 +185,27 @@ def build_trainer_config(
     Raises:
         RecipeError: With the configuration's own complaint, for values that do not go together or not on this device.
     """
-    arguments = resolve_trainer_arguments(recipe, device, steps) | changes
+    arguments = resolve_trainer_arguments(recipe, device, steps) | loss_arguments(recipe) | changes
     try:
-        return trainer_config(recipe.task.kind)(output_dir=str(output_dir), **arguments)
+        return trainer_config(trainer_of_recipe(recipe))(output_dir=str(output_dir), **arguments)
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise RecipeError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def loss_defaults(recipe: Recipe) -> dict[str, Any]:
+    """Return fields of the trainer's configuration that a loss has otherwise than TRL's trainer of it."""
+    task: Any = recipe.task
+    return dict(LOSSES[task.loss].defaults) if task.kind == "preference" else {}
+
+
+def loss_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of the trainer's configuration that the task section decides."""
+    task: Any = recipe.task
+    if task.kind != "preference":
+        return {}
+    loss = LOSSES[task.loss]
+    beta = loss.beta if task.beta is None else task.beta
+    own = {"beta": beta, **({} if loss.loss_type is None else {"loss_type": loss.loss_type})}
+    if loss.trainer == "dpo":
+        own["loss_type"] = [loss.loss_type]
+    return {**own, "remove_unused_columns": False}

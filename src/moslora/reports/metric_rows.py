@@ -31,6 +31,13 @@ METRICS = {
     "exact_match": Metric("Exact match", "share", "higher"),
     "accuracy": Metric("Accuracy", "share", "higher"),
     "accuracy_shuffled_images": Metric("Accuracy with images shuffled", "share", "unknown"),
+    "reward_accuracy": Metric("Preferred answer has the higher reward", "share", "higher"),
+    "reward_margin": Metric("Margin between the rewards", "number", "higher"),
+    "prefers_chosen": Metric("Preferred answer is more probable", "share", "higher"),
+    "chosen_logp": Metric("Log-probability of preferred answers, nats", "number"),
+    "rejected_logp": Metric("Log-probability of rejected answers, nats", "number"),
+    "kl": Metric("KL from the reference, nats a token", "number"),
+    "answer_tokens": Metric("Tokens of a generated answer", "number"),
     "valid_json": Metric("Valid JSON", "share", "higher"),
 }
 # How an answer changed, with how many examples are shown. The mistakes come right after the successes.

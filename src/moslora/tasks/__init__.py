@@ -16,6 +16,7 @@ __all__ = ["TASKS", "find_task"]
 TASKS: dict[str, str] = {
     "text": "moslora.tasks.text.task:TextTask",
     "vision": "moslora.tasks.vision.task:VisionTask",
+    "preference": "moslora.tasks.preference.task:PreferenceTask",
     "image": "moslora.tasks.image.task:ImageTask",
 }
 

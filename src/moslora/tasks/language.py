@@ -23,6 +23,7 @@ from moslora.tasks.text.cost import Changed, Costs, keep_changed
 from moslora.tasks.text.loss import Batch, example_losses
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from torch import nn
 
     from moslora.data.encoding import Summary
@@ -293,7 +294,16 @@ class LanguageTask(Task):
 
     def evaluate(self, model: nn.Module, label: str) -> Evaluation:
         """Measure held-out loss, and answers if the recipe has any; with pictures also those to others' pictures."""
-        metrics, intervals = {"loss": self.loss(model, label)}, {}
+        loss = self.loss(model, label)
+        answered = self.answers_measured(model, label)
+        return Evaluation(
+            {"loss": loss, **answered.metrics}, len(self.heldout_set), answered.intervals, answered.answers
+        )
+
+    def answers_measured(self, model: nn.Module, label: str) -> Evaluation:
+        """Measure answers alone, by the recipe's metric and the caller's; see ``evaluate``."""
+        metrics: dict[str, float] = {}
+        intervals: dict[str, tuple[float, float]] = {}
         answers = self.ask(model, self.asked, label) if len(self.asked) else []
         if answers and self.recipe.task.metric != "none":
             judged = {self.accuracy_name: answers}
@@ -310,6 +320,26 @@ class LanguageTask(Task):
             if all(isinstance(value, bool) for value in values):
                 intervals[name] = wilson_interval(sum(map(bool, values)), len(values))
         return Evaluation(metrics, len(self.heldout_set), intervals, answers)
+
+    def check_method(self, name: str, adapter: PeftConfig | None) -> None:
+        """Refuse a method of fine-tuning that this task cannot train, before anything is loaded.
+
+        Args:
+            name: The method's.
+            adapter: Its configuration; None where all weights are trained.
+
+        Raises:
+            UsageError: If it cannot.
+        """
+
+    def shares(self, model: nn.Module, label: str) -> Mapping[str, list[bool]]:
+        """Return what is right or wrong of each held-out example beside its answer, by name; most tasks have nothing.
+
+        Args:
+            model: Base or adapted model.
+            label: The model's name in the progress display.
+        """
+        return {}
 
     def loss(self, model: nn.Module, label: str) -> float:
         """Return the held-out loss: the mean over all trained tokens, in nats.

@@ -198,6 +198,22 @@ class Task(ABC):
     def probe(self) -> list[Any]:
         """Return inputs for the proof: for each, token ids ``(1, length)`` or all arguments by name."""
 
+    def begin(self, trainer: Any, folder: Path | None) -> None:  # noqa: B027 - most tasks need nothing
+        """Prepare what depends on the model as it is before its first step; all processes of a team do.
+
+        Args:
+            trainer: From ``build_trainer``; the adapter has its first values.
+            folder: The run directory, where what is made may be kept for a resumed run; None if nothing may.
+        """
+
+    def notes(self, before: Evaluation, after: Evaluation) -> list[str]:
+        """Return what a person should know of two measurements beside their numbers, a sentence each.
+
+        Args:
+            before, after: Of the base and of the tuned model.
+        """
+        return []
+
     def shows_at(self, step: int) -> bool:
         """Tell whether pictures are made after this number of optimizer steps."""
         return False

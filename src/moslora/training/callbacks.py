@@ -18,7 +18,7 @@ from moslora.training.artifacts import save_shown
 from moslora.training.context import RunContext
 from moslora.training.metrics_log import MetricsLog
 
-__all__ = ["Bar", "Painter", "Recorder"]
+__all__ = ["Bar", "Painter", "Recorder", "Rescheduled"]
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]
@@ -74,6 +74,23 @@ class Recorder(Bar):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+class Rescheduled(TrainerCallback):  # type: ignore[misc]
+    """Takes the learning rate of a lengthened schedule from the first step on.
+
+    A checkpoint holds the rate that the old schedule had come to, most often 0, and the trainer would take one step
+    at it.
+    """
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        """Set the rates to those of the schedule at this step."""
+        from moslora.compat.trainer import take_rates_of_schedule
+
+        if optimizer is not None:
+            take_rates_of_schedule(optimizer, lr_scheduler)
 
 
 class Painter(TrainerCallback):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from moslora.distributed import Team, in_main_process
 from moslora.recipe.schema import Recipe
 from moslora.training.mix import Mix
 from moslora.training.run_directory import RunDirectory
+from moslora.training.start_from import StartingAdapter
 from moslora.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class RunContext:
         mix: The adapters whose common mixer is learned, if any.
         team: The processes that train together.
         callbacks: The caller's own callbacks of the trainer.
+        start_from: The adapter whose values training starts from, if any.
     """
 
     directory: RunDirectory
@@ -41,6 +43,7 @@ class RunContext:
     mix: Mix | None = None
     team: Team = field(default_factory=Team)
     callbacks: Sequence[Any] = ()
+    start_from: StartingAdapter | None = None
     _inner_seconds: float = 0.0  # of the stages that ended inside the current one
     _stage: str | None = None  # the current stage, in words
 

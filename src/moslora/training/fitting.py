@@ -41,11 +41,15 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
             )
         with run.stage("train", "preparing to train"):
             recorders = [callbacks.Recorder(run, log), callbacks.Painter(run, task), *run.callbacks]
+            if directory.read().get("lengthened"):
+                recorders.append(callbacks.Rescheduled())
             trainer = task.build_trainer(model, config, directory.checkpoints, recorders)
             trainer.remove_callback(PrinterCallback)
             adapted: Any = trainer.model
             if run.mix is not None:
                 run.mix.put_into(adapted)
+            if run.start_from is not None:
+                run.start_from.put_into(adapted)
             if team.is_main_process and not run.start.exists() and checkpoint is None:
                 rehearse(run, task, adapted)
             trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -55,11 +59,18 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
                 total_parameters=total,
                 trainer=trainer.args.to_dict(),  # with every default of the installed version
             )
-        if run.mix is not None and team.is_main_process:
+        team.wait()
+        with run.stage("train", "preparing what is compared with"):
+            task.begin(trainer, directory.path)
+        if team.is_main_process and run.mix is not None:
             measure(run, task, adapted, "start", "weighted sum")
+        if team.is_main_process and run.start_from is not None and checkpoint is None:
+            measure(run, task, adapted, "start", "starting adapter")
         team.wait()
         with run.stage("train", "training"):
             what = f"mixer {config.mixer!r}" if run.mix is None else "the mixers alone"
+            if run.start_from is not None:
+                what = f"starting from {run.start_from.path}"
             run.display.say(
                 f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {what}, r {config.r}, "
                 f"learning rate {trainer.args.learning_rate:g}."

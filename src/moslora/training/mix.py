@@ -10,7 +10,6 @@ stayed as it was, bit for bit.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from moslora.adapters.factors import Adapter
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
 from moslora.adapters.formats.reading import read_adapter
 from moslora.errors import AdapterError, ProofError, UsageError
+from moslora.training.start_from import check_recorded_base, recorded_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,21 +111,12 @@ class Mix:
         Raises:
             AdapterError: If a source was trained, by the hashes of its run, on another base.
         """
-        ours = json.loads(json.dumps(fingerprint))
-        kept = "commit" if ours.get("method") == "commit" else "files"
+        warning = None
         for source in self.sources:
-            theirs = _recorded_base(source)
-            if theirs.get("method") == ours.get("method") and ours.get(kept) and theirs.get(kept):
-                if theirs[kept] != ours[kept]:
-                    raise AdapterError(
-                        f"{source} was trained on another base than {name}, by the hashes in its run.json, so its ΔW "
-                        "means nothing there. Name the base that it was trained on as model.name."
-                    )
-                continue
-            trained_on = self.whole.config.get("base_model_name_or_path")
-            if trained_on and trained_on not in (name, path):
-                return f"The adapters name {trained_on} as their base, the recipe {name}; see that it is the same."
-        return None
+            named = self.whole.config.get("base_model_name_or_path")
+            found = check_recorded_base(source, recorded_base(source), named, name, path, fingerprint)
+            warning = warning or found
+        return warning
 
     def put_into(self, model: Any) -> None:
         """Put the factors into an adapted model, and leave only the mixers to be trained.
@@ -204,16 +195,6 @@ def _bits(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.contiguous().view(torch.uint8)
-
-
-def _recorded_base(source: Path) -> dict[str, Any]:
-    """Read the base's hashes from the run that an adapter lies in; empty if there is none."""
-    try:
-        record = json.loads((source.resolve().parent / "run.json").read_text(encoding="utf-8"))
-        found = record["hashes"]["base"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _hashes(source: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from moslora.adapters.lineage import describe_lineage
 from moslora.advice.advise import advise_on, short_form
 from moslora.advice.situation import situation_of_task
 from moslora.distributed import Team, in_main_process, refuse_sharding
@@ -39,12 +40,14 @@ from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
 from moslora.training.heartbeat import heartbeat
+from moslora.training.longer import apply_longer, lengthened, plan_longer
 from moslora.training.measuring import measure, measure_costs, record_change
 from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
 from moslora.training.proving import prove_reloaded
 from moslora.training.run_directory import FollowedRun, RunDirectory, now
 from moslora.training.saving import save_adapter
+from moslora.training.start_from import StartingAdapter, open_start
 from moslora.training.stop import StopRequest
 from moslora.training.summary import show_counts, show_proofs, show_result, show_settings
 from moslora.training.trainer_parts import try_trainer_parts
@@ -76,6 +79,7 @@ def check(
     """
     display = only_of_first(display)
     recipe, mix = _with_mix(recipe if isinstance(recipe, Recipe) else load_recipe(list(recipe)))
+    start = open_start(recipe)
     refuse_sharding(recipe.trainer)
     handed_over = handed_over or HandedOver()
     handed_over.check(recipe.task.kind, 1)
@@ -106,6 +110,7 @@ def check(
     if problems:
         raise problems[0]
     _check_mix(mix, task, display)
+    _check_start(start, task, display)
     if mix is None:
         named = frozenset(
             (*(f"adapter.{k}" for k in recipe.adapter), *(f"trainer.{k}" for k in recipe.trainer))
@@ -148,6 +153,7 @@ def train_recipe(
     handed_over = handed_over or HandedOver()
     display = only_of_first(display)
     recipe, mix = _with_mix(recipe)
+    start = open_start(recipe)
     refuse_sharding(recipe.trainer)
     team = Team.join(recipe.trainer)
     kind, own = recipe.task.kind, None
@@ -165,6 +171,7 @@ def train_recipe(
         task.read()
         task.prepare()
         _check_mix(mix, task, display)
+        _check_start(start, task, display)
         try_trainer_parts(recipe, default_device())
         resolved = resolve_trainer_arguments(recipe, default_device())
         recipe = recipe.model_copy(update={"trainer": resolved})
@@ -182,7 +189,7 @@ def train_recipe(
             team.broadcast(directory.path)
         else:
             directory = FollowedRun(team.broadcast(Path()))
-        run = RunContext(directory, recipe, display, stop, mix, team, handed_over.callbacks)
+        run = RunContext(directory, recipe, display, stop, mix, team, handed_over.callbacks, start)
         return _run_stages(run, task)
 
 
@@ -194,13 +201,19 @@ def _remove(path: Path, with_parent: bool) -> None:
             path.parent.rmdir()
 
 
-def resume(path: Path, display: Display, handed_over: HandedOver | None = None) -> RunDirectory:
+def resume(
+    path: Path,
+    display: Display,
+    handed_over: HandedOver | None = None,
+    settings: Sequence[str] = (),
+) -> RunDirectory:
     """Continue with a run that was interrupted, killed or failed, or prove one whose proof could not be carried out.
 
     Args:
         path: Its directory.
         display: Where to tell of progress.
         handed_over: Callbacks and metrics that the script gave to the run; they are in no file.
+        settings: ``trainer.max_steps=N`` or ``trainer.num_train_epochs=N``, to train longer, also a completed run.
 
     Returns:
         The run directory, completed.
@@ -212,18 +225,25 @@ def resume(path: Path, display: Display, handed_over: HandedOver | None = None) 
     """
     handed_over = handed_over or HandedOver()
     directory = RunDirectory.open(path)
+    longer = plan_longer(directory, settings) if settings else None
     if proving.is_unproven(directory):
         return _prove_later(directory, only_of_first(display))
-    if directory.read().get("status") == "completed":
+    if directory.read().get("status") == "completed" and longer is None:
         again = "" if directory.report.exists() else f" moslora report {path} makes its report again."
-        raise UsageError(f"{path} is completed; nothing is left to do. Start a new run to train more.{again}")
+        raise UsageError(
+            f"{path} is completed; nothing is left to do. To train it longer, say how long: moslora train "
+            f"--resume {path} trainer.max_steps=N. To train its adapter on other data, start a new run with "
+            f"adapter.start_from={directory.adapter}.{again}"
+        )
     if not directory.recipe.is_file():
         raise UsageError(
             f"{path} was stopped before its recipe was written, so nothing was trained in it. Remove it, and start "
             "again as you did."
         )
     display = only_of_first(display)
-    recipe, mix = _with_mix(load_recipe([str(directory.recipe)]))
+    changes = lengthened(directory.read()) if longer is None else longer.settings
+    recipe, mix = _with_mix(load_recipe([str(directory.recipe), *changes]))
+    start = open_start(recipe)
     refuse_sharding(recipe.trainer)
     team = Team.join(recipe.trainer)
     with StopRequest(display, team) as stop:
@@ -233,14 +253,19 @@ def resume(path: Path, display: Display, handed_over: HandedOver | None = None) 
         task.read()
         task.prepare()
         _check_mix(mix, task, display)
-        _check_same_inputs(directory, _hashes(task, mix))
+        _check_start(start, task, display)
+        _check_same_inputs(directory, _hashes(task, mix, start))
         team.wait()  # until all have looked at the record, before it changes
         if team.is_main_process:
+            if longer is not None:
+                apply_longer(directory, longer, recipe, display)
+            elif changes:
+                write_text(directory.recipe, recipe.to_yaml())
             directory.claim()
             display.say(f"Resuming {directory.path}")
         else:
             directory = FollowedRun(directory.path)
-        run = RunContext(directory, recipe, display, stop, mix, team, handed_over.callbacks)
+        run = RunContext(directory, recipe, display, stop, mix, team, handed_over.callbacks, start)
         return _run_stages(run, task)
 
 
@@ -281,8 +306,23 @@ def _check_mix(mix: Mix | None, task: Task, display: Display) -> None:
     )
 
 
-def _hashes(task: Task, mix: Mix | None) -> dict[str, Any]:
+def _check_start(start: StartingAdapter | None, task: Task, display: Display) -> None:
+    """Refuse a start that was trained on another base, and say what training starts from."""
+    if start is None:
+        return
+    base = task.base
+    warning = start.check_base(task.recipe.model.name, str(base.path), task.hashes()["base"])
+    if warning:
+        display.warn(warning)
+    display.say(f"Starting from {start.path}: structure, mixers and values are its own.")
+    for line in describe_lineage(start.lineage or {}):
+        display.say(f"  {line}")
+
+
+def _hashes(task: Task, mix: Mix | None, start: StartingAdapter | None = None) -> dict[str, Any]:
     """Return what identifies everything that a run is made from."""
+    if start is not None:
+        return {**task.hashes(), "start": dict(start.hashes)}
     if mix is None:
         return task.hashes()
     return {
@@ -369,7 +409,8 @@ def _stages(run: RunContext, task: Task) -> None:
         processes=run.team.size,
         versions=collect_versions(),
         hardware=collect_hardware(),
-        hashes=_hashes(task, run.mix),
+        hashes=_hashes(task, run.mix, run.start_from),
+        **({"start_from": run.start_from.story} if run.start_from is not None else {}),
         remarks=task.remarks,
         base={
             "name": run.recipe.model.name,
@@ -390,10 +431,12 @@ def _stages(run: RunContext, task: Task) -> None:
     adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     run.team.shut_down()
     with run.stage("save", "saving and folding the adapter"):
-        save_adapter(run, task, adapted)
+        save_adapter(run, task, adapted, trainer.state.global_step)
     after = measure(run, task, adapted, "after", "tuned model")
     record_change(run, before, after)
     measure_costs(run, task, adapted, remembered)
+    notes = task.notes(before, after)
+    directory.update(remarks=[*task.remarks, *notes])
     write_predictions(run, before.answers, after.answers)
     with run.stage("prove", "proving the exported LoRA"):
         observed = proving.observe(run, task, adapted)
@@ -404,6 +447,8 @@ def _stages(run: RunContext, task: Task) -> None:
         prove_reloaded(run, observed)
         write_cards(directory, display)
     show_result(run, task, before, after, display)
+    for note in notes:
+        display.warn(note)
 
 
 def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:

@@ -11,18 +11,27 @@ from typing import Any
 from moslora.adapters.export import export_adapter
 from moslora.adapters.formats.native import keep_start, read_start
 from moslora.adapters.formats.pipeline import folders
+from moslora.adapters.lineage import keep_lineage
 from moslora.errors import TrainingError
 from moslora.files import new_directory
 from moslora.tasks.task import Task
 from moslora.training.cards import drop_pefts_cards
 from moslora.training.context import RunContext
+from moslora.versions import installed
 
 # What a proof that could not be carried out needs to be made up for: inputs, and what the trained model gave.
 UNPROVEN = "unproven.safetensors"
 
 
-def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
-    """Save the native adapter, then its fold with the proof on the written files."""
+def save_adapter(run: RunContext, task: Task, adapted: Any, steps: int) -> None:
+    """Save the native adapter, then its fold with the proof on the written files.
+
+    Args:
+        run: The run.
+        task: Its task.
+        adapted: The trained model.
+        steps: Optimizer steps that it was trained for.
+    """
     import torch
 
     directory = run.directory
@@ -42,6 +51,7 @@ def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
         drop_pefts_cards(folder)
         if run.start.exists():
             _save_start_beside(folder, read_start(run.start))
+        keep_lineage(folder, _lineage(run, task, steps))
     if run.mix is not None:
         frozen = run.mix.prove(directory.adapter)
         directory.update(proofs={"frozen": {**dataclasses.asdict(frozen), "passed": True}})
@@ -49,6 +59,23 @@ def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
         place.parent.mkdir(exist_ok=True)
         proof = export_adapter(directory.adapter, place, format_)
         directory.update(proofs={name: {**dataclasses.asdict(proof), "passed": proof.passed}})
+
+
+def _lineage(run: RunContext, task: Task, steps: int) -> dict[str, Any]:
+    """Return where the run's adapter comes from."""
+    hashes = run.directory.read().get("hashes", {})
+    loss = getattr(run.recipe.task, "loss", None)
+    return {
+        "task": run.recipe.task.kind,
+        **({} if loss is None else {"loss": loss}),
+        "base": {"name": run.recipe.model.name, "fingerprint": hashes.get("base", {})},
+        "data": hashes.get("data", {}),
+        "steps": steps,
+        "run": run.directory.path.name,
+        "moslora": installed("moslora"),
+        **({} if run.mix is None else {"mixed": [str(source) for source in run.mix.sources]}),
+        **({} if run.start_from is None else {"start": run.start_from.story}),
+    }
 
 
 def _save_start_beside(folder: Path, mixers: dict[str, Any]) -> None:

@@ -62,7 +62,8 @@ def show_result(run: RunContext, task: Task, before: Evaluation, after: Evaluati
     """Show measurements, samples of answers, proofs and where everything was written."""
     record = run.directory.read()
     display.say()
-    show_measurements(record["metrics"], display)
+    names = () if run.start_from is None else ("start", "tuned")
+    show_measurements(record["metrics"], display, *names)
     show_costs(record.get("also", {}), display)
     if after.fidelity:
         _show_fidelity(run, before.fidelity, after.fidelity)
@@ -77,16 +78,19 @@ def show_result(run: RunContext, task: Task, before: Evaluation, after: Evaluati
     display.say(f"Report, opens in a browser:   {path / 'report.html'}")
 
 
-def show_measurements(measured: Mapping[str, Any], display: Display) -> None:
+def show_measurements(
+    measured: Mapping[str, Any], display: Display, started: str = "weighted sum", ended: str = "mixed"
+) -> None:
     """Show held-out measurements side by side.
 
     Args:
         measured: ``metrics`` of ``run.json``: of ``before``, ``after``, and ``start`` where adapters are mixed.
         display: Where to.
+        started, ended: What ``start`` and ``after`` are called where there is a ``start``.
     """
     columns = {"base": "before", "tuned": "after"}
     if "start" in measured:
-        columns = {"base": "before", "weighted sum": "start", "mixed": "after"}
+        columns = {"base": "before", started: "start", ended: "after"}
     intervals = measured["intervals"]
     rows = []
     for key in measured["after"]:

@@ -27,7 +27,7 @@ from moslora.core import functional
 from moslora.core.mixers import CUSTOM, SINGULAR_VALUES
 from moslora.errors import AdapterError
 
-__all__ = ["PEFT_TYPE", "START", "keep_start", "read", "read_start", "start_of", "write"]
+__all__ = ["PEFT_TYPE", "START", "as_native", "keep_start", "read", "read_start", "start_of", "write"]
 
 PEFT_TYPE = "MOSLORA"
 MAGNITUDE = "moslora_magnitude_vector"
@@ -121,16 +121,25 @@ def write(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> N
         AdapterError: If a MoSLoRA adapter cannot have its configuration.
         OSError: If it cannot be written.
     """
+    config = moslora_config(as_native(adapter))
+    tensors = dict(adapter.extra)
+    named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS, f"{MAGNITUDE}.weight")
+    tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
+    write_files(folder, config, tensors)
+
+
+def as_native(adapter: Adapter) -> dict[str, Any]:
+    """Return the arguments of a native adapter's configuration.
+
+    Args:
+        adapter: The adapter. A plain LoRA gets an identity mixer.
+    """
     values: dict[str, Any] = settle(adapter)
     values.setdefault("mixer", "identity")
     values.pop("init_lora_weights", None)  # the start is in the factors, as part of their rank
     if values.get("bias") == "lora_only":
         values["bias"] = "moslora_only"
-    config = moslora_config(values)
-    tensors = dict(adapter.extra)
-    named = name_all(adapter.modules, PARTS, EMBEDDING_PARTS, f"{MAGNITUDE}.weight")
-    tensors.update({key: tensor.to(dtype or tensor.dtype) for key, tensor in named.items()})
-    write_files(folder, config, tensors)
+    return values
 
 
 def keep_start(folder: Path, mixers: Mapping[str, Tensor]) -> None:

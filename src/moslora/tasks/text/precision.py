@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moslora.tasks.text.loss import unwrapped
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["train_in_float32"]
 
 
-def train_in_float32(model: nn.Module) -> None:
+def train_in_float32(model: nn.Module, fields: Sequence[str] = ()) -> None:
     """Keep the trained parameters in float32, whatever the base's dtype.
 
     A bfloat16 has 8 significant bits, so a step of 2e-5 is silently lost on it. Factors convert their inputs
@@ -23,6 +24,7 @@ def train_in_float32(model: nn.Module) -> None:
 
     Args:
         model: An adapted model; changed in place.
+        fields: What the trainer reads from TRL's fused head, where it isn't ``SFTTrainer``.
     """
     import torch
     from peft.utils import ModulesToSaveWrapper
@@ -43,7 +45,7 @@ def train_in_float32(model: nn.Module) -> None:
     base = unwrapped(model)
     head = base.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper) and head.weight.dtype != head.original_module.weight.dtype:
-        fuse_head_in_float32(base)
+        fuse_head_in_float32(base, **({"fields": fields} if fields else {}))
 
 
 def _inputs_to_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
