@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moslora.data.columns import OF_TEMPLATES, Unread, unread_keys
 from moslora.data.faults import Faults, kind_of, listed
 from moslora.data.files import Records
 from moslora.data.locating import common_length
-from moslora.data.shapes import Example, FieldError, Message, read_template_arguments, read_text, read_turns
+from moslora.data.messages import FieldError, Message, with_system, with_thoughts
+from moslora.data.shapes import Example, read_template_arguments, read_text, read_turns
 from moslora.errors import DataError
 
 __all__ = ["PREFERENCE_FORMATS", "Preference", "to_preferences"]
@@ -60,12 +61,16 @@ class Preference:
 _Row = Mapping[str, Any]
 
 
-def to_preferences(records: Records, format: str = "auto") -> list[Preference]:
+def to_preferences(
+    records: Records, format: str = "auto", reasoning: str = "keep", system_turn: str = "keep"
+) -> list[Preference]:
     """Interpret rows as preferences.
 
     Args:
         records: Rows, as :func:`read_records` gives them.
         format: One of ``PREFERENCE_FORMATS``; ``"auto"`` decides by the columns.
+        reasoning: What happens to thoughts, as ``with_thoughts`` has it.
+        system_turn: What happens to a system turn, as ``with_system`` has it.
 
     Returns:
         One preference per row, in order.
@@ -80,7 +85,7 @@ def to_preferences(records: Records, format: str = "auto") -> list[Preference]:
     own = {"prompt", *FORMS[form]}
     for place, row in zip(records.places, records.rows, strict=True):
         try:
-            found.append(_preference(place, row, form))
+            found.append(_preference(place, row, form, (reasoning, system_turn)))
         except RecursionError:
             faults.add(place, "has too many nested levels")
         except FieldError as problem:
@@ -135,7 +140,7 @@ def _recognize(records: Records) -> str:
     )
 
 
-def _preference(place: str, row: _Row, form: str) -> Preference:
+def _preference(place: str, row: _Row, form: str, choices: tuple[str, str]) -> Preference:
     arguments: dict[str, Any] = {}
     if any(row.get(column) is not None for column in OF_TEMPLATES):
         arguments = read_template_arguments(row)
@@ -144,6 +149,13 @@ def _preference(place: str, row: _Row, form: str) -> Preference:
 
     def example(which: str, **fields: Any) -> Example:
         where = place if form == "labeled" else f"{place} ({which})"
+        reasoning, system_turn = choices
+        if "messages" in fields:
+            turns = with_system(fields["messages"], system_turn)
+            fields["messages"] = tuple(with_thoughts(turn, reasoning) for turn in turns)
+        else:
+            answer = with_thoughts(Message("assistant", fields["completion"]), reasoning)
+            fields["completion"] = answer.content
         return Example(where, **fields, template_arguments=arguments, extra=extra)
 
     if form == "labeled":
@@ -176,7 +188,10 @@ def _preference(place: str, row: _Row, form: str) -> Preference:
 
 
 def _answer(fields: Mapping[str, Any]) -> str:
-    return str(fields["messages"][-1].content if "messages" in fields else fields["completion"])
+    if "messages" not in fields:
+        return str(fields["completion"])
+    last = fields["messages"][-1]
+    return last.content if not (last.reasoning or last.calls) else str(last.says())
 
 
 def _with_prompt(row: _Row, column: str) -> dict[str, Any]:
@@ -200,7 +215,7 @@ def _with_prompt(row: _Row, column: str) -> dict[str, Any]:
 
 
 def _quoted(turns: Sequence[Message]) -> tuple[Message, ...]:
-    return tuple(Message(m.role, m.content, False, m.flag) for m in turns)
+    return tuple(replace(turn, trained=False) for turn in turns)
 
 
 def _check_asked(turns: Sequence[Message], column: str) -> None:

@@ -332,4 +332,4 @@ def _with_answer(messages: tuple[Message, ...], column: str, start: int = 0) -> 
 
 
 # For rows of other tasks, which read the same fields.
-FieldError, read_text, read_turns, read_template_arguments = _FieldError, _text, _turns, _template_arguments
+read_text, read_turns, read_template_arguments = _text, _turns, _template_arguments

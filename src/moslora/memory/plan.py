@@ -138,7 +138,8 @@ def count_memory(
             f"trainer.optim={name!r}: the size of its state is unknown; supported: {', '.join(OPTIMISERS)}."
         )
     rows = int(settings["per_device_train_batch_size"])
-    loss: Any = LOSSES[recipe.task.loss] if recipe.task.kind == "preference" else None  # type: ignore[attr-defined]
+    kind: str = recipe.task.kind
+    loss: Any = LOSSES[recipe.task.loss] if kind == "preference" else None  # type: ignore[attr-defined]
     pairs = loss is not None and loss.trainer != "kto"
     rows = 2 * rows if pairs else rows
     whole = loss is not None and loss.trainer in ("cpo", "orpo")

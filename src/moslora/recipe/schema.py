@@ -216,6 +216,8 @@ class PreferenceTaskSection(TaskSection):
 class PreferenceDataSection(DataSection):
     """Pairs of answers, or answers with labels."""
 
+    train: Name
+    heldout: Name | None = None
     format: Literal["auto", "preference", "labeled"] = "auto"  # type: ignore[assignment]
     train_on: Literal["completions"] = "completions"
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.data.columns import without_keys
 from moslora.data.encoding import Summary
-from moslora.data.files import read_records
+from moslora.data.files import Records, read_records
+from moslora.data.naming import rename_columns
 from moslora.data.preferences import Preference, to_preferences
 from moslora.data.splitting import prompt_of, set_aside, split_heldout, thin_out
 from moslora.data.tokenization import Encoder
@@ -18,6 +19,7 @@ from moslora.metrics.change import change_of
 from moslora.models.loading import load_tokenizer
 from moslora.recipe.preferences import LOSSES, PreferenceLoss
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
+from moslora.tasks.also import encode_also
 from moslora.tasks.language import LanguageTask, judge_answer
 from moslora.tasks.preference.collating import rows_of
 from moslora.tasks.preference.encoding import Judged, Lengths, encode_preferences, show_preferences
@@ -84,17 +86,17 @@ class PreferenceTask(LanguageTask):
 
     def read(self) -> None:
         """Read the data and find the base model."""
-        data = self.recipe.data
+        data: Any = self.recipe.data
         self.base_model.find(self.needs_weights)
         self.known_references = {}
         parts = [without_keys(read_records(data.train, data.train_split, data.limit), data.ignore or ())]
         self.data_hashes = {"train": parts[0][0].sha256}
-        self.train_examples = to_preferences(parts[0][0], data.format)
+        self.train_examples = self._preferences(parts[0][0])
         if data.heldout is not None or data.heldout_split is not None:
             records = read_records(data.heldout or data.train, data.heldout_split or "train", None)
             parts.append(without_keys(records, data.ignore or ()))
             self.data_hashes["heldout"] = records.sha256
-            self.heldout_examples = to_preferences(parts[1][0], data.format)
+            self.heldout_examples = self._preferences(parts[1][0])
         else:
             every: Any = self.train_examples
             self.train_examples, self.heldout_examples = split_heldout(
@@ -106,6 +108,7 @@ class PreferenceTask(LanguageTask):
                 "by prompt and seed), because data.heldout names none."
             )
         self.warn_of_idle_entries(parts)
+        self.read_also()
         self._check_form(parts[0][0].source)
         trained = {prompt_of(one.example) for one in self.train_examples}
         shared = sum(prompt_of(one.example) in trained for one in self.heldout_examples)
@@ -114,6 +117,11 @@ class PreferenceTask(LanguageTask):
                 f"{shared} of {len(self.heldout_examples)} held-out prompts are also trained on, so the held-out "
                 "numbers are too good. Remove these prompts from one of the two files."
             )
+
+    def _preferences(self, records: Records) -> list[Preference]:
+        data = self.recipe.data
+        renamed = rename_columns(records, data.columns)
+        return to_preferences(renamed, data.format, data.reasoning, data.system_turn)
 
     def _check_form(self, source: str) -> None:
         """Refuse labeled answers where a loss compares two."""
@@ -168,6 +176,7 @@ class PreferenceTask(LanguageTask):
         if not self.measures_only:
             sets = {"training": [row for one in train for row in one.rows], **sets}
         check_room(config, sets, self.asked, task.max_new_tokens, self.display.warn)
+        self.also = encode_also(self.also_examples, encoder, config, self.also_limit)
         lengths = Lengths.of(train)
         self.remarks = [lengths.sentence(), *([warning] if (warning := lengths.warning()) else [])]
         learns_prompts = self.loss_of_recipe.trainer == "orpo"
