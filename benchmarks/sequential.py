@@ -7,21 +7,28 @@ share of trials in which a difference is found is counted. Beside it stands the 
 twice the seeds, up to three verdicts in all, and counts as wrong if any of them found a difference.
 
     python benchmarks/sequential.py [--trials N]
+    python benchmarks/sequential.py --table      writes the table of docs/compare.md from what is kept
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from measure import RESULTS, write
 
+from moslora.files import write_text
 from moslora.metrics.intervals import Difference, paired_difference
 from moslora.metrics.sequential import GROWTH, Goal, Look, half_width, settle
 
+KEPT = RESULTS / "sequential.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "compare.md"
+BEGIN, END = "<!-- sequential -->", "<!-- /sequential -->"
 LEVEL = 0.95
 MOST = 120
 # Spreads of a seed's, an example's and their meeting's part of a difference, how many examples, the width asked for.
@@ -99,6 +106,28 @@ def run(name: str, trials: int) -> dict[str, Any]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """Return the table of docs/compare.md."""
+    lines = [
+        "| drawn | plain | 20 seeds | by width | going on | seeds by width |",
+        "|---|---|---|---|---|---|",
+    ]
+    for world in result["worlds"]:
+        wrong = world["wrong"]
+        shares = " | ".join(f"{100 * wrong[rule]:.1f} %" for rule in ("plain", "fixed", "width", "peeker"))
+        lines.append(f"| {world['world']} | {shares} | {world['mean_seeds']['width']:.0f} |")
+    return "\n".join(lines)
+
+
+def write_table(page: Path, result: dict[str, Any]) -> None:
+    """Put the table between its marks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page} lacks the marks {BEGIN} and {END}.")
+    write_text(page, f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
+
+
 def differs(found: Difference | None) -> bool:
     """Tell whether a difference was found: zero is outside the interval of this look."""
     return found is not None and found.p < 1 - found.level
@@ -110,16 +139,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=4000)
-    trials = parser.parse_args().trials
+    parser.add_argument("--table", action="store_true", help="only write the table from what is kept")
+    asked = parser.parse_args()
+    if asked.table:
+        write_table(PAGE, json.loads(KEPT.read_text(encoding="utf-8")))
+        return
     worlds = []
     for name in WORLDS:
-        worlds.append(run(name, trials))
+        worlds.append(run(name, asked.trials))
         print(worlds[-1], flush=True)
-    write(
-        {"question": (__doc__ or "").splitlines()[0], "level": LEVEL, "worlds": worlds},
-        RESULTS / "sequential.json",
-        say=False,
-    )
+    result = {"question": (__doc__ or "").splitlines()[0], "level": LEVEL, "worlds": worlds}
+    write(result, KEPT, say=False)
+    write_table(PAGE, result)
 
 
 if __name__ == "__main__":

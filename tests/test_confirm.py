@@ -23,7 +23,6 @@ from moslora.errors import Stopped
 from moslora.metrics.intervals import paired_difference
 from moslora.metrics.sequential import Goal, level_of_look
 from moslora.reports.again import remake_report
-from tolerances import MODEL
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -44,7 +43,7 @@ def run(world: Path, out: Path, shown: io.StringIO | None = None, **options: Any
         f"data.heldout={world / 'heldout.jsonl'}",
         "adapter.r=2",
         "adapter.target_modules=[q_proj]",
-        "trainer.max_steps=1",
+        "trainer.max_steps=3",  # the first is at rate 0, and a mixer moves when B has
         "trainer.per_device_train_batch_size=2",
     ]
     settings: dict[str, Any] = {"seeds": 2, "rates": [1e-3, 1e-2], "validation": 4, "examples": 5, **options}
@@ -60,9 +59,7 @@ def of(verdict: Verdict) -> Confirmation:
 
 
 def cells(folder: Path, stage: str = "confirm") -> dict[str, dict[str, Any]]:
-    return {
-        f.stem: json.loads(f.read_text()) for f in (folder / stage).glob("*.json") if f.stem != "base"
-    }
+    return {f.stem: json.loads(f.read_text()) for f in (folder / stage).glob("*.json") if f.stem != "base"}
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, most: int = 10**6) -> list[tuple[str, float, int]]:
@@ -135,7 +132,8 @@ def test_a_confirmation_is_what_a_calculation_from_its_cells_gives(confirmed):
             for one, two in zip(losses(contrast.method), losses(contrast.baseline), strict=True)
         ]
         assert contrast.difference == paired_difference(rows, level_of_look(1))
-        assert contrast.p_corrected >= contrast.difference.p / 0.8
+        assert contrast.p_corrected >= min(1.0, contrast.difference.p / 0.8) * (1 - 1e-9)
+        assert contrast.difference.mean != 0
     assert [(c.method, c.baseline) for c in of(verdict).contrasts] == [
         ("moslora", "lora"),
         ("frozen-mixer", "lora"),
@@ -254,7 +252,7 @@ def test_a_width_adds_seeds_until_each_contrast_has_its_own(world, tuned, tmp_pa
     shutil.copytree(tuned, folder)
     shown = io.StringIO()
     options = {**ASKED, **PLAIN}
-    plan = run(world, folder, shown, **{**options, "confirm": 10, "width": 1e-5})
+    plan = run(world, folder, shown, **{**options, "confirm": 10, "width": 1e-7})
     said = shown.getvalue()
     assert "half-width" in said and "at the pace so far" in said and "after 8 seeds" in said
     assert all(c.looks[0].seeds == 10 and c.reached is False for c in of(plan).contrasts)
@@ -399,14 +397,14 @@ def test_mixers_are_trained_at_their_own_rate_and_decay():
 
 
 def test_a_method_of_a_tenth_of_the_mixers_rate_moves_mixers_a_tenth_as_far(world, tmp_path):
-    """Adam's first step is the rate, whatever the gradient."""
+    """The first step is at rate 0, so all see the same two gradients, of which Adam makes a step of the rate."""
     from moslora.comparison.cells import prepare_task
     from moslora.comparison.compare import _plan
     from moslora.recipe.loading import load_recipe
     from moslora.training.stop import StopRequest
 
     recipe = load_recipe(
-        [f"model={world / 'base'}", f"data={world / 'train.jsonl'}", "adapter.r=2", "trainer.max_steps=1"]
+        [f"model={world / 'base'}", f"data={world / 'train.jsonl'}", "adapter.r=2", "trainer.max_steps=2"]
     )
     names = ["moslora", "moslora-slow-mixer", "moslora-fast-mixer", "lora-xs"]
     plan = _plan(recipe, names, 2, [1e-3], None, None, 4, None, tmp_path / "c")
@@ -421,7 +419,11 @@ def test_a_method_of_a_tenth_of_the_mixers_rate_moves_mixers_a_tenth_as_far(worl
         trainer.train()
         after = dict(trainer.model.named_parameters())
         moved[method.name] = {
-            kind: max(float((after[n].detach() - b).abs().max()) for n, b in before.items() if f"moslora_{kind}" in n)
+            kind: max(
+                float((after[n].detach() - b).abs().max())
+                for n, b in before.items()
+                if f"moslora_{kind}" in n
+            )
             for kind in "AMB"
         }
     assert moved["moslora-slow-mixer"]["M"] == pytest.approx(moved["moslora"]["M"] / 10, rel=0.01)

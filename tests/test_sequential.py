@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from moslora.metrics.sequential import (
 Rows = np.ndarray[Any, Any]
 
 
-def draw(rng: np.random.Generator, seeds: int, seed: float = 1.0, example: float = 0.0, many: int = 12) -> Rows:
+def draw(
+    rng: np.random.Generator, seeds: int, seed: float = 1.0, example: float = 0.0, many: int = 12
+) -> Rows:
     """Differences of two methods that are the same: ``(seeds, many)``."""
     rest = 0.01 * rng.standard_normal((seeds, many))
     return seed * rng.standard_normal((seeds, 1)) + example * rng.standard_normal((1, many)) + rest
@@ -34,7 +37,7 @@ def draw(rng: np.random.Generator, seeds: int, seed: float = 1.0, example: float
 
 def test_the_levels_of_all_verdicts_together_are_five_percent():
     spent = [1 - level_of_look(look) for look in range(1, 30)]
-    assert sum(spent) == pytest.approx(0.05, abs=1e-9) and all(a > b for a, b in zip(spent, spent[1:], strict=False))
+    assert sum(spent) == pytest.approx(0.05, abs=1e-9) and all(a > b for a, b in pairwise(spent))
 
 
 def _students(rows: Any, level: float, least_half: float = 0.0) -> Difference:
