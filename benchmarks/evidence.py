@@ -48,7 +48,7 @@ TASKS: dict[str, tuple[list[str], int, int, int, tuple[float, ...]]] = {
     "commonsense": (["evidence-commonsense.yaml"], 12, 24, 60, (3e-4, *RATES)),
 }
 COMMONSENSE = ("ARC-Easy", "ARC-Challenge", "openbookqa")
-# Variants of ``moslora`` that only the second stage has, the seeds that choose their rates, and held-out examples there.
+# Variants of ``moslora`` that only the second stage has; seeds and held-out examples with which they are tuned.
 VARIANTS = ("moslora-matched", "moslora-slow-mixer", "moslora-fast-mixer", "moslora-mixer-decay")
 TUNING_SEEDS, TUNING_EXAMPLES = 3, 24
 # Beside each method with LoRA: the learned mixer with its frozen start, this with LoRA at the mixer's scale, and

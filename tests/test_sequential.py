@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,3 +151,22 @@ def test_lost_seeds_count_as_seeds_and_pair_with_nothing():
     assert found.seeds == 10 and found.difference.seeds == 8  # type: ignore[union-attr]
     lost = settle([None] * 10, Goal(10, 0.1))
     assert lost.looks == [Look(10, 0.1)] and lost.difference is None
+
+
+def test_the_documented_error_rates_are_the_measured_ones_and_those_of_identical_methods_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import sequential
+
+    page = tmp_path / "compare.md"
+    page.write_bytes((root / "docs" / "compare.md").read_bytes())
+    kept = json.loads(sequential.KEPT.read_text())
+    sequential.write_table(page, kept)
+    assert page.read_bytes() == (root / "docs" / "compare.md").read_bytes()
+    for world in kept["worlds"]:
+        if not world["world"].startswith("not identical"):
+            for rule, level in {"fixed": 0.04, "width": 0.04, "peeker": 0.05}.items():
+                error = math.sqrt(level * (1 - level) / world["trials"])
+                assert world["wrong"][rule] <= level + 3 * error, (world, rule)
