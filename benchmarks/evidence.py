@@ -6,7 +6,14 @@ What it found is kept under ``benchmarks/results/evidence/``, one folder per tas
 in README's table.
 
     python benchmarks/evidence.py [home] [facts] [commonsense] [--commonsense FOLDER] [--folder DIR] [--workers N]
+    python benchmarks/evidence.py --confirm 30 [--width 0.02] [--off-seeds 8] [TASK...]
     python benchmarks/evidence.py --table      writes README's table from what is kept
+
+With ``--confirm`` the methods are trained on fresh seeds at the rates that were found, judged on all held-out
+examples: is the learned mixer better than its frozen start, and either than LoRA; what does a wrong rate cost; does the
+mixer want a rate or a decay of its own; how much is the scale at the start? Variants of ``moslora`` that were not tuned
+before are tuned first, on three seeds. It is kept under ``confirmed/`` of the task's folder; the same command
+continues, and with more seeds adds to it.
 """
 
 from __future__ import annotations
@@ -41,34 +48,92 @@ TASKS: dict[str, tuple[list[str], int, int, int, tuple[float, ...]]] = {
     "commonsense": (["evidence-commonsense.yaml"], 12, 24, 60, (3e-4, *RATES)),
 }
 COMMONSENSE = ("ARC-Easy", "ARC-Challenge", "openbookqa")
+# Variants of ``moslora`` that only the second stage has; seeds and held-out examples with which they are tuned.
+VARIANTS = ("moslora-matched", "moslora-slow-mixer", "moslora-fast-mixer", "moslora-mixer-decay")
+TUNING_SEEDS, TUNING_EXAMPLES = 3, 24
+# Beside each method with LoRA: the learned mixer with its frozen start, this with LoRA at the mixer's scale, and
+# each variant with what it varies.
+CONTRASTS = (
+    ("moslora", "frozen-mixer"),
+    ("frozen-mixer", "lora-matched"),
+    *((variant, "moslora") for variant in VARIANTS),
+)
+OFF_RATES = (0.333, 3.0, 10.0)
+# Held-out questions of each of commonsense's tasks, in the second stage.
+QUESTIONS = 200
 BEGIN, END = "<!-- evidence -->", "<!-- /evidence -->"
 
 
-def prepare_commonsense(source: Path, folder: Path) -> list[str]:
-    """Write the questions as a recipe reads them: all of training, and twenty of each task's test.
+def prepare_commonsense(source: Path, folder: Path, questions: int = 20) -> list[str]:
+    """Write the questions as a recipe reads them: all of training, and some of each task's test.
 
     Returns:
         What the recipe must be told.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train = [question for task in COMMONSENSE for question in read_questions(source, task, split="train")]
-    heldout = [question for task in COMMONSENSE for question in read_questions(source, task, limit=20)]
+    heldout = [question for task in COMMONSENSE for question in read_questions(source, task, limit=questions)]
     write_answer_texts(train, folder / "train.jsonl")
     write_answer_texts(heldout, folder / "heldout.jsonl")
     return [f"data.train={folder / 'train.jsonl'}", f"data.heldout={folder / 'heldout.jsonl'}"]
 
 
-def run(task: str, folder: Path, workers: int, commonsense: Path | None) -> None:
-    """Compare on one task and keep what was found."""
-    (recipe, *overrides), steps, validation, examples, rates = TASKS[task]
+def settings_of(task: str, folder: Path, commonsense: Path | None, questions: int) -> list[str]:
+    """Return a task's recipe with its overrides, its data written."""
+    recipe, *overrides = TASKS[task][0]
     if task == "commonsense":
         if commonsense is None:
             raise SystemExit(
                 f"commonsense wants --commonsense FOLDER with LLM-Adapters' folders {', '.join(COMMONSENSE)}."
             )
-        overrides += prepare_commonsense(commonsense, folder / "commonsense-data")
+        overrides += prepare_commonsense(commonsense, folder, questions)
+    return [str(ROOT / "recipes" / recipe), *overrides]
+
+
+def confirm(task: str, wanted: argparse.Namespace) -> None:
+    """Confirm on fresh seeds what was found on one task, and keep it."""
+    _, steps, validation, _, rates = TASKS[task]
+    folder = wanted.folder.resolve()
+    methods = tuple(wanted.methods.split(",")) if wanted.methods else (*METHODS, *VARIANTS)
+    tuned = {m["name"] for m in json.loads((KEPT / task / "results.json").read_text())["methods"]}
+    directory, _ = compare(
+        settings_of(task, folder / "commonsense-data-confirmed", wanted.commonsense, wanted.questions),
+        Display(),
+        methods=methods,
+        baseline="lora",
+        seeds=TUNING_SEEDS,
+        rates=() if set(methods) <= tuned else rates,
+        rates_from=KEPT / task / "results.json",
+        steps=steps,
+        validation=validation,
+        examples=TUNING_EXAMPLES,
+        contrasts=[":".join(pair) for pair in CONTRASTS if set(pair) <= set(methods)],
+        confirm=wanted.confirm,
+        width=wanted.width,
+        off_rates=OFF_RATES if wanted.off_seeds else (),
+        off_seeds=wanted.off_seeds or None,
+        out=folder / f"{task}-confirmed",
+        workers=wanted.workers,
+        together=wanted.together,
+        command=f"python benchmarks/evidence.py {task} --confirm {wanted.confirm}",
+    )
+    identity = json.loads((directory / "compare.json").read_text())
+    record = {
+        "question": "Do fresh seeds confirm what tuning found?",
+        "task": task,
+        **json.loads((directory / "results.json").read_text()),
+        "looks": json.loads((directory / "confirm.json").read_text()),
+        "versions": identity["versions"],
+        "hardware": collect_hardware(),
+    }
+    keep_cells(directory, KEPT / task / "confirmed", record)
+
+
+def run(task: str, folder: Path, workers: int, commonsense: Path | None) -> None:
+    """Compare on one task and keep what was found."""
+    _, steps, validation, examples, rates = TASKS[task]
     directory, verdict = compare(
-        [str(ROOT / "recipes" / recipe), *overrides],
+        settings_of(task, folder / "commonsense-data", commonsense, 20),
         Display(),
         methods=METHODS,
         seeds=SEEDS,
@@ -86,7 +151,7 @@ def run(task: str, folder: Path, workers: int, commonsense: Path | None) -> None
 
 def keep(task: str, directory: Path) -> None:
     """Copy a finished comparison's results, and judge the mixer against its own frozen start too."""
-    stored = [json.loads(file.read_text()) for file in sorted((directory / "cells").glob("*.json"))]
+    stored = stored_cells(directory)
     base = json.loads((directory / "cells" / "base.json").read_text())
     cells = [Cell(**cell) for cell in stored if "method" in cell]
     pair = ("frozen-mixer", "moslora")
@@ -102,7 +167,18 @@ def keep(task: str, directory: Path) -> None:
         "versions": identity["versions"],
         "hardware": collect_hardware(),
     }
-    target = KEPT / task
+    keep_cells(directory, KEPT / task, record)
+
+
+def stored_cells(directory: Path) -> list[dict[str, Any]]:
+    """Read the cells of both stages, and the base's losses."""
+    files = [*sorted((directory / "cells").glob("*.json")), *sorted((directory / "confirm").glob("*.json"))]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def keep_cells(directory: Path, target: Path, record: dict[str, Any]) -> None:
+    """Write what is kept of a comparison: its results, every example's loss of every cell, and its page."""
+    stored = stored_cells(directory)
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / "results.json", json.dumps(record, indent=1) + "\n")
     rounded = [
@@ -161,13 +237,58 @@ def table() -> str:
             f"{task}: "
             + ", ".join(f"`{name}` {'none' if not span else f'{span:.3g}×'}" for name, span in spans.items())
         )
+    confirmed = confirmed_table()
     answers = [
         ("Is the learned mixer better than its frozen start?", learned),
         ("Is either better than LoRA at LoRA's best rate?", better),
         ("Is the stable range of rates wider? (highest ÷ lowest of those tried)", ranges),
     ]
     parts = ["\n".join(lines)] + [f"*{question}* {'; '.join(said)}." for question, said in answers if said]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, confirmed] if confirmed else parts)
+
+
+def confirmed_table() -> str:
+    """Return the table of what fresh seeds confirmed; empty while there is none."""
+    lines = [
+        "| task | on fresh seeds | held-out loss, difference | interval | seeds, examples | p "
+        "| price at 1/3, 3, 10 times its rate, less LoRA's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        file = KEPT / task / "confirmed" / "results.json"
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text())["confirmation"]
+        contrasts = [c for c in found["contrasts"] if c["measure"] == "loss"]
+        for contrast in contrasts:
+            difference = contrast["difference"]
+            cells = [
+                task if contrast is contrasts[0] else "",
+                f"`{contrast['method']}` less `{contrast['baseline']}`",
+                f"{difference['mean']:+.3f}",
+                signed(difference["low"], difference["high"]),
+                f"{difference['seeds']}, {difference['examples']}",
+                f"{contrast['p_corrected']:.2f}",
+                prices_of(found["prices"], contrast["method"], contrast["baseline"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def prices_of(prices: Sequence[dict[str, Any]], method: str, baseline: str) -> str:
+    """Say what wrong rates cost a method beside LoRA; only its own contrast with LoRA has that."""
+    own = [p for p in prices if p["method"] == method and baseline == "lora"]
+    parts = []
+    for price in own:
+        beside = price["beside_baseline"]
+        lost = price["diverged"] + price["crashed"]
+        text = (
+            "lost"
+            if beside is None
+            else f"{beside['mean']:+.2f} ({beside['low']:+.2f} to {beside['high']:+.2f})"
+        )
+        parts.append(text + (f", {lost} of {price['seeds']} lost" if lost else ""))
+    return "; ".join(parts)
 
 
 def describe(contrast: dict[str, Any]) -> str:
@@ -198,13 +319,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--commonsense", type=Path, help="folder of LLM-Adapters' tasks")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="where cells are kept")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--together", type=int, default=1, help="cells at once over one base")
+    parser.add_argument("--confirm", type=int, metavar="N", help="on N fresh seeds; with --width at most")
+    parser.add_argument(
+        "--width", type=float, help="until intervals are no wider than ± this, in nats per token"
+    )
+    parser.add_argument("--off-seeds", type=int, default=8, help="seeds at wrong rates; 0 for none")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="held out, of each commonsense task")
+    parser.add_argument("--methods", help=f"with --confirm; default: {','.join((*METHODS, *VARIANTS))}")
     parser.add_argument("--table", action="store_true", help="only write README's table")
     wanted = parser.parse_args(arguments)
+    if wanted.width is not None and wanted.confirm is None:
+        parser.error("--width is for --confirm N, which is the most seeds")
     unknown = set(wanted.tasks) - set(TASKS)
     if unknown:
         parser.error(f"unknown tasks {', '.join(sorted(unknown))}; choose from {', '.join(TASKS)}")
     if not wanted.table:
         for task in wanted.tasks or TASKS:
+            if wanted.confirm is not None:
+                confirm(task, wanted)
+                continue
             run(task, wanted.folder.resolve(), wanted.workers, wanted.commonsense)
     write_table(ROOT / "README.md")
 

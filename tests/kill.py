@@ -46,7 +46,7 @@ CHANGES = {
 WRITING = os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Keys of JSON that no two runs have alike: times, sizes of memory, processes.
 VARYING = re.compile(
-    r"seconds|runtime|per_second|bytes|^(started|ended|resumed|pid|process_started|command|timing|flos|total_flos|"
+    r"seconds|runtime|per_second|bytes|^(started|ended|resumed|pid|process_started|commands?|timing|flos|total_flos|"
     r"train_loss|stage_seconds)$"
 )
 TIMES = re.compile(
@@ -89,7 +89,7 @@ VERBS = {
     ),
     "compare": Verb(
         ["compare", *RECIPE, "--seeds", "2", "--learning-rates", "1e-3", "--validation", "4", "--steps", "1",
-         "--out", "out"],
+         "--confirm", "2", "--off-rates", "3", "--out", "out"],
         "out",
     ),
     "evaluate": Verb(

@@ -118,7 +118,8 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         (Path("a"), "o/n"),
         {"private": True, "revision": "b", "base": "x/y", "dry_run": True},
     ),
-    "compare r.yaml seed=3 --methods lora,dora --learning-rates 1e-3,1e-2, --steps 5 --together 2": (
+    "compare r.yaml seed=3 --methods lora,dora --learning-rates 1e-3,1e-2, --steps 5 --together 2 --width 0.02 "
+    "--confirm 40 --off-rates 0.3,3 --contrast a:b --contrast c:d": (
         "judging.compare",
         ("r.yaml",),
         {
@@ -130,7 +131,12 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
             "seeds": 3,
             "validation": 64,
             "engine": "local",
+            "width": 0.02,
+            "confirm": 40,
+            "off_rates": [0.3, 3.0],
+            "contrasts": ["a:b", "c:d"],
             **dict.fromkeys(("baseline", "examples", "benchmark", "benchmark_as", "out", "workers")),
+            **dict.fromkeys(("rates_from", "off_seeds")),
         },
     ),
     "evaluate m seed=3 --adapter a --data d --limit 2 --predictions p": (

@@ -13,8 +13,8 @@ from moslora.api.benchmarking import evaluate_on_benchmarks, listed
 from moslora.api.calling import command_or
 from moslora.api.objects import as_metrics, as_rows, check_model, take_objects
 from moslora.comparison.compare import compare as run_comparison
-from moslora.comparison.compare import show_verdict
-from moslora.comparison.verdict import Verdict
+from moslora.comparison.results import Verdict
+from moslora.comparison.showing import show_verdict
 from moslora.data.writing import write_rows
 from moslora.display import Display, Printable, find_display
 from moslora.errors import UsageError
@@ -256,13 +256,20 @@ def compare(
     together: int = 1,
     workers: int | None = None,
     engine: str = "local",
+    contrasts: Sequence[str] = (),
+    rates_from: str | os.PathLike[str] | Mapping[str, float] | None = None,
+    confirm: int | None = None,
+    width: float | None = None,
+    off_rates: Sequence[float] | None = None,
+    off_seeds: int | None = None,
     settings: Sequence[str] = (),
     progress: str | Display | None = None,
     **sections: Any,
 ) -> ComparisonResult:
     """Compare methods on your data: tuned learning rates, paired seeds, intervals, a verdict.
 
-    The same call continues where it was stopped.
+    With ``confirm`` or ``width`` the methods are then trained at their best rates on fresh seeds, which chose nothing.
+    The same call continues where it was stopped; with more seeds or a narrower width the second stage goes on.
 
     Args:
         recipe: As for ``train``.
@@ -280,6 +287,14 @@ def compare(
         together: Cells that are trained at once over one copy of the base.
         workers: Processes side by side, each with its own base.
         engine: ``"local"``, or ``"ray"``.
+        contrasts: Pairs to compare beside each method with the baseline, such as ``"moslora:frozen-mixer"``.
+        rates_from: Rates tuned elsewhere: a comparison's folder or ``results.json``, or a mapping by method. Methods
+            without one are tuned here.
+        confirm: Fresh seeds to confirm the methods on; with ``width`` at most.
+        width: Fresh seeds are added until the interval of each difference of held-out loss is no wider than ± this, in
+            nats per token: half of its length.
+        off_rates: Multiples of each method's best rate at which it is trained, too, to see what a wrong rate costs.
+        off_seeds: On how many of the fresh seeds; None for all, or with ``width`` for the first 8.
         settings: Over all of it, ``section.key=value`` as on the command line.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
         **sections: Sections and objects as for ``train``. Rows are written next to the comparison's folder; a loaded
@@ -321,6 +336,12 @@ def compare(
         together=together,
         workers=workers,
         engine=engine,
+        contrasts=contrasts,
+        rates_from=rates_from,
+        confirm=confirm,
+        width=width,
+        off_rates=off_rates,
+        off_seeds=off_seeds,
     )
     command = command_or("moslora.compare")
     path, verdict = run_comparison(built, find_display(progress), out=folder, command=command, **options)
@@ -371,15 +392,26 @@ OPTIONS = (
     "together",
     "workers",
     "engine",
+    "contrasts",
+    "rates_from",
+    "confirm",
+    "width",
+    "off_rates",
+    "off_seeds",
 )
 
 
 def _options(
     methods: Sequence[str] = ("lora", "moslora"),
     learning_rates: Sequence[float] | None = None,
+    contrasts: Sequence[str] = (),
+    rates_from: str | os.PathLike[str] | Mapping[str, float] | None = None,
     **others: Any,
 ) -> dict[str, Any]:
     """Return a comparison's options with paths as text."""
+    others["off_rates"] = list(others.get("off_rates") or ())
+    others["contrasts"] = [contrasts] if isinstance(contrasts, str) else list(contrasts)
+    others["rates_from"] = os.fspath(rates_from) if isinstance(rates_from, os.PathLike) else rates_from
     names = [methods] if isinstance(methods, str) else [os.fspath(method) for method in methods]
     return {"methods": names, "rates": list(learning_rates or ()), **others}
 

@@ -62,6 +62,45 @@ def compare(
     engine: Annotated[
         str, typer.Option(help="[bold]local[/], or [bold]ray[/]: the cluster that Ray finds.")
     ] = "local",
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD:METHOD",
+            help="Compare these two as well, beside each method with the baseline; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    rates_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|METHOD=RATE,...",
+            help="Rates tuned elsewhere: a comparison's results.json or folder, or by hand; not tuned again.",
+        ),
+    ] = None,
+    confirm: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Second stage: train each method at its best rate on N fresh seeds; with --width at most N.",
+        ),
+    ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            help="Second stage until the interval of each difference in held-out loss is no wider than ± this "
+            "(half of its length), in nats per token."
+        ),
+    ] = None,
+    off_rates: Annotated[
+        str,
+        typer.Option(
+            metavar="FACTORS",
+            help="In the second stage, train at these multiples of each method's best rate too, such as 0.333,3,10.",
+        ),
+    ] = "",
+    off_seeds: Annotated[
+        int | None, typer.Option(help="On how many fresh seeds; default: all, with --width the first 8.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what would be done, and stop.")
     ] = False,
@@ -72,11 +111,14 @@ def compare(
 
     [bold]moslora compare recipes/compare-demo.yaml[/]
     [bold]moslora compare my.yaml --methods lora,lora-matched,moslora --seeds 5 --learning-rates 2e-4,6e-4,2e-3[/]
+    [bold]moslora compare my.yaml --width 0.02 --confirm 60 --off-rates 0.333,3,10[/]
 
-    Methods: lora, lora-matched, frozen-mixer, moslora, moslora-orthogonal, two-subspace, dora, rslora, pissa, recipe,
-    full. Data, order, steps and seeds are shared; a learning rate is chosen for each method on validation examples, and
-    judged on held-out ones. "No difference could be shown" is a possible result. The same command continues where it
-    was stopped. Exit code 1 means that a method has no result.
+    Methods: lora, lora-matched, frozen-mixer, moslora, moslora-orthogonal, moslora-matched, moslora-slow-mixer,
+    moslora-fast-mixer, moslora-mixer-decay, lora-xs, two-subspace, dora, rslora, pissa, recipe, full. Data,
+    order, steps and seeds are shared; a learning rate is chosen for each method on validation examples, and judged on
+    held-out ones. "No difference could be shown" is a possible result. The same command continues where it was
+    stopped. With --confirm or --width methods are then confirmed at these rates on fresh seeds. Exit code 1 means
+    that a method has no result.
     """
 
     def action() -> None:
@@ -100,6 +142,12 @@ def compare(
             "together": together,
             "workers": workers,
             "engine": engine,
+            "contrasts": contrast or [],
+            "rates_from": rates_from,
+            "confirm": confirm,
+            "width": width,
+            "off_rates": numbers_in(off_rates, "--off-rates", "0.333,3,10"),
+            "off_seeds": off_seeds,
             "settings": settings,
             "progress": display,
         }
@@ -109,7 +157,8 @@ def compare(
         result = compare_methods(recipe, **options)
         if as_json:
             print_result(result, as_json)  # what is for people was shown on the way
-        if not result.verdict.complete:
+        second = result.verdict.confirmation
+        if not result.verdict.complete or (second is not None and not second.complete):
             raise typer.Exit(1)
 
     run_verb(action, debug)

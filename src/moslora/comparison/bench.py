@@ -54,12 +54,21 @@ class Bench:
         self.alone: set[str] = set()  # methods that cannot share the base
         self.judge = BenchmarkJudge.of(plan)
 
+    def turn_to(self, plan: Comparison, task: LanguageTask) -> None:
+        """Take another plan of the same comparison, with its data, over the same base."""
+        self.plan, self.task = plan, task
+
+    def make_ready(self) -> None:
+        """Load the base again, where it was given up for other processes."""
+        if self.model is None:
+            self._reload()
+
     def measure_base(self) -> dict[str, Any]:
-        """Measure the untrained base on validation and held-out examples, and on other data."""
-        found: dict[str, Any] = {
-            "validation": self.task.score(self.model, self.task.validation_set, "base, validation"),
-            "test": self.task.score(self.model, self.task.heldout_set, "base, held out"),
-        }
+        """Measure the untrained base on held-out, other and, where rates are tuned, validation examples."""
+        self.make_ready()
+        found: dict[str, Any] = {"test": self.task.score(self.model, self.task.heldout_set, "base, held out")}
+        if self.plan.stage == 1:
+            found["validation"] = self.task.score(self.model, self.task.validation_set, "base, validation")
         if self.judge is not None:
             found["correct"] = self.judge.judge(self.task, self.model, "base", self.display)
         if self.task.also:
@@ -183,8 +192,7 @@ class Bench:
         scratch = self.plan.directory / "cells"
         trainer: Any = task.build_trainer(model, config, scratch, [_watcher(self, task.display)])
         trainer.remove_callback(PrinterCallback)
-        if method.adjust is not None:
-            method.adjust(trainer.model)
+        method.prepare(trainer)
         task.begin(trainer, None)
         task.display = self.display
         return task, trainer
@@ -207,13 +215,14 @@ class Bench:
         reason = f"{broken} has NaN or infinite values after training" if broken else None
         found: dict[str, Any] = {}
         if reason is None:
-            found["validation"] = task.score(adapted, task.validation_set, f"{name}, validation")
+            if self.plan.stage == 1:
+                found["validation"] = task.score(adapted, task.validation_set, f"{name}, validation")
             found["test"] = task.score(adapted, task.heldout_set, f"{name}, held out")
-            if not all(map(math.isfinite, (*found["validation"], *found["test"]))):
+            if not all(math.isfinite(loss) for losses in found.values() for loss in losses):
                 reason, found = "a loss after training is NaN or infinite", {}
             elif self.judge is not None:
                 found["correct"] = self.judge.judge(task, adapted, name, self.display)
-            elif task.recipe.task.metric != "none" and task.asked:
+            elif self.plan.stage == 1 and task.recipe.task.metric != "none" and task.asked:
                 found["correct"] = [bool(a.correct) for a in task.ask(adapted, task.asked, name)]
         if found and task.also:
             found["also"] = shares_of(task.also, task.measure_also(adapted, task.remembered))

@@ -7,6 +7,8 @@ Everything but the method is shared: data, their order, batches, steps, seeds, a
 runs/compare-NAME/
 ├─ compare.json     what is compared: recipe, methods, rates, seeds, hashes; other inputs are refused
 ├─ cells/*.json     one per finished cell, written whole; none is run twice
+├─ confirm.json     the second stage, if there is one: confirm.py
+├─ confirm/*.json   its cells
 ├─ results.json     the verdict, every seed point included
 └─ report.html      one page, opens offline
 ```
@@ -19,19 +21,24 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from moslora.comparison.cell_files import read_cells
 from moslora.comparison.cells import prepare_task
+from moslora.comparison.confirm import SecondStage, Wanted, check_wanted
+from moslora.comparison.given import of_methods, read_rates
 from moslora.comparison.judged import BenchmarkJudge
 from moslora.comparison.methods import find_method
-from moslora.comparison.plan import DECISIVE, Comparison
-from moslora.comparison.prices import show_prices, with_prices
+from moslora.comparison.plan import DECISIVE, Comparison, Engine
+from moslora.comparison.prices import with_prices
+from moslora.comparison.results import Given, Verdict
 from moslora.comparison.runners import make_engine, run_all
-from moslora.comparison.verdict import Verdict, judge
+from moslora.comparison.showing import show_verdict
+from moslora.comparison.verdict import judge
+from moslora.display import Display
 from moslora.errors import Stopped, UsageError
 from moslora.files import locked, remove, write_text
 from moslora.models.loading import default_device
@@ -44,10 +51,9 @@ from moslora.training.stop import StopRequest
 from moslora.training.trainer_parts import try_trainer_parts
 
 if TYPE_CHECKING:
-    from moslora.display import Display
     from moslora.tasks.language import LanguageTask
 
-__all__ = ["compare", "show_verdict"]
+__all__ = ["compare"]
 
 COMPARISON_SCHEMA_VERSION = 1
 # Examples set aside to choose a learning rate by.
@@ -73,6 +79,12 @@ def compare(
     engine: str = "local",
     workers: int | None = None,
     together: int = 1,
+    contrasts: Sequence[str] = (),
+    rates_from: str | Path | Mapping[str, float] | None = None,
+    confirm: int | None = None,
+    width: float | None = None,
+    off_rates: Sequence[float] = (),
+    off_seeds: int | None = None,
     command: str = "",
     plan_only: bool = False,
 ) -> tuple[Path, Verdict | None]:
@@ -96,6 +108,14 @@ def compare(
         workers: Processes that train cells side by side, each with its own copy of the base; None for one, or with Ray
             for as many as it has GPUs.
         together: Cells that a process trains at once over one copy of the base; each gives what it gives alone.
+        contrasts: Pairs to compare beside each method with the baseline, as ``moslora:frozen-mixer``.
+        rates_from: Rates that were tuned elsewhere: a comparison's folder or ``results.json``, or ``lora=0.003,…``;
+            methods without one are tuned here.
+        confirm: Fresh seeds to confirm the methods on, each at its best rate; with ``width`` at most. None for no
+            second stage, or with ``width`` for 100.
+        width: Fresh seeds are added until each interval is no wider than ± this, in nats per token.
+        off_rates: Multiples of each method's best rate at which it is trained, too, to see what they cost.
+        off_seeds: On how many of the fresh seeds; None for all, or with ``width`` for the first 8.
         command: How it was called, to be kept.
         plan_only: Only say what would be done, and leave nothing on disk.
 
@@ -110,7 +130,11 @@ def compare(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(list(recipe))
-    plan = _plan(recipe, methods, seeds, rates, baseline, steps, validation, examples, out)
+    wanted = check_wanted(confirm, width, off_rates, off_seeds)
+    given = Given() if rates_from is None else read_rates(rates_from)
+    plan = _plan(recipe, methods, seeds, rates, baseline, steps, validation, examples, out, given, contrasts)
+    if given.rates and wanted is None:
+        raise UsageError("rates_from spares tuning only; add confirm (--confirm N) to train at these rates.")
     if benchmark_as is not None and benchmark is None:
         raise UsageError("--as names the benchmark of --benchmark FILE, which is missing.")
     plan = dataclasses.replace(
@@ -123,19 +147,58 @@ def compare(
         try_trainer_parts(plan.recipe, task.device)
         _say_plan(plan, task, display)
         if plan_only:
+            _say_second_stage(plan, task, wanted, chosen, display)
             return plan.directory, None
         with _claimed(plan, task, display, command):
             try:
-                run_all(plan, task, display, stop, chosen)
+                verdict = _run(plan, task, display, stop, chosen, wanted, command)
             except (Stopped, KeyboardInterrupt) as stopped:
                 number = stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT
                 done = sum(plan.cell_file(*cell).exists() for cell in plan.cells)
+                second = len(list(plan.directory.glob("confirm/*_*.json")))
+                also = f" and {second} of the second stage" if second else ""
                 display.say(
-                    f"Interrupted with {done} of {len(plan.cells)} cells finished; the same command continues."
+                    f"Interrupted with {done} of {len(plan.cells)} cells{also} finished; the same command continues."
                 )
                 raise Stopped(number) from stopped
-            verdict = _conclude(plan, display)
     return plan.directory, verdict
+
+
+def _run(
+    plan: Comparison,
+    task: LanguageTask,
+    display: Display,
+    stop: StopRequest,
+    engine: Engine,
+    wanted: Wanted | None,
+    command: str,
+) -> Verdict:
+    """Run what is missing of both stages, and judge them."""
+    bench = run_all(plan, task, display, stop, engine) if plan.cells else None
+    verdict = _judge(plan)
+    if wanted is None:
+        second = SecondStage.of(plan, verdict, display) if SecondStage.was_begun(plan) else None
+        if second is not None:
+            verdict = dataclasses.replace(verdict, confirmation=second.judge(verdict.judged_by))
+            if verdict.confirmation is None:
+                display.warn(
+                    "A second stage was begun and is not finished; --confirm or --width continues it."
+                )
+        return _conclude(plan, verdict, display)
+    second = SecondStage.of(plan, verdict, display)
+    if not second.asked(plan.pairs):
+        display.warn("No two methods that are compared have a rate, so there is nothing to confirm.")
+        return _conclude(plan, verdict, display)
+    if plan.cells:  # of an interrupted second stage the first is there to be read
+        _write(plan, dataclasses.replace(verdict, confirmation=second.judge(verdict.judged_by)), display)
+        if not second.was_begun(plan):
+            show_verdict(verdict, display)
+    own = task if plan.examples is None else prepare_task(second.plan, Display(quiet=True), stop.check)
+    second.run(wanted, verdict, own, stop, engine, bench, command)
+    if not plan.cells:
+        verdict = _judge(plan)  # now that there is a base to compare with
+    verdict = dataclasses.replace(verdict, confirmation=second.judge(verdict.judged_by))
+    return _conclude(plan, verdict, display)
 
 
 # --- What is compared ---------------------------------------------------------------------------------------
@@ -151,6 +214,8 @@ def _plan(
     validation: int,
     examples: int | None,
     out: Path | None,
+    given: Given | None = None,
+    contrasts: Sequence[str] = (),
 ) -> Comparison:
     if steps is not None:
         if steps < 1:
@@ -163,11 +228,16 @@ def _plan(
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
         raise UsageError(f"baseline={baseline!r} is none of the methods compared: {', '.join(names)}.")
-    if seeds < 2:
+    given = of_methods(given or Given(), names)
+    if len(given.rates) == len(names):
+        if rates:
+            raise UsageError("rates_from has a rate of every method, so learning rates would be ignored.")
+        seeds = 0
+    elif seeds < 2:
         raise UsageError(f"seeds={seeds} shows no noise between seeds; take at least 2, better 3 to 5.")
     if validation < 2 or (examples is not None and examples < 2):
         raise UsageError("At least 2 validation and 2 held-out examples are needed.")
-    if not rates:
+    if not rates and seeds:
         middle = float(resolve_trainer_arguments(recipe, default_device())["learning_rate"])
         rates = [float(f"{middle * factor:.2g}") for factor in RATE_FACTORS]
     if any(not (0 < rate < math.inf) for rate in rates) or len({f"{rate:g}" for rate in rates}) != len(rates):
@@ -185,25 +255,52 @@ def _plan(
         validation=validation,
         examples=examples,
         directory=folder.absolute(),
+        given=given,
+        contrasts=_pairs(contrasts, names, baseline),
     )
+
+
+def _pairs(contrasts: Sequence[str], names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
+    """Read contrasts as ``METHOD:METHOD``; those with the baseline are made anyway."""
+    found: list[tuple[str, str]] = []
+    for text in contrasts:
+        ways = [(one, two) for one in names for two in names if f"{one}:{two}" == text and one != two]
+        if not ways:
+            raise UsageError(
+                f"contrasts has {text!r}, which is not two of the methods compared joined by a colon: "
+                f"{', '.join(names)}."
+            )
+        if baseline == ways[0][0]:
+            raise UsageError(
+                f"contrasts has {text!r}: every method is compared with the baseline {baseline} already."
+            )
+        if ways[0][::-1] in found:
+            raise UsageError(f"contrasts has {text!r} both ways round; once is enough.")
+        found.append(ways[0])
+    return list(dict.fromkeys(found))
 
 
 def _say_plan(plan: Comparison, task: LanguageTask, display: Display) -> None:
     """Say how much there is to do, and how small a difference it could show, before any of it is done."""
     from moslora.metrics.intervals import detectable_difference
 
+    if plan.given.rates:
+        known = ", ".join(f"{name} {rate:g}" for name, rate in plan.given.rates.items())
+        display.say(f"Rates tuned elsewhere ({plan.given.source}): {known}.")
+    if not plan.tuned:
+        return
     seeds, examples = len(plan.seeds), len(task.heldout_set)
     arguments = resolve_trainer_arguments(plan.recipe, task.device)
     steps = arguments.get("max_steps", -1)
     length = f"{steps} steps" if steps > 0 else f"{arguments['num_train_epochs']:g} epochs"
-    names = ", ".join(method.name for method in plan.methods)
+    names = ", ".join(method.name for method in plan.tuned)
     rates = ", ".join(f"{rate:g}" for rate in plan.rates)
     display.say(
-        f"Comparing {names}; the baseline is {plan.baseline}. {len(plan.methods)} methods × {len(plan.rates)} learning "
+        f"Comparing {names}; the baseline is {plan.baseline}. {len(plan.tuned)} methods × {len(plan.rates)} learning "
         f"rates ({rates}) × {seeds} seeds = {len(plan.cells)} cells of {length}. Rates are chosen on "
         f"{len(task.validation_set)} examples taken out of the training data, methods judged on {examples} held out."
     )
-    others = len(plan.methods) - 1
+    others = len(plan.pairs)
     of_seeds = detectable_difference(1, 0, seeds, examples, comparisons=others)
     of_examples = detectable_difference(0, 1, seeds, examples, comparisons=others)
     display.say(
@@ -218,7 +315,11 @@ def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
     configs = {}
     for method in plan.methods:
         config = method.configure(plan.recipe.adapter)
-        configs[method.name] = {"library": method.library, "config": config and config.to_dict()}
+        configs[method.name] = {
+            "library": method.library,
+            "config": config and config.to_dict(),
+            **method.mixer_training,
+        }
     versions = collect_versions()
     identity: dict[str, Any] = {
         "recipe": plan.recipe.model_dump(exclude={"output"}),
@@ -237,6 +338,7 @@ def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
         identity["also"] = {also.name: also.sha256 for also in task.also}
     judge = BenchmarkJudge.of(plan)
     identity["benchmark"] = None if judge is None else judge.identity()
+    identity["rates_from"] = dataclasses.asdict(plan.given) if plan.given.rates else None
     return json.loads(json.dumps(identity, default=_as_json))  # type: ignore[no-any-return]
 
 
@@ -259,7 +361,9 @@ def _claimed(plan: Comparison, task: LanguageTask, display: Display, command: st
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=False):
         # The lock is held, so whose these are is dead.
-        for leftover in [*folder.glob(".*.part"), *folder.glob("cells/.*.part")]:
+        for leftover in [
+            path for place in (".", "cells", "confirm") for path in (folder / place).glob(".*.part")
+        ]:
             remove(leftover)
         if not record.exists() and _holds_something(folder):
             raise UsageError(
@@ -304,15 +408,55 @@ def _holds_something(folder: Path) -> bool:
 # --- What came of it ----------------------------------------------------------------------------------------
 
 
-def _conclude(plan: Comparison, display: Display) -> Verdict:
-    """Judge, write results and report, and tell."""
-    base = json.loads((plan.directory / "cells" / "base.json").read_text(encoding="utf-8"))
+def _judge(plan: Comparison) -> Verdict:
+    """Judge the first stage. Where all rates were tuned elsewhere there is none, and the second's base is shown."""
+    file = plan.base_file if plan.tuned else dataclasses.replace(plan, stage=2).base_file
+    base: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"test": [0.0]}
     names = [method.name for method in plan.methods]
-    verdict = judge(read_cells(plan), names, plan.baseline, base["validation"], base["test"])
+    verdict = judge(
+        read_cells(plan),
+        names,
+        plan.baseline,
+        base.get("validation", ()),
+        base["test"],
+        plan.pairs,
+        plan.given.rates,
+    )
     verdict = with_prices(verdict, read_cells(plan), base.get("also", {}))
+    if plan.given.rates:
+        verdict = dataclasses.replace(verdict, given=plan.given)
     asked = BenchmarkJudge.of(plan)
     if asked is not None:
-        verdict = dataclasses.replace(verdict, judged_by=asked.name, base_judged=fmean(base["correct"]))
+        grade = fmean(base["correct"]) if "correct" in base else None
+        verdict = dataclasses.replace(verdict, judged_by=asked.name, base_judged=grade)
+    return verdict
+
+
+def _say_second_stage(
+    plan: Comparison, task: LanguageTask, wanted: Wanted | None, engine: Engine, display: Display
+) -> None:
+    """Say what a second stage would take, if the first is there to tell its rates."""
+    if wanted is None:
+        return
+    if not all(plan.cell_file(*cell).exists() for cell in plan.cells) or (
+        plan.cells and not plan.base_file.exists()
+    ):
+        goal = wanted.goal
+        many = f"{goal.seeds}" if goal.width is None else f"up to {goal.seeds}"
+        display.say(
+            f"Then a second stage: each method at its best rate on {many} fresh seeds. How long it takes and what it "
+            "can show is said when rates are chosen."
+        )
+        return
+    verdict = _judge(plan)
+    second = SecondStage.of(plan, verdict, display)
+    own = task if plan.examples is None else prepare_task(second.plan, Display(quiet=True), lambda: None)
+    if second.asked(plan.pairs):
+        second.announce(wanted, verdict, len(own.heldout_set), engine.workers or 1)
+
+
+def _write(plan: Comparison, verdict: Verdict, display: Display) -> None:
+    """Write results and report."""
     write_text(
         plan.directory / "results.json",
         json.dumps(dataclasses.asdict(verdict), indent=2, ensure_ascii=False, allow_nan=False),
@@ -323,58 +467,12 @@ def _conclude(plan: Comparison, display: Display) -> Verdict:
         display.warn(
             f"The report could not be written: {error} Try again with: moslora report {plan.directory}"
         )
+
+
+def _conclude(plan: Comparison, verdict: Verdict, display: Display) -> Verdict:
+    """Write results and report, and tell."""
+    _write(plan, verdict, display)
     show_verdict(verdict, display)
     display.say(f"Results, for programs:        {plan.directory / 'results.json'}")
     display.say(f"Report, opens in a browser:   {plan.directory / 'report.html'}")
     return verdict
-
-
-def show_verdict(verdict: Verdict, display: Display) -> None:
-    """Show every method at its best rate, and what can be said of their differences."""
-    rows = []
-    for result in verdict.methods:
-        interval = "{:.4f} to {:.4f}".format(*result.interval) if result.interval else ""
-        stable = "{:g} to {:g}".format(*result.stable) if result.stable else "–"
-        best = [p for p in result.points if p.learning_rate == result.best_rate]
-        rows.append(
-            [
-                result.name,
-                "–" if result.best_rate is None else f"{result.best_rate:g}",
-                "–" if result.score is None else f"{result.score:.4f}",
-                interval,
-                " ".join(f"{p.test:.4f}" for p in best if p.test is not None),
-                *([] if not _asks(verdict) else [_share(result.exact_match)]),
-                stable,
-                f"{result.diverged} / {result.crashed}",
-                "–" if result.trainable_parameters is None else f"{result.trainable_parameters:,}",
-                "–" if result.seconds is None else f"{result.seconds:.1f} s",
-                "–" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f} GB",
-            ]
-        )
-    asked = [verdict.judged_by] if _asks(verdict) else []
-    columns = ["", "best rate", "held-out loss", "95 % over seeds", "each seed", *asked, "stable rates"]
-    columns += ["diverged / crashed", "trained", "time", "peak memory"]
-    display.say()
-    of_base = "" if verdict.base_judged is None else f", {verdict.judged_by} {verdict.base_judged:.1%}"
-    display.table(f"Base without training: held-out loss {verdict.base_loss:.4f}{of_base}", columns, rows)
-    show_prices(verdict, display)
-    for contrast in verdict.contrasts:
-        if contrast.measure == "exact_match":
-            found = contrast.difference
-            what = verdict.judged_by[0].upper() + verdict.judged_by[1:]
-            display.say(
-                f"{what}, {contrast.method} less {contrast.baseline}: {found.mean:+.1%} (95 % interval "
-                f"{found.low:+.1%} to {found.high:+.1%}, corrected p = {contrast.p_corrected:.2g})."
-            )
-    for sentence in verdict.sentences:
-        display.say(sentence, style="bold")
-    for caution in verdict.cautions:
-        display.say(f"Note: {caution}")
-
-
-def _asks(verdict: Verdict) -> bool:
-    return any(result.exact_match is not None for result in verdict.methods)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"

@@ -32,6 +32,7 @@ def run_local(bench: Bench, groups: Sequence[Sequence[Planned]], engine: Engine)
         bench.model = None
         _run_in_processes(plan, groups, display, stop, workers)
         return
+    bench.make_ready()
     left = sum(map(len, groups))
     for group in groups:
         bench.stop.check()
@@ -56,7 +57,7 @@ def _run_in_processes(
     from concurrent.futures.process import BrokenProcessPool
 
     threads = max(1, collect_hardware()["cores"] // workers)
-    about = dataclasses.replace(plan, methods=())
+    about = dataclasses.replace(plan, methods=(), confirmed=())  # methods cannot be pickled
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Method", "find_method"]
 
 # Arguments of MoSLoRAConfig that LoRA has no name for.
-MIXER_ARGUMENTS = ("mixer", "train_mixer", "mixer_pattern", "match_scale", "unlike_lora", "values_in_file")
+MIXER_ARGUMENTS: tuple[str, ...] = (
+    "mixer",
+    "train_mixer",
+    "mixer_pattern",
+    "match_scale",
+    "unlike_lora",
+    "values_in_file",
+)
+# What a method's file may say beside its configuration: how the mixers are trained.
+MIXER_TRAINING = ("mixer_lr_ratio", "mixer_weight_decay")
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Method:
         adjust: Changes the start of a model that the adapter has been put into; None for most.
         changes_base: Whether base weights move, so that the base has to be loaded anew for the next run.
         origin: The file or folder that it was read from; None for the table's.
+        mixer_lr_ratio: The mixers' learning rate is this times the others'.
+        mixer_weight_decay: The mixers' weight decay; None for the trainer's.
     """
 
     name: str
@@ -48,6 +59,30 @@ class Method:
     adjust: Callable[[Any], None] | None = None
     changes_base: bool = False
     origin: str | None = None
+    mixer_lr_ratio: float = 1.0
+    mixer_weight_decay: float | None = None
+
+    @property
+    def mixer_training(self) -> dict[str, float]:
+        """How the mixers are trained, where it is not as everything else is."""
+        found = {} if self.mixer_lr_ratio == 1 else {"mixer_lr_ratio": self.mixer_lr_ratio}
+        if self.mixer_weight_decay is not None:
+            found["mixer_weight_decay"] = self.mixer_weight_decay
+        return found
+
+    def prepare(self, trainer: Any) -> None:
+        """Change the start of a trainer's model, and how its mixers are trained, before it begins.
+
+        Args:
+            trainer: Of transformers, its adapter in the model.
+        """
+        if self.adjust is not None:
+            self.adjust(trainer.model)
+        if self.mixer_training:
+            from moslora.tuner.param_groups import train_mixers_apart
+
+            optimizer = trainer.create_optimizer()
+            train_mixers_apart(optimizer, trainer.model, self.mixer_lr_ratio, self.mixer_weight_decay)
 
     def configure(self, adapter: Mapping[str, Any]) -> PeftConfig | None:
         """Make the adapter's configuration.
@@ -126,6 +161,15 @@ def _match_scale(model: Any) -> None:
             layer.set_mixer("default", identity.expand_as(M))
 
 
+def _freeze_all_but_mixers(model: Any) -> None:
+    """Leave only M to be trained."""
+    from moslora.tuner.names import factor_in
+
+    for name, parameter in model.named_parameters():
+        if factor_in(name) in ("A", "B"):
+            parameter.requires_grad_(False)
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -149,6 +193,40 @@ METHODS: dict[str, Method] = {
             "a mixer that starts orthogonal, trained",
             "moslora",
             _moslora(mixer="orthogonal"),
+        ),
+        Method(
+            "moslora-matched",
+            "the kaiming mixer, trained, M scaled so that M·A starts at the scale of LoRA's A (match_scale)",
+            "moslora",
+            _moslora(mixer="kaiming", match_scale=True),
+        ),
+        Method(
+            "moslora-slow-mixer",
+            "the kaiming mixer, trained at a tenth of the rate of A and B",
+            "moslora",
+            _moslora(mixer="kaiming"),
+            mixer_lr_ratio=0.1,
+        ),
+        Method(
+            "moslora-fast-mixer",
+            "the kaiming mixer, trained at ten times the rate of A and B",
+            "moslora",
+            _moslora(mixer="kaiming"),
+            mixer_lr_ratio=10.0,
+        ),
+        Method(
+            "moslora-mixer-decay",
+            "the kaiming mixer, trained with weight decay 0.1 on M",
+            "moslora",
+            _moslora(mixer="kaiming"),
+            mixer_weight_decay=0.1,
+        ),
+        Method(
+            "lora-xs",
+            "A and B frozen at W0's principal components, only M trained (LoRA-XS, arXiv:2405.17604)",
+            "moslora",
+            _moslora(init_lora_weights="pissa"),
+            adjust=_freeze_all_but_mixers,
         ),
         Method("two-subspace", "two halves mixed by hand, fixed", "moslora", _moslora(mixer="two-subspace")),
         Method("dora", "PEFT's DoRA (arXiv:2402.09353)", "peft", _lora(use_dora=True)),
@@ -195,8 +273,20 @@ def find_method(name: str) -> Method:
         own = f"own-{own}"
     arguments = _read(file)
     library = "moslora" if str(arguments.get("peft_type", "")).upper() == "MOSLORA" else "peft"
+    training = {key: arguments.pop(key) for key in MIXER_TRAINING if key in arguments}
+    for key, value in training.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise UsageError(f"{file}: {key}={value!r} must be a number of at least 0.")
+        if library != "moslora":
+            raise UsageError(f"{file}: {key} is for mixers, which only peft_type: MOSLORA has.")
     return Method(
-        own, f"the configuration in {file.name}", library, lambda _: dict(arguments), changes_base=True
+        own,
+        f"the configuration in {file.name}",
+        library,
+        lambda _: dict(arguments),
+        changes_base=True,
+        origin=str(path.absolute()),
+        **{key: float(value) for key, value in training.items()},  # type: ignore[arg-type]
     )
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from moslora.comparison.price import Price
-from moslora.comparison.verdict import LEVEL, Cell, Verdict
+from moslora.comparison.results import Cell, Cost, Verdict
+from moslora.comparison.verdict import LEVEL
 from moslora.metrics.intervals import holm, paired_difference
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def with_prices(verdict: Verdict, cells: Sequence[Cell], base: Mapping[str, Any]
 
 def _prices(
     data: str, measure: Literal["loss", "kl"], chosen: Mapping[str, Sequence[Cell]], baseline: str
-) -> list[Price]:
+) -> list[Cost]:
     def values(cell: Cell) -> Sequence[float]:
         return ((cell.also or {}).get(data) or {}).get(measure) or ()
 
@@ -129,7 +129,7 @@ def _prices(
     }
     corrected = holm([judged[name].p for name in others])
     return [
-        Price(
+        Cost(
             method=name,
             baseline=baseline,
             data=data,
@@ -144,7 +144,7 @@ def _prices(
     ]
 
 
-def _sentence(price: Price, prices: Sequence[Price]) -> str:
+def _sentence(price: Cost, prices: Sequence[Cost]) -> str:
     found = price.difference
     numbers = (
         f"{found.mean:+.4f} (95 % interval {found.low:+.4f} to {found.high:+.4f}, corrected p = "

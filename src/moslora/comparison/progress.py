@@ -20,7 +20,9 @@ def show_cell(plan: Comparison, cell: Cell, left: int, workers: int, display: Di
     from statistics import fmean
 
     what = f"{cell.method}, rate {cell.learning_rate:g}, seed {cell.seed}"
-    if cell.validation is not None and cell.test is not None:
+    if plan.stage == 2 and cell.status == "done":
+        display.say(f"{what}: done in {cell.cell_seconds:.0f} s.")
+    elif cell.validation is not None and cell.test is not None:
         display.say(
             f"{what}: validation loss {fmean(cell.validation):.4f}, held out {fmean(cell.test):.4f}; "
             f"{cell.cell_seconds:.0f} s."
@@ -31,9 +33,11 @@ def show_cell(plan: Comparison, cell: Cell, left: int, workers: int, display: Di
     if left:
         mean = fmean([c.cell_seconds for c in done if c.cell_seconds] or [0.0])
         display.say(f"  {left} cells left, about {duration(mean * left / workers)}.")
+    if plan.stage == 2:
+        return
     first = [c for c in done if (c.method, c.learning_rate) == (plan.baseline, plan.cells[0][1])]
     if len(first) == len(plan.seeds) and cell in first:
-        size = foresee(first, len(plan.seeds), len(plan.methods) - 1)
+        size = foresee(first, len(plan.seeds), len(plan.pairs))
         if size is not None:
             display.say(
                 f"By the spread of {plan.baseline}'s seeds, this comparison can show a difference in held-out loss of "

@@ -53,8 +53,13 @@ def make_engine(name: str, workers: int | None, together: int) -> Engine:
 
 
 def run_all(
-    plan: Comparison, task: LanguageTask, display: Display, stop: StopRequest, engine: Engine
-) -> None:
+    plan: Comparison,
+    task: LanguageTask,
+    display: Display,
+    stop: StopRequest,
+    engine: Engine,
+    bench: Bench | None = None,
+) -> Bench | None:
     """Run the cells that are not finished, and the base.
 
     Args:
@@ -63,22 +68,30 @@ def run_all(
         display: Where to tell of progress.
         stop: Asked between pieces of work.
         engine: Where and how.
+        bench: That of an earlier call, whose base is used again.
+
+    Returns:
+        The bench for the next call; None where nothing was left to run and none was given.
 
     Raises:
         Stopped: If asked to stop.
         TrainingError: If the base cannot be brought back, or a worker cannot continue.
     """
-    base = plan.directory / "cells" / "base.json"
+    base = plan.base_file
     mark_crashed_cells(plan, display)
     left = [cell for cell in plan.cells if not plan.cell_file(*cell).exists()]
     if not left and base.exists():
-        return
+        return bench
     stop.check()
-    bench = Bench(plan, task, display, stop)
-    check_memory(plan, bench, task.device)
+    if bench is None:
+        bench = Bench(plan, task, display, stop)
+        check_memory(plan, bench, task.device)
+    bench.turn_to(plan, task)
     if not base.exists():
         write_text(base, json.dumps(bench.measure_base()))
-    ENGINES[engine.name](bench, in_groups(plan, left, engine.together), engine)
+    if left:
+        ENGINES[engine.name](bench, in_groups(plan, left, engine.together), engine)
+    return bench
 
 
 # --- On a Ray cluster ---------------------------------------------------------------------------------------

@@ -8,14 +8,12 @@ away: a rate counts only if every seed finished at it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median, stdev
-from typing import Any, Literal
+from typing import Literal
 
-from moslora.comparison.price import Price
+from moslora.comparison.results import Cell, Contrast, MethodResult, Point, Verdict
 from moslora.errors import UsageError
 from moslora.metrics.intervals import (
-    Difference,
     detectable_difference,
     holm,
     mean_interval,
@@ -28,160 +26,6 @@ LEVEL = 0.95
 # A rate belongs to the stable range if it keeps this much of the best rate's improvement over the base.
 LEAST_IMPROVEMENT = 0.9
 
-Status = Literal["done", "diverged", "crashed"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training and what came of it.
-
-    Attributes:
-        method: Its name.
-        learning_rate: Peak rate of the schedule.
-        seed: Of initial values and data order.
-        status: ``"done"``, ``"diverged"`` (a value was NaN or infinite) or ``"crashed"``.
-        reason: Why it is not done, in words.
-        validation: Loss of each validation example, in nats per trained token; None unless done.
-        test: The same of each held-out example.
-        correct: Whether each answered held-out example was right, or a grade of each unit of a benchmark; None without.
-        train_loss: Mean training loss of the last logged steps; None if there is none.
-        seconds: Wall-clock time of the training alone.
-        cpu_seconds: Processor time of it.
-        cell_seconds: Wall-clock time with evaluation, from which the rest is estimated.
-        peak_bytes: Peak of memory while training: of the GPU, or of the whole process on a CPU; None if not known.
-        trainable_parameters: How many.
-        together: How many cells were trained at once over one base; times are the whole's divided by it, and the peak
-            of memory is the whole's.
-        also: By data that tuning is not about: ``loss``, and ``kl`` from the base, of each passage, as its share in the
-            mean over tokens; None where that was not measured.
-    """
-
-    method: str
-    learning_rate: float
-    seed: int
-    status: Status
-    reason: str | None = None
-    validation: Sequence[float] | None = None
-    test: Sequence[float] | None = None
-    correct: Sequence[float] | None = None
-    train_loss: float | None = None
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    cell_seconds: float = 0.0
-    peak_bytes: int | None = None
-    trainable_parameters: int | None = None
-    together: int = 1
-    also: Mapping[str, Mapping[str, Sequence[float]]] | None = None
-
-
-@dataclass(frozen=True)
-class Point:
-    """One seed at one rate, as shown.
-
-    Attributes:
-        learning_rate, seed, status, reason: Of the cell.
-        validation, test: Mean losses; None unless done.
-    """
-
-    learning_rate: float
-    seed: int
-    status: Status
-    reason: str | None
-    validation: float | None
-    test: float | None
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """A method at its best learning rate.
-
-    Attributes:
-        name: Of the method.
-        points: Every cell, whatever came of it.
-        best_rate: With the lowest mean validation loss among rates at which every seed finished; None if there is none.
-        at_edge: Whether that is the lowest or the highest rate tried, so that a better one may lie outside.
-        stable: Lowest and highest rate around the best one that keep 90 % of its improvement over the base.
-        score: Mean held-out loss over seeds and examples, at the best rate.
-        interval: Its 95 % interval over seeds, for these examples.
-        exact_match: Mean share of right answers there; None without a metric.
-        diverged, crashed: How many cells.
-        trainable_parameters: How many.
-        seconds, cpu_seconds: Medians of the training time of a cell.
-        peak_bytes: Largest peak of memory over the method's cells.
-    """
-
-    name: str
-    points: Sequence[Point]
-    best_rate: float | None
-    at_edge: Literal["lowest", "highest"] | None
-    stable: tuple[float, float] | None
-    score: float | None
-    interval: tuple[float, float] | None
-    exact_match: float | None
-    diverged: int
-    crashed: int
-    trainable_parameters: int | None
-    seconds: float | None
-    cpu_seconds: float | None
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A method against the baseline, each at its best rate.
-
-    Attributes:
-        method, baseline: Their names.
-        measure: ``"loss"`` (lower is better) or ``"exact_match"`` (higher is better).
-        difference: Method less baseline, same seeds and same examples.
-        p_corrected: Holm's, over all methods compared by this measure.
-        detectable: The smallest true difference that this much data would have shown four times out of five.
-        found: ``"better"``, ``"worse"``, or ``"none"`` if no difference could be shown.
-        by_seed: The mean difference of each seed.
-    """
-
-    method: str
-    baseline: str
-    measure: Literal["loss", "exact_match"]
-    difference: Difference
-    p_corrected: float
-    detectable: float
-    found: Literal["better", "worse", "none"]
-    by_seed: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The outcome of a comparison.
-
-    Attributes:
-        baseline: The method that the others are compared with.
-        base_loss: Mean held-out loss of the untrained base.
-        methods: In the order asked for, the baseline among them.
-        contrasts: By loss first, then by exact match.
-        sentences: What was found, in plain words, one per method compared.
-        cautions: What a reader has to know beside them.
-        complete: Whether every method has a result.
-        judged_by: What ``exact_match`` stands for: exact match, or a benchmark's name.
-        base_judged: The untrained base's share of it; None where it was not measured.
-        prices: What methods cost on other data; empty where that was not measured.
-        base_also: The untrained base's loss there, by the name of the data.
-        points_also: Every finished cell's held-out loss beside its costs.
-    """
-
-    baseline: str
-    base_loss: float
-    methods: Sequence[MethodResult]
-    contrasts: Sequence[Contrast]
-    sentences: Sequence[str]
-    cautions: Sequence[str]
-    complete: bool
-    judged_by: str = "exact match"
-    base_judged: float | None = None
-    prices: Sequence[Price] = ()
-    base_also: Mapping[str, float] | None = None
-    points_also: Sequence[Mapping[str, Any]] = ()
-
 
 def judge(
     cells: Sequence[Cell],
@@ -189,14 +33,18 @@ def judge(
     baseline: str,
     base_validation: Sequence[float],
     base_test: Sequence[float],
+    pairs: Sequence[tuple[str, str]] | None = None,
+    given: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Judge a comparison.
 
     Args:
-        cells: All of them, one for every method, rate and seed.
+        cells: All of them, one for every method that is tuned, rate and seed.
         methods: Names, the baseline among them.
         baseline: What the others are compared with.
         base_validation, base_test: The untrained base's loss of each example.
+        pairs: Which method is compared with which; None for each with the baseline.
+        given: Rates of methods that are not tuned here.
 
     Returns:
         The verdict.
@@ -204,17 +52,19 @@ def judge(
     Raises:
         ValueError: If a cell is missing or there twice.
     """
-    _check(cells, methods, baseline)
+    given = given or {}
+    _check(cells, [name for name in methods if name not in given], baseline, methods)
+    pairs = [(name, baseline) for name in methods if name != baseline] if pairs is None else pairs
     chosen: dict[str, list[Cell]] = {}
     results = []
     for name in methods:
         own = [cell for cell in cells if cell.method == name]
-        rate = _best_rate(own)
+        rate = given[name] if name in given else _best_rate(own)
         chosen[name] = sorted((c for c in own if c.learning_rate == rate), key=lambda c: c.seed)
-        results.append(_result(name, own, rate, chosen[name], fmean(base_validation)))
+        results.append(_result(name, own, rate, chosen[name], base_validation))
     contrasts = []
     for measure in ("loss", "exact_match"):
-        contrasts += _contrasts(methods, baseline, chosen, measure)
+        contrasts += _contrasts(pairs, chosen, measure)
     sentences = [_sentence(c, chosen) for c in contrasts if c.measure == "loss"]
     sentences += [_missing(result, baseline) for result in results if result.best_rate is None]
     return Verdict(
@@ -228,9 +78,9 @@ def judge(
     )
 
 
-def _check(cells: Sequence[Cell], methods: Sequence[str], baseline: str) -> None:
-    if baseline not in methods:
-        raise UsageError(f"The baseline {baseline!r} is none of the methods {', '.join(methods)}.")
+def _check(cells: Sequence[Cell], methods: Sequence[str], baseline: str, compared: Sequence[str]) -> None:
+    if baseline not in compared:
+        raise UsageError(f"The baseline {baseline!r} is none of the methods {', '.join(compared)}.")
     there = [(c.method, c.learning_rate, c.seed) for c in cells]
     rates, seeds = {c.learning_rate for c in cells}, {c.seed for c in cells}
     wanted = {(m, r, s) for m in methods for r in rates for s in seeds}
@@ -257,7 +107,7 @@ def _curve(cells: Sequence[Cell]) -> dict[float, float]:
 
 
 def _result(
-    name: str, cells: Sequence[Cell], rate: float | None, chosen: Sequence[Cell], base: float
+    name: str, cells: Sequence[Cell], rate: float | None, chosen: Sequence[Cell], base: Sequence[float]
 ) -> MethodResult:
     def known(values: Sequence[float | int | None]) -> list[float]:
         return [value for value in values if value is not None]
@@ -287,7 +137,7 @@ def _result(
         points=points,
         best_rate=rate,
         at_edge=edge,
-        stable=_stable(cells, rate, base),
+        stable=_stable(cells, rate, fmean(base)) if cells else None,
         score=fmean(scores) if scores else None,
         interval=mean_interval(scores, LEVEL) if len(scores) > 1 else None,
         exact_match=fmean(answers) if answers else None,
@@ -316,36 +166,35 @@ def _stable(cells: Sequence[Cell], best: float | None, base: float) -> tuple[flo
 
 
 def _contrasts(
-    methods: Sequence[str],
-    baseline: str,
+    asked: Sequence[tuple[str, str]],
     chosen: Mapping[str, Sequence[Cell]],
     measure: Literal["loss", "exact_match"],
 ) -> list[Contrast]:
-    """Compare every method that has a result with the baseline, and correct for their number."""
+    """Compare every pair of which both have results, and correct for their number."""
 
     def scores(cell: Cell) -> Sequence[float]:
         values = cell.test if measure == "loss" else cell.correct
         return [float(value) for value in values or ()]
 
-    others = [
-        name
-        for name in methods
-        if name != baseline and all(len(scores(c)) > 1 for c in (*chosen[name], *chosen[baseline]))
+    whole = [
+        (name, baseline)
+        for name, baseline in asked
         if chosen[name] and chosen[baseline]
+        if all(len(scores(c)) > 1 for c in (*chosen[name], *chosen[baseline]))
     ]
     differences = {}
-    for name in others:
+    for name, baseline in whole:
         pairs = list(zip(chosen[name], chosen[baseline], strict=True))
         if any(one.seed != two.seed for one, two in pairs):
             raise UsageError(f"The seeds of {name} and {baseline} do not pair.")
-        differences[name] = [
+        differences[name, baseline] = [
             [a - b for a, b in zip(scores(one), scores(two), strict=True)] for one, two in pairs
         ]
-    judged = {name: paired_difference(rows, LEVEL) for name, rows in differences.items()}
-    corrected = holm([judged[name].p for name in others])
+    judged = {pair: paired_difference(rows, LEVEL) for pair, rows in differences.items()}
+    corrected = holm([judged[pair].p for pair in whole])
     contrasts = []
-    for name, p in zip(others, corrected, strict=True):
-        found = judged[name]
+    for (name, baseline), p in zip(whole, corrected, strict=True):
+        found = judged[name, baseline]
         better = found.mean < 0 if measure == "loss" else found.mean > 0
         shown: Literal["better", "worse", "none"] = "better" if better else "worse"
         contrasts.append(
@@ -361,10 +210,10 @@ def _contrasts(
                     found.seeds,
                     found.examples,
                     LEVEL,
-                    len(others),
+                    len(whole),
                 ),
                 found=shown if p < 1 - LEVEL else "none",
-                by_seed=[fmean(row) for row in differences[name]],
+                by_seed=[fmean(row) for row in differences[name, baseline]],
             )
         )
     return contrasts
@@ -379,7 +228,7 @@ def foresee(cells: Sequence[Cell], seeds: int, comparisons: int) -> float | None
     Args:
         cells: Of one method and one rate, different seeds.
         seeds: How many the comparison has.
-        comparisons: How many methods it compares with the baseline.
+        comparisons: How many pairs it compares.
 
     Returns:
         In nats per token; None with fewer than two finished cells.

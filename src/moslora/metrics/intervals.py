@@ -62,6 +62,9 @@ class Difference:
         example_deviation: Standard deviation between examples of the difference, averaged over seeds.
         seeds, examples: How many.
         level: Confidence level of the interval.
+        half_of_seeds, half_of_examples: What seeds and what examples add to the half-width: its square is the sum of
+            their squares (of examples, the mean of both sides').
+        half_at_best: The half-width that no number of seeds would narrow further, for these examples.
     """
 
     mean: float
@@ -73,14 +76,21 @@ class Difference:
     seeds: int
     examples: int
     level: float
+    half_of_seeds: float = 0.0
+    half_of_examples: float = 0.0
+    half_at_best: float = 0.0
 
 
-def paired_difference(differences: Sequence[Sequence[float]], level: float = 0.95) -> Difference:
+def paired_difference(
+    differences: Sequence[Sequence[float]], level: float = 0.95, least_half: float = 0.0
+) -> Difference:
     """Return interval and p-value of paired differences.
 
     Args:
         differences: One row per seed, one column per example: a method's score minus the baseline's.
         level: Confidence level of the interval, between 0 and 1.
+        least_half: The interval is widened to this half-width where it is narrower, and p with it. Where seeds were
+            added until the interval was as narrow as this, its own width is too small: it was chosen for being so.
 
     Returns:
         Mean, interval and p-value. They agree: the interval at ``level`` excludes 0 exactly if ``p < 1 - level``.
@@ -106,30 +116,45 @@ def paired_difference(differences: Sequence[Sequence[float]], level: float = 0.9
     by_seed, by_example = D.mean(axis=1), D.mean(axis=0)
     seed_deviation, example_deviation = float(by_seed.std(ddof=1)), float(by_example.std(ddof=1))
     error = example_deviation / math.sqrt(examples)
-    deviations = _studentized(by_example - by_example.mean())  # (draws,), sorted
+    deviations = _studentized(by_example - by_example.mean()).tolist()  # (draws,), sorted
 
     def halves(alpha: float) -> tuple[float, float]:
         """Return how far the interval at ``1 - alpha`` extends below and above the mean."""
         of_seeds = student_quantile(1 - alpha / 2, seeds - 1) * seed_deviation / math.sqrt(seeds)
         least = student_quantile(1 - alpha / 2, examples - 1)
         # The upper tail of the resamples gives the lower end of the interval.
-        left, right = np.quantile(deviations, [alpha / 2, 1 - alpha / 2])
-        return (
-            math.hypot(of_seeds, error * max(least, float(right))),
-            math.hypot(of_seeds, error * max(least, -float(left))),
+        left, right = _quantile(deviations, alpha / 2), _quantile(deviations, 1 - alpha / 2)
+        return math.hypot(of_seeds, error * max(least, right)), math.hypot(
+            of_seeds, error * max(least, -left)
         )
 
     below, above = halves(1 - level)
+    wider = max(1.0, 2 * least_half / (below + above)) if below + above > 0 else 1.0
+
+    def widened(alpha: float) -> tuple[float, float]:
+        below, above = halves(alpha)
+        return wider * below, wider * above
+
+    below, above = widened(1 - level)
+    of_seeds = student_quantile((1 + level) / 2, seeds - 1) * seed_deviation / math.sqrt(seeds)
+    of_examples = math.sqrt(max(0.0, ((below + above) / 2 / wider) ** 2 - of_seeds**2))
+    # A mean over seeds still has 1/seeds of what is left when seed and example are taken out, and more seeds shrink it.
+    rest = D - by_seed[:, None] - by_example[None, :] + mean
+    of_rest = float((rest**2).sum()) / ((seeds - 1) * (examples - 1)) / seeds
+    kept = max(0.0, 1 - of_rest / example_deviation**2) if example_deviation > 0 else 0.0
     return Difference(
         mean=mean,
         low=mean - below,
         high=mean + above,
-        p=_p_value(mean, halves),
+        p=_p_value(mean, widened),
         seed_deviation=seed_deviation,
         example_deviation=example_deviation,
         seeds=seeds,
         examples=examples,
         level=level,
+        half_of_seeds=of_seeds,
+        half_of_examples=of_examples,
+        half_at_best=of_examples * math.sqrt(kept),
     )
 
 
@@ -145,6 +170,13 @@ def paired_examples(differences: Sequence[float], level: float = 0.95) -> Differ
     """
     # Equal rows have no variance between seeds; only the examples' remains.
     return paired_difference([list(differences)] * 2, level)
+
+
+def _quantile(rising: Sequence[float], share: float) -> float:
+    """Return the value below which a share of sorted values lies, between two of them linearly, as NumPy does."""
+    place = share * (len(rising) - 1)
+    below = min(int(place), len(rising) - 2)
+    return rising[below] + (rising[below + 1] - rising[below]) * (place - below)
 
 
 def _p_value(mean: float, halves: Any) -> float:
@@ -305,6 +337,17 @@ def student_quantile(probability: float, freedom: int) -> float:
         high *= 2
         if high > 1e12:
             return high
-    while low < (middle := (low + high) / 2) < high:  # until there is no number in between
-        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
-    return middle
+    # Newton's steps, and a bisection wherever one would leave the bracket or gain nothing.
+    logarithm = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    t = (low + high) / 2
+    for _ in range(200):
+        missing = student_cdf(t, freedom) - probability
+        low, high = (t, high) if missing < 0 else (low, t)
+        density = math.exp(logarithm - (freedom + 1) / 2 * math.log1p(t * t / freedom))
+        following = t - missing / density if density > 0 else low
+        if not low < following < high:
+            following = (low + high) / 2
+        if following in (low, high) or abs(following - t) <= 4e-16 * t:
+            break
+        t = following
+    return t

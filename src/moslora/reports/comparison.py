@@ -50,35 +50,33 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
     record = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     colors = {m["name"]: COLORS[i % len(COLORS)] for i, m in enumerate(results["methods"])}
+    second = results.get("confirmation")  # version 0.1 had none
+    tuned = [m for m in results["methods"] if m["points"]]
     drawings = []
     if any(c["measure"] == "loss" for c in results["contrasts"]):
         drawings.append(
+            _differences_of(
+                results, "Paired differences" if second is None else "Differences when tuning", colors
+            )
+        )
+    if tuned:
+        drawings.append(
             {
-                "title": f"Paired differences from {results['baseline']}",
-                "text": "Held-out loss, method less baseline, same seed and same examples: left of zero is better than "
-                "the baseline. Dots are seeds, bars the mean with its 95 % interval for new seeds and new examples.",
+                "title": "Every seed at the best rate",
+                "text": "Held-out loss of each seed, rates chosen on validation examples. Lines join equal seeds.",
+                "svg": _draw("Seed points by method", 3.4, lambda axes: _seeds(axes, tuned, colors)),
+            }
+        )
+        drawings.append(
+            {
+                "title": "Learning rates",
+                "text": "Validation loss by learning rate; dots are seeds, lines their means where every seed "
+                "finished. Crosses at the top diverged or crashed.",
                 "svg": _draw(
-                    "Paired differences with intervals",
-                    1.2 + 0.55 * len(results["methods"]),
-                    lambda axes: _differences(axes, results, colors),
+                    "Validation loss by learning rate", 3.8, lambda axes: _rates(axes, tuned, colors)
                 ),
             }
         )
-    drawings.append(
-        {
-            "title": "Every seed at the best rate",
-            "text": "Held-out loss of each seed, rates chosen on validation examples. Lines join equal seeds.",
-            "svg": _draw("Seed points by method", 3.4, lambda axes: _seeds(axes, results, colors)),
-        }
-    )
-    drawings.append(
-        {
-            "title": "Learning rates",
-            "text": "Validation loss by learning rate; dots are seeds, lines their means where every seed finished. "
-            "Crosses at the top diverged or crashed.",
-            "svg": _draw("Validation loss by learning rate", 3.8, lambda axes: _rates(axes, results, colors)),
-        }
-    )
     for data in results.get("base_also") or ():
         if any(data in point["also"] for point in results["points_also"]):
             text = (
@@ -96,6 +94,9 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
         about=about,
         colors=colors,
         drawings=drawings,
+        second=second,
+        confirmed=_of_second_stage(second, colors) if second else [],
+        tuned=tuned,
         points=[(m["name"], p) for m in results["methods"] for p in m["points"]],
         asks=any(m["exact_match"] is not None for m in results["methods"]),
     )
@@ -103,12 +104,83 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
     return folder / "report.html"
 
 
+def _differences_of(
+    found: Mapping[str, Any], title: str, colors: Mapping[str, str], level: str = "95 % interval"
+) -> dict[str, str]:
+    rows = [c for c in found["contrasts"] if c["measure"] == "loss"]
+    return {
+        "title": title,
+        "text": "Held-out loss, first method less second, same seed and same examples: left of zero the first is "
+        f"better. Dots are seeds, bars the mean with its {level} for new seeds and new examples.",
+        "svg": _draw(
+            "Paired differences with intervals",
+            1.2 + 0.55 * max(2, len(rows)),
+            lambda axes: _differences(axes, rows, colors),
+        ),
+    }
+
+
+def _of_second_stage(second: Mapping[str, Any], colors: Mapping[str, str]) -> list[dict[str, str]]:
+    """Draw the second stage: differences on fresh seeds, and what other rates cost."""
+    drawings = []
+    if any(c["measure"] == "loss" for c in second["contrasts"]):
+        drawings.append(_differences_of(second, "Differences on fresh seeds", colors, "interval"))
+    if second["prices"]:
+        drawings.append(
+            {
+                "title": "Wrong rates",
+                "text": "Held-out loss at a multiple of each method's best rate less that at the best rate, same "
+                "seeds, with intervals. Crosses at the top mark that a seed did not finish, with how many of how many.",
+                "svg": _draw(
+                    "Price of a wrong rate", 3.8, lambda axes: _prices(axes, second["prices"], colors)
+                ),
+            }
+        )
+    return drawings
+
+
+def _prices(axes: Axes, prices: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
+    names = list(dict.fromkeys(price["method"] for price in prices))
+    factors = sorted({price["factor"] for price in prices})
+    axes.axhline(0, color=MUTED, linewidth=1)
+    for column, name in enumerate(names):
+        shift = (column - (len(names) - 1) / 2) * 0.7 / max(1, len(names))
+        own = {price["factor"]: price for price in prices if price["method"] == name}
+        label: str | None = name
+        for place, factor in enumerate(factors):
+            price = own.get(factor)
+            if price is None:
+                continue
+            x, found = place + shift, price["difference"]
+            if found is not None:
+                axes.plot([x, x], [found["low"], found["high"]], color=colors[name], linewidth=2.5)
+                axes.plot([x], [found["mean"]], "D", color=colors[name], markersize=6, label=label)
+                label = None
+            lost = price["diverged"] + price["crashed"]
+            if lost:
+                axes.annotate(
+                    f"✕ {lost}/{price['seeds']}",
+                    (x, 1),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    xytext=(0, -10 - 10 * column),
+                    ha="center",
+                    fontsize=8,
+                    color=colors[name],
+                )
+    axes.set_xticks(range(len(factors)), [f"{factor:g} ×" for factor in factors])
+    axes.set_xlim(-0.5, len(factors) - 0.5)
+    axes.set_xlabel("rate, as a multiple of the method's best")
+    axes.set_ylabel("loss more than at the best rate")
+    axes.grid(axis="y", linewidth=0.8)
+    axes.legend(frameon=False)
+
+
 def _draw(description: str, height: float, paint: Callable[[Axes], None]) -> str:
     return drawing(description, (7.2, height), lambda figure: paint(figure.subplots()))
 
 
-def _differences(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, str]) -> None:
-    contrasts = [c for c in results["contrasts"] if c["measure"] == "loss"]
+def _differences(axes: Axes, contrasts: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
     axes.axvline(0, color=MUTED, linewidth=1)
     for row, contrast in enumerate(contrasts):
         found, color = contrast["difference"], colors[contrast["method"]]
@@ -119,33 +191,33 @@ def _differences(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, st
         axes.plot(
             contrast["by_seed"], [row + 0.18] * len(contrast["by_seed"]), "o", color=color, alpha=0.6, ms=4
         )
-    axes.set_yticks(range(len(contrasts)), [c["method"] for c in contrasts])
+    axes.set_yticks(range(len(contrasts)), [f"{c['method']}\nless {c['baseline']}" for c in contrasts])
     axes.set_ylim(len(contrasts) - 0.5, -0.5)
     axes.set_xlabel("difference in held-out loss, nats per token")
     axes.grid(axis="x", linewidth=0.8)
 
 
-def _seeds(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+def _seeds(axes: Axes, methods: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
     lines: dict[int, list[tuple[int, float]]] = {}
-    for column, method in enumerate(results["methods"]):
+    for column, method in enumerate(methods):
         best = [p for p in method["points"] if p["learning_rate"] == method["best_rate"]]
         for point in best:
             lines.setdefault(point["seed"], []).append((column, point["test"]))
     for points in lines.values():
         axes.plot(*zip(*points, strict=True), color=LINE, linewidth=1, zorder=1)
         for column, value in points:
-            name = results["methods"][column]["name"]
+            name = methods[column]["name"]
             axes.plot([column], [value], "o", color=colors[name], markersize=6, zorder=2)
-    axes.set_xticks(range(len(results["methods"])), [m["name"] for m in results["methods"]], rotation=20)
-    axes.set_xlim(-0.5, len(results["methods"]) - 0.5)
+    axes.set_xticks(range(len(methods)), [m["name"] for m in methods], rotation=20)
+    axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_ylabel("held-out loss")
     axes.grid(axis="y", linewidth=0.8)
 
 
-def _rates(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+def _rates(axes: Axes, methods: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
     lost: list[tuple[float, str]] = []
     values: list[float] = []
-    for method in results["methods"]:
+    for method in methods:
         color, means = colors[method["name"]], []
         for rate in sorted({p["learning_rate"] for p in method["points"]}):
             points = [p["validation"] for p in method["points"] if p["learning_rate"] == rate]

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from moslora.errors import UsageError
 from moslora.tuner.names import MAGNITUDE, factor_in
 
-__all__ = ["param_groups"]
+__all__ = ["param_groups", "train_mixers_apart"]
 
 
 def param_groups(
@@ -92,3 +93,36 @@ def param_groups(
         for group, parameters in members.items()
         if parameters
     ]
+
+
+def train_mixers_apart(
+    optimizer: Optimizer, model: nn.Module, lr_ratio: float = 1.0, weight_decay: float | None = None
+) -> None:
+    """Give the mixers of an optimizer that has taken no step yet a rate and a weight decay of their own.
+
+    Whatever optimizer the trainer was told to use stays, with its other settings; ``param_groups`` is for making one.
+
+    Args:
+        optimizer: Over the model's trained parameters.
+        model: A model with MoSLoRA adapters.
+        lr_ratio: The mixers' rate is this times that of their group.
+        weight_decay: The mixers' weight decay; None leaves their group's.
+
+    Raises:
+        UsageError: If no mixer is trained, or the optimizer has taken a step.
+    """
+    mixers = {id(p) for name, p in model.named_parameters() if p.requires_grad and factor_in(name) == "M"}
+    if not mixers or optimizer.state:
+        reason = "has taken steps already" if mixers else "trains no mixer"
+        raise UsageError(f"Mixers cannot be trained apart: the optimizer {reason}.")
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in mixers]
+        if not own:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in mixers]
+        apart = {key: value for key, value in group.items() if key != "params"}
+        apart["lr"] = group["lr"] * lr_ratio
+        if weight_decay is not None:
+            apart["weight_decay"] = weight_decay
+        optimizer.add_param_group({**apart, "params": own})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
