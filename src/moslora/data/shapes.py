@@ -364,3 +364,7 @@ def _with_answer(messages: tuple[Message, ...], column: str, start: int = 0) -> 
             f"field {column!r} opens with an assistant turn, which answers no question; remove it"
         )
     return messages
+
+
+# For rows of other tasks, which read the same fields.
+FieldError, read_text, read_turns, read_template_arguments = _FieldError, _text, _turns, _template_arguments
