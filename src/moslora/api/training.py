@@ -56,7 +56,7 @@ def train(
 
     Args:
         recipe: A recipe's path, a dict of its sections, or a ``Recipe``; None if the other arguments are enough.
-        task: ``"text"``, ``"vision"`` or ``"image"``, or the section.
+        task: ``"text"``, ``"vision"``, ``"classification"``, ``"reward"`` or ``"image"``, or the section.
         model: A name (packaged, a folder, a hub id, a GGUF file), the section, or a loaded model of transformers. That
             one is trained with an adapter and is afterwards as it was before. If no folder holds its weights, it is
             saved as ``base/`` in the run directory, because a proof and a resumed run have to load it.
@@ -65,7 +65,7 @@ def train(
             are written into the run directory as ``data/train.jsonl``; PIL images in them as files.
         heldout: Held-out examples, likewise; None takes some of ``data``.
         adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section.
-        trainer: Fields of TRL's ``SFTConfig``.
+        trainer: Fields of TRL's ``SFTConfig``, or of the task's own trainer.
         scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
         output: The run directory, such as ``"runs/demo"``; a run never overwrites another.
         seed: Of data order, initial values and splits.

@@ -109,7 +109,7 @@ class Bench:
 
     def _train_together(self, cells: Sequence[Planned]) -> list[Cell]:
         if self.plan.recipe.task.kind != "text":
-            raise CannotShare("batches with pictures are not concatenated")
+            raise CannotShare(f"batches of task={self.plan.recipe.task.kind} are not concatenated")
         found: dict[Planned, Cell] = {}
         made: dict[Planned, tuple[LanguageTask, Any]] = {}
         surroundings = []
@@ -172,7 +172,7 @@ class Bench:
         trainer_arguments = {**self.plan.recipe.trainer, **fixed, "load_best_model_at_end": False}
         task.recipe = self.plan.recipe.model_copy(update={"trainer": trainer_arguments, "seed": seed})
         task.display = self.display if shows else Display(quiet=True)
-        config = method.configure(task.adapter_arguments(self.model))
+        config = task.completed(method.configure(task.adapter_arguments(self.model)), self.model)
         scratch = self.plan.directory / "cells"
         trainer: Any = task.build_trainer(model, config, scratch, [_watcher(self, task.display)])
         trainer.remove_callback(PrinterCallback)
@@ -205,7 +205,7 @@ class Bench:
                 reason, found = "a loss after training is NaN or infinite", {}
             elif self.judge is not None:
                 found["correct"] = self.judge.judge(task, adapted, name, self.display)
-            elif task.recipe.task.metric != "none" and task.asked:
+            elif task.judges and task.asked:
                 found["correct"] = [bool(a.correct) for a in task.ask(adapted, task.asked, name)]
         status = "done" if reason is None else "diverged"
         return Cell(method.name, rate, seed, status, reason, **known, **found)  # type: ignore[arg-type]

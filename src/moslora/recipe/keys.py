@@ -14,6 +14,7 @@ BELONGING: dict[str, tuple[str, ...]] = {
     "data": (
         *("heldout", "train_split", "heldout_split", "format", "ignore"),
         *("prompt", "token", "class_name", "class_images", "class_prompt"),
+        *("subset", "labels", "columns"),
     ),
     "output": (),
 }
@@ -64,6 +65,12 @@ MISNAMED: dict[str, str] = {
     "data.eval": "data.heldout",
     "data.validation": "data.heldout",
     "model.path": "model.name",
+    "task.problem_type": "task.problem",
+    "task.num_labels": "data.labels, a list of their names",
+    "data.num_labels": "data.labels, a list of their names",
+    "data.id2label": "data.labels, a list of their names in order",
+    "data.classes": "data.labels",
+    "data.config": "data.subset",
     "lora": "adapter",
     "peft": "adapter",
     "training": "trainer",
@@ -89,6 +96,21 @@ UNFIT: dict[str, dict[str, dict[str, str]]] = {
         "trainer": {
             "packing": "rows with pictures are not packed",
             "padding_free": "rows with pictures are padded",
+        },
+    },
+    "classification": {
+        "trainer": {
+            "label_names": "the run decides it",
+            "remove_unused_columns": "the run decides it",
+            "include_for_metrics": "the run measures before and after by itself",
+            "neftune_noise_alpha": "it is for models that write text",
+        },
+    },
+    "reward": {
+        "trainer": {
+            "remove_unused_columns": "the run decides it",
+            "label_smoothing_factor": "a reward model's loss has no labels",
+            "neftune_noise_alpha": "it is for models that write text",
         },
     },
     "image": {

@@ -103,6 +103,66 @@ class VisionDataSection(DataSection):
     square: Literal["none", "pad", "crop"] = "none"
 
 
+ClassificationMetric = Literal[
+    "auto",
+    "none",
+    "accuracy",
+    "exact_match",
+    "f1",
+    "f1_macro",
+    "f1_micro",
+    "entity_f1",
+    "mcc",
+    "pearson",
+    "spearman",
+]
+
+
+class ClassificationTaskSection(_Section):
+    """Which kind of labels is learned, and what models are judged by."""
+
+    kind: Literal["classification"] = "classification"
+    problem: Literal["auto", "single-label", "multi-label", "regression", "tokens"] = "auto"
+    metric: ClassificationMetric = "auto"
+    positive: Name | int | None = None
+    head: Literal["auto", "new"] = "auto"
+    samples: int = Field(default=6, ge=0)
+
+
+class ClassificationDataSection(DataSection):
+    """Texts, pairs of texts or words, and their labels."""
+
+    format: Literal["auto"] = "auto"
+    template: Literal["auto"] = "auto"
+    train_on: Literal["completions"] = "completions"
+    subset: Name | None = None
+    labels: list[Name | int] | None = Field(default=None, min_length=2)
+    columns: dict[Name, Name] | None = None
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _in_words(cls, labels: Any) -> Any:
+        """Take true and false for the texts that rows' true and false are read as."""
+        is_list = isinstance(labels, list)
+        return [str(one).lower() if isinstance(one, bool) else one for one in labels] if is_list else labels
+
+
+class RewardTaskSection(_Section):
+    """How a reward model is judged: by which answer of a pair has the higher reward."""
+
+    kind: Literal["reward"] = "reward"
+    metric: Literal["accuracy", "none"] = "accuracy"
+    head: Literal["auto", "new"] = "auto"
+    samples: int = Field(default=6, ge=0)
+
+
+class RewardDataSection(DataSection):
+    """Pairs of answers, one of them preferred."""
+
+    format: Literal["auto"] = "auto"
+    train_on: Literal["completions"] = "completions"
+
+
 # A scope's own mixer; none is no mixer, as in LoRA.
 MixerName = Literal["none", "kaiming", "orthogonal", "gaussian", "identity", "two-subspace"]
 
@@ -253,6 +313,20 @@ class VisionRecipe(Recipe):
     scopes: ScopesSection = ScopesSection()
 
 
+class ClassificationRecipe(Recipe):
+    """A recipe of ``task: classification``."""
+
+    task: ClassificationTaskSection = ClassificationTaskSection()  # type: ignore[assignment]
+    data: ClassificationDataSection
+
+
+class RewardRecipe(Recipe):
+    """A recipe of ``task: reward``."""
+
+    task: RewardTaskSection = RewardTaskSection()  # type: ignore[assignment]
+    data: RewardDataSection
+
+
 class ImageRecipe(Recipe):
     """A recipe of ``task: image``."""
 
@@ -263,7 +337,13 @@ class ImageRecipe(Recipe):
 
 
 # What a recipe may contain, by the kind of its task.
-RECIPES: dict[str, type[Recipe]] = {"text": Recipe, "vision": VisionRecipe, "image": ImageRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "text": Recipe,
+    "vision": VisionRecipe,
+    "classification": ClassificationRecipe,
+    "reward": RewardRecipe,
+    "image": ImageRecipe,
+}
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
     "r": 16,
@@ -295,6 +375,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
 SECTIONS_OF: dict[str, dict[str, type[BaseModel]]] = {
     "text": SECTIONS,
     "vision": {**SECTIONS, "task": VisionTaskSection, "data": VisionDataSection},
+    "classification": {**SECTIONS, "task": ClassificationTaskSection, "data": ClassificationDataSection},
+    "reward": {**SECTIONS, "task": RewardTaskSection, "data": RewardDataSection},
     "image": {
         **SECTIONS,
         "task": ImageTaskSection,

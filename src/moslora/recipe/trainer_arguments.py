@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from moslora.recipe.schema import Recipe
 __all__ = ["TRAINER_DEFAULTS", "build_trainer_config", "resolve_trainer_arguments"]
 
 
+# The class that holds a trainer's arguments, by the kind of a task; TRL's SFTConfig for all others.
+CONFIGS: dict[str, tuple[str, str]] = {
+    "image": ("transformers", "TrainingArguments"),
+    "classification": ("moslora.recipe.classifier_arguments", "ClassifierArguments"),
+    "reward": ("trl", "RewardConfig"),
+}
+
+
 def trainer_config(kind: str) -> Any:
     """Return the class that holds a trainer's arguments."""
-    if kind == "image":
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-    from trl import SFTConfig
-
-    return SFTConfig
+    module, name = CONFIGS.get(kind, ("trl", "SFTConfig"))
+    return getattr(importlib.import_module(module), name)
 
 
 def trainer_fields(kind: str = "text") -> dict[str, Any]:
@@ -75,7 +79,16 @@ TRAINER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
         "warmup_steps": 0,
         "per_device_train_batch_size": 1,
         "max_steps": 500,
-    }
+    },
+    # TRL's own for reward models; it is for adapters too.
+    "reward": {"learning_rate": 1e-4},
+    # Classifiers are small and their examples few: three passes, and memory is not what they lack.
+    "classification": {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 16,
+        "max_length": 512,
+        "activation_checkpointing": False,
+    },
 }
 FEW_STEPS = 200  # below, every step is logged
 # transformers 5.23 renamed these; whichever is given, the one that this version has is set.

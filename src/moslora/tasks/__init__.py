@@ -16,6 +16,8 @@ __all__ = ["TASKS", "find_task"]
 TASKS: dict[str, str] = {
     "text": "moslora.tasks.text.task:TextTask",
     "vision": "moslora.tasks.vision.task:VisionTask",
+    "classification": "moslora.tasks.classification.task:ClassificationTask",
+    "reward": "moslora.tasks.reward.task:RewardTask",
     "image": "moslora.tasks.image.task:ImageTask",
 }
 

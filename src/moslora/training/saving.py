@@ -38,6 +38,7 @@ def save_adapter(run: RunContext, task: Task, adapted: Any) -> None:
     (directory.path / UNPROVEN).unlink(missing_ok=True)
     with new_directory(directory.adapter) as folder:
         adapted.save_pretrained(folder)
+        task.write_beside(adapted, folder)
         if run.start.exists():
             _save_start_beside(folder, read_start(run.start))
     if run.mix is not None:

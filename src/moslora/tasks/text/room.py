@@ -10,7 +10,7 @@ from moslora.errors import EncodingError
 if TYPE_CHECKING:
     from moslora.data.tokenization import Encoded
 
-__all__ = ["check_room"]
+__all__ = ["check_room", "check_tokens"]
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # What a configuration has whose model computes positions instead of looking them up.
@@ -36,7 +36,7 @@ def check_room(
     Raises:
         EncodingError: If a token is beyond the vocabulary, or a row beyond the positions of a model that looks them up.
     """
-    _check_tokens(getattr(config, "vocab_size", None), sets)
+    check_tokens(config, sets)
     limit = next((n for n in (getattr(config, name, None) for name in POSITIONS) if isinstance(n, int)), None)
     if limit is None or limit < 1:
         return
@@ -60,8 +60,17 @@ def check_room(
     )
 
 
-def _check_tokens(size: Any, sets: Mapping[str, Sequence[Encoded]]) -> None:
-    """Refuse a token that the embedding has no row for."""
+def check_tokens(config: Any, sets: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse a token that the embedding has no row for.
+
+    Args:
+        config: The model's configuration.
+        sets: Encoded examples by what they are called.
+
+    Raises:
+        EncodingError: If there is one.
+    """
+    size = getattr(config, "vocab_size", None)
     if not isinstance(size, int):
         return
     for what, examples in sets.items():
