@@ -481,3 +481,15 @@ def test_a_dry_run_shows_one_example_with_its_label(world: Path, tmp_path: Path)
     shown = stream.getvalue()
     assert "[CLS]" in shown and "Label: " in shown and "head" in shown
     assert not (tmp_path / "single-label-bert").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama"])
+def test_a_plan_counts_the_head(family: str, world: Path, tmp_path: Path) -> None:
+    from moslora.memory.plan import count_memory
+
+    given = arguments(world, tmp_path, "single-label", family, **{"data.labels": "[no, yes]"})
+    task = prepared(*given)
+    plan = count_memory(load_recipe(given), length=32)
+    if family != "bert":  # whose pooler is missing, which a plan without weights cannot know
+        assert plan.trained == sum(part.trained for part in task.count())
+    assert plan.logits == 0 and all(placement.total > 0 for placement in plan.placements)
