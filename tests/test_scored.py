@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moslora.metrics.change import baseline_sentence
 from moslora.metrics.margins import PairScores, reliability
 from moslora.metrics.resampling import compare_scores, measure_scores
 from moslora.metrics.scored import ClassScores, LabelSetScores, TagScores, ValueScores, entities
@@ -147,3 +148,20 @@ def test_two_models_are_compared_on_the_same_draws() -> None:
     assert found["accuracy"].low < 0.3 < found["accuracy"].high
     same = compare_scores(ClassScores(truth, tuned, 2, 1), ClassScores(truth, tuned, 2, 1))
     assert (same["mcc"].low, same["mcc"].difference, same["mcc"].high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [((0.65, 0.7), "Better than"), ((0.6, 0.7), "No gain over"), ((0.5, 0.6), "Worse than")],
+)
+def test_a_model_that_beats_no_model_is_told_from_one_that_does_not(
+    ends: tuple[float, float], said: str
+) -> None:
+    measured = {
+        "after": {"loss": 0.6, "accuracy": sum(ends) / 2},
+        "baseline": {"loss": 0.7, "accuracy": 0.634},
+        "intervals": {"after": {"accuracy": ends}},
+    }
+    sentence = baseline_sentence(measured)
+    assert sentence is not None and sentence.startswith(said) and "63.4%" in sentence
+    assert baseline_sentence({"after": {"loss": 0.6}}) is None

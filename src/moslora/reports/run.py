@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.files import write_text
+from moslora.metrics.change import baseline_sentence
 from moslora.reports.drawing import has_curve, loss_curve
 from moslora.reports.formatting import UNIT, flattened, is_number, number, section_of
 from moslora.reports.metric_rows import (
@@ -118,6 +119,7 @@ def write_report(run_dir: Path, **fields: Any) -> Path:
         diverged=[line.get("step") for line in log if "loss" in line.get("not_finite", [])],
         rows=rows,
         kinds=kind_rows(predictions),
+        against=baseline_sentence(metrics),
         baseline=metrics.get("baseline_note") if "baseline" in metrics else None,
         tables=tables_of(section_of(record, "tables")),
         changes=with_thumbnails(run, _changes(predictions)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moslora.metrics.change import training_verdict
+from moslora.metrics.change import baseline_sentence, training_verdict
 from moslora.metrics.scored import is_share
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.tasks.task import Answer, Count, Evaluation, Task
@@ -105,6 +105,9 @@ def show_measurements(measured: Mapping[str, Any], display: Display) -> None:
     display.table(f"{examples} {measured['unit']}{some}", ["", *columns], rows)
     if measured.get("baseline_note"):
         display.say(measured["baseline_note"])
+    against = baseline_sentence(measured)
+    if against is not None:
+        display.say(against, style="" if against.startswith("Better") else "bold yellow")
     change, verdict = training_verdict(measured["before"], measured["after"], measured["unit"])
     display.say(verdict, style="green" if change == "better" else "bold yellow")
 
