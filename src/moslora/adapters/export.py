@@ -40,6 +40,8 @@ __all__ = [
 TOLERANCES = {"float32": FOLD_TOLERANCE, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 PROOF_FILE = "moslora_proof.json"
+# Of a model with a head, as transformers writes it; other adapters have none.
+MODEL_CONFIG = "config.json"
 # Formats whose names are those of a transformers model; GGUF's writer has a table of its own for them.
 BY_BASE = ("lora", "native", "gguf")
 
@@ -298,6 +300,7 @@ def export_adapter(
         story = lineage_of(source)
         if story is not None and result.place.is_dir():
             keep_lineage(result.place, story)
+        carry_model_config(source, result.place, to)
     return proof
 
 
@@ -330,6 +333,19 @@ def proof_in_words(proof: ExportProof) -> str:
         f"{proof.tolerance:.2g} allowed, in float64 on the written file, against the {proof.source} adapter it was "
         f"made from; read back by {proof.reader}."
     )
+
+
+def carry_model_config(source: Path, place: Path, to: str) -> None:
+    """Copy the configuration of a model with a head, which says how large the head is and what its outputs are called.
+
+    Args:
+        source: The adapter's directory.
+        place: What was written.
+        to: Its format.
+    """
+    beside = source / MODEL_CONFIG
+    if to in ("lora", "native") and source.is_dir() and beside.is_file():
+        (place / MODEL_CONFIG).write_bytes(beside.read_bytes())
 
 
 def named_for_base(

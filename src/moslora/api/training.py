@@ -57,7 +57,8 @@ def train(
 
     Args:
         recipe: A recipe's path, a dict of its sections, or a ``Recipe``; None if the other arguments are enough.
-        task: ``"text"``, ``"vision"``, ``"image"`` or ``"preference"``, or the section.
+        task: ``"text"``, ``"vision"``, ``"image"``, ``"preference"``, ``"classification"`` or ``"reward"``, or the
+            section.
         model: A name (packaged, a folder, a hub id, a GGUF file), the section, or a loaded model of transformers. That
             one is trained with an adapter and is afterwards as it was before. If no folder holds its weights, it is
             saved as ``base/`` in the run directory, because a proof and a resumed run have to load it.

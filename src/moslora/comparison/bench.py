@@ -186,7 +186,7 @@ class Bench:
         trainer_arguments = {**self.plan.recipe.trainer, **fixed, "load_best_model_at_end": False}
         task.recipe = self.plan.recipe.model_copy(update={"trainer": trainer_arguments, "seed": seed})
         task.display = self.display if shows else Display(quiet=True)
-        config = method.configure(task.adapter_arguments(self.model))
+        config = task.completed(method.configure(task.adapter_arguments(self.model)), self.model)
         if task.also:
             task.remembered = keep_changed(model, config, method.changes_base)
         scratch = self.plan.directory / "cells"
@@ -222,7 +222,7 @@ class Bench:
                 reason, found = "a loss after training is NaN or infinite", {}
             elif self.judge is not None:
                 found["correct"] = self.judge.judge(task, adapted, name, self.display)
-            elif self.plan.stage == 1 and task.recipe.task.metric != "none" and task.asked:
+            elif self.plan.stage == 1 and task.judges and task.asked:
                 found["correct"] = [bool(a.correct) for a in task.ask(adapted, task.asked, name)]
         if found and task.also:
             found["also"] = shares_of(task.also, task.measure_also(adapted, task.remembered))

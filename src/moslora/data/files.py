@@ -186,7 +186,9 @@ FILE_READERS: dict[str, Callable[[BinaryIO, Faults], _Rows]] = {
 }
 
 
-def read_records(source: str, split: str = "train", limit: int | None = None) -> Records:
+def read_records(
+    source: str, split: str = "train", limit: int | None = None, subset: str | None = None
+) -> Records:
     """Read the rows of a file, a folder or a hub data set.
 
     Args:
@@ -194,6 +196,7 @@ def read_records(source: str, split: str = "train", limit: int | None = None) ->
             one such file named after ``split``; or a hub id ``org/name``, when no such path exists.
         split: Which split of a folder or hub data set.
         limit: Read at most this many rows (at least 1); all by default.
+        subset: Which configuration of a hub data set; of a folder the folder in it that is called so, if there is one.
 
     Returns:
         At least one row.
@@ -205,9 +208,9 @@ def read_records(source: str, split: str = "train", limit: int | None = None) ->
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit} reads nothing; give 1 or more, or leave it out.")
     try:
-        path = _locate(source, split)
+        path = _locate(source, split, subset)
         if path is None:
-            return _read_hub(source, split, limit)
+            return _read_hub(source, split, limit, subset)
         return _read_file(path, limit)
     except OSError as problem:
         reason = problem.strerror or str(problem)
@@ -247,10 +250,12 @@ def _read_file(path: Path, limit: int | None) -> Records:
     return Records(rows, places, str(path), sha256)
 
 
-def _locate(source: str, split: str) -> Path | None:
+def _locate(source: str, split: str, subset: str | None) -> Path | None:
     """Return the file to read, or None when ``source`` is a hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
+        if subset is not None and (path / subset).is_dir():
+            path = path / subset
         return _file_of_split(path, split)
     if path.exists():
         return path
@@ -285,12 +290,12 @@ def _file_of_split(folder: Path, split: str) -> Path:
     raise DataError(str(folder), [fault], f"Put {split}.jsonl into it; supported: {listed(FILE_READERS)}.")
 
 
-def _read_hub(source: str, split: str, limit: int | None) -> Records:
+def _read_hub(source: str, split: str, limit: int | None, subset: str | None) -> Records:
     from datasets import load_dataset
 
     advice = "Check the name, the split and the network, or give a file; code of a data set is never run."
     try:
-        table = load_dataset(source, split=split if limit is None else f"{split}[:{limit}]")
+        table = load_dataset(source, subset, split=split if limit is None else f"{split}[:{limit}]")
         rows = [dict(row) for row in with_pictures_stored(table)]
     except Exception as problem:  # the hub's client has dozens, from HTTP errors to missing configurations
         fault = f"not on disk, and not loaded from the hub as a data set: {quoted(str(problem), 300)}"

@@ -22,7 +22,7 @@ from moslora.metrics.intervals import paired_examples
 from moslora.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from moslora.tasks.language import AnswerMetric
+    from moslora.tasks.language import AnswerMetric, LanguageTask
     from moslora.tasks.task import Answer
     from moslora.tasks.text.cost import Costs
 
@@ -48,6 +48,8 @@ def evaluate_own_data(
     task.measures_only = True
     task.base_model.handed_over, task.answer_metrics = subject.model, metrics
     task.also_limit = limit
+    if adapter is not None:
+        task.take_adapter(adapter)
     task.read()
     if limit is not None:
         every = len(task.heldout_examples)
@@ -56,7 +58,7 @@ def evaluate_own_data(
     task.prepare()
     task.display = display
     base = task.load()
-    judges = wanted.task.metric != "none"
+    judges = task.judges
 
     def measured(of: Any, label: str) -> tuple[list[float], list[Any], list[Any]]:
         losses = task.score(of, task.heldout_set, label)
@@ -89,6 +91,7 @@ def evaluate_own_data(
             measures.append(compare_shares(name, right[0], right[1] if adapter is not None else None))
     for name, marks in own_shares[0].items():
         measures.append(compare_shares(name, marks, own_shares[1].get(name) if adapter is not None else None))
+    measures += _compared(task, answers, tuned_answers)
     for name, metric in metrics.items() if answers else ():
         before, after = (_judged(metric, of) for of in (answers, tuned_answers))
         measures.append(_compare(name, before, after if adapter is not None else None))
@@ -135,6 +138,25 @@ def _of_cost(name: str, costs: Costs) -> list[Measure]:
     loss = dataclasses.replace(_loss(base, tuned if tuned else None), name=f"loss_{name}")
     apart = [dataclasses.replace(_loss([0.0] * len(kl), kl), name=f"kl_{name}")] if kl else []
     return [loss, *apart]
+
+
+def _compared(task: LanguageTask, base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Measure]:
+    """Return metrics that are no means over answers, as F1 and correlations."""
+    found = task.compare_answers(base, tuned or base) if base else {}
+    measures = []
+    for name, of in found.items():
+        measure = Measure(name, len(base), of.base, of.base_interval)
+        if tuned:
+            measure = dataclasses.replace(
+                measure,
+                tuned=of.tuned,
+                tuned_interval=of.tuned_interval,
+                difference=of.difference,
+                low=of.low,
+                high=of.high,
+            )
+        measures.append(measure)
+    return measures
 
 
 def _judged(metric: AnswerMetric, answers: Sequence[Answer]) -> list[bool | float]:

@@ -10,6 +10,7 @@ from typing import Any
 from moslora.display import Display, Printable
 from moslora.evaluation.commonsense.questions import COMMONSENSE_TASKS, REPORTED
 from moslora.metrics.change import change_of
+from moslora.metrics.scored import is_share
 
 __all__ = ["Activity", "Measure", "Report", "show"]
 
@@ -138,7 +139,7 @@ def _verdicts(report: Report) -> list[str]:
     for m in report.measures:
         if m.tuned is None or m.difference is None or m.name.startswith("kl_"):
             continue  # a distance is never a gain
-        name, form = m.name.replace("_", " "), "{:.4f}" if m.base_interval is None else "{:.1%}"
+        name, form = m.name.replace("_", " "), _form(m)
         course = f"{form.format(m.base)} → {form.format(m.tuned)}"
         change = change_of(m.base, m.tuned, "lower" if _is_loss(m) else "higher")
         if change == "nothing":
@@ -160,8 +161,8 @@ def _show_measures(report: Report, protocol: str, display: Display) -> None:
     unread = any(m.unread is not None for m in measures)
     rows = []
     for m in measures:
-        form = "{:.4f}" if m.base_interval is None else "{:.1%}"
-        cells = [m.name.replace("_", " "), str(m.items), form.format(m.base) + _ends(m.base_interval)]
+        form = _form(m)
+        cells = [m.name.replace("_", " "), str(m.items), form.format(m.base) + _ends(m.base_interval, form)]
         if report.adapter is not None:
             cells += _of_tuned(m, form)
         cells += [] if not unread else ["" if m.unread is None else str(m.unread)]
@@ -191,7 +192,7 @@ def _of_tuned(m: Measure, form: str) -> list[str]:
     signed = form.replace(":", ":+")
     reach = "" if m.low is None or m.high is None else f" ({signed.format(m.low)} to {signed.format(m.high)})"
     return [
-        form.format(m.tuned) + _ends(m.tuned_interval),
+        form.format(m.tuned) + _ends(m.tuned_interval, form),
         signed.format(m.difference) + reach,
         "" if m.p is None else f"{m.p:.2g}",
         "" if m.fixed is None else f"{m.fixed} / {m.broken}",
@@ -244,8 +245,13 @@ def _show_reported(report: Report, display: Display) -> None:
     )
 
 
-def _ends(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else " ({:.1%} to {:.1%})".format(*interval)
+def _form(measure: Measure) -> str:
+    """Return how a measure is written: losses and correlations as numbers, shares in percent."""
+    return "{:.1%}" if is_share(measure.name, measure.base_interval is not None) else "{:.4f}"
+
+
+def _ends(interval: tuple[float, float] | None, form: str) -> str:
+    return "" if interval is None else f" ({form} to {form})".format(*interval)
 
 
 def _short(text: str, length: int = 160) -> str:

@@ -41,7 +41,8 @@ def count_step(
     or nothing where the end of the backward pass is that.
 
     Args:
-        model: An adapted causal language model of PEFT, on any device; it is left as it is.
+        model: An adapted causal language model of PEFT, or one with a head of labels or rewards, on any device; it is
+            left as it is.
         rows: Examples in the batch.
         length: Tokens of each.
         scored: Positions of each that are trained on.
@@ -74,9 +75,18 @@ def count_step(
         try:
             quietly = contextlib.nullcontext() if learns else _as_reference(model)
             with live, _as_on(device, model), quietly:
-                body = inner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-                hidden = body.last_hidden_state[:, :scored].reshape(rows * scored, -1)
-                loss = _score_whole(inner, hidden, rows) if whole_logits else _score(inner, hidden, device)
+                if inner.get_output_embeddings() is None:  # a head of labels or rewards
+                    if getattr(inner.config, "_attn_implementation", None) == "eager":
+                        mask = torch.ones(rows, length, dtype=torch.long)  # families of their own attention
+                    body = inner(input_ids=ids, attention_mask=mask).logits
+                    hidden = None
+                    loss = body.float().sum()
+                else:
+                    body = inner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+                    hidden = body.last_hidden_state[:, :scored].reshape(rows * scored, -1)
+                    loss = (
+                        _score_whole(inner, hidden, rows) if whole_logits else _score(inner, hidden, device)
+                    )
                 if learns:
                     torch.autograd.backward(loss)
         except (RuntimeError, NotImplementedError) as error:

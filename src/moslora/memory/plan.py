@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "count_memory"]
 
+# Kinds of tasks whose model has a head of labels or rewards.
+HEADS = ("classification", "reward")
 GPUS = (2, 4, 8)
 
 
@@ -126,7 +128,7 @@ def count_memory(
         ModelError: If the model's configuration cannot be read.
         PlanError: If this fine-tune cannot be counted.
     """
-    if recipe.task.kind not in ("text", "preference"):
+    if recipe.task.kind in ("vision", "image"):
         raise PlanError(
             f"task.kind is {recipe.task.kind!r}: the number of tokens of a picture depends on its processor. Only text "
             "is counted, and preferences of it."
@@ -138,10 +140,10 @@ def count_memory(
             f"trainer.optim={name!r}: the size of its state is unknown; supported: {', '.join(OPTIMISERS)}."
         )
     rows = int(settings["per_device_train_batch_size"])
-    kind: str = recipe.task.kind
-    loss: Any = LOSSES[recipe.task.loss] if kind == "preference" else None  # type: ignore[attr-defined]
-    pairs = loss is not None and loss.trainer != "kto"
-    rows = 2 * rows if pairs else rows
+    task: str = recipe.task.kind
+    loss: Any = LOSSES[recipe.task.loss] if task == "preference" else None  # type: ignore[attr-defined]
+    pairs = task == "reward" or (loss is not None and loss.trainer != "kto")
+    rows = 2 * rows if pairs else rows  # both answers of a pair are in one batch
     whole = loss is not None and loss.trainer in ("cpo", "orpo")
     length = length or settings["max_length"]
     if length is None:
@@ -169,6 +171,7 @@ def count_memory(
     ways = [("one", 1), *(("DDP", n) for n in GPUS), *(("FSDP", n) for n in GPUS)]
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     tile = min(rows * scored, TILE_TOKENS) * min(config.vocab_size, TILE_WORDS)
+    has_head = task in HEADS
     item = next(model.parameters()).element_size()
     return Plan(
         model=recipe.model.name,
@@ -182,7 +185,7 @@ def count_memory(
         optimiser=name,
         accumulation=accumulation,
         checkpointing=bool(wanted),
-        logits=(rows * length * config.vocab_size if whole else tile) * item,
+        logits=0 if has_head else (rows * length * config.vocab_size if whole else tile) * item,
         pairs=pairs,
         reference=reference,
         placements=tuple(
@@ -216,7 +219,6 @@ def build_adapted_model(
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from moslora.tuner.config import MoSLoRAConfig
 
@@ -251,16 +253,53 @@ def build_adapted_model(
         options["attn_implementation"] = "sdpa"
     try:
         with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **options)
+            built = _class_of(recipe, config)
+            try:
+                model = built.from_config(config, **options)
+            except ValueError:  # families without sdpa keep every score
+                if recipe.model.attn_implementation is not None:
+                    raise
+                model = built.from_config(config, **{**options, "attn_implementation": "eager"})
     except (ValueError, TypeError, ImportError) as error:
         raise PlanError(f"{recipe.model.name} cannot be built from its configuration: {error}") from error
-    settings = MoSLoRAConfig(task_type="CAUSAL_LM", **recipe.adapter)
+    settings = MoSLoRAConfig(**{"task_type": "CAUSAL_LM", **recipe.adapter, **_head_arguments(recipe, model)})
     refuse_misfits(settings, model, warn)
     adapted: nn.Module = get_peft_model(model, settings)
     if is_4bit:
         skipped = tuple(stored.get("llm_int8_skip_modules") or ())
         quantize_linears(adapted, model, double, skipped)
     return adapted, "nf4" if is_4bit else kind
+
+
+def _class_of(recipe: Recipe, config: Any) -> Any:
+    """Return the class that builds a recipe's model; a head has as many outputs as the recipe says, or two."""
+    import transformers
+
+    kind: str = recipe.task.kind
+    task: Any = recipe.task
+    if kind == "reward":
+        config.num_labels = 1
+    elif kind == "classification":
+        config.num_labels = len(getattr(recipe.data, "labels", None) or (0, 1))
+    words = kind == "classification" and getattr(task, "problem", "auto") == "tokens"
+    names = {"reward": "SequenceClassification", "classification": "SequenceClassification"}
+    return getattr(
+        transformers, f"AutoModelFor{'TokenClassification' if words else names.get(kind, 'CausalLM')}"
+    )
+
+
+def _head_arguments(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of an adapter that trains a head in full; empty where there is none."""
+    from moslora.models.heads import head_modules
+
+    if recipe.task.kind not in HEADS:
+        return {}
+    words = getattr(recipe.task, "problem", "auto") == "tokens"
+    saved = recipe.adapter.get("modules_to_save") or []
+    return {
+        "task_type": "TOKEN_CLS" if words else "SEQ_CLS",
+        "modules_to_save": list(dict.fromkeys([*saved, *head_modules(model)])),
+    }
 
 
 def _placements_table(placements: Sequence[Placement]) -> Table:

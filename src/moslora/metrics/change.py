@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-__all__ = ["Change", "change_of", "price_sentence", "training_verdict"]
+from moslora.metrics.scored import is_share
+
+__all__ = ["Change", "baseline_sentence", "change_of", "price_sentence", "training_verdict"]
 
 Change = Literal["better", "worse", "nothing"]
 # Relative. A loss that moved by less stands where it stood: in float32 a mean over thousands of tokens rounds to about
@@ -82,3 +84,29 @@ def price_sentence(name: str, cost: Mapping[str, Any]) -> str:
     if after < before:
         return f"It cost nothing there: {course}{ends}; {apart}."
     return f"The price: {course}{ends}; {apart}."
+
+
+def baseline_sentence(measured: Mapping[str, Any]) -> str | None:
+    """Say whether a tuned model is better than no model at all; None where that was not measured.
+
+    Args:
+        measured: ``metrics`` of ``run.json``.
+    """
+    baseline, after = measured.get("baseline"), measured.get("after")
+    if not isinstance(baseline, Mapping) or not isinstance(after, Mapping):
+        return None
+    intervals = (measured.get("intervals") or {}).get("after") or {}
+    name = next((key for key in after if key != "loss" and key in baseline and key in intervals), None)
+    if name is None:
+        return None
+    low, high = intervals[name]
+    form = "{:.1%}" if is_share(name, True) else "{:.4f}"
+    course = (
+        f"{name.replace('_', ' ')} {form.format(after[name])} ({form.format(low)} to {form.format(high)}), and "
+        f"{form.format(baseline[name])} without a model"
+    )
+    if low > baseline[name]:
+        return f"Better than without a model: {course}."
+    if high < baseline[name]:
+        return f"Worse than without a model: {course}."
+    return f"No gain over what is reached without a model could be shown: {course}."

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moslora.compat.gguf_loading import no_gguf_bar
@@ -30,6 +30,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "load_with_info",
     "quantization_options",
     "quiet_transformers",
 ]
@@ -106,6 +107,31 @@ def load_model(
         ModelError: If it cannot be loaded, or a weight is missing or of the wrong shape. Weights that the
             architecture has no use for are a warning.
     """
+    model, info = load_with_info(
+        source, dtype, trust_remote_code, attn_implementation, device, auto_class, quantization
+    )
+    check_loaded(source, info)
+    return model
+
+
+def load_with_info(
+    source: ModelSource,
+    dtype: str,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    device: str,
+    auto_class: str,
+    quantization: dict[str, Any] | None,
+    **more: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Load a model, and what transformers says of its weights; arguments are those of ``load_model``.
+
+    Args:
+        **more: Further arguments of ``from_pretrained``.
+
+    Returns:
+        The model, in evaluation mode, and the loading info, which nobody has judged.
+    """
     import torch
     import transformers
 
@@ -127,9 +153,8 @@ def load_model(
     if quantization:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
         options["device_map"] = {"": device}
-    model, info = call_loader(source, getattr(transformers, auto_class).from_pretrained, options)
-    check_loaded(source, info)
-    return model.eval()
+    model, info = call_loader(source, getattr(transformers, auto_class).from_pretrained, {**options, **more})
+    return model.eval(), info
 
 
 def quantization_options(
@@ -174,13 +199,19 @@ def _narrow_dtype() -> str:
     return "bfloat16" if has_bfloat16 else "float16"
 
 
-def build_skeleton(source: ModelSource, auto_class: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(
+    source: ModelSource,
+    auto_class: str,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """Build a model from its configuration alone, to count its parameters by.
 
     Args:
         source: From ``resolve_model`` or ``materialize``.
         auto_class: Class of transformers that would load it.
         trust_remote_code: Whether code that comes with the model may run.
+        settings: Of its configuration, over those on disk, as the size of a head.
 
     Returns:
         The model on the meta device, without memory for its weights.
@@ -193,6 +224,8 @@ def build_skeleton(source: ModelSource, auto_class: str, trust_remote_code: bool
 
     options = {"trust_remote_code": trust_remote_code}
     config = call_loader(source, transformers.AutoConfig.from_pretrained, {**options, **_origin(source)})
+    for name, value in (settings or {}).items():
+        setattr(config, name, value)
 
     def build(_: str, **options: Any) -> Any:
         with torch.device("meta"):

@@ -74,6 +74,8 @@ def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe
         problems.append("adapter.target_modules cannot be set: set scopes.language, .vision and .projector.")
     if kind == "image" and raw.get("mix") is not None:
         problems.append("mix cannot be set for task=image: adapters of pipelines are not mixed.")
+    if kind in ("classification", "reward") and raw.get("mix") is not None:
+        problems.append(f"mix cannot be set for task={kind}: adapters with heads of their own are not mixed.")
     checked: dict[str, dict[str, Any]] = {}
     trainer = trainer_of(kind, task.get("loss") if isinstance(task, dict) else None)
     for section, fields in (("adapter", _adapter_fields()), ("trainer", trainer_fields(trainer))):
@@ -83,6 +85,12 @@ def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe
     if kind == "preference" and recipe is not None:
         about = {**checked.get("adapter", {}), "start_from": start}
         problems.extend(unfit_preferences(recipe.task.model_dump(), checked.get("trainer", {}), about))
+    dropout = checked.get("adapter", {}).get("lora_dropout")
+    if kind == "reward" and dropout and checked.get("trainer", {}).get("disable_dropout", True):
+        problems.append(
+            f"adapter.lora_dropout={dropout:g} would do nothing: trainer.disable_dropout is on for reward models, as "
+            "in TRL. Leave one out, or set trainer.disable_dropout=false."
+        )
     if not any(problem.startswith("adapter.") for problem in problems) and "adapter" in checked:
         problems.extend(_adapter_complaint(checked["adapter"]))
     if problems or recipe is None:

@@ -14,6 +14,7 @@ BELONGING: dict[str, tuple[str, ...]] = {
     "data": (
         *("heldout", "train_split", "heldout_split", "format", "columns", "ignore"),
         *("prompt", "token", "class_name", "class_images", "class_prompt"),
+        *("subset", "labels"),
     ),
     "output": (),
 }
@@ -73,6 +74,12 @@ MISNAMED: dict[str, str] = {
     "evaluation.general": "evaluation.also",
     "data.also": "evaluation.also",
     "also": "evaluation.also",
+    "task.problem_type": "task.problem",
+    "task.num_labels": "data.labels, a list of their names",
+    "data.num_labels": "data.labels, a list of their names",
+    "data.id2label": "data.labels, a list of their names in order",
+    "data.classes": "data.labels",
+    "data.config": "data.subset",
     "lora": "adapter",
     "peft": "adapter",
     "training": "trainer",
@@ -125,6 +132,23 @@ UNFIT: dict[str, dict[str, dict[str, str]]] = {
             "max_completion_length": "set trainer.max_length, of prompt and answer together",
             "is_encoder_decoder": "only decoders are trained",
             "remove_unused_columns": "the run decides it",
+        },
+    },
+    "classification": {
+        "evaluation": {"also": "it measures text, and a model with such a head writes none"},
+        "trainer": {
+            "label_names": "the run decides it",
+            "remove_unused_columns": "the run decides it",
+            "include_for_metrics": "the run measures before and after by itself",
+            "neftune_noise_alpha": "it is for models that write text",
+        },
+    },
+    "reward": {
+        "evaluation": {"also": "it measures text, and a model with such a head writes none"},
+        "trainer": {
+            "remove_unused_columns": "the run decides it",
+            "label_smoothing_factor": "a reward model's loss has no labels",
+            "neftune_noise_alpha": "it is for models that write text",
         },
     },
     "image": {

@@ -222,6 +222,72 @@ class PreferenceDataSection(DataSection):
     train_on: Literal["completions"] = "completions"
 
 
+ClassificationMetric = Literal[
+    "auto",
+    "none",
+    "accuracy",
+    "exact_match",
+    "f1",
+    "f1_macro",
+    "f1_micro",
+    "entity_f1",
+    "mcc",
+    "pearson",
+    "spearman",
+]
+
+
+class ClassificationTaskSection(_Section):
+    """Which kind of labels is learned, and what models are judged by."""
+
+    kind: Literal["classification"] = "classification"
+    problem: Literal["auto", "single-label", "multi-label", "regression", "tokens"] = "auto"
+    metric: ClassificationMetric = "auto"
+    positive: Name | int | None = None
+    head: Literal["auto", "new"] = "auto"
+    samples: int = Field(default=6, ge=0)
+
+
+class ClassificationDataSection(DataSection):
+    """Texts, pairs of texts or words, and their labels."""
+
+    train: Name
+    heldout: Name | None = None
+    reasoning: Literal["keep"] = "keep"
+    system_turn: Literal["keep"] = "keep"
+    format: Literal["auto"] = "auto"
+    template: Literal["auto"] = "auto"
+    train_on: Literal["completions"] = "completions"
+    subset: Name | None = None
+    labels: list[Name | int] | None = Field(default=None, min_length=2)
+    columns: dict[Name, Name] | None = None
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _in_words(cls, labels: Any) -> Any:
+        """Take true and false for the texts that rows' true and false are read as."""
+        is_list = isinstance(labels, list)
+        return [str(one).lower() if isinstance(one, bool) else one for one in labels] if is_list else labels
+
+
+class RewardTaskSection(_Section):
+    """How a reward model is judged: by which answer of a pair has the higher reward."""
+
+    kind: Literal["reward"] = "reward"
+    metric: Literal["accuracy", "none"] = "accuracy"
+    head: Literal["auto", "new"] = "auto"
+    samples: int = Field(default=6, ge=0)
+
+
+class RewardDataSection(DataSection):
+    """Pairs of answers, one of them preferred."""
+
+    train: Name
+    heldout: Name | None = None
+    format: Literal["auto"] = "auto"
+    train_on: Literal["completions"] = "completions"
+
+
 # A scope's own mixer; none is no mixer, as in LoRA.
 MixerName = Literal["none", "kaiming", "orthogonal", "gaussian", "identity", "two-subspace"]
 
@@ -410,6 +476,22 @@ class PreferenceRecipe(Recipe):
     data: PreferenceDataSection
 
 
+class ClassificationRecipe(Recipe):
+    """A recipe of ``task: classification``."""
+
+    task: ClassificationTaskSection = ClassificationTaskSection()  # type: ignore[assignment]
+    data: ClassificationDataSection
+    evaluation: EvaluationSection = EvaluationSection(also=[])
+
+
+class RewardRecipe(Recipe):
+    """A recipe of ``task: reward``."""
+
+    task: RewardTaskSection = RewardTaskSection()  # type: ignore[assignment]
+    data: RewardDataSection
+    evaluation: EvaluationSection = EvaluationSection(also=[])
+
+
 class ImageRecipe(Recipe):
     """A recipe of ``task: image``."""
 
@@ -426,6 +508,8 @@ RECIPES: dict[str, type[Recipe]] = {
     "vision": VisionRecipe,
     "image": ImageRecipe,
     "preference": PreferenceRecipe,
+    "classification": ClassificationRecipe,
+    "reward": RewardRecipe,
 }
 
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -460,6 +544,8 @@ SECTIONS_OF: dict[str, dict[str, type[BaseModel]]] = {
     "text": SECTIONS,
     "vision": {**SECTIONS, "task": VisionTaskSection, "data": VisionDataSection},
     "preference": {**SECTIONS, "task": PreferenceTaskSection, "data": PreferenceDataSection},
+    "classification": {**SECTIONS, "task": ClassificationTaskSection, "data": ClassificationDataSection},
+    "reward": {**SECTIONS, "task": RewardTaskSection, "data": RewardDataSection},
     "image": {
         **SECTIONS,
         "task": ImageTaskSection,

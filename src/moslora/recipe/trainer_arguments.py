@@ -22,10 +22,12 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "dpo": ("trl", "DPOConfig"),
     "kto": ("trl", "KTOConfig"),
     "cpo": ("trl.experimental.cpo", "CPOConfig"),
+    "reward": ("trl", "RewardConfig"),
+    "classifier": ("moslora.recipe.classifier_arguments", "ClassifierArguments"),
     "orpo": ("trl.experimental.orpo", "ORPOConfig"),
 }
 # Which trainer a kind of task has, where it isn't TRL's SFTTrainer.
-TRAINERS = {"image": "plain"}
+TRAINERS = {"image": "plain", "classification": "classifier", "reward": "reward"}
 
 
 def trainer_of(kind: str, loss: Any = None) -> str:
@@ -118,6 +120,15 @@ TRAINER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
     },
     # tinker-cookbook's rate for DPO with LoRA; ten times the 1e-6 of TRL, which is for all weights.
     "preference": {"learning_rate": 1e-5, "per_device_train_batch_size": 4},
+    # TRL's own for reward models; it is for adapters too.
+    "reward": {"learning_rate": 1e-4},
+    # Classifiers are small and their examples few: three passes, and memory is not what they lack.
+    "classification": {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 16,
+        "max_length": 512,
+        "activation_checkpointing": False,
+    },
 }
 FEW_STEPS = 200  # below, every step is logged
 # transformers 5.23 renamed these; whichever is given, the one that this version has is set.

@@ -39,6 +39,17 @@ METRICS = {
     "kl": Metric("KL from the reference, nats a token", "number"),
     "answer_tokens": Metric("Tokens of a generated answer", "number"),
     "valid_json": Metric("Valid JSON", "share", "higher"),
+    "f1": Metric("F1", "share", "higher"),
+    "f1_macro": Metric("F1, mean of classes", "share", "higher"),
+    "f1_micro": Metric("F1, all labels together", "share", "higher"),
+    "entity_f1": Metric("F1 of spans", "share", "higher"),
+    "entity_precision": Metric("Precision of spans", "share", "higher"),
+    "entity_recall": Metric("Recall of spans", "share", "higher"),
+    "mcc": Metric("Matthews correlation", "number", "higher"),
+    "pearson": Metric("Pearson correlation", "number", "higher"),
+    "spearman": Metric("Spearman correlation", "number", "higher"),
+    "margin": Metric("Mean margin", "number", "higher"),
+    "calibration_error": Metric("Expected calibration error", "number", "lower"),
 }
 # How an answer changed, with how many examples are shown. The mistakes come right after the successes.
 CHANGES = {
@@ -82,6 +93,8 @@ def metric_rows(metrics: Mapping[str, Any], predictions: Sequence[Mapping[str, A
         if key == "loss" and not unit.startswith("held-out"):
             label = f"Loss on {unit}"
         row: dict[str, Any] = {"key": key, "label": label, "form": metric.form, "change": None}
+        without = number(section_of(metrics, "baseline").get(key))
+        row["baseline"] = None if without is None else _shown(without, metric)
         for phase, value in values.items():
             given = section_of(intervals, phase).get(key)
             interval = given if given else _counted_interval(value, phase, metric, predictions)
@@ -278,3 +291,24 @@ def _shown_interval(interval: Sequence[float], metric: Metric) -> str:
     if high - low < 0.05:
         return f"{percent(low)}–\u2060{percent(high)}\u00a0%"
     return f"{100 * low:.0f}–\u2060{100 * high:.0f}\u00a0%"
+
+
+def tables_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tables of a run's record, the tuned model's first, with how dark each cell is.
+
+    Args:
+        found: ``tables`` of ``run.json``: a list for each stage.
+    """
+    shown = []
+    for stage, who in (("after", "tuned model"), ("before", "base")):
+        tables = found.get(stage)
+        for table in tables if isinstance(tables, list) else ():
+            rows = []
+            for row in table["rows"]:
+                counts = [value if isinstance(value, int) else 0 for value in row[1:]]
+                total = sum(counts) or 1
+                shades = [0.0, *(count / total if table["shades"] else 0.0 for count in counts)]
+                cells = [figure(value) if isinstance(value, float) else value for value in row]
+                rows.append(list(zip(cells, shades, strict=True)))
+            shown.append({**table, "who": who, "rows": rows})
+    return shown

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.files import write_text
+from moslora.metrics.change import baseline_sentence
 from moslora.reports.drawing import has_curve, loss_curve
 from moslora.reports.formatting import UNIT, flattened, is_number, number, section_of
 from moslora.reports.metric_rows import (
@@ -22,6 +23,7 @@ from moslora.reports.metric_rows import (
     fidelity_rows,
     kind_rows,
     metric_rows,
+    tables_of,
     verdict_sentence,
 )
 from moslora.reports.page import render
@@ -119,6 +121,9 @@ def write_report(run_dir: Path, **fields: Any) -> Path:
         diverged=[line.get("step") for line in log if "loss" in line.get("not_finite", [])],
         rows=rows,
         kinds=kind_rows(predictions),
+        against=baseline_sentence(metrics),
+        baseline=metrics.get("baseline_note") if "baseline" in metrics else None,
+        tables=tables_of(section_of(record, "tables")),
         changes=with_thumbnails(run, _changes(predictions)),
         proofs=[_proof(name, proof) for name, proof in section_of(record, "proofs").items()],
         files=_files(run),
@@ -232,6 +237,8 @@ def _snippet(run: RunDirectory, record: Mapping[str, Any]) -> str:
         path = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     gguf = f", gguf_file={base['gguf_file']!r}" if base.get("gguf_file") else ""
     auto_class = base.get("auto_class", "AutoModelForCausalLM")
+    if (run.lora / "config.json").is_file():
+        return _snippet_of_head(str(path or "BASE MODEL"), str(run.lora), auto_class)
     reads_text = auto_class == "AutoModelForCausalLM"
     reader, name = ("AutoTokenizer", "tokenizer") if reads_text else ("AutoProcessor", "processor")
     return "\n".join(
@@ -243,5 +250,21 @@ def _snippet(run: RunDirectory, record: Mapping[str, Any]) -> str:
             f"{name} = {reader}.from_pretrained(base{gguf})",
             f"model = {auto_class}.from_pretrained(base{gguf})",
             f"model = PeftModel.from_pretrained(model, {str(run.lora)!r})",
+        ]
+    )
+
+
+def _snippet_of_head(base: str, lora: str, auto_class: str) -> str:
+    """Return the lines that load base and head, whose size and labels the adapter's own configuration says."""
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            f"from transformers import AutoConfig, {auto_class}, AutoTokenizer",
+            "",
+            f"base, lora = {base!r}, {lora!r}",
+            "tokenizer = AutoTokenizer.from_pretrained(base)",
+            "config = AutoConfig.from_pretrained(lora)  # labels, and the head's size",
+            f"model = {auto_class}.from_pretrained(base, config=config, ignore_mismatched_sizes=True)",
+            "model = PeftModel.from_pretrained(model, lora)",
         ]
     )

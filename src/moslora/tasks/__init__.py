@@ -17,6 +17,8 @@ TASKS: dict[str, str] = {
     "text": "moslora.tasks.text.task:TextTask",
     "vision": "moslora.tasks.vision.task:VisionTask",
     "preference": "moslora.tasks.preference.task:PreferenceTask",
+    "classification": "moslora.tasks.classification.task:ClassificationTask",
+    "reward": "moslora.tasks.reward.task:RewardTask",
     "image": "moslora.tasks.image.task:ImageTask",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import ModelError, RecipeError
@@ -98,7 +98,7 @@ class BaseModel:
         """
         settings = self.settings
         if self.handed_over is not None:
-            return self._prepared(device)
+            return self.prepared(device)
         model: nn.Module = load_model(
             self.source,
             settings.dtype,
@@ -110,7 +110,7 @@ class BaseModel:
         )
         return model
 
-    def _prepared(self, device: str) -> nn.Module:
+    def prepared(self, device: str) -> nn.Module:
         """Return the model that was handed over, where and as a loaded one would be; who gave it restores it."""
         model = self.handed_over
         model.name_or_path = model.config._name_or_path = self.source.path  # PEFT writes it with the adapter
@@ -122,9 +122,14 @@ class BaseModel:
         """Read the model's configuration; no weights are loaded."""
         return load_config(self.source, self.settings.trust_remote_code)
 
-    def build_skeleton(self) -> nn.Module:
-        """Build the model on the meta device from its configuration alone."""
-        skeleton: nn.Module = build_skeleton(self.source, self.auto_class, self.settings.trust_remote_code)
+    def build_skeleton(self, settings: Mapping[str, Any] | None = None) -> nn.Module:
+        """Build the model on the meta device from its configuration alone.
+
+        Args:
+            settings: Of the configuration, over those on disk, as the size of a head.
+        """
+        trust = self.settings.trust_remote_code
+        skeleton: nn.Module = build_skeleton(self.source, self.auto_class, trust, settings)
         return skeleton
 
 

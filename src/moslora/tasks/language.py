@@ -23,6 +23,8 @@ from moslora.tasks.text.cost import Changed, Costs, keep_changed
 from moslora.tasks.text.loss import Batch, example_losses
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import PeftConfig
     from torch import nn
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from moslora.data.shapes import Example
     from moslora.data.tokenization import Encoded
     from moslora.display import Display
+    from moslora.metrics.resampling import Compared
     from moslora.models.names import ModelSource
     from moslora.recipe.schema import Recipe
 
@@ -129,6 +132,38 @@ class LanguageTask(Task):
             label: The model's name in the progress display.
         """
         return []
+
+    def completed(self, config: PeftConfig | None, model: nn.Module) -> PeftConfig | None:
+        """Return a method's configuration with what this task needs of any, as its head.
+
+        Args:
+            config: The method's; it may be changed. None for the whole model.
+            model: The base model.
+        """
+        return config
+
+    @property
+    def judges(self) -> bool:
+        """Whether answers are right or wrong."""
+        return self.recipe.task.metric != "none"
+
+    def take_adapter(self, adapter: Path) -> None:
+        """Read what an adapter says of the data that it was trained on, before they are read.
+
+        Args:
+            adapter: A directory that PEFT loads.
+        """
+
+    def compare_answers(self, base: Sequence[Answer], tuned: Sequence[Answer]) -> Mapping[str, Compared]:
+        """Compare metrics of two models that are no means over answers.
+
+        Args:
+            base, tuned: Their answers to the same examples.
+
+        Returns:
+            By name; empty if there are none.
+        """
+        return {}
 
     def pictures_of(self, example: Example) -> list[str]:
         """Return the files of the pictures that a held-out example shows."""
@@ -305,7 +340,7 @@ class LanguageTask(Task):
         metrics: dict[str, float] = {}
         intervals: dict[str, tuple[float, float]] = {}
         answers = self.ask(model, self.asked, label) if len(self.asked) else []
-        if answers and self.recipe.task.metric != "none":
+        if answers and self.judges:
             judged = {self.accuracy_name: answers}
             shuffled = self.ask_shuffled(model, label)
             if shuffled:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moslora.models.names import ModelSource
     from moslora.recipe.schema import Recipe
 
-__all__ = ["Answer", "Count", "Evaluation", "Shown", "Task"]
+__all__ = ["Answer", "Count", "Evaluation", "Shown", "Table", "Task"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Answer:
         correct: Whether the task's metric accepts it; None without a metric.
         kind: The example's group, if the data names one.
         pictures: Files of the pictures that the question is about.
+        value: What metrics are computed from, ready for JSON, where that is not the text.
     """
 
     place: str
@@ -45,6 +46,26 @@ class Answer:
     correct: bool | None
     kind: str | None = None
     pictures: Sequence[str] = ()
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that a report shows beside the measurements, as a confusion matrix.
+
+    Attributes:
+        title: What it is.
+        columns: Heads of the columns.
+        rows: Texts and numbers, one for each column.
+        note: How it is read, in a sentence.
+        shades: Whether cells but the first of a row are shaded by their share of the row.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+    shades: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,9 @@ class Evaluation:
         fidelity: Similarity of pictures and prompts, by the score's name, ready for JSON; under ``absent`` why a score
             is missing.
         answers: One per held-out example that was answered, in the order of the data.
+        baseline: The same metrics without a model, as of always saying the most frequent class; empty if there is none.
+        baseline_note: What that is, in a sentence.
+        tables: What a report shows beside them.
     """
 
     metrics: Mapping[str, float]
@@ -86,6 +110,9 @@ class Evaluation:
     unit: str = "held-out examples"
     pictures: Sequence[Shown] = field(default_factory=tuple)
     fidelity: Mapping[str, Any] = field(default_factory=dict)
+    baseline: Mapping[str, float] = field(default_factory=dict)
+    baseline_note: str = ""
+    tables: Sequence[Table] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)
@@ -277,6 +304,14 @@ class Task(ABC):
     def live(self, model: nn.Module) -> Any:
         """Return what the proof runs: the trained model, or the pipeline that contains it."""
         return model
+
+    def write_beside(self, model: Any, folder: Path) -> None:  # noqa: B027 - most adapters need nothing
+        """Write what whoever loads the adapter needs beside it, as the size of a head.
+
+        Args:
+            model: The adapted model.
+            folder: Of the adapter.
+        """
 
     def release(self) -> None:  # noqa: B027 - most tasks hold none
         """Forget the model, so that its memory can go; only the task's data and names are asked for afterwards."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.errors import TrainingError
 from moslora.files import write_text
-from moslora.tasks.task import Answer, Evaluation, Shown, Task
+from moslora.tasks.task import Answer, Evaluation, Shown, Table, Task
 from moslora.training.artifacts import save_pictures
 from moslora.training.context import RunContext
 from moslora.training.run_directory import RunDirectory
@@ -34,7 +34,8 @@ def read_evaluation(directory: RunDirectory, stage: str) -> Evaluation | None:
     found = json.loads(kept.read_text(encoding="utf-8"))
     answers = [Answer(**answer) for answer in found.pop("answers")]
     pictures = [Shown(**shown) for shown in found.pop("pictures", [])]
-    return Evaluation(**found, answers=answers, pictures=pictures)
+    tables = [Table(**table) for table in found.pop("tables", [])]
+    return Evaluation(**found, answers=answers, pictures=pictures, tables=tables)
 
 
 def measure(run: RunContext, task: Task, model: nn.Module, stage: str, label: str) -> Evaluation:
@@ -104,8 +105,10 @@ def _record(directory: RunDirectory, stage: str, evaluation: Evaluation) -> None
     pictures = [dataclasses.asdict(shown) for shown in evaluation.pictures]
     for shown in pictures:
         del shown["data"]
+    tables = [dataclasses.asdict(table) for table in evaluation.tables]
     directory.update(
         **({"pictures": {stage: pictures}} if pictures else {}),
+        **({"tables": {stage: tables}} if tables else {}),
         **({"fidelity": {stage: dict(evaluation.fidelity)}} if evaluation.fidelity else {}),
         metrics={
             stage: dict(evaluation.metrics),
@@ -113,6 +116,11 @@ def _record(directory: RunDirectory, stage: str, evaluation: Evaluation) -> None
             "examples": evaluation.examples,
             "unit": evaluation.unit,
             "answers": len(evaluation.answers),
+            **(
+                {"baseline": dict(evaluation.baseline), "baseline_note": evaluation.baseline_note}
+                if evaluation.baseline
+                else {}
+            ),
         },
     )
 

@@ -49,6 +49,7 @@ def save_adapter(run: RunContext, task: Task, adapted: Any, steps: int) -> None:
     with new_directory(directory.adapter) as folder:
         adapted.save_pretrained(folder)
         drop_pefts_cards(folder)
+        task.write_beside(adapted, folder)
         if run.start.exists():
             _save_start_beside(folder, read_start(run.start))
         keep_lineage(folder, _lineage(run, task, steps))

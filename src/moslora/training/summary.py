@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moslora.metrics.change import price_sentence, training_verdict
+from moslora.metrics.change import baseline_sentence, price_sentence, training_verdict
+from moslora.metrics.scored import is_share
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.training.context import RunContext
@@ -91,20 +92,27 @@ def show_measurements(
     columns = {"base": "before", "tuned": "after"}
     if "start" in measured:
         columns = {"base": "before", started: "start", ended: "after"}
+    if "baseline" in measured:
+        columns = {"without a model": "baseline", **columns}
     intervals = measured["intervals"]
     rows = []
     for key in measured["after"]:
-        form = "{:.1%}" if key in intervals["after"] else "{:.4f}"
+        form = "{:.1%}" if is_share(key, key in intervals["after"]) else "{:.4f}"
         cells = [measured[stage].get(key) for stage in columns.values()]
         rows.append([key.replace("_", " "), *("" if cell is None else form.format(cell) for cell in cells)])
-        if key in intervals["after"]:
-            ends = [intervals[stage].get(key) for stage in columns.values()]
+        if any(key in intervals.get(stage, {}) for stage in columns.values()):
+            ends = [intervals.get(stage, {}).get(key) for stage in columns.values()]
             rows.append(
-                ["  95 % interval", *("" if e is None else "{:.1%} to {:.1%}".format(*e) for e in ends)]
+                ["  95 % interval", *("" if e is None else f"{form} to {form}".format(*e) for e in ends)]
             )
     examples, answers = measured["examples"], measured["answers"]
     some = f", {answers} of them answered" if 0 < answers < examples else ""
     display.table(f"{examples} {measured['unit']}{some}", ["", *columns], rows)
+    if measured.get("baseline_note"):
+        display.say(measured["baseline_note"])
+    against = baseline_sentence(measured)
+    if against is not None:
+        display.say(against, style="" if against.startswith("Better") else "bold yellow")
     change, verdict = training_verdict(measured["before"], measured["after"], measured["unit"])
     display.say(verdict, style="green" if change == "better" else "bold yellow")
 

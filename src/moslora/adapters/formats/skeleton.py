@@ -216,5 +216,13 @@ def misfits_by_peft(model: nn.Module, folder: Path, beside: Iterable[str] = ()) 
             "size mismatch|not found in the base", str(error)
         )
         return [one_line(error)] if is_misfit else None
-    missing = [key for key in result.missing_keys if "lora_" in key and ".default" in key]
+    # A module that is trained in full and left out here is adapted in its place, which it would not be.
+    left = [
+        name for name in (LoraConfig.from_pretrained(folder).modules_to_save or ()) if name not in in_full
+    ]
+    missing = [
+        key
+        for key in result.missing_keys
+        if "lora_" in key and ".default" in key and not any(f".{name}." in key for name in left)
+    ]
     return [*result.unexpected_keys, *missing]

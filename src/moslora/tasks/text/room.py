@@ -72,7 +72,7 @@ def positions_of(config: Any) -> int | None:
     return None if limit is None or limit < 1 else limit
 
 
-def check_tokens(size: Any, sets: Mapping[str, Sequence[Encoded]]) -> None:
+def check_tokens(size: Any, sets: Mapping[str, Sequence[Any]]) -> None:
     """Refuse a token that the embedding has no row for.
 
     Args:

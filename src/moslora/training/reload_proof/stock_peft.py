@@ -11,6 +11,7 @@ is short, with something else: then nothing is known about the adapter.
 
 import json
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -69,6 +70,11 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    if pathlib.Path(adapter, "config.json").is_file():
+        # Of a model with a head: its size and names, as whoever loads the adapter will read them.
+        options["config"] = transformers.AutoConfig.from_pretrained(adapter)
+        options["ignore_mismatched_sizes"] = True
+        torch.manual_seed(0)  # a base without this head gets one by chance, which the adapter's replaces
     if quantized:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**json.loads(quantized))
         options["device_map"] = {"": device}

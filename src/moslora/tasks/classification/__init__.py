@@ -1,0 +1,1 @@
+"""Classification of texts, pairs of texts and words, on encoders and decoders."""

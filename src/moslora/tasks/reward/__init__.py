@@ -1,0 +1,1 @@
+"""Reward models: one number for an answer, learned from pairs."""
