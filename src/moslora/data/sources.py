@@ -16,7 +16,7 @@ from moslora.data.shapes import Example, to_examples
 from moslora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from moslora.recipe.schema import DataSection, SourceSection
+    from moslora.recipe.data_section import DataSection, SourceSection
 
 __all__ = ["Part", "read_sources", "weighted"]
 

@@ -9,9 +9,10 @@ from typing import Any
 from yaml.reader import Reader
 
 from moslora.errors import RecipeError
+from moslora.recipe.data_section import Name, Sources
 from moslora.recipe.keys import BELONGING, SHORTHANDS
 from moslora.recipe.paths import anchor, user_path
-from moslora.recipe.schema import SECTIONS_OF, Name, Recipe, Sources
+from moslora.recipe.schema import SECTIONS_OF, Recipe
 from moslora.recipe.yaml_core import parse_yaml
 
 __all__ = ["expand_shorthands", "override"]

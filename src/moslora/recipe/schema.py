@@ -14,23 +14,18 @@ and of TRL's ``SFTConfig``, looked up where they are defined. Everything wrong i
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
+from moslora.recipe.data_section import DataSection, Name, Section
 from moslora.recipe.yaml_core import CORE_SCHEMA, Dumper, Loader
-from moslora.wording import did_you_mean
 
 __all__ = [
     "ADAPTER_DEFAULTS",
@@ -47,15 +42,8 @@ __all__ = [
 
 # --- The sections of a recipe ------------------------------------------------------------------------------
 
-Name = Annotated[str, Field(min_length=1)]
 
-
-class _Section(BaseModel):
-    # Strict, because YAML knows its types: ``seed: true`` is a mistake and not a 1.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class TaskSection(_Section):
+class TaskSection(Section):
     """What is learned, and how it is judged."""
 
     kind: Literal["text"] = "text"
@@ -65,7 +53,7 @@ class TaskSection(_Section):
     samples: int = Field(default=6, ge=0)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base model: a packaged name, a hub id, a folder or a GGUF file."""
 
     name: Name
@@ -75,105 +63,6 @@ class ModelSection(_Section):
     attn_implementation: Name | None = None
     tokenizer: Name | None = None
     quantization: Literal["none", "nf4"] = "none"
-
-
-DataFormat = Literal["auto", "messages", "prompt-completion", "text", "alpaca"]
-
-
-def _columns(columns: dict[str, str] | None) -> dict[str, str] | None:
-    """Check the names and templates of ``data.columns``."""
-    from moslora.data.naming import TARGETS, parse_template
-
-    for target, source in (columns or {}).items():
-        if target not in TARGETS:
-            known = did_you_mean(target, TARGETS) or f" Those are {', '.join(TARGETS)}."
-            raise ValueError(f"a mapping from columns that are read; {target!r} is none.{known}".rstrip("."))
-        parse_template(source)
-    return columns
-
-
-Columns = Annotated[dict[Name, Name] | None, AfterValidator(_columns)]
-
-
-class SourceSection(_Section):
-    """One file of several, with its weight and what differs from the section's settings."""
-
-    path: Name
-    weight: float = Field(default=1.0, gt=0)
-    split: Name | None = None
-    format: DataFormat | None = None
-    columns: Columns = None
-    limit: int | None = Field(default=None, ge=1)
-    ignore: list[Name] | None = None
-
-
-def _sources(value: Any) -> Any:
-    """Check a file or a list of files; the words of pydantic for a union help nobody."""
-    if isinstance(value, str):
-        if not value:
-            raise ValueError("a file or hub id; it is empty")
-        return value
-    if not isinstance(value, list):
-        raise ValueError("a file or hub id, or a list of them; a mapping in the list has path and weight")
-    if not value:
-        raise ValueError("a list with a file in it")
-    return [_source(item, number) for number, item in enumerate(value, start=1)]
-
-
-def _source(item: Any, number: int) -> str | SourceSection:
-    if isinstance(item, SourceSection) or (isinstance(item, str) and item):
-        return item
-    if not isinstance(item, dict):
-        raise ValueError(f"a list of files and of mappings with path and weight; item {number} is {item!r}")
-    try:
-        return SourceSection.model_validate(item)
-    except ValidationError as error:
-        said = []
-        for found in error.errors(include_url=False):
-            key = ".".join(map(str, found["loc"]))
-            if found["type"] == "extra_forbidden":
-                hint = did_you_mean(key, SourceSection.model_fields) or " It is unknown."
-                said.append(f"{key}.{hint}".rstrip("?."))
-            elif found["type"] == "missing":
-                said.append(f"no {key}")
-            else:
-                said.append(f"{key}: {found['msg'].removeprefix('Value error, ')}")
-        raise ValueError(f"a list of usable files; item {number} has {'; '.join(said)}") from None
-
-
-def _sources_or_none(value: Any) -> Any:
-    return None if value is None else _sources(value)
-
-
-def _as_written(value: Any) -> Any:
-    """Return files as YAML has them, without settings that nobody gave."""
-    if isinstance(value, list):
-        return [_as_written(item) for item in value]
-    return value.model_dump(exclude_none=True) if isinstance(value, SourceSection) else value
-
-
-_SERIALIZED = PlainSerializer(_as_written, return_type=Any)
-# A file or hub id, or several.
-Sources = str | list[str | SourceSection]
-
-
-class DataSection(_Section):
-    """The examples: files or hub ids."""
-
-    train: Annotated[Sources, PlainValidator(_sources), _SERIALIZED]
-    heldout: Annotated[Sources | None, PlainValidator(_sources_or_none), _SERIALIZED] = None
-    heldout_fraction: float = Field(default=0.1, gt=0, lt=0.5)
-    train_split: Name = "train"
-    heldout_split: Name | None = None
-    format: DataFormat = "auto"
-    columns: Columns = None
-    template: Literal["auto", "chat", "plain"] = "auto"
-    train_on: Literal["completions", "last", "each", "all"] = "completions"
-    reasoning: Literal["keep", "inline", "drop"] = "keep"
-    system_turn: Literal["keep", "user", "drop"] = "keep"
-    too_long: Literal["cut", "drop", "refuse"] = "cut"
-    limit: int | None = Field(default=None, ge=1)
-    ignore: list[Name] | None = None
 
 
 class VisionTaskSection(TaskSection):
@@ -237,7 +126,7 @@ ClassificationMetric = Literal[
 ]
 
 
-class ClassificationTaskSection(_Section):
+class ClassificationTaskSection(Section):
     """Which kind of labels is learned, and what models are judged by."""
 
     kind: Literal["classification"] = "classification"
@@ -270,7 +159,7 @@ class ClassificationDataSection(DataSection):
         return [str(one).lower() if isinstance(one, bool) else one for one in labels] if is_list else labels
 
 
-class RewardTaskSection(_Section):
+class RewardTaskSection(Section):
     """How a reward model is judged: by which answer of a pair has the higher reward."""
 
     kind: Literal["reward"] = "reward"
@@ -292,7 +181,7 @@ class RewardDataSection(DataSection):
 MixerName = Literal["none", "kaiming", "orthogonal", "gaussian", "identity", "two-subspace"]
 
 
-class _Scopes(_Section):
+class _Scopes(Section):
     """Parts of a model; settings of a part's adapter require that the part is adapted."""
 
     @model_validator(mode="after")
@@ -325,7 +214,7 @@ class ScopesSection(_Scopes):
     projector_mixer: MixerName | None = None
 
 
-class ImageModelSection(_Section):
+class ImageModelSection(Section):
     """The base pipeline: a diffusers folder or a hub id."""
 
     name: Name
@@ -334,11 +223,11 @@ class ImageModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-class ImageTaskSection(_Section):
+class ImageTaskSection(Section):
     """How a denoiser is trained on pictures, and what is shown of it."""
 
     kind: Literal["image"] = "image"
-    prompts: list[Name] = []
+    prompts: list[Name] = Field(default=[])
     prompts_file: Name | None = None
     published_prompts: Literal["none", "object", "live", "authors"] = "none"
     pictures_per_prompt: int = Field(default=1, ge=1)
@@ -356,7 +245,7 @@ class ImageTaskSection(_Section):
     prior_weight: float = Field(default=1.0, gt=0)
 
 
-class ImageDataSection(_Section):
+class ImageDataSection(Section):
     """Folders of pictures, and how they become what a denoiser sees."""
 
     train: Name
@@ -389,10 +278,10 @@ class ImageScopesSection(_Scopes):
 SHIPPED = "general"
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What is measured beside the task's own held-out data: what tuning cost on text that it is not about."""
 
-    also: list[Name] = [SHIPPED]
+    also: list[Name] = Field(default=[SHIPPED])
 
     @field_validator("also")
     @classmethod
@@ -402,7 +291,7 @@ class EvaluationSection(_Section):
         return also
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     """Where the run directory goes."""
 
     dir: Name = "runs"
@@ -416,14 +305,14 @@ class OutputSection(_Section):
         return name
 
 
-class MixSection(_Section):
+class MixSection(Section):
     """Trained adapters whose common mixer is learned, their factors frozen. See ``moslora mix``."""
 
     adapters: list[Name] = Field(min_length=1)
     weights: list[float] | None = None
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe. Make one with ``load_recipe``, which also checks ``adapter`` and ``trainer``.
 
     Example:
@@ -435,11 +324,11 @@ class Recipe(_Section):
     task: TaskSection = TaskSection()
     model: ModelSection
     data: DataSection
-    adapter: dict[str, Any] = {}
+    adapter: dict[str, Any] = Field(default={})
     # In a file it is ``adapter.start_from``; the section proper holds the arguments of MoSLoRAConfig alone.
     start_from: Name | None = None
     mix: MixSection | None = None
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default={})
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
