@@ -251,7 +251,7 @@ def test_every_problem_is_named_at_once_with_its_place_and_the_nearest_name() ->
             "model: {name: 5}\ndata: c/d",
             "model.name is 5 (a whole number), but must be a text; put it in quotes.",
         ),
-        ("model: a/b\ndata: ''", "data.train is '' (a text); it should have at least 1 character."),
+        ("model: a/b\ndata: ''", "data.train is '' (a text), but must be a file or hub id; it is empty."),
         (
             "model: a/b\ndata: c/d\nadapter: {task_type: x}",
             "adapter.task_type cannot be set: the task sets it.",
