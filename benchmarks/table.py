@@ -21,6 +21,8 @@ Rows = list[tuple[str, ...]]
 
 # Results that have no row, and why.
 WITHOUT_ROW = {
+    "price.json": "of one short run; docs/compare.md and the log have what it says",
+    "sequential.json": "simulated, not measured; docs/compare.md has what it says",
     "roofline.json": "counted, not measured; docs/performance.md has what it says",
     "vlm_memory.json": "of one reader; docs/picture-benchmarks.md has what it says",
     "vlm_rules.json": "a comparison of rules, not of costs; docs/picture-benchmarks.md has what it says",

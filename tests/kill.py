@@ -80,8 +80,13 @@ RECIPE = (
     "adapter.r=2", "trainer.max_steps=3", "trainer.save_steps=2", "trainer.per_device_train_batch_size=2",
     "trainer.learning_rate=5e-3",
 )  # fmt: skip
+PREFERENCES = ("task=preference", "data=pairs.jsonl", "data.heldout=null", "data.heldout_fraction=0.3")
 VERBS = {
     "train": Verb(["train", *RECIPE, "output.name=one"], "runs", ["train", "--resume", "runs/one"]),
+    "train longer": Verb(["train", "--resume", "runs-made/made", "trainer.max_steps=5"], "runs-made"),
+    "train on preferences": Verb(
+        ["train", *RECIPE, *PREFERENCES, "output.name=one"], "runs", ["train", "--resume", "runs/one"]
+    ),
     "mix": Verb(
         ["mix", "native", "other", "--recipe", "few.yaml", "output.name=mixed"],
         "runs",
@@ -131,6 +136,8 @@ def make_world(folder: Path) -> None:
     tiny.save_gguf(folder / "base.gguf", tiny.llama(vocab_size=260, max_position_embeddings=256))
     tiny.save_chat_data(folder / "train.jsonl", 12)
     tiny.save_chat_data(folder / "heldout.jsonl", 3)
+    pairs = [{"prompt": f"say {i}", "chosen": f"{i % 3}", "rejected": "no" * (i % 2 + 1)} for i in range(12)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     for seed, name in ((1, "native"), (2, "other")):
         torch.manual_seed(seed)
         config = moslora.MoSLoRAConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -478,13 +485,13 @@ def warm_proofs() -> Iterator[None]:
     import moslora.training.reload_proof.proof as proof
     import warm
 
-    original, server = proof.subprocess, warm.Warm()
+    original, server = proof.run_script, warm.Warm()
     server.start()
-    proof.subprocess = server  # type: ignore[assignment]
+    proof.run_script = server.run
     try:
         yield
     finally:
-        proof.subprocess = original
+        proof.run_script = original
         server.end()
 
 

@@ -90,7 +90,12 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "train r.yaml seed=3": ("training.train", ("r.yaml",), {"settings": ["seed=3"]}),
     "train model=m data=d": ("training.train", (None,), {"settings": ["model=m", "data=d"]}),
     "train r.yaml --dry-run": ("training.check", ("r.yaml",), {"settings": []}),
-    "train --resume runs/a": ("training.resume", (Path("runs/a"),), {}),
+    "train --resume runs/a": ("training.resume", (Path("runs/a"),), {"settings": []}),
+    "train --resume runs/a trainer.max_steps=9": (
+        "training.resume",
+        (Path("runs/a"),),
+        {"settings": ["trainer.max_steps=9"]},
+    ),
     "mix a b seed=3 --recipe r.yaml --weights 1,0.5": (
         "training.mix",
         (["a", "b"], "r.yaml", [1.0, 0.5]),

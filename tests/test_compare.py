@@ -223,6 +223,24 @@ def test_a_comparison_from_before_a_key_was_there_goes_on(finished, world, tmp_p
         run(world, older, methods=methods)
 
 
+def test_a_comparison_from_before_costs_were_measured_goes_on_without_them(world, tmp_path, finished):
+    folder, _ = finished
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    record = json.loads((older / "compare.json").read_text())
+    del record["identity"]["recipe"]["evaluation"], record["identity"]["also"]
+    (older / "compare.json").write_text(json.dumps(record))
+    for cell in (older / "cells").glob("*.json"):
+        kept = json.loads(cell.read_text())
+        kept.pop("also", None)
+        cell.write_text(json.dumps(kept))
+    verdict = run(world, older, methods=["lora", "pissa", "moslora", "full"])[1]
+    assert not verdict.prices and verdict.contrasts
+    with pytest.raises(ValueError, match="other recipe"):
+        asked = arguments(world, seed=0, **{"evaluation.also": f"[{world / 'heldout.jsonl'}]"})
+        run(world, older, methods=["lora", "pissa", "moslora", "full"], arguments=asked)
+
+
 def test_methods_start_where_they_should(world, tmp_path):
     """LoRA and MoSLoRA draw one A for a seed; the matched LoRA has it at the scale that M gives it."""
     from peft import get_peft_model

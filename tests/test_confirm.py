@@ -191,7 +191,7 @@ def test_the_page_shows_both_stages_and_is_made_again_from_what_is_kept(confirme
     page = (folder / "report.html").read_text()
     for sentence in of(verdict).sentences:
         assert sentence.split(",")[0].replace("'", "&#39;") in page
-    assert "Fresh seeds" in page and "Wrong rates" in page and page.count("<svg") == 5
+    assert "Fresh seeds" in page and "Wrong rates" in page and page.count("<svg") == 6
     assert not re.search(r'(?:src|href)="?(?:https?:)?//', page)
     (folder / "report.html").unlink()
     assert remake_report(folder).read_text() == page

@@ -16,8 +16,8 @@ HOME = Path(__file__).parent.parent / "recipes" / "home"
 SPLITS = ("train", "heldout")
 
 
-def _load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("home_generate", HOME / "generate.py")
+def _load_generator(name: str = "generate") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"home_{name}", HOME / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
@@ -167,3 +167,16 @@ def test_the_examples_in_the_readme_are_in_the_files() -> None:
     assert [kind for kind, _ in kinds] == [*home.KINDS, "new-name"]
     for kind, request in kinds:
         assert by_request[request].kind == kind
+
+
+def test_the_committed_pairs_are_what_their_generator_writes() -> None:
+    pairs = _load_generator("preferences")
+    for split, count in (("train", pairs.TRAIN), ("heldout", pairs.HELDOUT)):
+        lines = (HOME / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        rows = [pairs.pair(line, number) for number, line in enumerate(lines)]
+        kept = (HOME / f"pairs-{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in kept] == rows
+        for line, row in zip(lines, rows, strict=True):
+            [chosen], [rejected] = row["chosen"], row["rejected"]
+            assert chosen == json.loads(line)["messages"][-1] and rejected["content"] != chosen["content"]
+        assert sum(row["kind"] == "prose" for row in rows) == count // 4

@@ -201,7 +201,10 @@ def test_a_run_leaves_what_it_measured_on_pairs(world: Path, tmp_path: Path) -> 
     log = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     page = run.report.read_text(encoding="utf-8")
-    assert "Preferred answer is more probable" in page and "Preferred answers have" in page
+    assert "Preferred answer is more probable" in page and "<p>Preferred answers have" in page
+    answers = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    assert [answer["place"] for answer in answers] == ["line 1", "line 2"]
+    assert answers[0]["reference"] == '{"n": 0}'
     lineage = json.loads((run.lora / "moslora_lineage.json").read_text())
     assert lineage["task"] == "preference" and lineage["loss"] == "dpo" and lineage["steps"] == 4
 

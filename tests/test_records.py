@@ -215,7 +215,8 @@ def test_a_hub_id_is_loaded_only_when_no_path_could_be_meant(tmp_path, monkeypat
 
     asked = []
 
-    def load_dataset(name, **options):
+    def load_dataset(name, subset, **options):
+        assert subset is None
         asked.append((name, options))
         if name == "org/gone":
             raise ConnectionError("offline")

@@ -96,6 +96,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def pairs(world: Path, out: Path, **changes: object) -> list[str]:
+    """Preferences, whose reference is computed by both processes, each its share."""
+    data = world / "pairs.jsonl"
+    rows = [{"prompt": f"say {i}", "chosen": f"{i} it is", "rejected": f"no {i % 2}"} for i in range(18)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"task": "preference", "task.generate_examples": 0, "data": data, "data.heldout": "null"}
+    return texts(world, out, **{"task.metric": "none", **settings, **changes})
+
+
 # What takes part in random numbers: dropout of each process, and pictures of the class, made by whoever comes first.
 RANDOM = {"adapter.lora_dropout": 0.2, "data.class_prompt": "a cat", "data.class_count": 2}
 
@@ -123,7 +132,9 @@ def test_two_processes_leave_one_run_measured_kept_and_proven_once(together: Pat
     assert sorted(path.suffix for path in (together.parent / "class").iterdir()) == [".json", ".png", ".png"]
 
 
-@pytest.mark.parametrize("settings", [pictures, pytest.param(texts, marks=pytest.mark.trial)])
+@pytest.mark.parametrize(
+    "settings", [pictures, *(pytest.param(s, marks=pytest.mark.trial) for s in (texts, pairs))]
+)
 def test_two_processes_train_as_one_that_takes_twice_as_many_batches_to_a_step(
     settings: object, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

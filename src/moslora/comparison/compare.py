@@ -43,7 +43,7 @@ from moslora.errors import Stopped, UsageError
 from moslora.files import locked, remove, write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
-from moslora.recipe.schema import Recipe
+from moslora.recipe.schema import SHIPPED, EvaluationSection, Recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.comparison import write_comparison_report
 from moslora.training.provenance import collect_hardware, collect_versions
@@ -133,6 +133,7 @@ def compare(
     wanted = check_wanted(confirm, width, off_rates, off_seeds)
     given = Given() if rates_from is None else read_rates(rates_from)
     plan = _plan(recipe, methods, seeds, rates, baseline, steps, validation, examples, out, given, contrasts)
+    plan = _as_begun(plan, display)
     if given.rates and wanted is None:
         raise UsageError("rates_from spares tuning only; add confirm (--confirm N) to train at these rates.")
     if benchmark_as is not None and benchmark is None:
@@ -162,6 +163,22 @@ def compare(
                 )
                 raise Stopped(number) from stopped
     return plan.directory, verdict
+
+
+def _as_begun(plan: Comparison, display: Display) -> Comparison:
+    """Leave out what tuning costs where a comparison was begun by a version that did not measure it."""
+    try:
+        begun = json.loads((plan.directory / "compare.json").read_text(encoding="utf-8"))["identity"][
+            "recipe"
+        ]
+        is_older = "evaluation" not in begun
+    except (OSError, ValueError, KeyError, TypeError):
+        return plan  # there is none, or it is refused later
+    if not is_older or plan.recipe.evaluation.also != [SHIPPED]:
+        return plan
+    display.say(f"{plan.directory} was begun without evaluation.also, and is continued without it.")
+    recipe = plan.recipe.model_copy(update={"evaluation": EvaluationSection(also=[])})
+    return dataclasses.replace(plan, recipe=recipe)
 
 
 def _run(

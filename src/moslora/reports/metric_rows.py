@@ -281,7 +281,9 @@ _SHARE = Metric("", "share", "higher")
 def _shown(value: float | None, metric: Metric) -> str:
     if value is None:
         return "—"
-    return f"{percent(value)}\u00a0%" if metric.form == "share" else figure(value)
+    if metric.form == "share":
+        return f"{percent(value)}\u00a0%"
+    return ("−" if value < 0 else "") + figure(abs(value))
 
 
 def _shown_interval(interval: Sequence[float], metric: Metric) -> str:

@@ -61,6 +61,7 @@ FILES = {
     "lora.rejected": "what the proof rejected: it does not compute what was trained",
     "unproven.safetensors": "for the proof that could not be carried out: moslora train --resume",
     "adapter": "native MoSLoRA, to continue training",
+    "train-reference.safetensors": "log-probabilities of the reference, for a resumed run",
     "pictures": "what base, tuned model and the model on the way made of prompts, or what questions are about, small",
     "checkpoints": "to resume from",
     "recipe.yaml": "the recipe with every default written out",
@@ -181,6 +182,14 @@ def _glance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     base = section_of(record, "base").get("name") or section_of(record, "base").get("path")
     if base:
         facts.append(("base model", str(base)))
+    start = section_of(record, "start_from").get("path")
+    if start:
+        facts.append(("started from", str(start)))
+    longer = [
+        f"{part.get('steps')} steps" for part in record.get("history") or () if isinstance(part, Mapping)
+    ]
+    if longer:
+        facts.append(("trained longer after", ", ".join(longer)))
     trainable = number(record.get("trainable_parameters"))
     if trainable is not None:
         total = number(record.get("total_parameters"))

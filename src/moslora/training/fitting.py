@@ -81,11 +81,15 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
             if checkpoint and 0 < trainer.args.max_steps <= checkpoint.step:
                 # The trainer would take one more step before it looks whether enough were taken.
                 load_checkpoint(trainer, checkpoint.path)
+                trainer.state.global_step = checkpoint.step
             else:
                 with closing_bars(trainer):
                     trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if number := run.stop.agreed():
             raise Stopped(number)
+        if team.is_main_process and trainer.args.save_total_limit and not trainer.args.load_best_model_at_end:
+            # The trainer removes old ones after each new one; a kill may have come in between.
+            directory.keep_newest_checkpoints(trainer.args.save_total_limit)
     return trainer
 
 

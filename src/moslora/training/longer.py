@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import UsageError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from moslora.display import Display
     from moslora.recipe.schema import Recipe
 
-__all__ = ["Longer", "apply_longer", "lengthened", "plan_longer"]
+__all__ = ["Longer", "apply_longer", "lengthened", "plan_longer", "refuse_other_settings"]
 
 LENGTHS = ("max_steps", "num_train_epochs")
 
@@ -60,7 +61,28 @@ def lengthened(record: Mapping[str, Any]) -> list[str]:
     return Longer(found, 0, None).settings if isinstance(found, Mapping) else []
 
 
-def plan_longer(directory: RunDirectory, settings: Sequence[str]) -> Longer:
+def refuse_other_settings(path: Path, settings: Sequence[str]) -> None:
+    """Refuse settings beside ``--resume`` that are not lengths.
+
+    Args:
+        path: The run, which need not exist.
+        settings: As of ``plan_longer``.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    allowed = [f"trainer.{name}" for name in LENGTHS]
+    for setting in settings:
+        name, equals, _ = setting.partition("=")
+        if name not in allowed or not equals:
+            raise UsageError(
+                f"--resume cannot be combined with {setting!r}: it takes {' and '.join(f'{a}=N' for a in allowed)}, to "
+                f"train longer, and nothing else.{did_you_mean(name, allowed)} To train with other settings from the "
+                f"weights that the run has, start a new one: adapter.start_from={path / 'adapter'}"
+            )
+
+
+def plan_longer(directory: RunDirectory, settings: Sequence[str]) -> Longer | None:
     """Check that a run can be trained longer.
 
     Args:
@@ -68,22 +90,14 @@ def plan_longer(directory: RunDirectory, settings: Sequence[str]) -> Longer:
         settings: ``trainer.max_steps=N`` or ``trainer.num_train_epochs=N``.
 
     Returns:
-        What changes.
+        What changes; None where that was noted by an earlier call that was interrupted, which only has to continue.
 
     Raises:
-        UsageError: If anything else is to change, or the run cannot continue or would not be longer.
+        UsageError: If the run cannot continue or would not be longer.
     """
     from moslora.recipe.loading import load_recipe
 
-    allowed = [f"trainer.{name}" for name in LENGTHS]
     names = [setting.partition("=")[0] for setting in settings]
-    for name, setting in zip(names, settings, strict=True):
-        if name not in allowed or "=" not in setting:
-            raise UsageError(
-                f"--resume takes {' and '.join(f'{a}=N' for a in allowed)}, to train longer, and nothing else: not "
-                f"{setting!r}.{did_you_mean(name, allowed)} To train with other settings from the weights that the run "
-                f"has, start a new one: adapter.start_from={directory.adapter}"
-            )
     if is_unproven(directory):
         raise UsageError(
             f"{directory.path} still has a proof to be made up for. First: moslora train --resume {directory.path}"
@@ -103,6 +117,10 @@ def plan_longer(directory: RunDirectory, settings: Sequence[str]) -> Longer:
     new = load_recipe([str(directory.recipe), *settings]).trainer
     state = json.loads((checkpoint.path / "trainer_state.json").read_text(encoding="utf-8"))
     changes = {name.partition(".")[2]: new[name.partition(".")[2]] for name in names}
+    record = directory.read()
+    if record.get("status") != "completed" and record.get("lengthened") == changes:
+        return None
+    is_done = "is completed and " if record.get("status") == "completed" else ""
     if new.get("max_steps", -1) > 0:
         if "max_steps" not in changes:
             raise UsageError(
@@ -112,14 +130,13 @@ def plan_longer(directory: RunDirectory, settings: Sequence[str]) -> Longer:
             )
         if new["max_steps"] <= checkpoint.step:
             raise UsageError(
-                f"trainer.max_steps={new['max_steps']} is not longer: {directory.path} has taken {checkpoint.step} "
-                "steps. "
-                f"Give more than {checkpoint.step}."
+                f"trainer.max_steps={new['max_steps']} is not longer: {directory.path} {is_done}has taken "
+                f"{checkpoint.step} steps. Give more than {checkpoint.step}."
             )
     elif new.get("num_train_epochs", 1) <= state.get("epoch", 0) or old == new:
         raise UsageError(
-            f"trainer.num_train_epochs={new.get('num_train_epochs', 1):g} is not longer: {directory.path} has trained "
-            f"for {state.get('epoch', 0):g} epochs. Give more."
+            f"trainer.num_train_epochs={new.get('num_train_epochs', 1):g} is not longer: {directory.path} {is_done}has "
+            f"trained for {state.get('epoch', 0):g} epochs. Give more."
         )
     rates = [line["learning_rate"] for line in state.get("log_history", []) if "learning_rate" in line]
     return Longer(changes, checkpoint.step, rates[-1] if rates else None)

@@ -40,7 +40,7 @@ from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
 from moslora.training.heartbeat import heartbeat
-from moslora.training.longer import apply_longer, lengthened, plan_longer
+from moslora.training.longer import apply_longer, lengthened, plan_longer, refuse_other_settings
 from moslora.training.measuring import measure, measure_costs, record_change
 from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
@@ -224,6 +224,7 @@ def resume(
         ProofError, TrainingError, Stopped: As for ``train``.
     """
     handed_over = handed_over or HandedOver()
+    refuse_other_settings(path, settings)
     directory = RunDirectory.open(path)
     longer = plan_longer(directory, settings) if settings else None
     if proving.is_unproven(directory):

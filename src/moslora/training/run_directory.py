@@ -299,6 +299,15 @@ class RunDirectory:
             if checkpoint.faults and checkpoint.step > step:
                 remove(checkpoint.path)
 
+    def keep_newest_checkpoints(self, count: int) -> None:
+        """Remove all checkpoints but the newest, whole or not.
+
+        Args:
+            count: How many stay.
+        """
+        for checkpoint in self.all_checkpoints()[: -max(count, 1)]:
+            remove(checkpoint.path)
+
     def _write(self, document: Mapping[str, Any]) -> None:
         write_text(self.record, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -369,10 +370,12 @@ class PreferenceTask(LanguageTask):
             texts = generate_from_prompts(
                 model, self.tokenizer, prompts, settings, self.device, ANSWER_BATCH, on_batch
             )
-        return [
+        judged = (
             judge_answer(self.by_place[encoded.place], encoded.answer, text.strip(), task.metric)
             for encoded, text in zip(chosen, texts, strict=True)
-        ]
+        )
+        # The example is that of one answer, and says so; the question is the row's.
+        return [replace(answer, place=row.place) for answer, row in zip(judged, chosen, strict=True)]
 
     def probe(self) -> list[Tensor]:
         """Return the first held-out rows, cut to a length that is quick."""
