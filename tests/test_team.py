@@ -26,6 +26,7 @@ from moslora.errors import Stopped
 from moslora.training.run import resume, train
 from moslora.training.run_directory import RunDirectory
 from moslora.training.stop import StopRequest
+from tiny_labeled import rows_of, write
 from tolerances import MODEL, relative_error
 
 WORKER = Path(__file__).with_name("team_worker.py")
@@ -80,7 +81,7 @@ def texts(world: Path, out: Path, **changes: object) -> list[str]:
         "model": world / "base",
         "data": world / "train.jsonl",
         "data.heldout": world / "heldout.jsonl",
-        "task.generate_examples": 0,
+        **({} if "task" in changes else {"task.generate_examples": 0}),
         "adapter.r": 4,
         "trainer.max_steps": 4,
         "trainer.per_device_train_batch_size": 2,
@@ -89,6 +90,12 @@ def texts(world: Path, out: Path, **changes: object) -> list[str]:
         "output": out / "run",
     }
     return [f"{key}={value}" for key, value in {**settings, **changes}.items()]
+
+
+def labels(world: Path, out: Path, **changes: object) -> list[str]:
+    rows = write(world / "labels.jsonl", rows_of("multi-label", 24))
+    heldout = write(world / "labels-heldout.jsonl", rows_of("multi-label", 5, seed=7))
+    return texts(world, out, task="classification", data=rows, **{"data.heldout": heldout}, **changes)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -133,7 +140,7 @@ def test_two_processes_leave_one_run_measured_kept_and_proven_once(together: Pat
 
 
 @pytest.mark.parametrize(
-    "settings", [pictures, *(pytest.param(s, marks=pytest.mark.trial) for s in (texts, pairs))]
+    "settings", [pictures, *(pytest.param(s, marks=pytest.mark.trial) for s in (texts, pairs, labels))]
 )
 def test_two_processes_train_as_one_that_takes_twice_as_many_batches_to_a_step(
     settings: object, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
