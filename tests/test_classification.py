@@ -493,3 +493,59 @@ def test_a_plan_counts_the_head(family: str, world: Path, tmp_path: Path) -> Non
     if family != "bert":  # whose pooler is missing, which a plan without weights cannot know
         assert plan.trained == sum(part.trained for part in task.count())
     assert plan.logits == 0 and all(placement.total > 0 for placement in plan.placements)
+
+
+def test_whole_numbers_keep_their_labels_when_an_adapter_is_evaluated(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels that count from 1 are not places that count from 0."""
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
+    numbers = {"yes": 2, "no": 1}
+    files = [
+        write(
+            tmp_path / f"{seed}.jsonl",
+            [{**r, "label": numbers[r["label"]]} for r in rows_of("single-label", 32, seed)],
+        )
+        for seed in (0, 7)
+    ]
+    changes = {"data": files[0], "data.heldout": files[1], "trainer.max_steps": 10}
+    run = train(arguments(world, tmp_path, "single-label", "llama", **changes), quiet())
+    after = run.read()["metrics"]["after"]
+    assert after["accuracy"] > 0.6
+    settings = ["task=classification"]
+    report = evaluate(str(world / "llama"), quiet(), adapter=run.lora, data=str(files[1]), settings=settings)
+    assert report["accuracy"].tuned == pytest.approx(after["accuracy"])
+
+
+def test_a_classifier_starts_from_another_with_its_head_and_labels(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
+    given = {"data.labels": "[yes, no]", "trainer.max_steps": 3}
+    first = train(arguments(world, tmp_path / "first", "single-label", "bert", **given), quiet())
+    start = {"adapter.start_from": first.adapter, "trainer.max_steps": 1, "trainer.learning_rate": "1e-12"}
+    left = [
+        s
+        for s in arguments(world, tmp_path / "second", "single-label", "bert", **start)
+        if "adapter.r=" not in s
+    ]
+    second = train(left, quiet())
+    one, two = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second))
+    assert one.keys() == two.keys() and any("classifier" in name for name in one)
+    assert max(float((tensor - two[name]).abs().max()) for name, tensor in one.items()) < 1e-9
+    assert AutoConfig.from_pretrained(second.lora).id2label == {0: "yes", 1: "no"}  # and not sorted
+    assert second.read()["metrics"]["after"]["loss"] == pytest.approx(
+        first.read()["metrics"]["after"]["loss"], rel=1e-6
+    )
+    with pytest.raises(UsageError, match=r"the start brings its own head"):
+        check([*left, "task.head=new"], quiet())
+    other = write(
+        tmp_path / "three.jsonl", [{"text": f"{'abc'[i % 3]} {i}", "label": "xyz"[i % 3]} for i in range(9)]
+    )
+    with pytest.raises(DataError, match=r"the label 'x' is not one of the adapter"):
+        check([*left, f"data={other}"], quiet())
+    numbers = [f"data={world / 'regression.jsonl'}", f"data.heldout={world / 'regression-heldout.jsonl'}"]
+    with pytest.raises(UsageError, match=r"has a head of 2 outputs .*needs 1 of a model"):
+        check([*left, *numbers], quiet())

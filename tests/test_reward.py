@@ -195,3 +195,22 @@ def test_messages_and_implicit_prompts_are_pairs_too(world: Path, tmp_path: Path
         task.prepare()
         found.append([(pair.chosen_ids, pair.rejected_ids) for pair in task.train_set])
     assert found[0] == found[1]
+
+
+def test_a_reward_model_starts_from_supervised_fine_tuning_with_a_fresh_head(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+    monkeypatch.setattr(moslora.training.run, "show_result", lambda *_: None)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in tiny_labeled.pairs(12)]
+    given = [f"model={world / 'base'}", f"data={write(tmp_path / 'sft.jsonl', rows)}", "adapter.r=4"]
+    more = ["trainer.max_steps=2", "trainer.learning_rate=1e-2", "task.generate_examples=0"]
+    taught = train([*given, *more, f"output={tmp_path / 'sft'}"], quiet())
+    changes = {"trainer.max_steps": 1, "trainer.learning_rate": "1e-12"}
+    start = [s for s in arguments(world, tmp_path, **changes) if "adapter.r=" not in s]
+    run = train([*start, f"adapter.start_from={taught.adapter}"], quiet())
+    one, two = (load_file(r.adapter / "adapter_model.safetensors") for r in (taught, run))
+    assert one.keys() < two.keys() and {name for name in two if name not in one} == {
+        "base_model.model.score.weight"
+    }
+    assert max(float((tensor - two[name]).abs().max()) for name, tensor in one.items()) < 1e-9

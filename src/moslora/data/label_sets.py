@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,4 +161,6 @@ def as_label_set(names: Any, origin: str) -> LabelSet | None:
     ordered = [str(name) for _, name in sorted((int(index), name) for index, name in names.items())]
     if all(name == f"LABEL_{index}" for index, name in enumerate(ordered)):
         return None
-    return LabelSet(tuple(ordered), None, origin)
+    # Names that are whole numbers stand for those numbers in the data, and not for their places.
+    numbers = [int(name) for name in ordered if re.fullmatch(r"-?\d+", name)]
+    return LabelSet(tuple(ordered), tuple(numbers) if len(numbers) == len(ordered) else None, origin)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.bounded import read_json
 from moslora.errors import ModelError, UsageError
 from moslora.metrics.resampling import compare_scores, measure_scores
 from moslora.metrics.scored import Scores
@@ -147,6 +148,34 @@ class HeadTask(LanguageTask):
             )
         return True
 
+    def check_start(self, size: int, what: str) -> bool:
+        """Refuse to start from an adapter whose head is of another kind or size; return whether it has a head.
+
+        Args:
+            size: How many outputs the task needs.
+            what: What they are, for the message.
+
+        Raises:
+            UsageError: If it cannot be started from.
+        """
+        start = self.recipe.start_from
+        beside = None if start is None else Path(start) / "config.json"
+        if beside is None or not beside.is_file():
+            return False  # as of a language model: its factors are taken, and the head is fresh
+        config = read_json(beside)
+        kinds, count = config.get("architectures") or [], len(config.get("id2label") or ("", ""))
+        ending = self.auto_class.removeprefix("AutoModel")
+        if count != size or not any(str(kind).endswith(ending) for kind in kinds):
+            raise UsageError(
+                f"adapter.start_from={start} has a head of {count} outputs ({', '.join(map(str, kinds))}), and {what} "
+                f"needs {size} of a model {ending}. Start from another adapter, or from none."
+            )
+        if self.recipe.task.head == "new":  # type: ignore[attr-defined]
+            raise UsageError(
+                "task.head=new cannot be set together with adapter.start_from: the start brings its own head."
+            )
+        return True
+
     def settings_of_config(self) -> dict[str, Any]:
         """Return what the model's configuration says otherwise than the base's on disk."""
         settings = self.head_settings()
@@ -272,6 +301,7 @@ class HeadTask(LanguageTask):
         check_patterns(vars(adapter), (name for name, _ in model.named_modules()), "The configuration")
         set_seed(seed)
         adapted: Any = get_peft_model(model, adapter)
+        _without_targets_in(self.heads(model), adapter, [name for name, _ in model.named_modules()])
         wrapped = {name: adapted.get_base_model().get_submodule(name) for name in fresh}
         # The base's own stays as it is; what is trained is a copy.
         draw_head(
@@ -348,6 +378,24 @@ class HeadTask(LanguageTask):
         """Compare the metrics of two models over the same held-out examples, but the share that answers show."""
         one, two = self.scores(base), self.scores(tuned)
         return {name: found for name, found in compare_scores(one, two).items() if name != one.share}
+
+
+def _without_targets_in(heads: Sequence[str], adapter: Any, modules: Sequence[str]) -> None:
+    """Take targets out of a configuration that fit heads alone: PEFT lists them for ``all-linear`` and adapts none.
+
+    An adapter that says so could not be started from: its configuration would name modules that have no factors.
+    """
+    targets = getattr(adapter, "target_modules", None)
+    if not isinstance(targets, set | list | tuple):
+        return
+    # PEFT's wrappers have put more between the names by now.
+    plain = [name.replace(".modules_to_save.default", "").replace(".original_module", "") for name in modules]
+
+    def fits_elsewhere(target: str) -> bool:
+        own = [name for name in plain if name == target or name.endswith(f".{target}")]
+        return not own or any(not any(f"{name}.".startswith(f"{head}.") for head in heads) for name in own)
+
+    adapter.target_modules = {target for target in targets if fits_elsewhere(target)}
 
 
 def _mean_loss(found: Sequence[tuple[float, int, Any]]) -> float:

@@ -79,7 +79,7 @@ class StartingAdapter:
         Raises:
             AdapterError: If the model has not the adapter's modules in its shapes and scales.
         """
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from peft.utils.save_and_load import load_peft_weights
 
         [name] = model.active_adapters
@@ -90,6 +90,11 @@ class StartingAdapter:
                 export_adapter(self.path, place, "native", base=self.base)
             _check_scales(model, name, place)
             tensors = load_peft_weights(str(place), device="cpu")
+            # A head that the start doesn't have, as after a language model's training, stays as it was drawn.
+            fresh = get_peft_model_state_dict(model, adapter_name=name)
+            tensors |= {
+                key: tensor for key, tensor in fresh.items() if key not in tensors and "moslora_" not in key
+            }
             result = set_peft_model_state_dict(model, tensors, adapter_name=name)
         if result.unexpected_keys:
             raise AdapterError(

@@ -119,6 +119,7 @@ class ClassificationTask(HeadTask):
         config = self.own_config
         if self.problem == "regression":
             self._check_numbers(train)
+            self.check_start(1, "data of numbers")
             self.check_head(config, 1, "data of numbers")
         else:
             self._find_labels(config, train, heldout)
@@ -172,9 +173,11 @@ class ClassificationTask(HeadTask):
         given: Sequence[str | int] | None = self._data.labels
         if given is None and self._uses_glue:
             given = GLUE[str(self._data.subset)].labels
-        known = self.adapter_labels
         from moslora.models.heads import own_head
 
+        if self.recipe.start_from is not None and (Path(self.recipe.start_from) / "config.json").is_file():
+            self.take_adapter(Path(self.recipe.start_from))
+        known = self.adapter_labels
         if known is None and own_head(config, self.auto_class) and self._task.head == "auto":
             known = as_label_set(config.id2label, f"the trained head of {self.base.name}")
             if known is None:
@@ -190,6 +193,7 @@ class ClassificationTask(HeadTask):
                 "Leave data.labels out, or set task.head=new to train a new head."
             )
         self.labels = labels
+        self.check_start(len(labels.names), f"data with the labels {listed(labels.names)}")
         self.check_head(config, len(labels.names), f"data with the labels {listed(labels.names)}")
         self.train_labels = index_labels(self.train_examples, labels, train.source)
         self.heldout_labels = index_labels(self.heldout_examples, labels, heldout.source)

@@ -53,6 +53,7 @@ class RewardTask(HeadTask):
     def read_data(self) -> None:
         """Read the pairs, and hold them against the base's head."""
         data: Any = self.recipe.data
+        self.check_start(1, "a reward")
         self.check_head(self.own_config, 1, "a reward")
         train = self._records(data.train, data.train_split, data.limit)
         self.data_hashes = {"train": train.sha256}
