@@ -78,9 +78,13 @@ def prepare_commonsense(source: Path, folder: Path, questions: int = 20) -> list
     return [f"data.train={folder / 'train.jsonl'}", f"data.heldout={folder / 'heldout.jsonl'}"]
 
 
-def settings_of(task: str, folder: Path, commonsense: Path | None, questions: int) -> list[str]:
+def settings_of(
+    task: str, folder: Path, commonsense: Path | None, questions: int, dtype: str | None = None
+) -> list[str]:
     """Return a task's recipe with its overrides, its data written."""
     recipe, *overrides = TASKS[task][0]
+    if dtype is not None:
+        overrides = [*(one for one in overrides if "model.dtype" not in one), f"model.dtype={dtype}"]
     if task == "commonsense":
         if commonsense is None:
             raise SystemExit(
@@ -96,8 +100,13 @@ def confirm(task: str, wanted: argparse.Namespace) -> None:
     folder = wanted.folder.resolve()
     methods = tuple(wanted.methods.split(",")) if wanted.methods else (*METHODS, *VARIANTS)
     tuned = {m["name"] for m in json.loads((KEPT / task / "results.json").read_text())["methods"]}
+    settings = settings_of(
+        task, folder / "commonsense-data-confirmed", wanted.commonsense, wanted.questions, wanted.dtype
+    )
+    if not wanted.general:
+        settings.append("evaluation.also=[]")  # it takes as long again as a short training
     directory, _ = compare(
-        settings_of(task, folder / "commonsense-data-confirmed", wanted.commonsense, wanted.questions),
+        settings,
         Display(),
         methods=methods,
         baseline="lora",
@@ -326,6 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--off-seeds", type=int, default=8, help="seeds at wrong rates; 0 for none")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="held out, of each commonsense task")
+    parser.add_argument(
+        "--dtype", help="of the base, with --confirm; float32 is faster on a CPU that only emulates bfloat16"
+    )
+    parser.add_argument(
+        "--general", action="store_true", help="with --confirm: the loss on general text, too"
+    )
     parser.add_argument("--methods", help=f"with --confirm; default: {','.join((*METHODS, *VARIANTS))}")
     parser.add_argument("--table", action="store_true", help="only write README's table")
     wanted = parser.parse_args(arguments)
