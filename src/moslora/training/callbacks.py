@@ -21,6 +21,11 @@ from moslora.training.metrics_log import MetricsLog
 __all__ = ["Bar", "Painter", "Recorder", "Rescheduled"]
 
 
+# What is not written of the trainer's logs: the step is, by itself, and TRL counts tokens from the start of a process,
+# so that a resumed run would tell another number than one that was not interrupted.
+NOT_KEPT = ("step", "num_tokens", "eval_num_tokens")
+
+
 class Bar(TrainerCallback):  # type: ignore[misc]
     """Shows progress; whoever trains closes it, because a trainer that fails does not (``bars.py``).
 
@@ -63,7 +68,7 @@ class Recorder(Bar):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write one line of metrics."""
         if self.log is not None:
-            self.log.append(state.global_step, **{k: v for k, v in (logs or {}).items() if k != "step"})
+            self.log.append(state.global_step, **{k: v for k, v in (logs or {}).items() if k not in NOT_KEPT})
         if "loss" in (logs or {}):
             self.progress.note = f"loss {float(logs['loss']):.4f}"
 

@@ -31,6 +31,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
     if team.is_main_process:
         checkpoint = directory.latest_checkpoint(run.display.warn)
         directory.remove_incomplete_checkpoints(checkpoint.step if checkpoint else 0)
+        _keep_newest(run)
     checkpoint = team.broadcast(checkpoint)
     _warn_of_world_size(run, checkpoint)
     with contextlib.ExitStack() as open_files:
@@ -87,10 +88,20 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
                     trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if number := run.stop.agreed():
             raise Stopped(number)
-        if team.is_main_process and trainer.args.save_total_limit and not trainer.args.load_best_model_at_end:
-            # The trainer removes old ones after each new one; a kill may have come in between.
-            directory.keep_newest_checkpoints(trainer.args.save_total_limit)
+        if team.is_main_process:
+            _keep_newest(run)
     return trainer
+
+
+def _keep_newest(run: RunContext) -> None:
+    """Remove the checkpoints that the trainer would have removed after the newest one, had no kill come in between.
+
+    The trainer itself goes by the time at which a folder changed, and would keep one that is half removed for the
+    newest, and remove the others.
+    """
+    settings = run.recipe.trainer
+    if settings.get("save_total_limit") and not settings.get("load_best_model_at_end"):
+        run.directory.keep_newest_checkpoints(settings["save_total_limit"])
 
 
 def _warn_of_world_size(run: RunContext, checkpoint: Checkpoint | None) -> None:
