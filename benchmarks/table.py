@@ -21,6 +21,7 @@ Rows = list[tuple[str, ...]]
 
 # Results that have no row, and why.
 WITHOUT_ROW = {
+    "preference-home.json": "of one run; docs/preferences.md has what it says",
     "price.json": "of one short run; docs/compare.md and the log have what it says",
     "sequential.json": "simulated, not measured; docs/compare.md has what it says",
     "roofline.json": "counted, not measured; docs/performance.md has what it says",
