@@ -22,6 +22,8 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,8 @@ def confirm(task: str, wanted: argparse.Namespace) -> None:
     settings = settings_of(
         task, folder / "commonsense-data-confirmed", wanted.commonsense, wanted.questions, wanted.dtype
     )
+    if f"model.dtype={wanted.dtype}" not in TASKS[task][0] and wanted.dtype is not None:
+        print(f"Rates of {task} were tuned with the recipe's own dtype, and are confirmed in {wanted.dtype}.")
     if not wanted.general:
         settings.append("evaluation.also=[]")  # it takes as long again as a short training
     directory, _ = compare(
@@ -124,7 +128,7 @@ def confirm(task: str, wanted: argparse.Namespace) -> None:
         out=folder / f"{task}-confirmed",
         workers=wanted.workers,
         together=wanted.together,
-        command=f"python benchmarks/evidence.py {task} --confirm {wanted.confirm}",
+        command=shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]]),
     )
     identity = json.loads((directory / "compare.json").read_text())
     record = {
@@ -132,6 +136,8 @@ def confirm(task: str, wanted: argparse.Namespace) -> None:
         "task": task,
         **json.loads((directory / "results.json").read_text()),
         "looks": json.loads((directory / "confirm.json").read_text()),
+        "model": identity["identity"]["recipe"]["model"],
+        "general_text": wanted.general,
         "versions": identity["versions"],
         "hardware": collect_hardware(),
     }

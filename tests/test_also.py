@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.cli import app
-from moslora.comparison.prices import with_prices
+from moslora.comparison.costs import with_costs
 from moslora.comparison.verdict import Cell, judge
+from moslora.data.shapes import Example
 from moslora.data.tokenization import IGNORED, Encoded, Encoder
 from moslora.display import Display
 from moslora.errors import DataError, RecipeError
@@ -169,7 +170,21 @@ def test_a_template_that_takes_no_such_question_leaves_it_out():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only tools') }}"
     [read] = also.read_also(["general"], [])
-    assert also.encode_also([read], Encoder(tokenizer), tiny.llama(vocab_size=259).config) == []
+    said: list[str] = []
+    config = tiny.llama(vocab_size=259).config
+    assert also.encode_also([read], Encoder(tokenizer), config, warn=said.append) == []
+    assert said[0].startswith("evaluation.also, general: nothing of it is measured.")
+
+
+def test_passages_of_which_nothing_can_be_measured_are_counted_aloud():
+    said: list[str] = []
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only tools') }}"
+    examples = [Example("line 1", text="some text"), *also.read_also(["general"], [])[0].examples]
+    own = also.AlsoExamples("general", "general", "", examples)
+    [found] = also.encode_also([own], Encoder(tokenizer), tiny.llama(vocab_size=259).config, warn=said.append)
+    assert len(found.passages) == 1
+    assert said[0].startswith(f"evaluation.also, general: 1 of its {len(examples)} passages are measured.")
 
 
 # ---- in a run ----------------------------------------------------------------------------------------------
@@ -296,12 +311,12 @@ def cells(prices: dict[str, float], gains: dict[str, float]) -> list[Cell]:
 def test_a_verdict_reads_better_by_so_much_at_the_price_of_so_much():
     found = cells({"lora": 2.0, "mine": 2.5}, {"lora": 1.0, "mine": 0.5})
     base = {"general": {"loss": [1.9] * 8}}
-    verdict = with_prices(judge(found, ["lora", "mine"], "lora", [3.0] * 8, [3.0] * 8), found, base)
+    verdict = with_costs(judge(found, ["lora", "mine"], "lora", [3.0] * 8, [3.0] * 8), found, base)
     [sentence] = verdict.sentences
     assert "mine is better than lora" in sentence and "-0.5000" in sentence
     assert "The price, against lora: loss on general text +0.5000" in sentence
     assert "KL from the base 0.2510 against 0.2010 nats a token" in sentence
-    by = {price.measure: price for price in verdict.prices}
+    by = {price.measure: price for price in verdict.costs}
     assert by["loss"].found == "more" and by["loss"].difference.mean == pytest.approx(0.5)
     assert by["kl"].value - by["kl"].baseline_value == pytest.approx(0.05)
     assert verdict.base_also == {"general": pytest.approx(1.9)}
@@ -314,7 +329,7 @@ def test_a_verdict_reads_better_by_so_much_at_the_price_of_so_much():
 def test_a_price_that_is_lower_or_not_shown_is_said_so(price, said):
     found = cells({"lora": 2.0, "mine": price}, {"lora": 1.0, "mine": 0.5})
     verdict = judge(found, ["lora", "mine"], "lora", [3.0] * 8, [3.0] * 8)
-    assert said in with_prices(verdict, found, {"general": {"loss": [1.9] * 8}}).sentences[0]
+    assert said in with_costs(verdict, found, {"general": {"loss": [1.9] * 8}}).sentences[0]
 
 
 def test_cells_of_an_older_version_have_a_verdict_without_prices():
@@ -323,8 +338,8 @@ def test_cells_of_an_older_version_have_a_verdict_without_prices():
         for cell in cells({"lora": 2.0, "mine": 2.5}, {"lora": 1.0, "mine": 0.5})
     ]
     verdict = judge(old, ["lora", "mine"], "lora", [3.0] * 8, [3.0] * 8)
-    assert with_prices(verdict, old, {}) == verdict
-    assert with_prices(verdict, old, {"general": {"loss": [1.0] * 8}}).prices == []
+    assert with_costs(verdict, old, {}) == verdict
+    assert with_costs(verdict, old, {"general": {"loss": [1.0] * 8}}).costs == []
 
 
 def test_the_frontier_holds_what_no_other_beats_in_both():

@@ -176,7 +176,7 @@ def test_a_path_is_only_the_name_of_what_it_leads_to(name: str, shown: str) -> N
 
 def test_a_packaged_base_is_called_by_its_id_and_license_on_the_hub(tmp_path: Path) -> None:
     cache = (
-        "/root/.cache/moslora/models/smollm2-135m-instruct.q4_1-b179c9523d0e6a0f-float32-transformers-5.23.0"
+        "/home/someone/moslora/models/smollm2-135m-instruct.q4_1-b179c9523d0e6a0f-float32-transformers-5.23.0"
     )
     for name in ("smollm2-135m-instruct", cache):
         found = base_name(name)

@@ -235,7 +235,7 @@ def test_a_comparison_from_before_costs_were_measured_goes_on_without_them(world
         kept.pop("also", None)
         cell.write_text(json.dumps(kept))
     verdict = run(world, older, methods=["lora", "pissa", "moslora", "full"])[1]
-    assert not verdict.prices and verdict.contrasts
+    assert not verdict.costs and verdict.contrasts
     with pytest.raises(ValueError, match="other recipe"):
         asked = arguments(world, seed=0, **{"evaluation.also": f"[{world / 'heldout.jsonl'}]"})
         run(world, older, methods=["lora", "pissa", "moslora", "full"], arguments=asked)

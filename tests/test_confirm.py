@@ -16,11 +16,15 @@ import torch
 import tiny
 from moslora.comparison.bench import Bench
 from moslora.comparison.compare import compare
+from moslora.comparison.confirmed import Asked, Found, confirm_methods
+from moslora.comparison.forecast import expected_seeds
+from moslora.comparison.given import read_rates
 from moslora.comparison.methods import METHODS, find_method
-from moslora.comparison.results import Confirmation, Verdict
+from moslora.comparison.off_rates import price_rates, say_prices
+from moslora.comparison.results import Cell, Confirmation, Verdict
 from moslora.display import Display
 from moslora.errors import Stopped
-from moslora.metrics.intervals import paired_difference
+from moslora.metrics.intervals import holm, paired_difference
 from moslora.metrics.sequential import Goal, Look, level_of_look
 from moslora.reports.again import remake_report
 
@@ -132,8 +136,9 @@ def test_a_confirmation_is_what_a_calculation_from_its_cells_gives(confirmed):
             for one, two in zip(losses(contrast.method), losses(contrast.baseline), strict=True)
         ]
         assert contrast.difference == paired_difference(rows, level_of_look(1))
-        assert contrast.p_corrected >= min(1.0, contrast.difference.p / 0.8) * (1 - 1e-9)
         assert contrast.difference.mean != 0
+    corrected = holm([min(1.0, contrast.difference.p / 0.8) for contrast in of(verdict).contrasts])
+    assert [contrast.p_corrected for contrast in of(verdict).contrasts] == pytest.approx(corrected)
     assert [(c.method, c.baseline) for c in of(verdict).contrasts] == [
         ("moslora", "lora"),
         ("frozen-mixer", "lora"),
@@ -170,6 +175,40 @@ def test_a_price_is_the_loss_beside_the_best_rate_on_the_same_seeds(confirmed):
     beside = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(own, theirs, strict=True)]
     assert price.beside_baseline.mean == pytest.approx(paired_difference(beside).mean)
     assert prices["lora", 10].beside_baseline is None and price.seeds == 2
+
+
+def test_what_methods_cost_is_judged_on_the_same_fresh_seeds(confirmed):
+    folder, verdict = confirmed
+    stored, rates = cells(folder), {m.name: m.best_rate for m in verdict.methods}
+    costs = {(c.method, c.baseline, c.measure): c for c in of(verdict).costs}
+    assert len(costs) == 3 * 2
+    for (method, baseline, measure), cost in costs.items():
+        one, two = (
+            [
+                stored[f"{name}_{rates[name]:g}_{seed}"]["also"]["general"][measure]
+                for seed in of(verdict).seeds
+            ]
+            for name in (method, baseline)
+        )
+        rows = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(one, two, strict=True)]
+        assert cost.difference == paired_difference(rows, level_of_look(1))
+    for contrast, sentence in zip(of(verdict).contrasts, of(verdict).sentences, strict=False):
+        cost = costs[contrast.method, contrast.baseline, "loss"]
+        assert f"loss on general text {cost.difference.mean:+.4f}" in sentence
+    page = (folder / "report.html").read_text()
+    assert "What it cost on fresh seeds" in page and "What it cost in the first stage" in page
+
+
+def test_a_verdict_whose_cell_is_gone_is_not_told_as_one_of_lost_seeds(confirmed, world, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(confirmed[0], folder)
+    cell = next((folder / "confirm").glob("moslora_*.json"))
+    cell.unlink()
+    shown = io.StringIO()
+    assert run(world, folder, shown, methods=ASKED["methods"]).confirmation is None
+    assert "is not finished; --confirm or --width continues it" in shown.getvalue()
+    again = run(world, folder, **ASKED)
+    assert of(again).contrasts == of(confirmed[1]).contrasts and cell.exists()
 
 
 def test_the_same_command_runs_nothing_again_and_says_the_same(confirmed, world, monkeypatch):
@@ -241,8 +280,9 @@ def test_more_seeds_are_a_second_verdict_whoever_trains_them(confirmed, world, t
     for contrast in of(verdict).contrasts:
         assert [look.seeds for look in contrast.looks] == [3, 5]
         assert contrast.difference.level == level_of_look(2) and contrast.difference.seeds == 5
-        # Corrected for the second verdict's part of the level: a tenth.
-        assert contrast.p_corrected >= min(1.0, 10 * contrast.difference.p) * (1 - 1e-9)
+    # Corrected for the second verdict's part of the level: a tenth.
+    corrected = holm([min(1.0, 10 * contrast.difference.p) for contrast in of(verdict).contrasts])
+    assert [contrast.p_corrected for contrast in of(verdict).contrasts] == pytest.approx(corrected)
     assert "verdict 2, after one on 3 seeds" in shown.getvalue()
     assert of(verdict).prices == of(confirmed[1]).prices
 
@@ -296,6 +336,8 @@ def test_rates_tuned_elsewhere_are_not_tuned_again_and_their_source_is_kept(conf
     kept = json.loads((out / "compare.json").read_text())["identity"]["rates_from"]
     assert kept["rates"] == rates and len(kept["sha256"]) == 64 and kept["seeds"] == [0, 1]
     assert "Fresh seeds" in (out / "report.html").read_text()
+    # From a comparison whose rates came from another: the seeds that chose them are still not fresh.
+    assert read_rates(out).seeds == [0, 1]
     with pytest.raises(ValueError, match="rates_from"):
         run(world, out, **options, rates_from="lora=0.5,moslora=0.5,frozen-mixer=0.5")
 
@@ -440,3 +482,74 @@ def test_a_file_of_a_method_may_say_how_its_mixers_are_trained(tmp_path):
 
 def test_a_goal_is_kept_as_it_was_asked_for(confirmed):
     assert of(confirmed[1]).goal == Goal(3, None)
+
+
+# --- From made cells ----------------------------------------------------------------------------------------
+
+FRESH = list(range(1000, 1030))
+
+
+def made(
+    losses: dict[tuple[str, float], float], lost: dict[tuple[str, float], set[int]] | None = None
+) -> Found:
+    """Cells of every fresh seed: the loss of a method at a rate, some seeds of which diverged."""
+    there = {}
+    for (method, rate), loss in losses.items():
+        for seed in FRESH:
+            noise = torch.Generator().manual_seed(hash((seed, rate)) % 2**31)
+            test = (loss + 0.01 * torch.randn(20, generator=noise)).tolist()
+            is_lost = seed in (lost or {}).get((method, rate), ())
+            state = {"status": "diverged", "reason": "NaN"} if is_lost else {"status": "done", "test": test}
+            there[method, rate, seed] = Cell(method, rate, seed, **state)
+    rates = {method: 1e-3 for method, _ in losses}
+    return Found(rates, FRESH, there, [2.0] * 20)
+
+
+def test_later_verdicts_still_find_what_is_there():
+    found = made({("lora", 1e-3): 1.5, ("a", 1e-3): 1.0, ("b", 1e-3): 1.0, ("c", 1e-3): 1.0})
+    for count in range(1, 7):
+        looks = [Look(5 + 4 * index) for index in range(count)]
+        asked = [Asked((name, "lora"), looks) for name in "abc"]
+        confirmation = confirm_methods(found, asked, Goal(looks[-1].seeds), "x")
+        assert [contrast.found for contrast in confirmation.contrasts] == ["better"] * 3, count
+
+
+def test_seeds_of_a_verdict_that_is_not_given_yet_are_not_shown():
+    found = made({("lora", 1e-3): 1.5, ("a", 1e-3): 1.0})
+    confirmation = confirm_methods(found, [Asked(("a", "lora"), [Look(8)])], Goal(30), "x")
+    assert [len(method.points) for method in confirmation.methods] == [8, 8]
+    assert confirmation.seeds == FRESH[:8]
+
+
+def test_who_was_ahead_and_lost_more_seeds_is_said_to_have_been_so():
+    found = made({("lora", 1e-3): 1.5, ("a", 1e-3): 1.0}, {("a", 1e-3): {1003}})
+    [sentence] = confirm_methods(found, [Asked(("a", "lora"), [Look(10)])], Goal(10), "x").sentences
+    assert "a was ahead of lora in the seeds that both finished" in sentence
+    assert "not called better" in sentence and "no difference" not in sentence
+
+
+def test_survivors_are_not_said_to_pay_less():
+    losses = {("lora", 1e-3): 1.0, ("a", 1e-3): 1.0, ("lora", 1e-2): 1.5, ("a", 1e-2): 1.1}
+    found = made(losses, {("a", 1e-2): set(range(1003, 1008))})
+    prices = price_rates(found, "lora", [10.0], 8, 1)
+    said = " ".join(say_prices(prices, "lora"))
+    assert "a did not finish at 5 of 8 seeds" in said and "nothing is said of its price" in said
+    assert "pays" not in said and "could a difference from the baseline's price be shown" in said
+    [price] = [one for one in prices if one.method == "a"]
+    low, high = price.lost_interval
+    assert low < 5 / 8 < high and price.worse_than_base == 0
+    whole = price_rates(made(losses), "lora", [10.0], 8, 1)
+    assert "a pays less than lora does at 10 times its own: -0.4000" in " ".join(say_prices(whole, "lora"))
+    of_price = holm([min(1.0, one.difference.p / 0.8) for one in whole])
+    assert [one.p_corrected for one in whole] == pytest.approx(of_price)
+    worse = price_rates(made({**losses, ("a", 1e-2): 2.5}), "lora", [10.0], 8, 1)
+    assert [one.worse_than_base for one in worse if one.method == "a"] == [8]
+
+
+def test_the_forecast_of_seeds_is_what_the_width_then_takes():
+    rows = [[1.0 * seed + number / 10 for number in range(20)] for seed in (-2, -1, 0, 1, 2, 0, 1, -1)]
+    difference = paired_difference(rows)
+    wanted = expected_seeds(difference, 0.3, 0.95)
+    many = [rows[index % 8] for index in range(int(wanted))]
+    seen = paired_difference(many)
+    assert (seen.high - seen.low) / 2 == pytest.approx(0.3, rel=0.15)

@@ -254,6 +254,8 @@ def test_a_constant_rate_trained_longer_is_the_run_that_was_long_from_the_beginn
     longer = resume(short.path, quiet(), settings=["trainer.max_steps=5"])
     one, two = weights(long), weights(longer)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    costs = [moslora.Run(run.path).also["general"]["after"] for run in (long, longer)]
+    assert costs[0] == costs[1] != moslora.Run(longer.path).record["history"][0]["also"]["general"]
 
 
 def test_a_lengthening_that_was_killed_is_made_up_for(

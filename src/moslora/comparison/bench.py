@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.comparison.costs import shares_of
 from moslora.comparison.judged import BenchmarkJudge
 from moslora.comparison.lanes import CannotShare, Surroundings
 from moslora.comparison.methods import Method
 from moslora.comparison.plan import Comparison, Planned
-from moslora.comparison.prices import shares_of
 from moslora.comparison.together import share_weights, train_together
 from moslora.comparison.verdict import Cell
 from moslora.display import Display

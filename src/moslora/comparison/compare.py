@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 from moslora.comparison.cell_files import read_cells
 from moslora.comparison.cells import prepare_task
 from moslora.comparison.confirm import SecondStage, Wanted, check_wanted
+from moslora.comparison.costs import with_costs
 from moslora.comparison.given import of_methods, read_rates
 from moslora.comparison.judged import BenchmarkJudge
 from moslora.comparison.methods import find_method
 from moslora.comparison.plan import DECISIVE, Comparison, Engine
-from moslora.comparison.prices import with_prices
 from moslora.comparison.results import Given, Verdict
 from moslora.comparison.runners import make_engine, run_all
 from moslora.comparison.showing import show_verdict
@@ -134,7 +134,7 @@ def compare(
     given = Given() if rates_from is None else read_rates(rates_from)
     plan = _plan(recipe, methods, seeds, rates, baseline, steps, validation, examples, out, given, contrasts)
     plan = _as_begun(plan, display)
-    if given.rates and wanted is None:
+    if given.rates and wanted is None and not SecondStage.was_begun(plan):
         raise UsageError("rates_from spares tuning only; add confirm (--confirm N) to train at these rates.")
     if benchmark_as is not None and benchmark is None:
         raise UsageError("--as names the benchmark of --benchmark FILE, which is missing.")
@@ -439,7 +439,7 @@ def _judge(plan: Comparison) -> Verdict:
         plan.pairs,
         plan.given.rates,
     )
-    verdict = with_prices(verdict, read_cells(plan), base.get("also", {}))
+    verdict = with_costs(verdict, read_cells(plan), base.get("also", {}))
     if plan.given.rates:
         verdict = dataclasses.replace(verdict, given=plan.given)
     asked = BenchmarkJudge.of(plan)

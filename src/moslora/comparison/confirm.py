@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.bounded import read_json
 from moslora.comparison.cell_files import read_cells
-from moslora.comparison.confirmed import Asked, Found, confirm_methods, settle_pair, times
+from moslora.comparison.confirmed import Asked, Found, confirm_methods, level_of, settle_pair, times
+from moslora.comparison.costs import cost_of_pairs, not_finite, with_cost_sentences
 from moslora.comparison.forecast import say_second_stage, say_widths
 from moslora.comparison.off_rates import price_rates, say_prices
 from moslora.comparison.plan import Comparison, Engine, Planned
@@ -239,11 +240,20 @@ class SecondStage:
             self.asked(self.plan.pairs),
             wanted.goal,
             (len(wanted.factors), wanted.priced_seeds),
+            self._away_left(wanted),
             tuned,
             examples,
             workers,
             self.display,
         )
+
+    def _away_left(self, wanted: Wanted) -> dict[str, int]:
+        """Return how many cells at other rates than the best are missing, by method."""
+        away = [c for c in self.cells(wanted.priced_seeds, wanted.factors) if c[1] != self.rates[c[0].name]]
+        left = [
+            method.name for method, rate, seed in away if not self.plan.cell_file(method, rate, seed).exists()
+        ]
+        return {name: left.count(name) for name in self.rates}
 
     def run(
         self,
@@ -353,10 +363,38 @@ class SecondStage:
             wanted = Wanted(goal, prices[-1]["factors"], prices[-1]["seeds"])
         asked = self.asked()
         found = self.found(self._most(wanted), wanted.factors)
-        confirmation = confirm_methods(found, asked, goal, judged_by)
+        if self._lacks(found, asked, wanted):
+            return None
+        confirmation = confirm_methods(found, asked, goal, judged_by, wanted.priced_seeds)
+        confirmation = self._with_costs(confirmation, found, asked)
         if not prices:
             return confirmation
         priced = price_rates(found, self.plan.baseline, wanted.factors, wanted.priced_seeds, len(prices))
+        said = say_prices(priced, self.plan.baseline)
+        return dataclasses.replace(confirmation, prices=priced, sentences=[*confirmation.sentences, *said])
+
+    def _lacks(self, found: Found, asked: Sequence[Asked], wanted: Wanted) -> bool:
+        """Tell whether a cell is gone on which a verdict was given: it is trained again before anything is judged."""
+        of_pairs = [(name, 1.0, one.looks[-1].seeds) for one in asked for name in one.pair]
+        away = [(name, f, wanted.priced_seeds) for name in self.rates for f in (1.0, *wanted.factors)]
+        return not found.base or any(
+            len(found.of(name, factor)) < seeds for name, factor, seeds in [*of_pairs, *away]
+        )
+
+    def _with_costs(self, confirmation: Confirmation, found: Found, asked: Sequence[Asked]) -> Confirmation:
+        """Add what methods cost on data that tuning is not about, where that was measured."""
+        base = read_json(self.plan.base_file).get("also") or {}
+        if not base:
+            return confirmation
+        cells = {one.pair: [found.of(name)[: one.looks[-1].seeds] for name in one.pair] for one in asked}
+        told = [(c.method, c.baseline) for c in confirmation.contrasts if c.measure == "loss"]
+        levels = {one.pair: level_of(one) for one in asked}
+        costs = cost_of_pairs([(pair, cells[pair], levels[pair]) for pair in told], base)
+        chosen = {name: of for pair in told for name, of in zip(pair, cells[pair], strict=True)}
+        said = confirmation.sentences
         return dataclasses.replace(
-            confirmation, prices=priced, sentences=[*confirmation.sentences, *say_prices(priced)]
+            confirmation,
+            sentences=[*with_cost_sentences(said, told, costs), *said[len(told) :]],
+            cautions=[*confirmation.cautions, *not_finite(chosen, base)],
+            costs=costs,
         )

@@ -121,7 +121,9 @@ def settle_pair(found: Found, asked: Asked, goal: Goal) -> Settled:
     return settle(rows_of(found.of(method), found.of(baseline)), goal, asked.looks)
 
 
-def confirm_methods(found: Found, asked: Sequence[Asked], goal: Goal, judged_by: str) -> Confirmation:
+def confirm_methods(
+    found: Found, asked: Sequence[Asked], goal: Goal, judged_by: str, priced_seeds: int = 0
+) -> Confirmation:
     """Judge the second stage, without its prices.
 
     Args:
@@ -129,11 +131,17 @@ def confirm_methods(found: Found, asked: Sequence[Asked], goal: Goal, judged_by:
         asked: Contrasts on which a verdict was given, each with its looks.
         goal: What was asked for last.
         judged_by: What grades of questions are called.
+        priced_seeds: On how many seeds prices were judged.
 
     Returns:
         What is confirmed; its sentences are those of the contrasts.
     """
-    methods = [_method(name, rate, found.of(name)) for name, rate in found.rates.items()]
+    # Seeds beyond are of a verdict that is not given yet.
+    judged = dict.fromkeys(found.rates, priced_seeds)
+    for one in asked:
+        for name in one.pair:
+            judged[name] = max(judged[name], one.looks[-1].seeds)
+    methods = [_method(name, rate, found.of(name)[: judged[name]]) for name, rate in found.rates.items()]
     contrasts = []
     for measure in ("loss", "exact_match"):
         contrasts += _contrasts(found, asked, measure, goal)
@@ -274,6 +282,12 @@ def _sentence(contrast: ConfirmedContrast, found: Found, judged_by: str) -> str:
         if count
     ]
     losses = f" {' and '.join(lost)}: the difference is of the others alone." if lost else ""
+    if contrast.found == "none" and contrast.p_corrected < 1 - LEVEL:
+        ahead, behind = (name, against) if contrast.lost[0] > contrast.lost[1] else (against, name)
+        return (
+            f"Confirmed: {ahead} was ahead of {behind} in the seeds that both finished, {rates}: {numbers}. But it "
+            f"lost more seeds, so it is not called better.{losses}"
+        )
     if contrast.found == "none":
         return (
             f"Confirmed: no difference between {name} and {against} could be shown, {rates}: {numbers}. One of "

@@ -125,6 +125,7 @@ def say_second_stage(
     asked: Sequence[Asked],
     goal: Goal,
     priced: tuple[int, int],
+    away_left: Mapping[str, int],
     tuned: Verdict,
     examples: int,
     workers: int,
@@ -138,6 +139,7 @@ def say_second_stage(
         asked: The contrasts.
         goal: What is to be reached.
         priced: How many other rates of each method, and on how many seeds.
+        away_left: How many of their cells are missing, by method.
         tuned: The first stage's verdict.
         examples: Held-out examples.
         workers: Cells at the same time.
@@ -188,7 +190,7 @@ def say_second_stage(
     cost = seconds_of_cells(plan, found.rates, list(found.cells.values()), examples)
     if cost:
         left = sum(cost[name] * max(0, number - len(found.of(name))) for name, number in many.items())
-        left += sum(cost.values()) * max(0, priced[0] * priced[1])
+        left += sum(cost[name] * number for name, number in away_left.items())
         text += f", {duration(left / workers)} at the pace so far"
     else:
         text += "; how long that takes is said after the first cell"

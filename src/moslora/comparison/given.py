@@ -44,16 +44,17 @@ def read_rates(source: str | Path | Mapping[str, float]) -> Given:
             f"rates_from={text!r} is neither METHOD=RATE,METHOD=RATE nor the results.json of a comparison."
         )
     try:
-        methods = read_json(file)["methods"]
+        results = read_json(file)
+        methods, earlier = results["methods"], (results.get("given") or {}).get("seeds") or ()
         rates = {one["name"]: one["best_rate"] for one in methods if one["best_rate"] is not None}
-        seeds = sorted({int(point["seed"]) for one in methods for point in one["points"]})
+        seeds = sorted({*earlier, *(int(point["seed"]) for one in methods for point in one["points"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{file} holds no results of a comparison: {type(error).__name__}: {error}."
         ) from error
     if not rates:
         raise UsageError(f"{file} has no method with a rate.")
-    about = f"{file.parent.name}/{file.name}, tuned on {len(seeds)} seeds"
+    about = f"{file.parent.name}/{file.name}, tuned on {len(seeds) or 'unknown'} seeds"
     return Given(_checked(rates, str(file)), about, sha256(file), seeds)
 
 

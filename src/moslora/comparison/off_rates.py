@@ -80,13 +80,15 @@ def _corrected(differences: Sequence[Difference | None]) -> list[float | None]:
     return [None if one is None else next(known) for one in differences]
 
 
-def say_prices(prices: Sequence[Price]) -> list[str]:
+def say_prices(prices: Sequence[Price], baseline: str) -> list[str]:
     """Say in words which prices differ from the baseline's, and who lost seeds.
 
     Args:
         prices: Of all methods and factors.
+        baseline: The method that the others are compared with.
     """
     sentences = []
+    gone_of = {(price.method, price.factor): price.diverged + price.crashed for price in prices}
     for price in prices:
         where = f"At {price.factor:g} times its best rate ({price.rate:g})"
         gone = price.diverged + price.crashed
@@ -97,12 +99,22 @@ def say_prices(prices: Sequence[Price]) -> list[str]:
             )
         found, p = price.beside_baseline, price.p_beside_corrected
         if found is not None and p is not None and p < 1 - LEVEL:
+            numbers = (
+                f"{found.mean:+.4f} ({100 * found.level:g} % interval {found.low:+.4f} to {found.high:+.4f}, corrected "
+                f"p = {p:.2g}; {found.seeds} seeds)"
+            )
+            theirs = gone_of.get((baseline, price.factor), 0)
+            # Who seems to pay less must not have lost more: what would have been bad is missing among its seeds.
+            if (gone > theirs) if found.mean < 0 else (theirs > gone):
+                sentences.append(
+                    f"{where} the seeds that {price.method} and {baseline} both finished differ by {numbers}, in favor "
+                    "of the one that lost more of them: nothing is said of its price."
+                )
+                continue
             word = "less" if found.mean < 0 else "more"
             sentences.append(
-                f"{where} {price.method} pays {word} than the baseline does at {price.factor:g} times its own: "
-                f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}, corrected p = {p:.2g}; "
-                f"{found.seeds} seeds)."
+                f"{where} {price.method} pays {word} than {baseline} does at {price.factor:g} times its own: {numbers}."
             )
-    if prices and not sentences:
-        sentences.append("At none of the other rates does a method's price differ from the baseline's.")
+    if prices and not any(" pays " in sentence for sentence in sentences):
+        sentences.append("At none of the other rates could a difference from the baseline's price be shown.")
     return sentences

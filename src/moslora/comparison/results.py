@@ -281,6 +281,7 @@ class Confirmation:
         sentences: What was found, in plain words.
         cautions: What a reader has to know beside them.
         complete: Whether every contrast has a result: at least two seeds that finished with both methods.
+        costs: What methods cost on other data, on the same seeds; empty where that was not measured.
     """
 
     goal: Goal
@@ -293,6 +294,7 @@ class Confirmation:
     sentences: Sequence[str]
     cautions: Sequence[str]
     complete: bool
+    costs: Sequence[Cost] = ()
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ class Verdict:
         judged_by: What ``exact_match`` stands for: exact match, or a benchmark's name.
         base_judged: The untrained base's share of it; None where it was not measured.
         given: Rates that were tuned elsewhere, and where; None if all were tuned here.
-        prices: What methods cost on other data; empty where that was not measured.
+        costs: What methods cost on other data; empty where that was not measured.
         base_also: The untrained base's loss there, by the name of the data.
         points_also: Every finished cell's held-out loss beside its costs.
         confirmation: The second stage, on fresh seeds; None without.
@@ -344,7 +346,7 @@ class Verdict:
     judged_by: str = "exact match"
     base_judged: float | None = None
     given: Given | None = None
-    prices: Sequence[Cost] = ()
+    costs: Sequence[Cost] = ()
     base_also: Mapping[str, float] | None = None
     points_also: Sequence[Mapping[str, Any]] = ()
     confirmation: Confirmation | None = None

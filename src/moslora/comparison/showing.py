@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moslora.comparison.prices import show_prices
+from moslora.comparison.costs import show_confirmed_costs, show_costs
 from moslora.comparison.results import Confirmation, Verdict
 from moslora.metrics.intervals import Difference
 
@@ -61,7 +61,7 @@ def _show_tuning(verdict: Verdict, display: Display) -> None:
     display.table(
         f"{stage}Base without training: held-out loss {verdict.base_loss:.4f}{of_base}", columns, rows
     )
-    show_prices(verdict, display)
+    show_costs(verdict, display)
     for contrast in verdict.contrasts:
         if contrast.measure == "exact_match":
             found = contrast.difference
@@ -138,6 +138,7 @@ def _show_confirmation(found: Confirmation, judged_by: str, display: Display) ->
                 for price in found.prices
             ],
         )
+    show_confirmed_costs(found.costs, display)
     for sentence in found.sentences:
         display.say(sentence, style="bold")
     for caution in found.cautions:

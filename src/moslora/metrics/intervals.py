@@ -46,8 +46,10 @@ __all__ = [
 DRAWS = 4000
 # Statistical power at which the minimum detectable difference is given.
 POWER = 0.8
-# Smaller p-values cannot be told apart with this number of resamplings.
+# Smaller p-values cannot be told apart with this number of resamplings. At levels above 95 % it is smaller in
+# proportion: what is told apart there is Student's t and the most extreme resample.
 SMALLEST_P = 2 / DRAWS
+USUAL_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Difference:
     Attributes:
         mean: Mean over seeds and examples, in the score's unit.
         low, high: Ends of the interval for new seeds and new examples.
-        p: Two-sided p-value of "no difference", not corrected for several tests; at least ``SMALLEST_P``.
+        p: Two-sided p-value of "no difference", not corrected for several tests; at least ``SMALLEST_P``, at
+            levels above 95 % in proportion less.
         seed_deviation: Standard deviation between seeds of the difference of means.
         example_deviation: Standard deviation between examples of the difference, averaged over seeds.
         seeds, examples: How many.
@@ -146,7 +149,7 @@ def paired_difference(
         mean=mean,
         low=mean - below,
         high=mean + above,
-        p=_p_value(mean, widened),
+        p=_p_value(mean, widened, SMALLEST_P * min(1.0, (1 - level) / (1 - USUAL_LEVEL))),
         seed_deviation=seed_deviation,
         example_deviation=example_deviation,
         seeds=seeds,
@@ -179,7 +182,7 @@ def _quantile(rising: Sequence[float], share: float) -> float:
     return rising[below] + (rising[below + 1] - rising[below]) * (place - below)
 
 
-def _p_value(mean: float, halves: Any) -> float:
+def _p_value(mean: float, halves: Any, smallest: float) -> float:
     """Find by bisection the alpha whose interval just touches 0: the interval shrinks as alpha grows."""
     if mean == 0:
         return 1.0
@@ -188,7 +191,7 @@ def _p_value(mean: float, halves: Any) -> float:
         below, above = halves(alpha)
         return bool(mean - below > 0 or mean + above < 0)
 
-    low, high = SMALLEST_P, 1.0  # 0 is excluded at ``high``, unless it never is
+    low, high = smallest, 1.0  # 0 is excluded at ``high``, unless it never is
     if excludes(low):
         return low
     for _ in range(40):

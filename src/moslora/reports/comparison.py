@@ -84,7 +84,8 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
                 "better. Diamonds are means of seeds at the best rate, dots their seeds, faint dots other rates; the "
                 "line joins the methods that no other beats in both."
             )
-            title = f"Loss on the task against {data} text"
+            stage = "" if second is None else ", first stage"
+            title = f"Loss on the task against {data} text{stage}"
             drawings.append({"title": title, "text": text, "svg": draw_pareto(results, data, colors)})
     page = render(
         "comparison",

@@ -113,11 +113,13 @@ def encode_also(
     config: Any,
     limit: int | None = None,
     text_encoder: Encoder | None = None,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> list[AlsoSet]:
     """Encode sets as the task's own examples are.
 
     The package's own set is cut to what the model can look up, and left without an end of text, which an instruct model
-    has no reason to expect there; what this model's template or vocabulary cannot hold of it is left out.
+    has no reason to expect there; what this model's template or vocabulary cannot hold of it is left out. Whatever is
+    not measured of a set is counted in a warning.
 
     Args:
         sets: As they were read.
@@ -125,6 +127,7 @@ def encode_also(
         config: The model's configuration.
         limit: Passages of each set at most, evenly spread; None for all.
         text_encoder: For passages of plain text, where the task's is for conversations alone.
+        warn: Told what is left out.
 
     Raises:
         EncodingError: If a set of the user's cannot be encoded.
@@ -149,6 +152,14 @@ def encode_also(
                     raise EncodingError(f"evaluation.also, {also.source}: {problem}") from problem
         kinds = {example.place: str(example.extra.get("kind") or "") for example in examples}
         passages = [passage for passage in passages if trained_count(passage.labels)]
+        if len(passages) < len(examples):
+            what = (
+                "nothing of it is" if not passages else f"{len(passages)} of its {len(examples)} passages are"
+            )
+            warn(
+                f"evaluation.also, {also.name}: {what} measured. The rest has no token to measure under this "
+                "model's template, vocabulary and length."
+            )
         if passages:
             names = [kinds[passage.place] for passage in passages]
             encoded.append(AlsoSet(also.name, also.source, also.sha256, passages, names))

@@ -164,11 +164,13 @@ def apply_longer(directory: RunDirectory, longer: Longer, recipe: Recipe, displa
                 "steps": longer.step,
                 "trainer": old,
                 "metrics": record.get("metrics", {}).get("after", {}),
+                "also": {name: cost.get("after", {}) for name, cost in record.get("also", {}).items()},
                 "proofs": record.get("proofs", {}),
             }
         )
         # What was measured is in the record, and is measured again.
-        evaluation_file(directory, "after").unlink(missing_ok=True)
+        for stage in ("after", "also"):
+            evaluation_file(directory, stage).unlink(missing_ok=True)
     directory.update(status="interrupted", lengthened=dict(longer.trainer), history=history)
     write_text(directory.recipe, recipe.to_yaml())
     what = " and ".join(f"trainer.{name}={value:g}" for name, value in longer.trainer.items())

@@ -9,7 +9,6 @@ stayed as it was, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from moslora.adapters.arithmetic import add
 from moslora.adapters.export import named_for_base
 from moslora.adapters.factors import Adapter
-from moslora.adapters.formats.directory import CONFIG, WEIGHTS
 from moslora.adapters.formats.reading import read_adapter
+from moslora.adapters.lineage import hash_files
 from moslora.errors import AdapterError, ProofError, UsageError
 from moslora.training.start_from import check_recorded_base, recorded_base
 
@@ -197,13 +196,6 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def _hashes(source: Path) -> dict[str, str]:
-    files = [source] if source.is_file() else [source / CONFIG, source / WEIGHTS]
-    if not all(file.is_file() for file in files):
-        files = sorted(file for file in source.rglob("*") if file.is_file())
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 def open_mix(
     sources: Sequence[str | Path], weights: Sequence[float] | None = None, base: str | None = None
 ) -> Mix:
@@ -223,7 +215,7 @@ def open_mix(
     """
     paths = tuple(Path(source) for source in sources)
     factors = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(paths)
-    hashes = tuple(_hashes(path) if path.exists() else {} for path in paths)
+    hashes = tuple(hash_files(path) if path.exists() else {} for path in paths)
     whole = add([named_for_base(read_adapter(path, base=base), "native", base)[0] for path in paths], factors)
     if not whole.modules:
         raise AdapterError("The adapters have no modules, so there is nothing to mix.")

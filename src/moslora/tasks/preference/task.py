@@ -177,7 +177,7 @@ class PreferenceTask(LanguageTask):
         if not self.measures_only:
             sets = {"training": [row for one in train for row in one.rows], **sets}
         check_room(config, sets, self.asked, task.max_new_tokens, self.display.warn)
-        self.also = encode_also(self.also_examples, encoder, config, self.also_limit)
+        self.also = encode_also(self.also_examples, encoder, config, self.also_limit, warn=self.display.warn)
         lengths = Lengths.of(train)
         self.remarks = [lengths.sentence(), *([warning] if (warning := lengths.warning()) else [])]
         learns_prompts = self.loss_of_recipe.trainer == "orpo"

@@ -123,7 +123,9 @@ class TextTask(LanguageTask):
         self.asked = with_question[: recipe.task.generate_examples]
         self.check_references()
         self._check_room()
-        self.also = encode_also(self.also_examples, encoder, self._config(), self.also_limit)
+        self.also = encode_also(
+            self.also_examples, encoder, self._config(), self.also_limit, warn=self.display.warn
+        )
         if recipe.task.metric != "none" and not self.asked:
             self.display.warn(
                 f"task.metric={recipe.task.metric} has no answer to judge: no held-out example has an answer, or "

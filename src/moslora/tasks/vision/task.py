@@ -163,7 +163,9 @@ class VisionTask(LanguageTask):
             return
         plain = Encoder(self.tokenizer, "plain", own.train_on, own.max_length, "cut")
         with self.encoder.renderer.showing([]):
-            self.also = encode_also(self.also_examples, own, self.model_config, self.also_limit, plain)
+            self.also = encode_also(
+                self.also_examples, own, self.model_config, self.also_limit, plain, self.display.warn
+            )
 
     def _measure_kept(self) -> None:
         """Note how much of the pictures the processor cuts off."""
