@@ -1,11 +1,15 @@
-"""Batch sizes that follow a GPU's free memory, on a GPU that is played."""
+"""Batch sizes that follow a GPU's free memory, and losses where it does not suffice, on a GPU that is played."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+import tiny
 from moslora.batching import FILLED, FIRST, BatchSize
+from moslora.data.tokenization import Encoded
+from moslora.tasks.text.loss import GPU_LOSS_TOKENS, LOSS_TOKENS, example_losses, text_batches
 
 
 class PlayedGPU:
@@ -74,3 +78,56 @@ def test_on_a_cpu_it_is_the_usual_number_whatever_happens():
         pass
     assert batch.now == 16
     assert not batch.made_smaller(ValueError("no"))
+
+
+# ---- the loss of examples --------------------------------------------------------------------------------
+
+
+def narrow(rows: int) -> tuple[LlamaForCausalLM, list[int]]:
+    """Return a model that runs out of memory above so many rows, and a list of how many it took each time."""
+    model, seen = tiny.llama(), []
+
+    def refuse(_: object, __: object, arguments: dict[str, torch.Tensor]) -> None:
+        if len(arguments["input_ids"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(len(arguments["input_ids"]))
+
+    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    return model, seen
+
+
+def examples_of(*lengths: int) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(64, (length,), generator=generator).tolist() for length in lengths]
+    return [Encoded(row, [-100, *row[1:]], [], "", False, "", len(row), False, False) for row in rows]
+
+
+def test_a_gpu_takes_more_tokens_at_once() -> None:
+    examples = examples_of(*[64] * 200)
+    assert {len(numbers) * 64 for numbers, _ in text_batches(examples, 0)} == {
+        LOSS_TOKENS,
+        200 * 64 % LOSS_TOKENS,
+    }
+    assert max(len(numbers) for numbers, _ in text_batches(examples, 0, "cuda:1")) * 64 == GPU_LOSS_TOKENS
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3, 7])
+def test_losses_are_the_same_where_memory_takes_a_part_of_a_batch(fits: int) -> None:
+    examples = examples_of(3, 4, 5, 6, 7, 8, 9)
+    (whole,) = example_losses(tiny.llama(), text_batches(examples, 0), "cpu")
+    model, seen = narrow(fits)
+    (parts,) = example_losses(model, text_batches(examples, 0), "cpu")
+    assert max(seen) <= fits and sum(seen) == 7
+    assert parts[0] == whole[0] and parts[2].tolist() == whole[2].tolist()
+    torch.testing.assert_close(parts[1], whole[1], rtol=1e-6, atol=0)
+
+
+def test_a_row_that_does_not_fit_is_told() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        list(example_losses(narrow(0)[0], text_batches(examples_of(5), 0), "cpu"))
+
+
+def test_what_cannot_be_cut_by_rows_is_told() -> None:
+    ((numbers, tensors),) = text_batches(examples_of(5, 6), 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(example_losses(narrow(1)[0], [(numbers, {**tensors, "pixels": torch.zeros(3)})], "cpu"))

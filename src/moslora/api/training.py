@@ -22,6 +22,7 @@ from moslora.training.handed_over import HandedOver
 from moslora.training.run import check as check_inputs
 from moslora.training.run import resume as resume_run
 from moslora.training.run import train_recipe
+from moslora.versions import hide_known_warnings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -264,7 +265,5 @@ def _train(
 def _quiet() -> Iterator[None]:
     """Hide PEFT's use of a deprecated name of transformers 5, which is for PEFT to change and not for the user."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-        )
+        hide_known_warnings()
         yield

@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -64,11 +63,9 @@ def run_verb(action: Callable[[], None], debug: bool, together: bool = False) ->
     from moslora.distributed import launched
     from moslora.errors import MoSLoRAError, Stopped, UsageError
     from moslora.failures import verb
+    from moslora.versions import hide_known_warnings
 
-    # PEFT asks transformers 5 for a property under its old name: news for PEFT, not for who runs this.
-    warnings.filterwarnings(
-        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-    )
+    hide_known_warnings()
     name = action.__qualname__.partition(".")[0].rstrip("_")  # of the function that it is in
     problem: Exception
     with _ended_by_sigterm(), guarded_streams(), called_as(shlex.join(["moslora", *sys.argv[1:]])):

@@ -19,6 +19,7 @@ from moslora.comparison.verdict import Cell
 from moslora.errors import TrainingError
 from moslora.training.provenance import collect_hardware
 from moslora.training.stop import StopRequest
+from moslora.versions import hide_known_warnings
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -99,6 +100,7 @@ def _start_worker(plan: Comparison, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a cell under way is finished
     torch.set_num_threads(threads)
+    hide_known_warnings()
     display = Display(quiet=True)
     stop = StopRequest(display)
     _bench = Bench(plan, prepare_task(plan, display, stop.check), display, stop)

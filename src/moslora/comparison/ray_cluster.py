@@ -18,6 +18,7 @@ from moslora.compat.telemetry import no_telemetry
 from moslora.errors import TrainingError, UsageError
 from moslora.training.provenance import collect_versions
 from moslora.training.stop import StopRequest
+from moslora.versions import hide_known_warnings
 
 if TYPE_CHECKING:
     from moslora.display import Display
@@ -53,6 +54,7 @@ class _RayWorker:
         self.unreported = no_telemetry()
         self.unreported.__enter__()
         torch.set_num_threads(threads)
+        hide_known_warnings()
         self.scratch = tempfile.TemporaryDirectory(prefix="moslora-")
         own = dataclasses.replace(plan, directory=Path(self.scratch.name))
         display = Display(quiet=True)

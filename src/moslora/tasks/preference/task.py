@@ -281,7 +281,7 @@ class PreferenceTask(LanguageTask):
 
     def batches(self, examples: Any) -> Iterator[Batch]:
         """Make batches of the rows of preferences."""
-        return text_batches([row for one in examples for row in one.rows], self.pad_id)
+        return text_batches([row for one in examples for row in one.rows], self.pad_id, self.device)
 
     def scored(self, model: nn.Module, examples: Sequence[Any], label: str) -> list[Scored]:
         """Measure every preference under a model and its reference.

@@ -28,6 +28,8 @@ __all__ = [
 
 # Tokens in a batch whose loss is measured; the logits have at most this many times the vocabulary's entries.
 LOSS_TOKENS = 1024
+# The same on a GPU, which so few tokens leave idle; a batch that does not fit its memory is halved.
+GPU_LOSS_TOKENS = 8192
 # Labeled positions whose logits are in memory at once; more are scored in parts, and recomputed in backward.
 LOGIT_ROWS = 2048
 
@@ -151,14 +153,16 @@ def _cross_entropy(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 # ---- measuring -------------------------------------------------------------------------------------------
 
 
-def text_batches(examples: Sequence[Encoded], pad_id: int) -> Iterator[Batch]:
+def text_batches(examples: Sequence[Encoded], pad_id: int, device: str = "cpu") -> Iterator[Batch]:
     """Make batches of text, examples of similar length together, at most ``LOSS_TOKENS`` tokens with padding.
 
     Args:
         examples: Encoded examples.
         pad_id: Token to pad short rows with.
+        device: Where they are measured; on a GPU at most ``GPU_LOSS_TOKENS`` tokens.
     """
-    for numbers in _of_similar_length(examples, LOSS_TOKENS):
+    tokens = GPU_LOSS_TOKENS if device.startswith("cuda") else LOSS_TOKENS
+    for numbers in _of_similar_length(examples, tokens):
         rows = [examples[number] for number in numbers]
         yield (
             numbers,
@@ -198,8 +202,28 @@ def example_losses(
     model.eval()
     for numbers, tensors in batches:
         arguments = {name: tensor.to(device) for name, tensor in tensors.items()}
-        sums, counts = row_losses(model, arguments, arguments.pop("labels"))
+        sums, counts = _row_losses_in_parts(model, arguments)
         yield numbers, sums.cpu(), counts.cpu()
+
+
+def _row_losses_in_parts(model: nn.Module, arguments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return ``row_losses``, of half the rows at a time where a GPU's memory does not take all."""
+    import torch
+
+    labels = arguments["labels"]
+    try:
+        return row_losses(model, {k: v for k, v in arguments.items() if k != "labels"}, labels)
+    except torch.OutOfMemoryError:
+        # What has another first dimension (the pixels of several pictures to a row) cannot be cut by rows.
+        if len(labels) == 1 or any(len(tensor) != len(labels) for tensor in arguments.values()):
+            raise
+    torch.cuda.empty_cache()
+    half = len(labels) // 2
+    parts = [
+        {name: tensor[at] for name, tensor in arguments.items()} for at in (slice(half), slice(half, None))
+    ]
+    sums, counts = zip(*(_row_losses_in_parts(model, part) for part in parts), strict=True)
+    return torch.cat(sums), torch.cat(counts)
 
 
 def row_losses(model: nn.Module, arguments: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

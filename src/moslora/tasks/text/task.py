@@ -155,7 +155,7 @@ class TextTask(LanguageTask):
 
     def batches(self, examples: Sequence[Encoded]) -> Iterator[Batch]:
         """Make batches whose loss is measured."""
-        return text_batches(examples, self.pad_id)
+        return text_batches(examples, self.pad_id, self.device)
 
     def build_trainer(
         self,
