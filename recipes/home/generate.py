@@ -714,16 +714,17 @@ TRAIN_TURNS = (
 HELDOUT_TURNS = (*KINDS, "new-name", "single", "correction")
 
 
-def generate(split: str) -> Iterator[Example]:
+def generate(split: str, heldout_rounds: int = HELDOUT_ROUNDS) -> Iterator[Example]:
     """Yield a split's examples, the kinds taking turns so that every prefix is a fair sample.
 
     Args:
         split: "train" or "heldout"; only the latter has the kind ``new-name``, built as any other kind but
             from pairs and people with new names.
+        heldout_rounds: How often held-out kinds take turns, ten examples each time; those of fewer rounds come first.
     """
     rng = random.Random(f"{SEED}-{split}")
     known, new = pairs_of_split()[split], pairs_with_new_names()
-    kinds = TRAIN_TURNS * TRAIN_ROUNDS if split == "train" else HELDOUT_TURNS * HELDOUT_ROUNDS
+    kinds = TRAIN_TURNS * TRAIN_ROUNDS if split == "train" else HELDOUT_TURNS * heldout_rounds
     borrowed = itertools.cycle(KINDS)  # new-name has no form of its own
     seen: set[str] = set()
     for kind in kinds:
@@ -741,13 +742,15 @@ def generate(split: str) -> Iterator[Example]:
         yield Example(kind, request, commands, frozenset(draft.wordings), frozenset(draft.pairs))
 
 
-def write(folder: Path = HERE) -> None:
+def write(folder: Path = HERE, heldout_rounds: int = HELDOUT_ROUNDS) -> None:
     """Write both files, each beside its name first, so that none is ever half there."""
     for split in SPLITS:
         target = folder / f"{split}.jsonl"
         partial = target.with_suffix(".jsonl.partial")
         partial.write_text(
-            "".join(example.to_line() for example in generate(split)), encoding="utf-8", newline="\n"
+            "".join(example.to_line() for example in generate(split, heldout_rounds)),
+            encoding="utf-8",
+            newline="\n",
         )
         partial.replace(target)
 
