@@ -4,7 +4,8 @@
 ``targets``: attention alone, MLPs alone and all linear layers at about the same number of trained parameters.
 Each continues if stopped. What it found is kept in ``benchmarks/results/advice-NAME.json``.
 
-    python benchmarks/advice.py [rate] [targets] [--folder DIR] [--seeds N] [--steps N] [--rates LIST] [--workers N]
+    python benchmarks/advice.py [rate] [targets] [--folder DIR] [--seeds N] [--steps N] [--rates LIST]
+        [--dtype NAME] [--workers N]
     python benchmarks/advice.py --commands     prints the same as command lines, and runs nothing
 """
 
@@ -25,7 +26,7 @@ from moslora.files import write_text
 from moslora.training.provenance import collect_hardware
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ["compare-demo.yaml", "model.dtype=bfloat16"]
+RECIPE = "compare-demo.yaml"
 STEPS, SEEDS, VALIDATION, EXAMPLES = 20, 3, 32, 80
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -57,7 +58,7 @@ def methods_of(question: str, folder: Path) -> list[str]:
 
 def command(question: str, folder: Path, wanted: argparse.Namespace) -> str:
     """Return the comparison as a command line."""
-    words = ["moslora", "compare", f"recipes/{RECIPE[0]}", *RECIPE[1:]]
+    words = ["moslora", "compare", f"recipes/{RECIPE}", f"model.dtype={wanted.dtype}"]
     words += ["--methods", ",".join(methods_of(question, folder / "methods"))]
     words += ["--learning-rates", ",".join(f"{rate:g}" for rate in rates_of(question, wanted))]
     words += ["--seeds", str(wanted.seeds), "--steps", str(wanted.steps), "--validation", str(VALIDATION)]
@@ -73,7 +74,7 @@ def rates_of(question: str, wanted: argparse.Namespace) -> tuple[float, ...]:
 def run(question: str, folder: Path, wanted: argparse.Namespace) -> None:
     """Compare, and keep what was found."""
     directory, verdict = compare(
-        [str(ROOT / "recipes" / RECIPE[0]), *RECIPE[1:]],
+        [str(ROOT / "recipes" / RECIPE), f"model.dtype={wanted.dtype}"],
         Display(),
         methods=methods_of(question, folder / "methods"),
         seeds=wanted.seeds,
@@ -92,6 +93,7 @@ def run(question: str, folder: Path, wanted: argparse.Namespace) -> None:
         "question": (__doc__ or "").splitlines()[0],
         "name": question,
         "command": f"python benchmarks/advice.py {question} --seeds {wanted.seeds} --steps {wanted.steps}"
+        + f" --dtype {wanted.dtype}"
         + (f" --rates {wanted.rates}" if wanted.rates else ""),
         "steps": wanted.steps,
         "seeds": wanted.seeds,
@@ -127,6 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument(
         "--rates", default="", help="learning rates, separated by commas, instead of the table's"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="of the base; bfloat16 is slow on a CPU that only emulates it"
     )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--commands", action="store_true", help="print command lines only")

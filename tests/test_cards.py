@@ -107,6 +107,25 @@ def test_a_readme_of_a_persons_is_never_written_over(run: Run, tmp_path: Path) -
     assert (copy.lora / "README.md").read_text(encoding="utf-8") == text  # and the same again
 
 
+def test_every_one_of_several_files_is_named(world: World, tmp_path: Path) -> None:
+    more, heldout = tmp_path / "more.jsonl", tmp_path / "asked.jsonl"
+    tiny.save_chat_data(more, 6)
+    tiny.save_chat_data(heldout, 4)
+    files = [
+        f"data.train=[{world.data}, {{path: {more}, weight: 2}}]",
+        f"data.heldout=[{heldout}, {more}]",
+    ]
+    settings = [one for one in world.recipe(tmp_path) if not one.startswith("data")]
+    with pytest.warns(UserWarning, match="held-out"):
+        run = moslora.train(settings=[*settings, *files, "task.metric=none"])
+    text = (run.lora / "README.md").read_text(encoding="utf-8")
+    hashes = run.record["hashes"]["data"]
+    for role, file in (("train", world.data), ("train", more), ("heldout", heldout), ("heldout", more)):
+        assert f"| {role} | `{file.name}` | `{hashes[f'{role}, {file.name}']}` |" in text
+    (result,) = metadata_load(run.lora / "README.md")["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "json", "name": "asked.jsonl, more.jsonl"}
+
+
 def test_pefts_template_is_replaced_unless_somebody_filled_it_in(tmp_path: Path) -> None:
     model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)

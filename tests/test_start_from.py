@@ -17,7 +17,7 @@ import moslora.training.run
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.formats.reading import read_adapter
-from moslora.adapters.lineage import lineage_of
+from moslora.adapters.lineage import LINEAGE, lineage_of
 from moslora.display import Display
 from moslora.errors import AdapterError, RecipeError, Stopped, UsageError
 from moslora.recipe.loading import load_recipe
@@ -310,4 +310,7 @@ def test_a_lineage_goes_along_with_an_export_and_is_not_told_of_other_tensors(
     assert lineage_of(tmp_path / "moved") == story
     shutil.copy(first.lora / "adapter_model.safetensors", tmp_path / "moved" / "adapter_model.safetensors")
     assert lineage_of(tmp_path / "moved") is None
+    (tmp_path / "lora" / LINEAGE).write_text("{", encoding="utf-8")
+    with pytest.warns(UserWarning, match=f"{LINEAGE} cannot be read"):
+        assert lineage_of(tmp_path / "lora") is None
     assert read_adapter(tmp_path / "lora").is_folded

@@ -15,6 +15,8 @@ from typing import Any
 from moslora.adapters.formats.native import START
 from moslora.bounded import read_json
 from moslora.files import write_text
+from moslora.terminal import warn
+from moslora.wording import first_line
 
 __all__ = ["LINEAGE", "describe_lineage", "hash_files", "keep_lineage", "lineage_of"]
 
@@ -45,12 +47,14 @@ def lineage_of(adapter: Path) -> dict[str, Any] | None:
         adapter: Its directory, or a file.
 
     Returns:
-        What ``keep_lineage`` was given; None where none was kept, or for other tensors than those that lie there.
+        What ``keep_lineage`` was given; None where none was kept, or for other tensors than those that lie there, and
+        with a warning where it cannot be read.
     """
     path = adapter / LINEAGE
     try:
         story = read_json(path) if path.is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read, so where this adapter came from is not known: {first_line(error)}")
         return None
     if not isinstance(story, dict) or story.get("of") != _digest(adapter):
         return None

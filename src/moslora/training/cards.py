@@ -143,32 +143,42 @@ def _base(recipe: Mapping[str, Any], record: Mapping[str, Any]) -> BaseName:
 
 
 def _data(section: Mapping[str, Any], hashes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts of the data that were hashed, by the last part of their names."""
+    """Return the parts of the data that were hashed, by the last part of their names: one for each file."""
     parts = []
-    for role, digest in hashes.items():
+    for key, digest in hashes.items():
         if not isinstance(digest, str):
             continue
-        name = section.get(role)
-        if role == "heldout" and name is None:
-            name = section.get("train")
-        text = name if isinstance(name, str) else ""
-        is_hub = (
-            bool(DATASET_ID.fullmatch(text)) and not Path(text).exists() and Path(text).suffix not in LOADERS
-        )
-        path = Path(text)
-        loader = LOADERS.get(path.suffix.lower()) or ("imagefolder" if text and path.is_dir() else None)
-        parts.append(
-            {
-                "role": role,
-                "name": text if is_hub else bare_name(str(path.absolute())) if text else "",
-                "hub": text if is_hub else None,
-                "sha256": digest,
-                "loader": None if is_hub else loader,
-            }
-        )
-    if "heldout" not in hashes and "train" in hashes and section.get("heldout_fraction") is not None:
-        parts.append({**parts[0], "role": "heldout", "name": f"a part of {parts[0]['name']}", "sha256": None})
+        role, _, own = key.partition(", ")  # as the tasks name one file of several
+        source = section.get(role)
+        if role == "heldout" and source is None:
+            source = section.get("train")
+        parts.append({"role": role, **_source(source, own), "sha256": digest})
+    roles = {part["role"] for part in parts}
+    if "heldout" not in roles and "train" in roles and section.get("heldout_fraction") is not None:
+        trained = [part for part in parts if part["role"] == "train"]
+        named = ", ".join(part["name"] for part in trained)
+        parts.append({**trained[0], "role": "heldout", "name": f"a part of {named}", "sha256": None})
+        if len(trained) > 1:
+            parts[-1]["hub"] = None
     return parts
+
+
+def _source(source: Any, own: str) -> dict[str, Any]:
+    """Return name, hub id and loader of a file or hub data set; ``own`` is the one meant of several."""
+    entries = source if isinstance(source, list) else [source]
+    names = [one.get("path") if isinstance(one, Mapping) else one for one in entries]
+    given = [one for one in names if isinstance(one, str)]
+    # One of several is called by its last part, or in full where two have the same.
+    fitting = [one for one in given if not own or own in (one, Path(one).name)]
+    text = fitting[0] if fitting else own
+    path = Path(text)
+    is_hub = bool(DATASET_ID.fullmatch(text)) and not path.exists() and path.suffix not in LOADERS
+    loader = LOADERS.get(path.suffix.lower()) or ("imagefolder" if text and path.is_dir() else None)
+    return {
+        "name": text if is_hub else bare_name(str(path.absolute())) if text else "",
+        "hub": text if is_hub else None,
+        "loader": None if is_hub else loader,
+    }
 
 
 def _settings(recipe: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:

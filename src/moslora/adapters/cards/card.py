@@ -228,19 +228,18 @@ def _metadata(card: Card, base: BaseName) -> str:
 
 
 def _parts(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts of the data, each with role, name, hub id or None, hash or None, rows or None and loader."""
+    """Return the parts of the data, each with role, name, hub id or None, hash or None and loader."""
     found = []
     for part in measured.get("data") or [] if isinstance(measured.get("data"), list) else []:
         if not isinstance(part, Mapping) or not isinstance(part.get("role"), str):
             continue
-        hub, digest, rows = part.get("hub"), part.get("sha256"), part.get("rows")
+        hub, digest = part.get("hub"), part.get("sha256")
         found.append(
             {
                 "role": part["role"],
                 "name": bare_name(str(part.get("name") or "")),
                 "hub": hub if isinstance(hub, str) and HUB_ID.fullmatch(hub) else None,
                 "sha256": digest if isinstance(digest, str) and SHA256.fullmatch(digest) else None,
-                "rows": rows if isinstance(rows, int) else None,
                 "loader": part.get("loader") if isinstance(part.get("loader"), str) else None,
             }
         )
@@ -252,12 +251,14 @@ def _eval_results(measured: Mapping[str, Any], task: str) -> list[dict[str, Any]
     metrics = measured.get("metrics")
     if not isinstance(metrics, Mapping) or texts(measured.get("changes")):
         return []
-    parts = {part["role"]: part for part in _parts(measured)}
-    heldout = parts.get("heldout") or parts.get("train")
+    parts = _parts(measured)
+    heldout = [part for part in parts if part["role"] == "heldout"] or [
+        p for p in parts if p["role"] == "train"
+    ]
     unit = str(metrics.get("unit") or "held-out examples")
-    if heldout is None or not unit.startswith("held-out"):
+    if not heldout or not unit.startswith("held-out"):
         return []  # what was trained on is not a result
-    kind = heldout["hub"] or heldout["loader"]
+    kind = heldout[0]["hub"] or heldout[0]["loader"]
     found = []
     for name, value in numbers(metrics.get("after")).items() if kind else ():
         if name in METRICS:
@@ -265,7 +266,8 @@ def _eval_results(measured: Mapping[str, Any], task: str) -> list[dict[str, Any]
             within = f", 95 % interval {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
             called = f"{name.replace('_', ' ')} on {_count(metrics, name)}{within}"
             found.append({"type": METRICS[name], "value": round(value, 6), "name": called})
-    data = {"type": kind, "name": printable(heldout["hub"] or heldout["name"] or unit)}
+    names = [part["hub"] or part["name"] for part in heldout]
+    data = {"type": kind, "name": printable(", ".join(name for name in names if name) or unit)}
     return [{"task": {"type": task}, "dataset": data, "metrics": found}] if found else []
 
 
@@ -342,10 +344,10 @@ def _data(measured: Mapping[str, Any]) -> list[str]:
         hub = f"[{plain(part['hub'])}](https://huggingface.co/datasets/{part['hub']})" if part["hub"] else ""
         name = hub or (code(part["name"]) if part["name"] else "")
         digest = code(part["sha256"]) if part["sha256"] else ""
-        rows.append([plain(part["role"]), name, "" if part["rows"] is None else f"{part['rows']:,}", digest])
+        rows.append([plain(part["role"]), name, digest])
     if not rows:
         return []
-    return ["## Data", "", *table(["part", "name", "examples", "SHA-256"], rows), ""]
+    return ["## Data", "", *table(["part", "name", "SHA-256"], rows), ""]
 
 
 def _proven(card: Card, measured: Mapping[str, Any]) -> list[str]:
