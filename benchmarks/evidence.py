@@ -297,7 +297,8 @@ def keep_cells(directory: Path, target: Path, record: dict[str, Any]) -> None:
 def keep_record(target: Path, record: dict[str, Any], stored: Sequence[dict[str, Any]]) -> None:
     """Write results, and every example's loss of every cell beside them."""
     target.mkdir(parents=True, exist_ok=True)
-    write_text(target / "results.json", json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1).replace(f"{ROOT}/", "")  # places say nothing to a reader
+    write_text(target / "results.json", text + "\n")
     rounded = [
         {k: [round(x, 5) for x in v] if k in ("validation", "test") and v else v for k, v in cell.items()}
         for cell in stored
@@ -369,7 +370,7 @@ def table() -> str:
                 "none" if method["best_rate"] is None else f"{method['best_rate']:g}",
                 "none" if method["score"] is None else f"{method['score']:.3f}",
                 signed(contrast["difference"]["low"], contrast["difference"]["high"]) if contrast else "",
-                f"{contrast['p_corrected']:.2f}" if contrast else "",
+                as_p(contrast["p_corrected"]) if contrast else "",
                 f"{stable[0]:g} to {stable[1]:g}" if stable else "none",
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -428,11 +429,16 @@ def confirmed_table() -> str:
                 f"{difference['mean']:+.3f}",
                 signed(difference["low"], difference["high"]),
                 f"{difference['seeds']}, {difference['examples']}",
-                f"{contrast['p_corrected']:.2f}",
+                as_p(contrast["p_corrected"]),
                 prices_of(found["prices"], contrast["method"], contrast["baseline"]),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def as_p(value: float) -> str:
+    """Write a p-value; none is zero."""
+    return "< 0.01" if value < 0.005 else f"{value:.2f}"
 
 
 def prices_of(prices: Sequence[dict[str, Any]], method: str, baseline: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -61,7 +62,10 @@ def test_the_rate_falls_with_width_and_is_half_as_high_again_in_short_runs(
     assert rate == pytest.approx(5e-4 * (2000 / hidden) ** p, rel=0.06)
 
 
-def test_our_figures_in_the_rules_are_those_that_are_kept() -> None:
+def test_our_figures_in_the_rules_are_those_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_evidence import load
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     found = json.loads((ROOT / "benchmarks/results/evidence/home/results.json").read_text(encoding="utf-8"))
     methods = {method["name"]: method for method in found["methods"]}
     for name, (best, low, high) in HOME_BEST.items():
@@ -73,6 +77,12 @@ def test_our_figures_in_the_rules_are_those_that_are_kept() -> None:
     matched = next(c for c in found["contrasts"] if c["method"] == "lora-matched" and c["measure"] == "loss")
     ends = [matched["difference"][end] for end in ("low", "high")]
     assert f"by {ends[0]:.3f} to {ends[1]:.3f}" in " ".join(rule.ours for rule in RULES)
+    evidence = load(ROOT / "benchmarks" / "evidence.py")
+    same = {one["method"]: one["difference"] for one in evidence.at_the_baselines_rate("home")}
+    for name in ("moslora", "moslora-orthogonal"):
+        mean, low, high = (f"{same[name][key]:.3f}" for key in ("mean", "low", "high"))
+        (text,) = (rule.ours for rule in RULES if rule.key == "adapter.mixer")
+        assert re.search(rf"by {mean}[^(]*\({low} to {high}", text)
 
 
 def test_what_the_advice_says_of_a_recipe_is_counted_from_it(world: World) -> None:

@@ -17,12 +17,13 @@ import tiny
 from moslora.comparison.bench import Bench
 from moslora.comparison.cells import in_groups, prepare_task
 from moslora.comparison.compare import compare
-from moslora.comparison.methods import METHODS, find_method
+from moslora.comparison.methods import METHODS, default_methods, find_method
 from moslora.comparison.verdict import Verdict
 from moslora.display import Display
 from moslora.errors import Stopped
 from moslora.recipe.loading import load_recipe
 from moslora.reports.again import remake_report
+from moslora.tuner.config import MoSLoRAConfig
 from tolerances import MODEL
 
 pytestmark = pytest.mark.filterwarnings(
@@ -64,6 +65,24 @@ def run(world: Path, out: Path, **options: Any) -> tuple[Path, Verdict]:
 def cells(folder: Path) -> dict[str, dict[str, Any]]:
     files = (folder / "cells").glob("*.json")
     return {f.stem: json.loads(f.read_text()) for f in files if f.stem != "base"}
+
+
+def test_without_methods_it_takes_lora_and_the_default_mixer_or_what_the_folder_began_with(
+    world: Path, tmp_path: Path
+) -> None:
+    folder, verdict = run(
+        world, tmp_path / "new", arguments=arguments(world, **{"trainer.max_steps": 1}), rates=[1e-2]
+    )
+    assert [m.name for m in verdict.methods] == ["lora", "moslora-orthogonal"]
+    assert find_method("moslora-orthogonal").configure({}).mixer == MoSLoRAConfig().mixer  # type: ignore[union-attr]
+    begun = json.loads((folder / "compare.json").read_text())["identity"]["methods"]
+    old = {"lora": begun["lora"], "moslora": begun["moslora-orthogonal"]}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "compare.json").write_text(json.dumps({"identity": {"methods": old}}))
+    assert tuple(default_methods(tmp_path / "old")) == ("lora", "moslora")
+    assert tuple(default_methods(folder)) == ("lora", "moslora-orthogonal")
+    (tmp_path / "old" / "compare.json").write_text("[]")
+    assert tuple(default_methods(tmp_path / "old")) == ("lora", "moslora-orthogonal")
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:

@@ -214,8 +214,8 @@ def test_another_base_is_refused_or_told_of(weights: str, tmp_path: Path) -> Non
         (lambda m, w: replace_lora_weights_loftq(m, w, "other"), r"no adapter 'other'; it has \['default'\]"),
         (lambda m, w: m.merge_adapter() or replace_lora_weights_loftq(m, w), "Call unmerge_adapter"),
         (
-            lambda m, w: replace_lora_weights_loftq(fresh(init_lora_weights=True, mixer="orthogonal"), w),
-            "mixer='orthogonal'",
+            lambda m, w: replace_lora_weights_loftq(fresh(init_lora_weights=True, mixer="gaussian"), w),
+            "mixer='gaussian'",
         ),
         (lambda m, w: replace_lora_weights_loftq(fresh(r=9), w), r"rank 9 with a scale.*Set r to 8 at most"),
         (
@@ -241,7 +241,7 @@ def test_weights_of_another_base_are_refused(tmp_path: Path) -> None:
     [
         ({"loftq_config": LoftQConfig(loftq_iter=2)}, "loftq_iter=2: more iterations quantize"),
         ({"loftq_config": 4}, r"must be a peft\.LoftQConfig"),
-        ({"mixer": "orthogonal"}, "makes M singular values"),
+        ({"mixer": "gaussian"}, "makes M singular values"),
     ],
 )
 def test_configurations_without_a_meaning_are_refused(arguments: dict[str, object], message: str) -> None:

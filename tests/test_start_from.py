@@ -169,7 +169,7 @@ def test_a_start_that_changed_is_not_continued_with(
     [
         ({"adapter.r": 8}, r"adapter\.r is 8, and the adapter that it starts from .* has 4"),
         ({"adapter.target_modules": "[q_proj]"}, r"adapter\.target_modules is"),
-        ({"adapter.mixer": "orthogonal"}, r"adapter\.mixer is 'orthogonal'"),
+        ({"adapter.mixer": "kaiming"}, r"adapter\.mixer is 'kaiming'"),
         ({"adapter.use_dora": "true"}, r"adapter\.use_dora is True"),
         ({"adapter.init_lora_weights": "pissa"}, r"adapter\.init_lora_weights is 'pissa'"),
     ],
@@ -184,7 +184,7 @@ def test_what_contradicts_the_start_is_refused_by_name(
 def test_what_a_start_says_may_be_said_again_and_dropout_is_free(
     first: RunDirectory, world: Path, tmp_path: Path
 ) -> None:
-    own = {"adapter.r": 4, "adapter.mixer": "kaiming", "adapter.lora_dropout": 0.2}
+    own = {"adapter.r": 4, "adapter.mixer": "orthogonal", "adapter.lora_dropout": 0.2}
     recipe = load_recipe(started(world, tmp_path, first.adapter, **own))
     assert recipe.adapter["lora_dropout"] == 0.2 and recipe.adapter["lora_alpha"] == 32
 

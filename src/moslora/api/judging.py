@@ -243,7 +243,7 @@ class ComparisonResult(Printable):
 def compare(
     recipe: RecipeSource = None,
     *,
-    methods: Sequence[str] = ("lora", "moslora"),
+    methods: Sequence[str] | None = None,
     seeds: int = 3,
     learning_rates: Sequence[float] | None = None,
     baseline: str | None = None,
@@ -273,7 +273,8 @@ def compare(
 
     Args:
         recipe: As for ``train``.
-        methods: Names such as ``"lora"``, ``"moslora"``, ``"dora"``, or paths of ``adapter_config.json`` files.
+        methods: Names such as ``"lora"``, ``"moslora"``, ``"dora"``, or paths of ``adapter_config.json`` files; None
+            for ``"lora"`` and ``"moslora-orthogonal"``, which is the default mixer.
         seeds: How many, at least 2; the same for every method.
         learning_rates: Tried for every method; None for a third, one and three times the recipe's.
         baseline: Compared with all others; None for the first method.
@@ -402,7 +403,7 @@ OPTIONS = (
 
 
 def _options(
-    methods: Sequence[str] = ("lora", "moslora"),
+    methods: Sequence[str] | None = None,
     learning_rates: Sequence[float] | None = None,
     contrasts: Sequence[str] = (),
     rates_from: str | os.PathLike[str] | Mapping[str, float] | None = None,
@@ -412,7 +413,9 @@ def _options(
     others["off_rates"] = list(others.get("off_rates") or ())
     others["contrasts"] = [contrasts] if isinstance(contrasts, str) else list(contrasts)
     others["rates_from"] = os.fspath(rates_from) if isinstance(rates_from, os.PathLike) else rates_from
-    names = [methods] if isinstance(methods, str) else [os.fspath(method) for method in methods]
+    names = [methods] if isinstance(methods, str) else methods
+    if names is not None:
+        names = [os.fspath(method) for method in names]
     return {"methods": names, "rates": list(learning_rates or ()), **others}
 
 

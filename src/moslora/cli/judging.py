@@ -21,8 +21,11 @@ def compare(
         typer.Argument(metavar="RECIPE|KEY=VALUE...", help="A recipe and/or settings, as for training."),
     ],
     methods: Annotated[
-        str, typer.Option(help="Names separated by commas, or paths of adapter_config.json.")
-    ] = "lora,moslora",
+        str,
+        typer.Option(
+            help="Names separated by commas, or paths of adapter_config.json; default: lora,moslora-orthogonal."
+        ),
+    ] = "",
     seeds: Annotated[int, typer.Option(help="Number of seeds, the same for every method.")] = 3,
     learning_rates: Annotated[
         str,
@@ -129,7 +132,7 @@ def compare(
         display = Display(sys.stderr if as_json else sys.stdout)
         recipe, settings = split_arguments(arguments, Path.cwd())
         options: dict[str, Any] = {
-            "methods": names_in(methods),
+            "methods": names_in(methods) if methods else None,
             "seeds": seeds,
             "learning_rates": numbers_in(learning_rates, "--learning-rates", "1e-4,1e-3"),
             "baseline": baseline,

@@ -32,7 +32,7 @@ from moslora.comparison.confirm import SecondStage, Wanted, check_wanted
 from moslora.comparison.costs import with_costs
 from moslora.comparison.given import of_methods, read_rates
 from moslora.comparison.judged import BenchmarkJudge
-from moslora.comparison.methods import find_method
+from moslora.comparison.methods import default_methods, find_method
 from moslora.comparison.plan import DECISIVE, Comparison, Engine
 from moslora.comparison.results import Given, Verdict
 from moslora.comparison.runners import make_engine, run_all
@@ -66,7 +66,7 @@ def compare(
     recipe: Recipe | Sequence[str],
     display: Display,
     *,
-    methods: Sequence[str] = ("lora", "moslora"),
+    methods: Sequence[str] | None = None,
     seeds: int = 3,
     rates: Sequence[float] = (),
     baseline: str | None = None,
@@ -93,7 +93,7 @@ def compare(
     Args:
         recipe: A checked recipe; or a recipe's path and/or ``section.key=value``, as for training.
         display: Where to tell of progress.
-        methods: Keys of ``METHODS`` or paths of PEFT configurations.
+        methods: Keys of ``METHODS`` or paths of PEFT configurations; None for LoRA and the default mixer.
         seeds: How many, at least 2.
         rates: Learning rates to try for every method; none for a third of the recipe's, the same and three times it.
         baseline: Compared with all others; the first method if None.
@@ -223,7 +223,7 @@ def _run(
 
 def _plan(
     recipe: Recipe,
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     seeds: int,
     rates: Sequence[float],
     baseline: str | None,
@@ -238,7 +238,9 @@ def _plan(
         if steps < 1:
             raise UsageError(f"steps={steps} must be at least 1.")
         recipe = recipe.model_copy(update={"trainer": {**recipe.trainer, "max_steps": steps}})
-    found = [find_method(name) for name in methods]
+    name = recipe.output.name or recipe.task.kind
+    folder = Path(out) if out is not None else Path(recipe.output.dir) / f"compare-{name}"
+    found = [find_method(name) for name in (default_methods(folder) if methods is None else methods)]
     names = [method.name for method in found]
     if len(set(names)) != len(names) or len(names) < 2:
         raise UsageError(f"methods={','.join(names)} must name at least two, none of them twice.")
@@ -261,8 +263,6 @@ def _plan(
         raise UsageError(f"Learning rates {list(rates)} must be positive and all different.")
     for method in found:
         method.configure(recipe.adapter)  # says now what it would say after an hour
-    name = recipe.output.name or recipe.task.kind
-    folder = Path(out) if out is not None else Path(recipe.output.dir) / f"compare-{name}"
     return Comparison(
         recipe=recipe,
         methods=found,

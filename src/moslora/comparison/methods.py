@@ -5,7 +5,7 @@ Rank, alpha, dropout and target modules are the recipe's for all of them; only w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from moslora.wording import did_you_mean
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["METHODS", "Method", "find_method"]
+__all__ = ["METHODS", "Method", "default_methods", "find_method"]
 
 # Arguments of MoSLoRAConfig that LoRA has no name for.
 MIXER_ARGUMENTS: tuple[str, ...] = (
@@ -187,10 +187,15 @@ METHODS: dict[str, Method] = {
             "moslora",
             _moslora(mixer="kaiming", train_mixer=False),
         ),
-        Method("moslora", "the kaiming mixer, trained", "moslora", _moslora(mixer="kaiming")),
+        Method(
+            "moslora",
+            "the kaiming mixer, trained: the paper's language runs",
+            "moslora",
+            _moslora(mixer="kaiming"),
+        ),
         Method(
             "moslora-orthogonal",
-            "a mixer that starts orthogonal, trained",
+            "a mixer that starts orthogonal, trained: the default of MoSLoRAConfig",
             "moslora",
             _moslora(mixer="orthogonal"),
         ),
@@ -242,6 +247,23 @@ METHODS: dict[str, Method] = {
         Method("full", "every weight of the base", "none", dict, changes_base=True),
     )
 }
+
+
+# LoRA, and the default of MoSLoRAConfig; before 0.2 the default was a kaiming mixer.
+DEFAULT_METHODS, FORMER_METHODS = ("lora", "moslora-orthogonal"), ("lora", "moslora")
+
+
+def default_methods(folder: Path) -> Sequence[str]:
+    """Return LoRA and the default mixer; for a comparison that was begun with an earlier default, that one.
+
+    Args:
+        folder: The comparison's, which need not be there.
+    """
+    try:
+        begun = list(read_json(folder / "compare.json")["identity"]["methods"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_METHODS  # there is none, or it is refused later
+    return FORMER_METHODS if begun == list(FORMER_METHODS) else DEFAULT_METHODS
 
 
 def find_method(name: str) -> Method:

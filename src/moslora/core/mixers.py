@@ -19,6 +19,7 @@ from moslora.wording import did_you_mean
 
 __all__ = [
     "CUSTOM",
+    "DEFAULTS",
     "MIXERS",
     "SINGULAR_VALUES",
     "Mixer",
@@ -78,6 +79,10 @@ MIXERS: dict[str, Mixer] = {
     "identity": Mixer(_identity, True, "starts as LoRA; ablation, arXiv:2406.11909"),
     "two-subspace": Mixer(_two_subspace, False, "fixed mixing of two halves, arXiv:2406.11909, eq. 2"),
 }
+
+# The default, and what it was before 0.2. A kaiming mixer starts at 0.58 of LoRA's scale, so that at LoRA's learning
+# rate it loses to LoRA (benchmarks/results/evidence/home/confirmed); an orthogonal one does not.
+DEFAULTS = ("orthogonal", "kaiming")
 
 REFUSED: dict[str, str] = {
     "zeros": (

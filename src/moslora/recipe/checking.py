@@ -31,7 +31,6 @@ ADAPTER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
         "r": 4,
         "lora_alpha": 4,
         "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
-        "mixer": "orthogonal",
     }
 }
 

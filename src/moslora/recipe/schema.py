@@ -406,7 +406,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "lora_alpha": 32,
     "lora_dropout": 0.0,
     "target_modules": "all-linear",
-    "mixer": "kaiming",
+    "mixer": "orthogonal",
 }
 
 

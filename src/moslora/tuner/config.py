@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import Generator, Tensor
 
 from moslora.adapters.formats.configuration import NO_MIXER, subtracts_start
-from moslora.core.mixers import CUSTOM, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
+from moslora.core.mixers import CUSTOM, DEFAULTS, SINGULAR_VALUES, draw_mixer, find_mixer, initial_mixer
 from moslora.errors import UsageError
 from moslora.terminal import warn
 from moslora.tuner.refused import REFUSED_ARGUMENTS, REFUSED_STARTS, check_arguments
@@ -53,11 +53,12 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
         target_modules: Names or suffixes of the modules to adapt, a regular expression, or ``"all-linear"``.
             None takes PEFT's list for the architecture.
         exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
-        mixer: How M starts: ``"kaiming"`` (the paper's language runs), ``"orthogonal"`` (its SDXL runs),
-            ``"gaussian"``, ``"identity"`` (starts as LoRA) or ``"two-subspace"`` (fixed, r even). Or M itself, a
-            tensor ``(r, r)``, copied; or a callable that makes it of the rank, ``r -> tensor`` or ``(r, generator) ->
-            tensor``. Such a configuration, and what is saved of it, says ``"custom"``: the values are in the
-            adapter's file once it is trained, and what they started from is not kept.
+        mixer: How M starts: ``"orthogonal"`` (the paper's SDXL runs; LoRA's learning rates fit it as they are),
+            ``"kaiming"`` (its language runs; starts at 0.58 of LoRA's scale, see match_scale), ``"gaussian"``,
+            ``"identity"`` (starts as LoRA) or ``"two-subspace"`` (fixed, r even). Or M itself, a tensor ``(r, r)``,
+            copied; or a callable that makes it of the rank, ``r -> tensor`` or ``(r, generator) -> tensor``. Such a
+            configuration, and what is saved of it, says ``"custom"``: the values are in the adapter's file once it is
+            trained, and what they started from is not kept.
         train_mixer: Whether M is learned. None means yes, except for ``"two-subspace"``.
         mixer_pattern: Mixers of modules that differ, by name or regular expression: a name as for ``mixer``, or
             ``"none"`` for a module without a mixer, which trains as LoRA's does.
@@ -111,7 +112,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
 
     Example:
         >>> MoSLoRAConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).mixer
-        'kaiming'
+        'orthogonal'
     """
 
     r: int = field(default=8, metadata={"help": "Rank."})
@@ -120,7 +121,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
     lora_alpha: float = field(default=8, metadata={"help": "Numerator of the scaling, lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the update's input, in [0, 1)."})
     mixer: Union[str, Tensor, Callable[..., Tensor]] = field(  # noqa: UP007
-        default="kaiming", metadata={"help": "How M starts."}
+        default=DEFAULTS[0], metadata={"help": "How M starts."}
     )
     train_mixer: Optional[bool] = field(default=None, metadata={"help": "Whether M is learned."})  # noqa: UP045
     match_scale: bool = field(default=False, metadata={"help": "Start with ‖M·A‖ = ‖A‖."})
@@ -233,7 +234,7 @@ class MoSLoRAConfig(PeftConfig):  # type: ignore[misc]
             self._given_mixer = self.mixer.detach().clone() if isinstance(self.mixer, Tensor) else self.mixer
             self.mixer = CUSTOM
         if self.starts_from_components:
-            is_default = self.mixer in ("kaiming", SINGULAR_VALUES) and not self.match_scale
+            is_default = self.mixer in (*DEFAULTS, SINGULAR_VALUES) and not self.match_scale
             if not is_default:
                 raise UsageError(
                     f"init_lora_weights={self.init_lora_weights!r} makes M singular values, so "

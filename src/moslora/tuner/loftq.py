@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moslora.compat.peft.functions import MODEL_PREFIX, stored_weights
-from moslora.core.mixers import SINGULAR_VALUES
+from moslora.core.mixers import DEFAULTS, SINGULAR_VALUES
 from moslora.errors import UsageError
 from moslora.terminal import warn
 from moslora.tuner import dora
@@ -124,7 +124,7 @@ def _configuration(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:
         raise UsageError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
     config: MoSLoRAConfig = configs[adapter_name]
     asked = (config.init_lora_weights, config.mixer, config.match_scale)
-    if asked not in ((True, "kaiming", False), ("loftq", SINGULAR_VALUES, False)):
+    if asked not in (*((True, mixer, False) for mixer in DEFAULTS), ("loftq", SINGULAR_VALUES, False)):
         raise UsageError(
             f"The adapter's configuration says init_lora_weights={asked[0]!r}, mixer={asked[1]!r} and match_scale="
             f"{asked[2]}, and LoftQ makes M the singular values. Set init_lora_weights='loftq' and leave both out."

@@ -131,7 +131,7 @@ NO_MIXER = "none"
 
 MOSLORA: dict[str, Field] = BOTH | {
     "peft_type": Field("MOSLORA"),
-    "mixer": Field("kaiming"),
+    "mixer": Field("orthogonal"),
     "mixer_pattern": Field({}),
     "train_mixer": Field(),
     "match_scale": Field(False),
