@@ -58,12 +58,17 @@ def methods_of(question: str, folder: Path) -> list[str]:
 
 def command(question: str, folder: Path, wanted: argparse.Namespace) -> str:
     """Return the comparison as a command line."""
-    words = ["moslora", "compare", f"recipes/{RECIPE}", f"model.dtype={wanted.dtype}"]
+    words = ["moslora", "compare", f"recipes/{RECIPE}", *settings_of(wanted)]
     words += ["--methods", ",".join(methods_of(question, folder / "methods"))]
     words += ["--learning-rates", ",".join(f"{rate:g}" for rate in rates_of(question, wanted))]
     words += ["--seeds", str(wanted.seeds), "--steps", str(wanted.steps), "--validation", str(VALIDATION)]
     words += ["--examples", str(EXAMPLES), "--out", str(folder / question)]
     return shlex.join(words)
+
+
+def settings_of(wanted: argparse.Namespace) -> list[str]:
+    """Return what is told the recipe; the loss on general text would take as long again as a training."""
+    return [f"model.dtype={wanted.dtype}", "evaluation.also=[]"]
 
 
 def rates_of(question: str, wanted: argparse.Namespace) -> tuple[float, ...]:
@@ -74,7 +79,7 @@ def rates_of(question: str, wanted: argparse.Namespace) -> tuple[float, ...]:
 def run(question: str, folder: Path, wanted: argparse.Namespace) -> None:
     """Compare, and keep what was found."""
     directory, verdict = compare(
-        [str(ROOT / "recipes" / RECIPE), f"model.dtype={wanted.dtype}"],
+        [str(ROOT / "recipes" / RECIPE), *settings_of(wanted)],
         Display(),
         methods=methods_of(question, folder / "methods"),
         seeds=wanted.seeds,

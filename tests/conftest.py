@@ -50,7 +50,33 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", line)
 
 
+# The files that take longest, so that they begin first and two processes end together.
+LONGEST = (
+    *(
+        "test_team",
+        "test_train",
+        "test_compare",
+        "test_ecosystem",
+        "test_kernels",
+        "test_at_rest",
+        "test_image",
+    ),
+    *(
+        "test_preference",
+        "test_matrix",
+        "test_plan",
+        "test_vision_families",
+        "test_vision",
+        "test_api",
+        "test_confirm",
+    ),
+    *("test_benchmarks", "test_together", "test_classification", "test_every_verb", "test_fsdp1"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     for item in items:
         for test, case, reason, least in TESTS:
             if test in item.nodeid and case in item.nodeid:
