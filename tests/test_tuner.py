@@ -15,7 +15,7 @@ from torch import nn
 import tiny
 import upstream
 from moslora import MoSLoRAConfig
-from moslora.core import functional, notices, ops
+from moslora.core import few_tokens, functional, notices, ops
 from moslora.core.mixers import MIXERS
 from tolerances import MODEL, MODEL_SNR_DB, RELATIVE, relative_error, snr_db
 from upstream import WHOLE
@@ -247,8 +247,12 @@ def test_ranks_and_alphas_follow_their_patterns_as_in_lora() -> None:
             assert (found.r, found.scaling) == (module.r, module.scaling)
 
 
+@pytest.mark.parametrize("few", [-1, few_tokens.FEW], ids=["Function", "few tokens"])
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_the_fused_layer_equals_the_slow_one_in_loss_and_gradients(kind: str) -> None:
+def test_the_fused_layer_equals_the_slow_one_in_loss_and_gradients(
+    kind: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_tokens, "FEW", few)
     build, targets = BUILDERS[kind]
     torch.manual_seed(1)
     model = get_peft_model(build(), config(target_modules=targets)).eval()  # GPT-2 has dropout of its own
@@ -273,14 +277,18 @@ def oracle(x, weight, bias, A, M, B, scale, dropout=0.0):  # type: ignore[no-unt
 
 
 # 24 and 96 tokens lie on both sides of the layers' 32 and 48 inputs: M is chained in the one, composed in the other.
-@pytest.mark.parametrize("dropout, rows", [(0.0, 2), (0.2, 8)])
+@pytest.mark.parametrize(
+    "dropout, rows, few", [(0.0, 2, -1), (0.0, 2, few_tokens.FEW), (0.2, 8, few_tokens.FEW)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fifty_steps_have_the_losses_of_the_slow_path(dtype, dropout, rows, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_fifty_steps_have_the_losses_of_the_slow_path(dtype, dropout, rows, few, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(few_tokens, "FEW", few)
     drops = []
     for is_slow in (False, True):
         with monkeypatch.context() as patch:
             if is_slow:
                 patch.setattr(ops, "adapted_linear", oracle)
+                patch.setattr(ops, "by_few_operations", oracle)
             model = tiny.llama().to(dtype)
             torch.manual_seed(1)
             targets = [*ATTENTION, "down_proj"]

@@ -19,6 +19,7 @@ __all__ = [
     "leave_fast_paths",
     "must_be_called",
     "path_without_wrappers",
+    "plain_weight",
     "restore_fast_paths",
     "uncompiled",
     "unwrapped_by_fsdp",
@@ -46,6 +47,30 @@ def must_be_called(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or _FSDP_INNER in module._modules
     )
+
+
+def plain_weight(holder: nn.Module, *path: str) -> Tensor | None:
+    """Return the weight of a plain linear layer without a bias of its own, which nothing hangs on.
+
+    It reads what torch (2.6 to 2.13) keeps modules and parameters in, because the public ways cost a walk for each
+    name, and this is asked several times in every call of a layer over few tokens. Everything is read anew each time,
+    so that a hook, a wrapper or a weight that comes later is seen.
+
+    Args:
+        holder: A module.
+        *path: Names of modules below it, the linear layer's the last.
+
+    Returns:
+        The weight; None where there is no such layer, where it is another class, has a bias or must be called.
+    """
+    module: Any = holder
+    for name in path:
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    if type(module) is not nn.Linear or must_be_called(module) or module._parameters.get("bias") is not None:
+        return None
+    return cast("Tensor | None", module._parameters.get("weight"))
 
 
 def is_wrapped_by_fsdp(module: nn.Module) -> bool:

@@ -41,6 +41,7 @@ from moslora.compat.torch import is_under_functorch
 from moslora.core import switches
 from moslora.core.autocast import compute_dtype, in_dtype, is_autocasting
 from moslora.core.dropout import draw_dropped, why_no_dropout_by_position
+from moslora.core.few_tokens import by_few_operations, is_for_few_operations
 from moslora.core.functional import check_factors
 from moslora.core.fused_update import MixedUpdate, by_torch_alone, chains, without_keeping_x
 from moslora.core.kernel_update import KernelUpdate, may_use_kernels, why_no_kernels
@@ -49,10 +50,12 @@ from moslora.core.switches import fusing, is_fusing, is_using_kernels, using_ker
 
 __all__ = [
     "adapted_linear",
+    "by_few_operations",
     "chains",
     "draw_dropped",
     "fusing",
     "is_autocasting",
+    "is_for_few_operations",
     "is_fusing",
     "is_using_kernels",
     "low_rank_update",

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moslora.compat.torch import must_be_called
+from moslora.compat.torch import is_managed_by_fsdp, must_be_called, plain_weight
 from moslora.core import ops
 from moslora.core.notices import tell_once
-from moslora.tuner import bias, dora
+from moslora.tuner import bias, dora, kept_start
 from moslora.tuner.factor_holder import without_values
+from moslora.tuner.held_mixer import is_narrow
 from moslora.tuner.layer import MoSLoRALayer
+from moslora.tuner.names import FACTORS
 
 __all__ = ["MoSLoRALinear"]
 
@@ -102,6 +105,10 @@ class MoSLoRALinear(MoSLoRALayer):
         """
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        if ops.is_for_few_operations(x) and not args and not kwargs:
+            result = self._by_few_operations(x)
+            if result is not None:
+                return result
         if self.is_base_alone():
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         active = self.active_here()
@@ -121,6 +128,43 @@ class MoSLoRALinear(MoSLoRALayer):
                 return self._add_updates(x, self._with_bias(result, name), active[1:])
             tell_once(logger, NOT_FUSED, reason)
         return self._add_updates(x, self.base_layer(x, *args, **kwargs), active)
+
+    def _by_few_operations(self, x: Tensor) -> Tensor | None:
+        """Run a plain layer with one plain adapter; None for all others, which go the way of ``forward``.
+
+        Nothing is remembered between calls: what decides is read each time, as little of it as there is.
+        """
+        active: Any = self._active_adapter
+        name = active if type(active) is str else active[0] if len(active) == 1 else None
+        if name is None or self._disable_adapters or self.merged_adapters or not self._is_plain(name):
+            return None
+        base: Any = self._modules["base_layer"]
+        if type(base) is not nn.Linear or must_be_called(base):
+            return None
+        weight: Any = base._parameters.get("weight")
+        A, M, B = (plain_weight(self, kind, name) for kind in FACTORS)
+        if type(weight) not in (nn.Parameter, Tensor) or A is None or M is None or B is None:
+            return None
+        dtype = x.dtype
+        alike = (
+            dtype == weight.dtype == A.dtype == M.dtype == B.dtype and x.device == A.device == weight.device
+        )
+        if not alike or (is_narrow(dtype) and M.requires_grad and torch.is_grad_enabled()):
+            return None
+        return ops.by_few_operations(x, weight, base._parameters.get("bias"), A, M, B, self.scaling[name])
+
+    def _is_plain(self, name: str) -> bool:
+        """Tell whether an adapter is three factors here and nothing more, without dropout at the moment."""
+        return (
+            name in self.scaling
+            and not self.unfilled
+            and name not in self.tied
+            and name not in self.mixer_start._modules
+            and not (self.training and type(self.moslora_dropout._modules[name]) is not nn.Identity)
+            and not dora.has_magnitude(self, name)
+            and not kept_start.has_start(self, name)
+            and not is_managed_by_fsdp(self)
+        )
 
     def _update(self, x: Tensor, name: str) -> Tensor:
         if self.factors_must_be_called(name):
