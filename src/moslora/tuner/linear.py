@@ -155,9 +155,10 @@ class MoSLoRALinear(MoSLoRALayer):
 
     def _is_plain(self, name: str) -> bool:
         """Tell whether an adapter is three factors here and nothing more, without dropout at the moment."""
+        if name in self.unfilled:
+            self.held_factors(name)  # refuses it, or sees that it has been filled
         return (
             name in self.scaling
-            and not self.unfilled
             and name not in self.tied
             and name not in self.mixer_start._modules
             and not (self.training and type(self.moslora_dropout._modules[name]) is not nn.Identity)
