@@ -231,7 +231,7 @@ def test_a_small_error_in_a_small_delta_fails_the_proof(
 def test_what_rounding_swallows_is_said(tmp_path: Path) -> None:
     base, adapter = save_pair(tmp_path, dtype=torch.bfloat16)
     tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors = {n: t * 1e-3 if "moslora_B" in n else t for n, t in tensors.items()}
+    tensors = {n: t * 5e-4 if "moslora_B" in n else t for n, t in tensors.items()}
     save_file(tensors, adapter / "adapter_model.safetensors")
     shown = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "guarded_streams",
+    "hide_known_warnings",
     "make_console",
     "print_error",
     "print_json",
@@ -144,3 +145,13 @@ def warn(text: str, category: type[Warning] = UserWarning, stacklevel: int = 1) 
         stacklevel: As for ``warnings.warn``: 1 is the caller.
     """
     warnings.warn(printable(text), category, stacklevel=stacklevel + 1)
+
+
+def hide_known_warnings() -> None:
+    """Hide PEFT's use of a deprecated name of transformers 5: news for PEFT, and not for who runs this.
+
+    It is for a process of the command's own; ``warnings.catch_warnings`` around it takes it back.
+    """
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )

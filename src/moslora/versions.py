@@ -17,7 +17,6 @@ from moslora.errors import VersionError
 __all__ = [
     "FOR_THE_COMMAND",
     "KNOWN",
-    "hide_known_warnings",
     "installed",
     "is_at_least",
     "need",
@@ -142,13 +141,3 @@ def require_for_command() -> None:
             f"The command needs {', '.join(missing)}. Run pip install {wanted}, or use the library alone, which works "
             "with older ones: get_peft_model(model, moslora.MoSLoRAConfig(...))."
         )
-
-
-def hide_known_warnings() -> None:
-    """Hide PEFT's use of a deprecated name of transformers 5: news for PEFT, and not for who runs this.
-
-    It is for a process of the command's own; ``warnings.catch_warnings`` around it takes it back.
-    """
-    warnings.filterwarnings(
-        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-    )

@@ -17,12 +17,12 @@ from moslora.display import Display, find_display
 from moslora.errors import UsageError
 from moslora.failures import verb
 from moslora.recipe.building import RecipeSource, build_recipe
+from moslora.terminal import hide_known_warnings
 from moslora.training.borrowed import borrowed
 from moslora.training.handed_over import HandedOver
 from moslora.training.run import check as check_inputs
 from moslora.training.run import resume as resume_run
 from moslora.training.run import train_recipe
-from moslora.versions import hide_known_warnings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -63,7 +63,7 @@ def run_verb(action: Callable[[], None], debug: bool, together: bool = False) ->
     from moslora.distributed import launched
     from moslora.errors import MoSLoRAError, Stopped, UsageError
     from moslora.failures import verb
-    from moslora.versions import hide_known_warnings
+    from moslora.terminal import hide_known_warnings
 
     hide_known_warnings()
     name = action.__qualname__.partition(".")[0].rstrip("_")  # of the function that it is in

@@ -17,9 +17,9 @@ from moslora.comparison.plan import Comparison, Engine, Planned
 from moslora.comparison.progress import show_cell
 from moslora.comparison.verdict import Cell
 from moslora.errors import TrainingError
+from moslora.terminal import hide_known_warnings
 from moslora.training.provenance import collect_hardware
 from moslora.training.stop import StopRequest
-from moslora.versions import hide_known_warnings
 
 if TYPE_CHECKING:
     from moslora.display import Display

@@ -16,9 +16,9 @@ from moslora.comparison.progress import show_cell
 from moslora.comparison.verdict import Cell
 from moslora.compat.telemetry import no_telemetry
 from moslora.errors import TrainingError, UsageError
+from moslora.terminal import hide_known_warnings
 from moslora.training.provenance import collect_versions
 from moslora.training.stop import StopRequest
-from moslora.versions import hide_known_warnings
 
 if TYPE_CHECKING:
     from moslora.display import Display

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moslora.compat.torch import is_under_functorch
 from moslora.core import switches
+from moslora.core.autocast import is_autocasting
 from moslora.core.fused_update import chains
 
 __all__ = ["by_few_operations", "is_for_few_operations"]
@@ -40,7 +41,7 @@ def is_for_few_operations(x: Tensor) -> bool:
         and x.numel() <= FEW
         and not torch.compiler.is_compiling()
         and not is_under_functorch()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not is_autocasting(x.device.type)
         and not switches.kernels_are_on
         and switches.is_fusing()
     )
