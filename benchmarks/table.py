@@ -228,6 +228,24 @@ def move_rows(found: dict[str, Any]) -> Rows:
     return [("QLoRA: entries that moved", figure, how)]
 
 
+def decode_rows(found: dict[str, Any]) -> Rows:
+    """Generating token by token: time over the base's, by model and batch, with the range over processes."""
+    parts = []
+    for case in found["cases"]:
+        each = {name: case["contenders"][name] for name in ("MoSLoRA", "PEFT LoRA", "MoSLoRA, merged")}
+        ours, peft, merged = (
+            f"{one['over_floor']:.2f} ({one['range'][0]:.2f} to {one['range'][1]:.2f})"
+            for one in each.values()
+        )
+        parts.append(f"{case['model']}, batch {case['batch']}: {ours}, PEFT's LoRA {peft}, merged {merged}")
+    how = (
+        f"`benchmarks/decode.py`: SmolLM2-135M and a random LLaVA of its width, r {found['rank']} on 5 kinds, "
+        f"{found['new_tokens']} tokens, medians of {found['rounds']} interleaved rounds in each of "
+        f"{found['processes']} processes, and their range, {machine(found)}"
+    )
+    return [("generating with an adapter, over the base's time", "; ".join(parts), how)]
+
+
 def start_rows(found: dict[str, Any]) -> Rows:
     """How long verbs on a small adapter take, over importing torch."""
     verbs = found["sources"]["now"]["verbs"]
@@ -250,6 +268,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "step-*.json": step_rows,
     "job-*.json": job_rows,
     "layer-*.json": layer_rows,
+    "decode-*.json": decode_rows,
     "scale-*.json": scale_rows,
     "together-*.json": together_rows,
     "merge.json": merge_rows,

@@ -55,6 +55,35 @@ def test_a_benchmark_writes_a_result_that_says_where_it_was_measured(script: str
 
 
 @pytest.mark.trial
+def test_generating_is_measured_beside_the_base_and_merged(tmp_path: Path) -> None:
+    base = tiny.save_chat_model(tmp_path / "base")
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "decode.py"),
+        "--quick",
+        "--model",
+        str(base),
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run([*command, "--out", str(tmp_path / "d.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert [(c["model"], c["batch"]) for c in result["cases"]] == [
+        ("text", 1),
+        ("text", 8),
+        ("LLaVA", 1),
+        ("LLaVA", 8),
+    ]
+    for case in result["cases"]:
+        assert set(case["contenders"]) == {"base", "PEFT LoRA", "MoSLoRA", "MoSLoRA, merged"}
+        for found in case["contenders"].values():
+            assert found["range"][0] <= found["over_floor"] <= found["range"][1]
+    (row,) = table.decode_rows(result)
+    assert "LLaVA, batch 8" in row[1] and "/tmp" not in json.dumps(result)
+
+
+@pytest.mark.trial
 def test_the_scale_is_measured_along_every_axis_and_drawn(tmp_path: Path) -> None:
     out, figure = tmp_path / "result.json", tmp_path / "scale.svg"
     command = [sys.executable, str(BENCHMARKS / "scale.py"), "--device", "cpu", "--out", str(out)]
