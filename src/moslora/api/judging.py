@@ -320,7 +320,7 @@ def compare(
         ...     out="runs/comparison",
         ... )
         >>> [method.name for method in result.verdict.methods]
-        ['lora', 'moslora']
+        ['lora', 'moslora-orthogonal']
     """
     built, objects, folder = _read_comparison(recipe, sections, settings, out)
     built = _with_files(built, objects, folder.with_name(f"{folder.name}-data"))
