@@ -47,7 +47,7 @@ def adapt(pipeline: Any, folder: Path, targets: dict[str, list[str]]) -> Any:
         with torch.no_grad():
             for key, p in model.named_parameters():
                 if "moslora_B" in key:
-                    p.mul_(4)  # so that the adapter shows
+                    p.mul_(2)  # so that the adapter shows
         model.save_pretrained(folder / name)
     return pipeline
 
