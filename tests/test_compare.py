@@ -55,7 +55,14 @@ def arguments(world: Path, **changes: object) -> list[str]:
 
 
 def run(world: Path, out: Path, **options: Any) -> tuple[Path, Verdict]:
-    settings: dict[str, Any] = {"seeds": 2, "rates": [1e-3, 1e-2], "validation": 4, "out": out, **options}
+    settings: dict[str, Any] = {
+        "methods": ["lora", "moslora"],
+        "seeds": 2,
+        "rates": [1e-3, 1e-2],
+        "validation": 4,
+        "out": out,
+        **options,
+    }
     own = settings.pop("arguments", arguments(world))
     folder, verdict = compare(own, Display(quiet=True), **settings)
     assert verdict is not None

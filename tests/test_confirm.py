@@ -50,7 +50,14 @@ def run(world: Path, out: Path, shown: io.StringIO | None = None, **options: Any
         "trainer.max_steps=3",  # the first is at rate 0, and a mixer moves when B has
         "trainer.per_device_train_batch_size=2",
     ]
-    settings: dict[str, Any] = {"seeds": 2, "rates": [1e-3, 1e-2], "validation": 4, "examples": 5, **options}
+    settings: dict[str, Any] = {
+        "methods": ["lora", "moslora"],
+        "seeds": 2,
+        "rates": [1e-3, 1e-2],
+        "validation": 4,
+        "examples": 5,
+        **options,
+    }
     display = Display(quiet=True) if shown is None else Display(shown)
     verdict = compare(own, display, out=out, **settings)[1]
     assert verdict is not None
