@@ -77,9 +77,8 @@ def cells(folder: Path) -> dict[str, dict[str, Any]]:
 def test_without_methods_it_takes_lora_and_the_default_mixer_or_what_the_folder_began_with(
     world: Path, tmp_path: Path
 ) -> None:
-    folder, verdict = run(
-        world, tmp_path / "new", arguments=arguments(world, **{"trainer.max_steps": 1}), rates=[1e-2]
-    )
+    short = arguments(world, **{"trainer.max_steps": 1})
+    folder, verdict = run(world, tmp_path / "new", methods=None, arguments=short, rates=[1e-2])
     assert [m.name for m in verdict.methods] == ["lora", "moslora-orthogonal"]
     assert find_method("moslora-orthogonal").configure({}).mixer == MoSLoRAConfig().mixer  # type: ignore[union-attr]
     begun = json.loads((folder / "compare.json").read_text())["identity"]["methods"]
