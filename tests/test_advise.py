@@ -72,6 +72,11 @@ def test_our_figures_in_the_rules_are_those_that_are_kept(monkeypatch: pytest.Mo
         assert (best, [low, high]) == (methods[name]["best_rate"], methods[name]["stable"])
     advised, _ = rate_by_width(HOME_WIDTH, "llama", HOME_STEPS)
     assert f"the rule says {advised:.0e}".replace("e-03", "e-3") in " ".join(rule.ours for rule in RULES)
+    rates = json.loads((ROOT / "benchmarks/results/advice-rate.json").read_text(encoding="utf-8"))
+    best = {method["name"]: method["best_rate"] for method in rates["methods"]}
+    (text,) = (rule.ours for rule in RULES if rule.key == "trainer.learning_rate" and "home" in rule.ours)
+    assert f"Full fine-tuning was best at {best['full']:.0e}".replace("e-04", "e-4") in text
+    assert f"LoRA's rate was {best['lora'] / best['full']:.0f} times its" in text
     low, high = HOME_BEST["lora"][1:]
     assert low <= advised <= high  # the advice is within what was stable here
     matched = next(c for c in found["contrasts"] if c["method"] == "lora-matched" and c["measure"] == "loss")

@@ -381,9 +381,8 @@ def test_cells_that_cannot_share_a_base_run_alone_and_it_is_said(finished, world
     monkeypatch.setattr("moslora.comparison.joint_batch.KNOWN_INPUTS", {"input_ids"})
     monkeypatch.setattr("moslora.comparison.joint_batch.BOUNDARIES", set())
     stream = io.StringIO()
-    compare(
-        arguments(world), Display(stream), seeds=2, rates=[1e-2], validation=4, out=tmp_path / "c", together=2
-    )
+    settings = {"methods": ["lora", "moslora"], "seeds": 2, "rates": [1e-2], "validation": 4, "together": 2}
+    compare(arguments(world), Display(stream), out=tmp_path / "c", **settings)
     alone, beside = cells(folder), cells(tmp_path / "c")
     assert stream.getvalue().count("one after the other") == 2
     for name, cell in beside.items():

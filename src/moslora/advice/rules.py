@@ -335,7 +335,8 @@ RULES: tuple[Rule, ...] = (
         ),
         "On SmolLM2-135M (width 576, 20 steps) LoRA was best at 3e-3 of four rates and stable from 1e-3 to 9e-3, "
         "MoSLoRA with a kaiming mixer best at 9e-3, stable from 3e-3; the rule says 2e-3 (benchmarks/results/"
-        "evidence/home).",
+        "evidence/home). Full fine-tuning was best at 3e-4 there, of 1e-4 to 9e-3: LoRA's rate was 10 times its "
+        "(two seeds; benchmarks/results/advice-rate.json).",
     ),
     Rule(
         "trainer.learning_rate",
