@@ -80,7 +80,7 @@ def test_a_sharded_model_takes_an_adapter_in(way: str, folder: Path) -> None:
     for result in results(folder, way):
         for source in ("from file", "from memory"):
             assert result[source] == pytest.approx(result["trained"], rel=MODEL)
-        assert abs(loss_of(adapted(seed=2)) - result["trained"]) > 100 * MODEL  # what it had before
+        assert abs(loss_of(adapted(seed=3)) - result["trained"]) > 100 * MODEL  # what it had before
 
 
 def test_merging_into_shards_is_refused_and_disabling_works(folder: Path) -> None:
