@@ -58,9 +58,9 @@ check: setup ## format, lint, types, import directions
 	@$(BIN)/mypy
 	@$(TEST_ENV) $(BIN)/python -m pytest tests/test_layers.py
 
-# A file's tests run in one process, so that what they share is made once.
+# A file's tests run in one process, so that what they share is made once, in the order of tests/conftest.py.
 test: setup ## every test that needs no GPU
-	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The oldest and the newest versions have environments of their own, so that make test stays as quick as it is. Other
 # interpreters make others of theirs: make test-lowest PYTHON=python3.13. What is left out with old versions says
