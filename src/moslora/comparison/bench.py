@@ -22,6 +22,7 @@ from moslora.comparison.methods import Method
 from moslora.comparison.plan import Comparison, Planned
 from moslora.comparison.together import share_weights, train_together
 from moslora.comparison.verdict import Cell
+from moslora.core.finite import all_finite
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
 from moslora.failures import GO_ON, raise_if_full
@@ -199,8 +200,6 @@ class Bench:
 
     def _measure(self, task: LanguageTask, trainer: Any, cell: Planned, costs: _Costs) -> Cell:
         """Measure what a trainer has trained."""
-        import torch
-
         method, rate, seed = cell
         adapted = trainer.model
         trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
@@ -211,7 +210,7 @@ class Bench:
             **dataclasses.asdict(costs),
             "trainable_parameters": sum(p.numel() for _, p in trained),
         }
-        broken = next((n for n, p in trained if not torch.isfinite(p).all()), None)
+        broken = next((n for n, p in trained if not all_finite(p)), None)
         reason = f"{broken} has NaN or infinite values after training" if broken else None
         found: dict[str, Any] = {}
         if reason is None:
