@@ -182,7 +182,7 @@ class MoSLoRALinear(MoSLoRALayer):
         return ops.adapted_linear(x, None, None, *factors, dropout=dropout, beside=beside)  # (..., out)
 
     def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
-        """Add the updates of ``adapters`` to the base layer's output, in the product that makes them where it may be."""
+        """Add the updates of ``adapters`` to the base layer's output, if it may be by the product that makes them."""
         base_out = result
         for name in adapters:
             if self._may_stand_beside(x, result, name):
