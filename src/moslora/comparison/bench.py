@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import hashlib
 import math
 import re
 import time
@@ -26,6 +25,7 @@ from moslora.core.finite import all_finite
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
 from moslora.failures import GO_ON, raise_if_full
+from moslora.models.bits import sums_of_bits
 from moslora.tasks.text.cost import keep_changed
 from moslora.training.bars import closing_bars
 from moslora.training.borrowed import borrowed
@@ -51,7 +51,7 @@ class Bench:
     def __init__(self, plan: Comparison, task: LanguageTask, display: Display, stop: StopRequest) -> None:
         self.plan, self.task, self.display, self.stop = plan, task, display, stop
         self.model: Any = task.load()
-        self.fingerprint = _fingerprint(self.model)
+        self.bits = _bits(self.model)
         self.alone: set[str] = set()  # methods that cannot share the base
         self.judge = BenchmarkJudge.of(plan)
 
@@ -114,7 +114,7 @@ class Bench:
                 found = self._train_together(cells)
         finally:
             gc.collect()  # models and trainers know each other
-            changed = _fingerprint(self.model) != self.fingerprint
+            changed = _bits(self.model) != self.bits
             if changed:
                 self._reload()
         if changed:
@@ -230,7 +230,7 @@ class Bench:
 
     def _check_base(self, method: Method) -> None:
         """See that the base is what it was, to the last bit, or load it anew."""
-        if not method.changes_base and _fingerprint(self.model) == self.fingerprint:
+        if not method.changes_base and _bits(self.model) == self.bits:
             return
         if not method.changes_base:
             self.display.warn(
@@ -241,7 +241,7 @@ class Bench:
     def _reload(self) -> None:
         self.model = None
         self.model = self.task.load()
-        if _fingerprint(self.model) != self.fingerprint:
+        if _bits(self.model) != self.bits:
             raise TrainingError(
                 "The base on disk is not the one that this comparison began with; put the old one back."
             )
@@ -264,15 +264,9 @@ def _crashed(cell: Planned, error: Exception) -> Cell:
     return Cell(method.name, rate, seed, "crashed", f"{type(error).__name__}: {first}")
 
 
-def _fingerprint(model: Any) -> str:
-    """Hash names, shapes and bits of every weight and buffer."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _bits(model: Any) -> list[Any]:
+    """Sum the bits of every weight and buffer, where they are."""
+    return list(sums_of_bits(model.state_dict()))
 
 
 def _watcher(bench: Bench, display: Display) -> Any:
