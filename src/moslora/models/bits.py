@@ -17,8 +17,8 @@ ODD = 6364136223846793005  # multiplies what was summed before; of the generator
 def sums_of_bits(tensors: Mapping[str, Tensor]) -> list[tuple[str, str, tuple[int, ...], int, int]]:
     """Sum the bits of tensors, each twice: as they are, and each word times its place. Nothing is copied to the CPU.
 
-    The sums are of 64 bits. A change of one word changes the first, an exchange of two in one piece the second; changes at
-    random leave both as they are once in 2⁶⁴ at most. It is no hash that withstands somebody's intention.
+    The sums are of 64 bits. A change of one word changes the first, an exchange of two in one piece the second; changes
+    at random leave both as they are once in 2⁶⁴ at most. It is no hash that withstands somebody's intention.
 
     Args:
         tensors: By name, on any device.
