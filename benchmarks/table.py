@@ -287,6 +287,35 @@ def launch_rows(found: dict[str, Any]) -> Rows:
     return [("what an adapted layer asks of a GPU, forward and backward", figure, how)]
 
 
+def principal_rows(found: dict[str, Any]) -> Rows:
+    """Principal components of a layer, beside torch's whole SVD and its randomized one."""
+
+    def said(weight: str) -> str:
+        seconds = {
+            way: spread([process[weight][way]["median_seconds"] for process in found["processes"]])
+            for way in ("moslora", "torch.linalg.svd", "svd_lowrank, 16")
+        }
+        errors = {
+            way: max(process[weight][way]["error"] for process in found["processes"])
+            for way in ("moslora", "svd_lowrank, 16")
+        }
+        return (
+            f"{weight}: {seconds['moslora']} s, off by {errors['moslora']:.0e}; a whole SVD "
+            f"{seconds['torch.linalg.svd']} s; "
+            f"`svd_lowrank` of 16 iterations {seconds['svd_lowrank, 16']} s, off by {errors['svd_lowrank, 16']:.0e}"
+        )
+
+    how = (
+        f"`benchmarks/principal.py`: one float32 layer, range of {len(found['processes'])} processes, {machine(found)}; "
+        "off: of the norm of the rank-r part, from the whole SVD's"
+    )
+    size = found["size"]
+    return [
+        (f'`init_lora_weights="pissa"` of {size} × {size}, r {found["rank"]}', said("falling spectrum"), how),
+        ("the same", said("random"), "the same"),
+    ]
+
+
 # The rows of ``launches.json`` that README names, but for what differs between them.
 LAUNCHES_OF = {"factors": "float32", "dora": False, "base": "plain", "autocast": False, "checkpointed": False}
 
@@ -298,6 +327,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "layer-*.json": layer_rows,
     "decode-*.json": decode_rows,
     "launches.json": launch_rows,
+    "principal-*.json": principal_rows,
     "scale-*.json": scale_rows,
     "together-*.json": together_rows,
     "merge.json": merge_rows,
