@@ -264,12 +264,70 @@ def start_rows(found: dict[str, Any]) -> Rows:
     return [("verbs on a small adapter", figure, how)]
 
 
+def launch_rows(found: dict[str, Any]) -> Rows:
+    """An adapted layer's operations and bytes, counted, beside PEFT's LoRA."""
+    layer, rows = found["layer"], found["rows"]
+
+    def said(row: dict[str, Any]) -> str:
+        ours, theirs = row["MoSLoRA"], row["PEFT LoRA"]
+        return (
+            f"{ours['launches']} launches moving {megabytes(ours['bytes'])}, PEFT's LoRA {theirs['launches']} and "
+            f"{megabytes(theirs['bytes'])}"
+        )
+
+    plain, dropping, quantized = (
+        next(row for row in rows if all(row[key] == value for key, value in {**LAUNCHES_OF, **case}.items()))
+        for case in ({"dropout": 0.0}, {"dropout": 0.05}, {"dropout": 0.0, "base": "quantized"})
+    )
+    figure = f"{said(plain)}; with dropout {said(dropping)}; on a quantized base {said(quantized)}"
+    how = (
+        f"`benchmarks/launches.py`: counted, not timed, beyond the frozen layer's; {layer['in']} → {layer['out']}, "
+        f"{layer['tokens']} tokens, r {layer['rank']}, bfloat16 base, float32 factors"
+    )
+    return [("what an adapted layer asks of a GPU, forward and backward", figure, how)]
+
+
+def principal_rows(found: dict[str, Any]) -> Rows:
+    """Principal components of a layer, beside torch's whole SVD and its randomized one."""
+
+    def said(weight: str) -> str:
+        seconds = {
+            way: spread([process[weight][way]["median_seconds"] for process in found["processes"]])
+            for way in ("moslora", "torch.linalg.svd", "svd_lowrank, 16")
+        }
+        errors = {
+            way: max(process[weight][way]["error"] for process in found["processes"])
+            for way in ("moslora", "svd_lowrank, 16")
+        }
+        return (
+            f"{weight}: {seconds['moslora']} s, off by {errors['moslora']:.0e}; a whole SVD "
+            f"{seconds['torch.linalg.svd']} s; "
+            f"`svd_lowrank` of 16 iterations {seconds['svd_lowrank, 16']} s, off by {errors['svd_lowrank, 16']:.0e}"
+        )
+
+    how = (
+        f"`benchmarks/principal.py`: one float32 layer, range of {len(found['processes'])} processes, {machine(found)}; "
+        "off: of the norm of the rank-r part, from the whole SVD's"
+    )
+    size = found["size"]
+    return [
+        (f'`init_lora_weights="pissa"` of {size} × {size}, r {found["rank"]}', said("falling spectrum"), how),
+        ("the same", said("random"), "the same"),
+    ]
+
+
+# The rows of ``launches.json`` that README names, but for what differs between them.
+LAUNCHES_OF = {"factors": "float32", "dora": False, "base": "plain", "autocast": False, "checkpointed": False}
+
+
 # One script, its results (on each kind of device) and its rows, in the order of the table.
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "step-*.json": step_rows,
     "job-*.json": job_rows,
     "layer-*.json": layer_rows,
     "decode-*.json": decode_rows,
+    "launches.json": launch_rows,
+    "principal-*.json": principal_rows,
     "scale-*.json": scale_rows,
     "together-*.json": together_rows,
     "merge.json": merge_rows,
@@ -362,10 +420,35 @@ def scales(results: Path) -> str:
     return lay_out(rows, columns)
 
 
+def launches(results: Path) -> str:
+    """Every case of ``launches.py``."""
+    rows = []
+    for found in read("launches.json", results):
+        for row in found["rows"]:
+            words = [f"factors {row['factors']}"]
+            words += [f"dropout {row['dropout']:g}"] * bool(row["dropout"])
+            words += [word for word in ("autocast", "checkpointed") if row[word]]
+            words += ["DoRA"] * row["dora"] + ["a base of another class"] * (row["base"] != "plain")
+            ours, theirs = row["MoSLoRA"], row["PEFT LoRA"]
+            cells = [
+                f"{ours[what] / unit:.{digits}f} / {theirs[what] / unit:.{digits}f}"
+                for what, unit, digits in (("launches", 1, 0), ("bytes", 1e6, 0), ("kept", 1e6, 1))
+            ]
+            rows.append((", ".join(words), *cells))
+    columns = ("the layer", "launches, ours / PEFT's LoRA", "MB moved", "MB kept")
+    return lay_out(rows, columns)
+
+
 # Where a table stands, and what makes it. A page has the markers, or the table is not wanted there.
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"measured": measured},
-    "docs/performance.md": {"step": steps, "job": jobs, "layer": layers, "scale": scales},
+    "docs/performance.md": {
+        "step": steps,
+        "job": jobs,
+        "layer": layers,
+        "scale": scales,
+        "launches": launches,
+    },
 }
 
 

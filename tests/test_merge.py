@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import moslora.adapters.merge
+import moslora.adapters.merge_blocks
 import tiny
 from moslora import MoSLoRAConfig
 from moslora.adapters.export import PROOF_FILE, export_adapter
@@ -103,10 +106,69 @@ def test_a_plain_lora_merges_as_its_native_form_does(tmp_path: Path) -> None:
 def test_small_blocks_write_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = save_pair(tmp_path)
     merge(base, adapter, tmp_path / "one")
-    monkeypatch.setattr(moslora.adapters.merge, "BLOCK", 100)
+    monkeypatch.setattr(moslora.adapters.merge_blocks, "BLOCK", 100)
+    monkeypatch.setattr(moslora.adapters.merge_blocks, "PIECE", 300)
+    monkeypatch.setattr(moslora.adapters.merge_blocks, "COPIED", 500)
     merge(base, adapter, tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(relative_error(two[name], one[name]) < MODEL for name in one)
+
+
+def test_threads_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = save_pair(tmp_path, dtype=torch.bfloat16)
+    monkeypatch.setattr(moslora.adapters.merge_blocks, "PIECE", 300)
+    monkeypatch.setattr(moslora.adapters.merge_blocks, "COPIED", 500)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = merge(base, adapter, tmp_path / "one")
+        torch.set_num_threads(3)
+        many = merge(base, adapter, tmp_path / "many")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (
+        tmp_path / "many/model.safetensors"
+    ).read_bytes()
+    assert one == many
+
+
+def test_the_first_error_of_a_thread_ends_the_others() -> None:
+    done: list[int] = []
+
+    def task(number: int) -> None:
+        if number == 0:
+            raise ModelError("it changed meanwhile")
+        time.sleep(0.01)
+        done.append(number)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ModelError, match="it changed meanwhile"):
+            moslora.adapters.merge_blocks.in_threads([partial(task, number) for number in range(200)])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(done) < 199
+
+
+def test_a_sum_beyond_the_dtype_is_a_failed_proof(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path, dtype=torch.float16)
+
+    def enlarge(tensors: Any) -> None:
+        name = next(name for name in tensors if "q_proj" in name)
+        tensors[name][0, 0] = 65504
+
+    rewrite(base, enlarge)
+    merge(base, adapter, tmp_path / "fits")  # 65504 and a little are rounded to 65504
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {n: t * 1e7 if "moslora_B" in n else t for n, t in tensors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(ProofError, match="NaN or infinite values in F16"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def edit_config(base: Path, adapter: Path) -> None:
@@ -217,12 +279,12 @@ def test_a_small_error_in_a_small_delta_fails_the_proof(
     tensors = {n: t * 1e-4 if "moslora_B" in n else t for n, t in tensors.items()}
     save_file(tensors, adapter / "adapter_model.safetensors")
     merge(base, adapter, tmp_path / "right")
-    real = moslora.adapters.merge._write
+    real = moslora.adapters.merge.write_shard
 
     def off(source: Path, target: Path, changes: Any) -> list[str]:
         return real(source, target, [replace(c, left=c.left * 1.05) for c in changes])
 
-    monkeypatch.setattr(moslora.adapters.merge, "_write", off)
+    monkeypatch.setattr(moslora.adapters.merge, "write_shard", off)
     with pytest.raises(ProofError, match="times what rounding explains"):
         merge(base, adapter, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
@@ -272,7 +334,9 @@ def test_an_interrupted_or_wrong_merge_leaves_nothing(
         merge(base, adapter, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(ProofError, match="times what rounding explains"):
         patch.setattr(
-            moslora.adapters.merge, "_write", lambda source, target, _: shutil.copyfile(source, target) and []
+            moslora.adapters.merge,
+            "write_shard",
+            lambda source, target, _: shutil.copyfile(source, target) and [],
         )
         merge(base, adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

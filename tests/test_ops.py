@@ -317,3 +317,72 @@ def test_dropout_that_cannot_be_had_here_is_refused() -> None:
     *inputs, _ = (*draw(), None)
     with pytest.raises(ValueError, match=r"above 0\.25"):
         ops.adapted_linear(*inputs, 0.7, 0.5)
+
+
+@pytest.fixture
+def by_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drop entries as on a GPU."""
+    monkeypatch.setattr(ops, "why_no_fused_dropout", lambda *_: None)
+    monkeypatch.setattr(ops, "why_no_dropout_by_position", lambda *_: "as on a GPU")
+
+
+@pytest.mark.usefixtures("by_mask")
+@pytest.mark.parametrize(
+    "tokens, n_in, r", [(6, 9, 3), (12, 5, 2), (300, 7, 2)]
+)  # M chained, composed, factors kept
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("base", ["inside", "beside", "none"])
+def test_dropout_by_mask_equals_the_oracle_on_masked_input(
+    tokens: int, n_in: int, r: int, p: float, base: str
+) -> None:
+    inputs = draw(3, (tokens,), n_in, r, 4)
+    torch.manual_seed(5)
+    mask = torch.native_dropout(inputs[0].detach().reshape(-1, n_in), p, True)[1].view_as(inputs[0])
+    assert 0 < int(mask.sum()) < mask.numel()
+
+    def fast(x, weight, bias, A, M, B, scale):  # type: ignore[no-untyped-def]
+        torch.manual_seed(5)
+        if base == "inside":
+            return ops.adapted_linear(x, weight, bias, A, M, B, scale, p)
+        alone = F.linear(x, weight, bias)
+        if base == "beside":
+            return ops.adapted_linear(x, None, None, A, M, B, scale, p, beside=alone)
+        return alone + ops.low_rank_update(x, A, M, B, scale, p)
+
+    def slow(x, weight, bias, A, M, B, scale):  # type: ignore[no-untyped-def]
+        return F.linear(x, weight, bias) + functional.low_rank_update(x * mask / (1 - p), A, M, B, scale)
+
+    for name, one, two in zip(("out", *NAMES), gradients(fast, inputs), gradients(slow, inputs), strict=True):
+        assert relative_error(one, two) < RELATIVE[torch.float64], name
+
+
+@pytest.mark.usefixtures("by_mask")
+@pytest.mark.parametrize("batch", [(2, 3), (2, 2)])  # of 5 features
+def test_gradgradcheck_with_dropout_by_mask(batch: tuple[int, ...]) -> None:
+    def seeded(x, weight, bias, A, M, B):  # type: ignore[no-untyped-def]
+        torch.manual_seed(3)
+        return ops.adapted_linear(x, None, None, A, M, B, 0.7, 0.25, beside=F.linear(x, weight, bias))
+
+    assert torch.autograd.gradcheck(seeded, draw(batch=batch))
+    assert torch.autograd.gradgradcheck(seeded, draw(batch=batch))
+
+
+@pytest.mark.parametrize("frozen", ["none", "A", "x"])
+def test_what_stands_beside_is_left_as_it_is(frozen: str) -> None:
+    x, weight, bias, A, M, B = draw()
+    alone = F.linear(x, weight, bias).detach().requires_grad_()
+    before = alone.detach().clone()
+    if frozen != "none":
+        {"A": A, "x": x}[frozen].requires_grad_(False)
+    out = ops.adapted_linear(x, None, None, A, M, B, 0.5, beside=alone)
+    expected = before + functional.low_rank_update(x, A, M, B, 0.5)
+    assert relative_error(out, expected) < RELATIVE[torch.float64]
+    G = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, [alone], G)
+    assert torch.equal(grad, G) and torch.equal(alone.detach(), before)
+
+
+def test_dropping_everything_is_left_to_torch() -> None:
+    on_meta = torch.empty(2, 3, device="meta")
+    assert ops.why_no_fused_dropout(on_meta, 0.5) is None
+    assert "drops everything" in str(ops.why_no_fused_dropout(on_meta, 1.0))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moslora.adapters.fit import Fit
 from moslora.adapters.formats.key_names import KEY_PREFIX
+from moslora.core.finite import all_finite
 from moslora.errors import AdapterError
 from moslora.models.shards import DTYPES, Stored, StoredWeights
 
@@ -88,7 +89,7 @@ def _place(key: str, tensor: Tensor, fit: Fit, weights: StoredWeights) -> Replac
     if place is None or stored is None or stored.dtype not in DTYPES or not tensor.is_floating_point():
         raise AdapterError(f"{about}, and the base has no tensor {name} that it could replace. {WITH_PEFT}")
     value = tensor.to(getattr(torch, DTYPES[stored.dtype]))
-    if not torch.isfinite(value).all():
+    if not all_finite(value):
         raise AdapterError(
             f"{about}, with values that {stored.dtype} does not have. Take the base in 32 bits."
         )

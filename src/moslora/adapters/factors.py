@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moslora.core import functional
+from moslora.core.finite import all_finite
 from moslora.errors import AdapterError
 
 __all__ = [
@@ -42,6 +43,7 @@ class Form:
 
 
 LINEAR = Form()
+CANCELED = 1e-10  # of the largest terms of a sum; what is smaller may be their rounding
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,18 @@ class Factors:
     def norm(self) -> float:
         """Return the Frobenius norm of ``s·B·M·A``, without building it; that is ΔW where there is no magnitude."""
         return product_norm(self.scale * self.B.double(), self.M.double() @ self.A.double())
+
+    def is_zero(self) -> bool:
+        """Tell whether ``s·B·M·A`` is zero, without building it; NaN is not.
+
+        One row of it tells, that of B's largest entry, unless it is so small that rounding may have made it.
+        """
+        row = self.B[int(self.B.abs().amax(1).argmax())].double() @ self.M.double()
+        right = self.A.double()
+        largest = float((row @ right).abs().max())
+        if self.scale != 0 and largest > CANCELED * float(row.abs().sum()) * float(right.abs().max()):
+            return False
+        return self.norm() == 0
 
     def singular_values(self) -> Tensor:
         """Return the singular values of ΔW, without building it.
@@ -309,7 +323,7 @@ def exact_pattern(name: str) -> str:
 
 def product_norm(left: Tensor, right: Tensor) -> float:
     """Return ``‖left · right‖_F`` for ``(out, k)`` and ``(k, in)``, float64, k small."""
-    if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+    if not (all_finite(left) and all_finite(right)):
         return float("nan")
     return float(_core(left, right).norm())
 

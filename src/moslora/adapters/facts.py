@@ -163,7 +163,7 @@ def is_untrained(factors: Factors) -> bool:
         factors: Of the module.
     """
     has_moved_bias = factors.bias is not None and factors.scale != 0 and bool(factors.bias.any())
-    return factors.norm() == 0 and factors.magnitude is None and not has_moved_bias
+    return factors.magnitude is None and not has_moved_bias and factors.is_zero()
 
 
 def facts_of(adapter: Adapter) -> list[Found]:

@@ -1,7 +1,8 @@
 """Merge: an adapter into the full weights of its base, on disk, without loading the model.
 
-Shards are copied by bytes, but for the adapted tensors, summed a block of rows at a time on the way: sizes and
-offsets do not change, so memory does not grow with the model. ``W + s·B·(M·A)`` is summed in float32 and rounded once.
+Shards are copied by bytes, but for the adapted tensors, summed a block of rows at a time on the way
+(``merge_blocks.py``): sizes and offsets do not change, so memory does not grow with the model. ``W + s·B·(M·A)`` is
+summed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
 from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.beside import UNTIE, Replacement, replacements
@@ -22,24 +23,18 @@ from moslora.adapters.facts import is_untrained, refuse, to_say
 from moslora.adapters.fit import Fit, fit_to_base
 from moslora.adapters.formats import experts
 from moslora.adapters.formats.reading import read_adapter
+from moslora.adapters.merge_blocks import Change, check_change, in_threads, write_shard
 from moslora.adapters.orientation import is_transposed
 from moslora.adapters.own_tokenizer import check_rows, differences
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.files import new_directory
 from moslora.models.shards import DTYPES, INDEX, Stored, StoredWeights, open_weights
 from moslora.models.tokenizer_files import TEMPLATES, carry_tokenizer, read_tokenizer
-from moslora.wording import evenly_spaced
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 __all__ = ["MergeProof", "merge"]
 
 # Weights in other forms, which would be the unmerged ones. (And moslora.json, a cached folder's own record.)
 LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".pdparams", ".safetensors")
-BLOCK = 1 << 19  # entries of a weight in memory at once; small enough for a processor's cache
-PROOF_BLOCKS = 4  # of 1/8 BLOCK, evenly over each weight, that are read again
 NOTHING_SURVIVING = 0.01  # of every module: the merge is the base
 LEAST_SURVIVING = 0.9  # share of ΔW below which rounding has lost enough of it to warn
 
@@ -83,50 +78,6 @@ class MergeProof:
     notes: tuple[str, ...] = ()
     tokenizer: tuple[str, ...] = ()
     tokenizer_differs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Change:
-    """One tensor to change: ``weight += left · right``, the weight seen as a matrix."""
-
-    module: str
-    stored: Stored
-    left: Tensor  # (rows, r), float64
-    right: Tensor  # (r, columns), float64
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weight's dtype."""
-        import torch
-
-        found = getattr(torch, DTYPES[self.stored.dtype])
-        assert isinstance(found, torch.dtype)
-        return found
-
-    @property
-    def end(self) -> int:
-        """The first byte after the weight."""
-        return self.stored.start + len(self.left) * self.right.shape[1] * self.dtype.itemsize
-
-    def blocks(self, entries: int) -> Iterator[tuple[int, int]]:
-        """Yield first and last row of each block of about so many entries."""
-        rows, columns = len(self.left), self.right.shape[1]
-        step = max(1, entries // columns)
-        for first in range(0, rows, step):
-            yield first, min(first + step, rows)
-
-    def read(self, file: IO[bytes], first: int, last: int) -> Tensor:
-        """Read a block of rows, in the weight's dtype."""
-        import torch
-
-        columns, size = self.right.shape[1], self.dtype.itemsize
-        file.seek(self.stored.start + first * columns * size)
-        data = bytearray((last - first) * columns * size)
-        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
-            raise ModelError(
-                f"{self.stored.shard} ended in the middle of {self.module}; it changed meanwhile."
-            )
-        return torch.frombuffer(data, dtype=self.dtype).view(last - first, columns)
 
 
 def merge(
@@ -179,9 +130,11 @@ def merge(
         if own is not None:
             carry_tokenizer(own, place)
         for shard in shards:
-            everything: list[_Change | Replacement] = [*changes, *wholes]
+            everything: list[Change | Replacement] = [*changes, *wholes]
             of_shard = [change for change in everything if change.stored.shard == shard]
-            lost += _write(folder / shard, place / shard, sorted(of_shard, key=lambda one: one.stored.start))
+            lost += write_shard(
+                folder / shard, place / shard, sorted(of_shard, key=lambda one: one.stored.start)
+            )
         _check_wholes(place, wholes)
         proof = replace(
             _prove(folder, place, changes, size),
@@ -202,7 +155,7 @@ def merge(
     return proof
 
 
-def _plan(fit: Fit, weights: StoredWeights) -> tuple[list[_Change], list[Replacement]]:
+def _plan(fit: Fit, weights: StoredWeights) -> tuple[list[Change], list[Replacement]]:
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
     adapter = fit.adapter
     adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
@@ -215,7 +168,7 @@ def _plan(fit: Fit, weights: StoredWeights) -> tuple[list[_Change], list[Replace
     fit.refuse()
     refuse(adapter, "merge")
     wholes = replacements(fit, weights)
-    changes: list[_Change] = []
+    changes: list[Change] = []
     sharing = {module for module in adapter.modules if fit.is_shared(module)}
     heads = tied_heads(adapter.modules, sharing)  # merged with the embedding, whose weight they share
     for module, factors in sorted((n, f) for n, f in adapter.modules.items() if n not in heads):
@@ -226,7 +179,7 @@ def _plan(fit: Fit, weights: StoredWeights) -> tuple[list[_Change], list[Replace
                 f"{module} shares its weight between embedding and head, so merging would change both. {UNTIE}"
             )
         change = lay_out(module, factors, weights.table[fit.stored_name(module)], fit)
-        if factors.norm() > 0:  # else its bias alone was trained
+        if not factors.is_zero():  # else its bias alone was trained
             changes.append(change)
         changes += _change_of_bias(module, factors, fit, weights)
     places = [(change.stored.shard, change.stored.start) for change in changes]
@@ -243,7 +196,7 @@ def _plan(fit: Fit, weights: StoredWeights) -> tuple[list[_Change], list[Replace
     return changes, wholes
 
 
-def _change_of_bias(module: str, factors: Factors, fit: Fit, weights: StoredWeights) -> list[_Change]:
+def _change_of_bias(module: str, factors: Factors, fit: Fit, weights: StoredWeights) -> list[Change]:
     """Return what a bias on B changes; nothing where there is none, or it is zero."""
     if factors.bias is None or not factors.bias.any():
         return []
@@ -259,8 +212,8 @@ def _change_of_bias(module: str, factors: Factors, fit: Fit, weights: StoredWeig
             f"{name} is {stored.dtype} of shape {stored.shape}, and the adapter's bias on B of shape "
             f"{tuple(factors.bias.shape)}. Name the base that the adapter was trained on."
         )
-    scaled = factors.scale * factors.bias.double()
-    return [_Change(f"{module}.bias", stored, scaled[:, None], scaled.new_ones(1, 1))]
+    one = factors.bias.new_ones(1, 1)
+    return [Change(f"{module}.bias", stored, factors.bias[:, None], one, one, factors.scale)]
 
 
 def lay_out(
@@ -268,7 +221,7 @@ def lay_out(
     factors: Factors,
     stored: Stored,
     fit: Fit,
-) -> _Change:
+) -> Change:
     """Lay ΔW out as the base stores its weight.
 
     Args:
@@ -288,21 +241,22 @@ def lay_out(
             f"{module} is stored as {stored.dtype}; weights of {', '.join(DTYPES)} can be merged into. Take the base "
             "in 16 or 32 bits and quantize the result."
         )
-    composed = factors.M.double() @ factors.A.double()  # (r, in)
-    B = factors.scale * factors.B.double()  # (out, r)
-    shape = (B.shape[0], composed.shape[1])
+    A, M, B = factors.A, factors.M, factors.B
+    shape = (B.shape[0], A.shape[1])
+    as_it_is = Change(module, stored, B, M, A, factors.scale)
+    turned = Change(module, stored, A.T, M.T, B.T, factors.scale)
     kind, lies = factors.form.kind, stored.shape
     if kind == "conv":
         fits = len(lies) == 2 + len(factors.form.kernel) and lies[0] == shape[0] and factors.form.groups == 1
         if fits and lies[2:] == factors.form.kernel and shape[1] == math.prod(lies[1:]):
-            return _Change(module, stored, B, composed)
+            return as_it_is
     elif kind == "embedding" and lies == shape[::-1]:
-        return _Change(module, stored, composed.T, B.T)
+        return turned
     elif kind == "linear":
         if lies == shape[::-1] and is_transposed(fit, module, shape, lies):
-            return _Change(module, stored, composed.T, B.T)
+            return turned
         if lies == shape:
-            return _Change(module, stored, B, composed)
+            return as_it_is
     raise ModelError(
         f"{module}: the adapter changes a {kind} weight of (out, in) {shape}, the base's is {lies}. Name the base "
         "that the adapter was trained on."
@@ -314,36 +268,6 @@ def lay_out(
     )
 
 
-def _write(source: Path, target: Path, changes: Sequence[_Change | Replacement]) -> list[str]:
-    """Copy a shard with its adapted tensors changed, which are in the order of the file; return what rounding lost."""
-    import torch
-
-    lost = []
-    with source.open("rb") as old_file, target.open("xb") as new_file:
-        for change in changes:
-            _copy(old_file, new_file, change.stored.start)
-            if isinstance(change, Replacement):
-                new_file.write(change.bytes())
-                continue
-            dtype = torch.promote_types(change.dtype, torch.float32)
-            left, right = change.left.to(dtype), change.right.to(dtype)
-            differs = False
-            for first, last in change.blocks(BLOCK):
-                old = change.read(old_file, first, last)
-                new = torch.addmm(old.to(dtype), left[first:last], right).to(change.dtype)
-                if not torch.isfinite(new).all():
-                    raise ProofError(
-                        f"{change.module} would have NaN or infinite values in {change.stored.dtype}; nothing was "
-                        "written. Check the base and the adapter's scale."
-                    )
-                differs = differs or not torch.equal(new, old)
-                new_file.write(new.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-            if not differs:
-                lost.append(change.module)
-        _copy(old_file, new_file, source.stat().st_size)
-    return lost
-
-
 def _check_wholes(place: Path, wholes: Sequence[Replacement]) -> None:
     """Read back what was put in the place of the base's tensors."""
     for whole in wholes:
@@ -353,44 +277,20 @@ def _check_wholes(place: Path, wholes: Sequence[Replacement]) -> None:
                 raise ProofError(f"The proof failed: {whole.name} is not what the adapter has.")
 
 
-def _copy(source: IO[bytes], target: IO[bytes], end: int) -> None:
-    """Copy the bytes from where ``target`` is to ``end``."""
-    source.seek(target.tell())
-    while target.tell() < end:
-        piece = source.read(min(1 << 24, end - target.tell()))
-        if not piece:
-            raise ModelError(f"{source.name} ended at byte {target.tell()} of {end}; it changed meanwhile.")
-        target.write(piece)
-
-
-def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> MergeProof:
+def _prove(folder: Path, place: Path, changes: list[Change], size: int) -> MergeProof:
     """Read rows of every written weight again and compare them with float64."""
-    checked = 0
     worst, worst_module, relative = -1.0, "", 0.0
-    kept: dict[str, float] = {}  # share of ΔW, by module
-    for change in changes:
-        largest = error = ratio = arrived = size_of_delta = 0.0
-        with (
-            (folder / change.stored.shard).open("rb") as before,
-            (place / change.stored.shard).open("rb") as after,
-        ):
-            for first, last in evenly_spaced(list(change.blocks(BLOCK // 8)), PROOF_BLOCKS):
-                checked += (last - first) * change.right.shape[1]
-                old, found = (change.read(file, first, last).double() for file in (before, after))
-                delta = change.left[first:last] @ change.right
-                off = (found - (old + delta)).abs()
-                allowed = _rounding(old + delta, change.left[first:last].abs() @ change.right.abs(), change)
-                largest = max(largest, float((old + delta).abs().max()))
-                error = max(error, float(off.max()))
-                ratio = max(ratio, float((off / allowed).max()))
-                arrived += float(((found - old) * delta).sum())
-                size_of_delta += float(delta.square().sum())
-        relative = max(relative, error / largest if largest else error)
-        if not ratio <= worst:
-            worst, worst_module = ratio, change.module
-        if size_of_delta:
-            kept[change.module] = arrived / size_of_delta
-    # Of some modules it is said, as of those that lose a part.
+    checks = in_threads([partial(check_change, folder, place, change) for change in changes])
+    for change, seen in zip(changes, checks, strict=True):
+        relative = max(relative, seen.relative)
+        if not seen.ratio <= worst:
+            worst, worst_module = seen.ratio, change.module
+    # Share of ΔW, by module. Of some modules it is said, as of those that lose a part.
+    kept = {
+        change.module: seen.kept
+        for change, seen in zip(changes, checks, strict=True)
+        if seen.kept is not None
+    }
     if kept and worst <= 1 and max(kept.values()) < NOTHING_SURVIVING:
         raise ProofError(
             f"ΔW of {next(iter(kept))} is too small to change any entry in {changes[0].stored.dtype}, and so "
@@ -399,17 +299,5 @@ def _prove(folder: Path, place: Path, changes: list[_Change], size: int) -> Merg
         )
     least_module = min(kept, key=lambda module: kept[module], default="")
     least = min(1.0, kept.get(least_module, 1.0))
+    checked = sum(seen.checked for seen in checks)
     return MergeProof(len(changes), checked, worst, worst_module, relative, least, least_module, size)
-
-
-def _rounding(expected: Tensor, sizes: Tensor, change: _Change) -> Tensor:
-    """Return how far each entry may be off: the product and the sum as computed, then one rounding.
-
-    A product of r terms, its factors rounded beforehand, is off by less than ``(r + 4)·ε·Σ|left|·|right|``.
-    """
-    import torch
-
-    info = torch.finfo(change.dtype)
-    computed = torch.finfo(torch.promote_types(change.dtype, torch.float32)).eps
-    product = (change.right.shape[0] + 4) * computed * sizes + computed * expected.abs()
-    return product + info.eps / 2 * (expected.abs() + product) + info.smallest_normal * info.eps

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import hashlib
 import math
 import re
 import time
@@ -22,9 +21,11 @@ from moslora.comparison.methods import Method
 from moslora.comparison.plan import Comparison, Planned
 from moslora.comparison.together import share_weights, train_together
 from moslora.comparison.verdict import Cell
+from moslora.core.finite import all_finite
 from moslora.display import Display
 from moslora.errors import Stopped, TrainingError
 from moslora.failures import GO_ON, raise_if_full
+from moslora.models.bits import sums_of_bits
 from moslora.tasks.text.cost import keep_changed
 from moslora.training.bars import closing_bars
 from moslora.training.borrowed import borrowed
@@ -50,7 +51,7 @@ class Bench:
     def __init__(self, plan: Comparison, task: LanguageTask, display: Display, stop: StopRequest) -> None:
         self.plan, self.task, self.display, self.stop = plan, task, display, stop
         self.model: Any = task.load()
-        self.fingerprint = _fingerprint(self.model)
+        self.bits = _bits(self.model)
         self.alone: set[str] = set()  # methods that cannot share the base
         self.judge = BenchmarkJudge.of(plan)
 
@@ -113,7 +114,7 @@ class Bench:
                 found = self._train_together(cells)
         finally:
             gc.collect()  # models and trainers know each other
-            changed = _fingerprint(self.model) != self.fingerprint
+            changed = _bits(self.model) != self.bits
             if changed:
                 self._reload()
         if changed:
@@ -199,8 +200,6 @@ class Bench:
 
     def _measure(self, task: LanguageTask, trainer: Any, cell: Planned, costs: _Costs) -> Cell:
         """Measure what a trainer has trained."""
-        import torch
-
         method, rate, seed = cell
         adapted = trainer.model
         trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
@@ -211,7 +210,7 @@ class Bench:
             **dataclasses.asdict(costs),
             "trainable_parameters": sum(p.numel() for _, p in trained),
         }
-        broken = next((n for n, p in trained if not torch.isfinite(p).all()), None)
+        broken = next((n for n, p in trained if not all_finite(p)), None)
         reason = f"{broken} has NaN or infinite values after training" if broken else None
         found: dict[str, Any] = {}
         if reason is None:
@@ -231,7 +230,7 @@ class Bench:
 
     def _check_base(self, method: Method) -> None:
         """See that the base is what it was, to the last bit, or load it anew."""
-        if not method.changes_base and _fingerprint(self.model) == self.fingerprint:
+        if not method.changes_base and _bits(self.model) == self.bits:
             return
         if not method.changes_base:
             self.display.warn(
@@ -242,7 +241,7 @@ class Bench:
     def _reload(self) -> None:
         self.model = None
         self.model = self.task.load()
-        if _fingerprint(self.model) != self.fingerprint:
+        if _bits(self.model) != self.bits:
             raise TrainingError(
                 "The base on disk is not the one that this comparison began with; put the old one back."
             )
@@ -265,15 +264,9 @@ def _crashed(cell: Planned, error: Exception) -> Cell:
     return Cell(method.name, rate, seed, "crashed", f"{type(error).__name__}: {first}")
 
 
-def _fingerprint(model: Any) -> str:
-    """Hash names, shapes and bits of every weight and buffer."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _bits(model: Any) -> list[Any]:
+    """Sum the bits of every weight and buffer, where they are."""
+    return list(sums_of_bits(model.state_dict()))
 
 
 def _watcher(bench: Bench, display: Display) -> Any:

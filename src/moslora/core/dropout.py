@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["draw_dropped", "why_no_dropout_by_position", "without"]
+__all__ = ["draw_dropped", "why_no_dropout_by_mask", "why_no_dropout_by_position", "without"]
 
 # Above this share of dropped entries their positions, 4 bytes each, are more to keep than a byte mask of all.
 LARGEST_SPARSE_DROPOUT = 0.25
@@ -33,6 +33,22 @@ def why_no_dropout_by_position(x: Tensor, p: float) -> str | None:
         return f"dropout {p:g} is above {LARGEST_SPARSE_DROPOUT:g}, where a mask is smaller than positions"
     if torch.compiler.is_compiling():
         return "dropout changes the update's input, and how many entries it drops is not known when compiling"
+    return None
+
+
+def why_no_dropout_by_mask(p: float) -> str | None:
+    """Tell why entries cannot be dropped by a mask that torch draws; None if they can.
+
+    Args:
+        p: Probability with which an entry is dropped.
+
+    Returns:
+        The reason, in words.
+    """
+    if p >= 1:
+        return f"dropout {p:g} drops everything"
+    if torch.compiler.is_compiling():
+        return "dropout changes the update's input, which the compiler sees better from outside"
     return None
 
 

@@ -17,9 +17,11 @@ Both sums are accumulated into the base's own product (``addmm_``), so no second
 ``(tokens, in)`` tensor is made; the scale stands with M, so no pass is made for it either. What is kept for backward is
 x (which the base layer's input is anyway) and H or K, ``(tokens, r)``.
 
-Dropout zeroes entries of x before A' and divides the rest by 1 - p, which goes into s. It is drawn by position
-(``dropout.py``). In the backward pass the entries of dx at the dropped positions are put back to what the base's
-product was before the update was accumulated into it.
+Dropout zeroes entries of x before A' and divides the rest by 1 - p. On a CPU it is drawn by position (``dropout.py``),
+and 1 - p goes into s; in the backward pass the entries of dx at the dropped positions are put back to what the base's
+product was before the update was accumulated into it. Elsewhere torch draws a mask, and a byte an entry is kept.
+
+Where the base layer has to run by itself (a quantized one), its output is an operand of the Function's last product.
 
 Precision: A' is composed, and M applied, in the dtype of M, as are the gradients of M and of M·A; products
 over tokens that have in or out columns run in the dtype of ``x``, or in autocast's. Float32 factors on a bfloat16 base
@@ -35,12 +37,11 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moslora.compat.torch import is_under_functorch
 from moslora.core import switches
 from moslora.core.autocast import compute_dtype, in_dtype, is_autocasting
-from moslora.core.dropout import draw_dropped, why_no_dropout_by_position
+from moslora.core.dropout import draw_dropped, why_no_dropout_by_mask, why_no_dropout_by_position
 from moslora.core.few_tokens import by_few_operations, is_for_few_operations
 from moslora.core.functional import check_factors
 from moslora.core.fused_update import MixedUpdate, by_torch_alone, chains, without_keeping_x
@@ -81,7 +82,7 @@ def why_no_fused_dropout(x: Tensor, p: float) -> str | None:
     """
     if p < 1 and may_use_kernels(x, compute_dtype(x), 1):
         return None
-    return why_no_dropout_by_position(x, p)
+    return why_no_dropout_by_position(x, p) if x.device.type == "cpu" else why_no_dropout_by_mask(p)
 
 
 def low_rank_update(x: Tensor, A: Tensor, M: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -111,6 +112,7 @@ def adapted_linear(
     B: Tensor,
     scale: float,
     dropout: float = 0.0,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """Run a linear layer and its update as one Function.
 
@@ -123,6 +125,8 @@ def adapted_linear(
         scale: ``alpha / r``, unitless.
         dropout: Probability with which an entry of x is dropped before A, the others being divided by
             ``1 - dropout``; in ``[0, 1)``, 0 in inference. See ``why_no_fused_dropout``.
+        beside: What the base layer gave for ``x``, shape ``(..., out)``, if it ran by itself (``weight`` is None then);
+            of the output's dtype.
 
     Returns:
         ``x Wᵀ + b + scale · drop(x) Aᵀ Mᵀ Bᵀ``, shape ``(..., out)``, dtype of ``x``, or autocast's.
@@ -144,20 +148,21 @@ def adapted_linear(
             # From the generator of the device, so that seeds and gradient checkpointing decide the mask.
             seed = torch.randint(2**62, (1,), device=x.device) if dropout else None
             whole = KernelUpdate.apply(flat, weight, bias, A, M, B, float(scale), dropout, seed)  # type: ignore[no-untyped-call]
-            return whole.view(*x.shape[:-1], B.shape[0])  # type: ignore[no-any-return]
+            whole = whole.view(*x.shape[:-1], B.shape[0])
+            return whole if beside is None else beside + whole  # type: ignore[no-any-return]
         tell_once(logger, OFF_KERNELS, unfit)
-    dropped = None
+    drop: Tensor | float | None = None
     if dropout:
-        if switches.kernels_are_on and why_no_dropout_by_position(x, dropout) is not None:
-            # The layer was promised dropout inside before the kernels were tried.
-            update = low_rank_update(F.dropout(x, dropout), A, M, B, scale)
-            return update if weight is None else F.linear(x.to(dtype), weight, bias) + update
-        reason = why_no_dropout_by_position(x, dropout)
+        reason = why_no_fused_dropout(x, dropout)
         if reason is not None:
             raise ValueError(f"{reason}; drop entries of x with torch's own dropout, and pass dropout=0.")
-        positions = draw_dropped(x.numel(), dropout)
-        dropped = positions.int() if x.numel() < 2**31 else positions  # half of what is kept for backward
-    arguments = (inputs, weight, bias, A, M, B, float(scale) / (1 - dropout), dropped)
+        if why_no_dropout_by_position(x, dropout) is not None:
+            drop = float(dropout)
+        else:
+            positions = draw_dropped(x.numel(), dropout)
+            drop = positions.int() if x.numel() < 2**31 else positions  # half of what is kept for backward
+            scale = scale / (1 - dropout)
+    arguments = (inputs, weight, bias, A, M, B, float(scale), drop, beside)
     if torch.is_grad_enabled() and not A.requires_grad and (M.requires_grad or B.requires_grad):
         return without_keeping_x(*arguments)
     if not torch.compiler.is_compiling() and is_under_functorch():

@@ -12,6 +12,7 @@ from moslora.adapters.export import export_adapter
 from moslora.adapters.formats.native import keep_start, read_start
 from moslora.adapters.formats.pipeline import folders
 from moslora.adapters.lineage import keep_lineage
+from moslora.core.finite import all_finite
 from moslora.errors import TrainingError
 from moslora.files import new_directory
 from moslora.tasks.task import Task
@@ -32,10 +33,8 @@ def save_adapter(run: RunContext, task: Task, adapted: Any, steps: int) -> None:
         adapted: The trained model.
         steps: Optimizer steps that it was trained for.
     """
-    import torch
-
     directory = run.directory
-    broken = [n for n, p in adapted.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    broken = [n for n, p in adapted.named_parameters() if p.requires_grad and not all_finite(p)]
     if broken:
         raise TrainingError(
             f"Training diverged: {broken[0]} has NaN or infinite values, so nothing was saved. Lower "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moslora.compat.offloading import loaded
 from moslora.compat.torch import must_be_called, unwrapped_by_fsdp
+from moslora.core.finite import all_finite
 from moslora.errors import UsageError
 from moslora.terminal import warn
 from moslora.tuner.config import MoSLoRAConfig
@@ -142,7 +143,7 @@ def add_to_base(layer: FactorHolder, adapter_name: str, sign: int, safe: bool) -
     own = whole(layer.get_base_layer(), "bias")
     # Summed in the wider of the two dtypes and rounded once.
     merged: Tensor = (own + sign * layer.scaling[adapter_name] * bias.to(own.device)).to(own.dtype)
-    if safe and not torch.isfinite(merged).all():
+    if safe and not all_finite(merged):
         raise UsageError(
             f"Merging adapter {adapter_name!r} would put NaN or infinite values into the bias; nothing was changed. "
             "Load an earlier checkpoint of the adapter."

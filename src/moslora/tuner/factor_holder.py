@@ -97,6 +97,9 @@ class FactorHolder(TunerLayer, nn.Module):  # type: ignore[misc]
         # that layer from torch: its parameters are counted, moved and saved where they are.
         self.tied: dict[str, tuple[FactorHolder]] = {}
         # A class attribute in PEFT; an own dict keeps one layer's frozen mixer from freezing another's.
+        self.component_errors: dict[
+            str, float
+        ] = {}  # of starts from principal components: what the search left
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []

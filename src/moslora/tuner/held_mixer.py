@@ -132,7 +132,7 @@ def matrix(weight: Tensor, start: MixerStart | None) -> Tensor:
     if start is None:
         return weight
     dtype = _at_least_float32(start.weight, weight)
-    return start.weight.detach().to(dtype) + weight.to(dtype)
+    return start.weight.detach().to(dtype) + weight  # which widens the second as it adds
 
 
 @torch.no_grad()

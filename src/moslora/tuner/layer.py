@@ -391,6 +391,7 @@ class MoSLoRALayer(FactorHolder):
         super().delete_adapter(adapter_name)
         self.unscaled.pop(adapter_name, None)
         self.unfilled.pop(adapter_name, None)
+        self.component_errors.pop(adapter_name, None)
         self.mixer_start.pop(adapter_name)
         self.tied.pop(adapter_name, None)
 

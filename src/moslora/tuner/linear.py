@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moslora.compat.torch import is_managed_by_fsdp, must_be_called, plain_weight
 from moslora.core import ops
+from moslora.core.autocast import compute_dtype
 from moslora.core.notices import tell_once
 from moslora.tuner import bias, dora, kept_start
 from moslora.tuner.factor_holder import without_values
@@ -170,11 +171,36 @@ class MoSLoRALinear(MoSLoRALayer):
     def _update(self, x: Tensor, name: str) -> Tensor:
         if self.factors_must_be_called(name):
             return self.update_by_calls(self.moslora_dropout[name](x), name)
+        return self._with_bias(self._updated(x, name, None), name)
+
+    def _updated(self, x: Tensor, name: str, beside: Tensor | None) -> Tensor:
+        """Return an adapter's update without its bias, added to ``beside`` if that is given."""
         dropout = self._dropout(name)
         if dropout and (not ops.is_fusing() or ops.why_no_fused_dropout(x, dropout) is not None):
             x, dropout = self.moslora_dropout[name](x), 0.0
-        update = ops.low_rank_update(x, *self.present_factors(x, name), dropout=dropout)  # (..., out)
-        return self._with_bias(update, name)
+        factors = self.present_factors(x, name)
+        return ops.adapted_linear(x, None, None, *factors, dropout=dropout, beside=beside)  # (..., out)
+
+    def _add_updates(self, x: Tensor, result: Tensor, adapters: list[str]) -> Tensor:
+        """Add the updates of ``adapters`` to the base layer's output, if it may be by the product that makes them."""
+        base_out = result
+        for name in adapters:
+            if self._may_stand_beside(x, result, name):
+                result = self._with_bias(self._updated(x, name, result), name)
+            else:
+                result = result + self._update_beside(x, name, base_out).to(result.dtype)
+        return result
+
+    def _may_stand_beside(self, x: Tensor, result: Tensor, name: str) -> bool:
+        """Tell whether the base layer's output is such that an update can be added by the product that makes it."""
+        return (
+            ops.is_fusing()
+            and not dora.has_magnitude(self, name)
+            and not self.factors_must_be_called(name)
+            and type(result) is Tensor
+            and result.dtype == compute_dtype(x)
+            and result.shape == (*x.shape[:-1], self.out_features)
+        )
 
     def _with_bias(self, out: Tensor, name: str) -> Tensor:
         """Add an adapter's bias on B, scaled, if it has one."""

@@ -6,6 +6,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from moslora.compat.peft.quantization import ReadOnlyBackend
+from moslora.core.finite import all_finite
 from moslora.errors import UsageError
 from moslora.terminal import warn
 from moslora.tuner import bias, dora, tying
@@ -50,7 +51,7 @@ def _add_to_weight(layer: FactorHolder, adapter: str, sign: int, safe: bool) -> 
     delta = dora.whole_delta(layer, adapter).to(weight.device)
     # Summed in the wider of the two dtypes and rounded once.
     merged = (weight + sign * delta).to(weight.dtype)
-    if safe and not torch.isfinite(merged).all():
+    if safe and not all_finite(merged):
         raise UsageError(
             f"Merging adapter {adapter!r} would put NaN or infinite values into the weight; nothing was "
             "changed. Load an earlier checkpoint of the adapter."

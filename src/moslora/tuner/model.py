@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -19,6 +20,7 @@ from moslora.compat.peft.base_tuner import Tuner
 from moslora.compat.peft.quantization import get_quantization_kwargs
 from moslora.compat.torch import leave_fast_paths, restore_fast_paths
 from moslora.compat.transformers import convert_targets
+from moslora.core.notices import tell_once
 from moslora.errors import UsageError
 from moslora.patterns import check_patterns
 from moslora.terminal import warn
@@ -38,6 +40,8 @@ from moslora.tuner.state_dict import check_fit, gather_beside, tensors_for_file,
 from moslora.tuner.weighted import REFUSED_IN_SUMS, How, check_summable, combine_factors
 
 __all__ = ["MoSLoRAModel"]
+
+logger = logging.getLogger(__name__)
 
 
 class MoSLoRAModel(Tuner):  # type: ignore[misc]
@@ -160,6 +164,7 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
         leave_fast_paths(model, lambda module: isinstance(module, MoSLoRALayer))
         warn_of_whole_factors(model, adapter_name)
         loftq.check_base(model, self.peft_config[adapter_name])
+        self._tell_of_components(adapter_name)
         unlike_lora = self.peft_config[adapter_name].unlike_lora
         if unlike_lora:
             name, reason = next(iter(unlike_lora.items()))
@@ -168,6 +173,20 @@ class MoSLoRAModel(Tuner):  # type: ignore[misc]
                 f"{name!r}{more}: {reason}. The adapter trains and merges exactly, but cannot be exported as a "
                 "plain LoRA; merge it into the base instead, or leave such modules out.",
                 stacklevel=2,
+            )
+
+    def _tell_of_components(self, adapter_name: str) -> None:
+        """Log how closely principal components were found, where they were searched for."""
+        errors = [
+            layer.component_errors[adapter_name]
+            for layer in self.model.modules()
+            if isinstance(layer, MoSLoRALayer) and layer.component_errors.get(adapter_name)
+        ]
+        if errors:
+            tell_once(
+                logger,
+                "Principal components were found by a block Krylov method %s.",
+                f"in {len(errors)} layers; their residual is at most {max(errors):.0e} of their norm",
             )
 
     def _settings_that_do_not_fit(self, model: nn.Module, adapter_name: str) -> list[str]:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from moslora.core.mixers import forked_generator, mixed_norms
+from moslora.core.principal import principal_components
 from moslora.errors import UsageError
 from moslora.tuner import bias, kept_start
 from moslora.tuner.config import MoSLoRAConfig
@@ -193,7 +194,8 @@ def _components(
         )
     iterations = config.component_iterations
     if iterations is None:
-        U, values, Vh = torch.linalg.svd(weight, full_matrices=False)
+        U, values, Vh, error = principal_components(weight, r)
+        layer.component_errors[adapter_name] = error
     else:
         with torch.random.fork_rng(devices=[]):  # so that later layers start as without it
             U, values, V = torch.svd_lowrank(weight, r, niter=iterations)

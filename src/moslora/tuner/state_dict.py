@@ -13,6 +13,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from moslora.core.finite import all_finite
 from moslora.errors import AdapterError
 from moslora.tuner.embedding import MoSLoRAEmbedding
 from moslora.tuner.held_mixer import STARTS, MixerStart, for_file, from_file
@@ -130,7 +131,7 @@ def check_fit(
             problems.append(f"{key}: fits no adapted module" + (f" (nearest: {near})" if near else ""))
         elif tensor.shape != expected[key].shape:
             mismatched[key] = f"{key}: is {tuple(tensor.shape)}, the model needs {tuple(expected[key].shape)}"
-        elif not tensor.is_meta and not torch.isfinite(tensor).all():
+        elif not tensor.is_meta and not all_finite(tensor):
             problems.append(f"{key}: has NaN or infinite values")
     if problems:
         raise _misfit([*problems, *mismatched.values()])

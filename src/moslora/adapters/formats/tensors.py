@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moslora.bounded import Header, read_header
+from moslora.core.finite import all_finite
 from moslora.errors import AdapterError
 
 __all__ = ["check_tensors", "load_tensors", "read_whole_header", "save_tensors"]
@@ -87,7 +88,7 @@ def check_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             )
         if tensor.is_complex():
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which no adapter has.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise AdapterError(
                 f"{path}: {name} has NaN or infinite values: the training diverged, or the file is "
                 "damaged. Take an earlier checkpoint."
