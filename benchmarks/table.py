@@ -306,8 +306,8 @@ def principal_rows(found: dict[str, Any]) -> Rows:
         )
 
     how = (
-        f"`benchmarks/principal.py`: one float32 layer, range of {len(found['processes'])} processes, {machine(found)}; "
-        "off: of the norm of the rank-r part, from the whole SVD's"
+        f"`benchmarks/principal.py`: one float32 layer, range of {len(found['processes'])} processes, "
+        f"{machine(found)}; off: of the norm of the rank-r part, from the whole SVD's"
     )
     size = found["size"]
     return [
