@@ -1,4 +1,4 @@
-"""What a recipe would train on, looked at before anything is trained: rows, lengths, and an example as it is learned."""
+"""What a recipe would train on, looked at before anything is trained: rows, lengths, and one example."""
 
 from __future__ import annotations
 

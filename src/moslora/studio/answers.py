@@ -78,7 +78,8 @@ class PageDisplay(Display):
     def html(self) -> str:
         """All that was shown."""
         end = f"{escape(self.step)}\n" if self.step else ""
-        return f'<pre class="output" tabindex="0" role="log" aria-label="What it said">{"".join(self.pieces)}{end}</pre>'
+        text = "".join(self.pieces) + end
+        return f'<pre class="output" tabindex="0" role="log" aria-label="What it said">{text}</pre>'
 
     def _keep(self, piece: str) -> None:
         self.pieces.append(piece)

@@ -14,7 +14,7 @@ from moslora.studio.runs import Metrics, RunState
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["histogram", "run_curve", "two_curves"]
+__all__ = ["drawn_once", "histogram", "run_curve", "two_curves"]
 
 WIDTHS = (7.2, 4.0)  # inches, for a screen and for a telephone
 INK, MUTED, LINE, FIRST, SECOND = INKS
@@ -25,21 +25,21 @@ _one_at_a_time = threading.Lock()
 _drawn: OrderedDict[Any, str] = OrderedDict()
 
 
-def _once(key: Any, draw: Callable[[], str]) -> str:
-    """Draw what was not drawn before."""
+def drawn_once(key: Any, draw: Callable[[float], str]) -> str:
+    """Return a drawing for wide and one for narrow pages, of which the style shows one; what is known is not redrawn.
+
+    Args:
+        key: Of the drawing.
+        draw: Makes it in a width, in inches.
+    """
     with _one_at_a_time:
         if key not in _drawn:
-            _drawn[key] = draw()
+            wide, narrow = (draw(width) for width in WIDTHS)
+            _drawn[key] = f'<div class="drawing wide">{wide}</div><div class="drawing narrow">{narrow}</div>'
             while len(_drawn) > KEPT:
                 _drawn.popitem(last=False)
         _drawn.move_to_end(key)
         return _drawn[key]
-
-
-def _both(draw: Callable[[float], str]) -> str:
-    """Return a drawing for wide and one for narrow pages, of which the style shows one."""
-    wide, narrow = (draw(width) for width in WIDTHS)
-    return f'<div class="drawing wide">{wide}</div><div class="drawing narrow">{narrow}</div>'
 
 
 def run_curve(state: RunState, log: Metrics) -> str:
@@ -54,7 +54,7 @@ def run_curve(state: RunState, log: Metrics) -> str:
         return ""
     metrics = state.record.get("metrics") or {}
     key = ("run", str(state.path), log.identity, log.place, *state.held_out)
-    return _once(key, lambda: _both(lambda width: loss_curve(lines, metrics, width)))
+    return drawn_once(key, lambda width: loss_curve(lines, metrics, width))
 
 
 def two_curves(runs: Sequence[tuple[str, Metrics]]) -> str:
@@ -90,11 +90,8 @@ def two_curves(runs: Sequence[tuple[str, Metrics]]) -> str:
         f'<li class="{look}">{escape(name)}</li>'
         for look, (name, _) in zip(("first", "second"), drawn, strict=False)
     )
-    return f'<ul class="legend">{names}</ul>' + _once(
-        key,
-        lambda: _both(
-            lambda width: drawing("Training loss of two runs", (width, 3.6), paint, name=f"two-{width}")
-        ),
+    return f'<ul class="legend">{names}</ul>' + drawn_once(
+        key, lambda width: drawing("Training loss of two runs", (width, 3.6), paint, name=f"two-{width}")
     )
 
 
@@ -122,9 +119,6 @@ def histogram(lengths: Sequence[int], limit: int | None, what: str = "tokens") -
         axes.grid(axis="y", linewidth=0.8)
 
     key = ("histogram", tuple(lengths), limit, what)
-    return _once(
-        key,
-        lambda: _both(
-            lambda width: drawing("Lengths of the examples", (width, 2.6), paint, name=f"lengths-{width}")
-        ),
+    return drawn_once(
+        key, lambda width: drawing("Lengths of the examples", (width, 2.6), paint, name=f"lengths-{width}")
     )

@@ -400,8 +400,8 @@ def merged_text(text: str, before: Mapping[str, Any], fields: Sequence[Field], s
             continue
         if now != old:
             problems.append(
-                f"{field.place} is {_said(now)} in the text and {_said(value)} in the form. Change one of them, or fill "
-                "the form from the text."
+                f"{field.place} is {_said(now)} in the text and {_said(value)} in the form. Change one of them, or "
+                "fill the form from the text."
             )
             continue
         sections, changed = with_value(sections, field.place, value), True

@@ -155,8 +155,7 @@ class Jobs:
                 found.append(_job(file))
         for job in found[OLD_JOBS:]:
             if not job.is_running:
-                for file in self.folder.glob(f"{job.name}.*"):
-                    file.unlink(missing_ok=True)
+                self.forget(job)
         return found[:OLD_JOBS]
 
     def find(self, name: str) -> Job:
@@ -170,6 +169,15 @@ class Jobs:
         if found is None:
             raise NotFoundError(f"There is no command {name!r} any more.")
         return found
+
+    def forget(self, job: Job) -> None:
+        """Remove the record of a command that ended, with what it wrote.
+
+        Args:
+            job: The command.
+        """
+        for file in self.folder.glob(f"{job.name}.*"):
+            file.unlink(missing_ok=True)
 
     def _reap(self) -> None:
         """Take note of children that ended, which would stay in the table of processes."""

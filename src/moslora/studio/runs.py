@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -60,8 +61,6 @@ class Metrics:
         """
         try:
             with self.path.open("rb") as file:
-                import os
-
                 stat = os.fstat(file.fileno())
                 identity = (stat.st_dev, stat.st_ino)
                 if identity != self.identity or stat.st_size < self.place:
@@ -220,6 +219,7 @@ class Library:
         self.last = Found()
         self.states: dict[Path, tuple[tuple[int, ...], RunState]] = {}
         self.logs: dict[Path, Metrics] = {}
+        self.watched: dict[Path, list[tuple[float, int]]] = {}
 
     def find(self, is_fresh: bool = False) -> Found:
         """Return what is there.
@@ -308,8 +308,22 @@ class Library:
         """
         with self.lock:
             log = self.logs.setdefault(path, Metrics(RunDirectory(path).metrics))
-            log.update()
+            if log.update():
+                seen = self.watched.setdefault(path, [])
+                seen.append((time.monotonic(), log.step))
+                del seen[:-30]
             return log
+
+    def pace(self, path: Path) -> float | None:
+        """Return how many seconds a step takes, as far as this page watched it; None if it did not.
+
+        Args:
+            path: The run's directory.
+        """
+        seen = [one for one in self.watched.get(path, ()) if time.monotonic() - one[0] < 120]
+        if len(seen) < 2 or seen[-1][1] <= seen[0][1]:
+            return None
+        return (seen[-1][0] - seen[0][0]) / (seen[-1][1] - seen[0][1])
 
     def run(self, name: str) -> RunState:
         """Return a run by its name on the page.
