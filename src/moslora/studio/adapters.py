@@ -98,16 +98,18 @@ class Adapters:
             wanted += suffix
         return export(source, self._out(wanted), to, rank=rank, dtype=dtype or None, base=self._base(base))
 
-    def take_in(self, name: str, out: str, alpha: float | None) -> Any:
+    def take_in(self, name: str, out: str, alpha: str) -> Any:
         """Read an adapter of another program and write it natively, as ``moslora import``.
 
         Args:
             name: Of the file or folder.
             out: Name of what is written.
-            alpha: The ``lora_alpha`` of its training, where the file does not say it.
+            alpha: The ``lora_alpha`` of its training, where the file does not say it; else empty.
         """
         source = self.workspace.find(name)
-        return import_adapter(source, self._out(out.strip() or f"{self._stem(source)}-native"), alpha=alpha)
+        number = _numbers(alpha, 1)
+        place = self._out(out.strip() or f"{self._stem(source)}-native")
+        return import_adapter(source, place, alpha=None if number is None else number[0])
 
     def merge(self, name: str, base: str, out: str, display: Display) -> Any:
         """Merge an adapter into the weights of its base.

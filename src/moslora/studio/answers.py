@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moslora.display import Display, Printable, Progress
-from moslora.errors import DataError
+from moslora.errors import DataError, UsageError
 from moslora.failures import frame_of, is_ours
 from moslora.studio.markup import escape, notice
 from moslora.terminal import make_console
@@ -19,7 +19,7 @@ from moslora.wording import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["ONE_AT_A_TIME", "PageDisplay", "answered", "error_box", "shown"]
+__all__ = ["ONE_AT_A_TIME", "PageDisplay", "answered", "error_box", "shown", "whole"]
 
 # Verbs change what belongs to the process (environment, warnings, random numbers), so one does its work at a time.
 ONE_AT_A_TIME = threading.RLock()
@@ -110,6 +110,23 @@ def shown(result: Printable) -> str:
     display = PageDisplay()
     result.show(display)
     return display.html
+
+
+def whole(text: str | None, what: str) -> int | None:
+    """Return the whole number that a person typed; None for nothing.
+
+    Args:
+        text: What was typed.
+        what: The name of the field.
+
+    Raises:
+        UsageError: If it is something else.
+    """
+    if not text or not text.strip():
+        return None
+    if not text.strip().isdecimal() or len(text.strip()) > 12:
+        raise UsageError(f"{what} is {text.strip()[:40]!r}; it must be a whole number, or empty.")
+    return int(text)
 
 
 def error_box(error: BaseException) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
 import os
 import secrets
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,8 +76,6 @@ class Opened:
 
     def wait(self) -> None:
         """Serve until Ctrl-C or SIGTERM."""
-        import threading
-
         threading.Event().wait()
 
 
@@ -208,7 +208,7 @@ def opened(workspace: Workspace, settings: Settings, display: Display) -> Iterat
 
 
 def _import_page() -> None:
-    """Import gradio, and what the form is made from, before anybody waits for it."""
+    """Import what the page is made from, before anybody waits for it."""
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -217,9 +217,13 @@ def _import_page() -> None:
         ) from error
     import matplotlib.figure  # noqa: F401
 
+
+def _import_form() -> None:
+    """Import what the form is made from."""
     from moslora.studio.form import fields_of_kind
 
-    fields_of_kind("text")
+    with contextlib.suppress(Exception):  # who opens the form is told
+        fields_of_kind("text")
 
 
 @contextmanager
@@ -274,6 +278,8 @@ def _launched(
             "choose another with --port, or 0 for any."
         ) from error
     try:
+        # The form needs the trainers' configurations; whoever looks at runs meanwhile does not wait for them.
+        threading.Thread(target=_import_form, daemon=True).start()
         yield url, blocks
     finally:
         blocks.close(verbose=False)

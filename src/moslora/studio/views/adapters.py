@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from moslora.studio.answers import ONE_AT_A_TIME, PageDisplay, error_box, shown
+from moslora.studio.answers import ONE_AT_A_TIME, PageDisplay, error_box, shown, whole
 from moslora.studio.context import Studio
 from moslora.studio.markup import empty, frame, notice
 
@@ -42,7 +42,7 @@ def build(studio: Studio) -> None:
             with gr.Accordion("Export", open=False):
                 to = gr.Radio(adapters.formats(), value="lora", label="Format", elem_classes="stacked")
                 with gr.Row():
-                    rank = gr.Number(None, label="Rank (as it is)", precision=0, minimum=1, min_width=100)
+                    rank = gr.Textbox("", label="Rank", placeholder="as it is", max_lines=1, min_width=100)
                     dtype = gr.Dropdown(
                         ["", "float32", "float16", "bfloat16"], value="", label="dtype", min_width=100
                     )
@@ -61,7 +61,7 @@ def build(studio: Studio) -> None:
                     combine = gr.Button("Add up, exactly", size="sm")
                     mix = gr.Button("Learn a mixer, with the recipe in Train", size="sm")
             with gr.Accordion("An adapter of another program", open=False):
-                alpha = gr.Number(None, label="lora_alpha, where the file does not say it")
+                alpha = gr.Textbox("", label="lora_alpha, where the file does not say it", max_lines=1)
                 take_in = gr.Button("Read it and write it natively", size="sm")
         with gr.Column(scale=3, min_width=300):
             said = gr.HTML(
@@ -110,9 +110,7 @@ def build(studio: Studio) -> None:
     )
     export.click(
         lambda name, form, out, r, kind, of: done(
-            lambda _: after(
-                adapters.export(name or "", form, out, int(r) if r else None, kind or None, of or "")
-            )
+            lambda _: after(adapters.export(name or "", form, out, whole(r, "Rank"), kind or None, of or ""))
         ),
         [chosen, to, export_name, rank, dtype, base],
         said,

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from moslora.studio.answers import PageDisplay, error_box
+from moslora.studio.answers import PageDisplay, error_box, whole
 from moslora.studio.context import Studio
 from moslora.studio.markup import attributes, empty, escape, notice
 from moslora.studio.talks import MOST, Talk, reply_text
@@ -53,7 +53,7 @@ def build(studio: Studio) -> None:
             0.0, label="Temperature", minimum=0, info="0: the most likely token", min_width=120
         )
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
-        longest = gr.Number(None, label="Tokens of an answer, at most", precision=0, minimum=1, min_width=120)
+        longest = gr.Textbox("", label="Tokens of an answer, at most", max_lines=1, min_width=120)
     said = gr.HTML(apply_default_css=False, elem_id="chat-said")
     turns = gr.HTML(NOBODY, js_on_load=PICKED, apply_default_css=False, elem_id="talk", min_height=300)
     with gr.Row(elem_classes="actions", visible=False) as asking:
@@ -83,7 +83,7 @@ def build(studio: Studio) -> None:
                 told or "",
                 int(number or 0),
                 float(warmth or 0.0),
-                int(most) if most else None,
+                whole(most, "Tokens of an answer"),
             )
         except Exception as error:
             yield None, error_box(error), NOBODY, gr.update(visible=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from moslora.studio.answers import ONE_AT_A_TIME, PageDisplay, error_box
+from moslora.studio.answers import ONE_AT_A_TIME, PageDisplay, error_box, whole
 from moslora.studio.comparisons import Choices, cell_plot, cell_rows
 from moslora.studio.context import Studio
 from moslora.studio.jobs import stop_process
@@ -37,7 +37,7 @@ def build(studio: Studio) -> None:
             )
             with gr.Row():
                 seeds = gr.Number(3, label="Seeds", precision=0, minimum=2, min_width=90)
-                steps = gr.Number(None, label="Steps (the recipe's)", precision=0, minimum=1, min_width=120)
+                steps = gr.Textbox("", label="Steps", placeholder="the recipe's", max_lines=1, min_width=110)
                 validation = gr.Number(
                     64, label="Examples to choose rates by", precision=0, minimum=1, min_width=120
                 )
@@ -70,7 +70,7 @@ def build(studio: Studio) -> None:
             tuple(listed or ()),
             of_rates or "",
             int(of_seeds or 0),
-            int(of_steps) if of_steps else None,
+            whole(of_steps, "Steps"),
             int(aside or 64),
             called or "",
         )

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from moslora.errors import NotFoundError, UsageError
-from moslora.studio.answers import error_box
+from moslora.studio.answers import error_box, whole
 from moslora.studio.context import Studio
 from moslora.studio.jobs import Job, stop_process
 from moslora.studio.markup import empty, frame, notice
@@ -53,15 +53,7 @@ def build(studio: Studio) -> None:
             with gr.Row(visible=False, elem_classes="actions") as actions:
                 stop = gr.Button("Stop", size="sm", min_width=90)
                 go_on = gr.Button("Go on", size="sm", min_width=90)
-                steps = gr.Number(
-                    None,
-                    label="Train until step",
-                    precision=0,
-                    minimum=1,
-                    min_width=130,
-                    scale=1,
-                    container=True,
-                )
+                steps = gr.Textbox("", label="Train until step", max_lines=1, min_width=130, scale=1)
                 again = gr.Button("Use its recipe", size="sm", min_width=110)
                 delete = gr.Button("Delete …", size="sm", min_width=90)
             with gr.Row(visible=False, elem_classes="question") as question:
@@ -145,14 +137,14 @@ def build(studio: Studio) -> None:
         except Exception as error:
             return error_box(error)
 
-    def do_go_on(name: str, until: float | None) -> str:
+    def do_go_on(name: str, until: str) -> str:
         try:
-            return _go_on(studio, name, int(until) if until else None)
+            return _go_on(studio, name, whole(until, "Train until step"))
         except Exception as error:
             return error_box(error)
 
     stop.click(do_stop, chosen, said).then(**looking)
-    go_on.click(do_go_on, [chosen, steps], said).then(lambda: None, None, steps).then(**looking)
+    go_on.click(do_go_on, [chosen, steps], said).then(lambda: "", None, steps).then(**looking)
 
     def ask(name: str) -> tuple[Any, Any]:
         try:

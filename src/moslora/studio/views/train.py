@@ -107,17 +107,12 @@ def build(studio: Studio) -> None:
 
     def form(sections: dict[str, Any], asked: list[str]) -> None:
         """Draw the form, and attach to the buttons what needs all of its fields."""
-        with place:
-            _form(
-                studio,
-                sections,
-                asked,
-                _Outside(text, before, extra, said, started, data, findings, look, start),
-            )
+        outside = _Outside(text, before, extra, said, started, data, findings, look, start)
+        _form(studio, sections, asked, outside)
 
-    gr.render(inputs=[before, extra], triggers=[studio.shared["page"].load, before.change, extra.change])(
-        form
-    )
+    triggers = [studio.shared["page"].load, before.change, extra.change]
+    with place:
+        gr.render(inputs=[before, extra], triggers=triggers)(form)
 
     # ---- the text and the form ---------------------------------------------------------------------------------
 
