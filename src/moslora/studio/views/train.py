@@ -72,6 +72,7 @@ def build(studio: Studio) -> None:
         with gr.Column(scale=2, min_width=300):
             text = gr.Textbox(
                 studio.opening,
+                interactive=True,
                 label="The recipe as YAML",
                 lines=18,
                 max_lines=40,
@@ -346,7 +347,7 @@ def _widget(studio: Studio, field: Field, value: Any) -> Any:
     label = LABELS.get(field.place, field.key)
     shown_value = field.to_widget(value)
     default = "" if field.default is None else _plainly(field.default)
-    common: dict[str, Any] = {"label": label, "min_width": 160}
+    common: dict[str, Any] = {"label": label, "min_width": 160, "interactive": True}
     if field.place in FIRST[:2]:
         known = studio.recipes.models() if field.place == "model.name" else studio.recipes.data()
         return gr.Dropdown(known, value=shown_value or None, allow_custom_value=True, **common)
