@@ -50,6 +50,8 @@ def preview(
     Raises:
         RecipeError, DataError, ModelError, UsageError: If something cannot be used; bad lines are named by number.
     """
+    from moslora.models.loading import default_device
+    from moslora.recipe.trainer_arguments import resolve_trainer_arguments
     from moslora.tasks import find_task
 
     built = build_recipe(recipe, settings=settings)
@@ -60,7 +62,7 @@ def preview(
     train: Any = getattr(task, "train_set", None)
     examples = list(getattr(task, "train_examples", ())) if train is None else train
     heldout: Any = getattr(task, "heldout_set", None)
-    limit = getattr(getattr(task, "encoder", None), "max_length", None)
+    limit = resolve_trainer_arguments(built, default_device()).get("max_length")
     return DataPreview(
         kind=built.task.kind,
         rows=len(examples),

@@ -91,6 +91,8 @@ def output(text: str, label: str = "Output") -> str:
         text: Its lines.
         label: What it is.
     """
+    if not text.strip():
+        return ""
     return f'<pre class="output" tabindex="0" role="log" aria-label="{escape(label)}">{escape(text)}</pre>'
 
 

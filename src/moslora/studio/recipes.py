@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,7 @@ class Recipes:
         sections = expand_shorthands(read_recipe_file(path))
         for section, values in sections.items():
             anchor(section, values, (path.parent, self.workspace.root))
-        return to_text(sections)
+        return to_text(self._shortened(sections))
 
     def of_run(self, path: Path) -> str:
         """Return the recipe of a run, to start another one from.
@@ -93,7 +94,16 @@ class Recipes:
             path: The run's directory.
         """
         sections = expand_shorthands(read_recipe_file(path / "recipe.yaml"))
-        return to_text(with_value(sections, "output.dir", MISSING))
+        return to_text(self._shortened(with_value(sections, "output.dir", MISSING)))
+
+    def _shortened(self, value: Any) -> Any:
+        """Write paths below the folder from there on, where commands that the page starts work."""
+        if isinstance(value, Mapping):
+            return {key: self._shortened(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._shortened(item) for item in value]
+        start = f"{self.workspace.root}{os.sep}"
+        return value.removeprefix(start) if isinstance(value, str) and value != start else value
 
     def take_upload(self, file: Path) -> str:
         """Copy an uploaded file into the workspace, under a name that is free.

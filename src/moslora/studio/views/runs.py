@@ -73,7 +73,7 @@ def build(studio: Studio) -> None:
                 apply_default_css=False,
             )
 
-    views = [listing, detail, actions, parts, nothing, stop, go_on, steps, again, beside, drawn]
+    views = [listing, detail, actions, parts, nothing, stop, go_on, steps, again, beside, drawn, chosen]
 
     def look(name: str, other: str, before: Any) -> list[Any]:
         """Return what changed since the last look; nothing is drawn again for nothing."""
@@ -81,6 +81,7 @@ def build(studio: Studio) -> None:
         jobs = studio.jobs.all()
         pending = pending_jobs(states, jobs)
         known = {state.name: state for state in states}
+        name = _followed(name, states, jobs)
         shown = _shown(
             studio,
             known.get(name),
@@ -93,10 +94,10 @@ def build(studio: Studio) -> None:
         state = known.get(name)
         is_job = name.startswith("job:") and shown != ""
         status = state.status if state is not None else "job" if is_job else ""
-        now = (hash(page), hash(shown), status, tuple(names))
+        now = (hash(page), hash(shown), status, tuple(names), name)
         if now == before:
             return [gr.skip()] * len(views)
-        was = before or (None,) * 4
+        was = before or (None,) * 5
         is_running = status == "running" or is_job
         return [
             page if now[0] != was[0] else gr.skip(),
@@ -112,6 +113,7 @@ def build(studio: Studio) -> None:
             if now[3] != was[3]
             else gr.skip(),
             now,
+            name,
         ]
 
     def pick(event: gr.EventData) -> tuple[str, str, Any, Any]:
@@ -163,6 +165,16 @@ def build(studio: Studio) -> None:
     rather_not.click(lambda: gr.update(visible=False), None, question)
     surely.click(do_delete, chosen, [chosen, said, question, drawn]).then(**looking)
     studio.shared |= {"chosen": chosen, "again": again, "runs_said": said, "look": looking}
+
+
+def _followed(name: str, states: list[RunState], jobs: list[Job]) -> str:
+    """Return what is chosen: of a command that has a run by now, that run."""
+    job = next((job for job in jobs if f"job:{job.name}" == name), None)
+    if job is None:
+        return name
+    own = (job.pid, job.process_started)
+    found = [s.name for s in states if (s.record.get("pid"), s.record.get("process_started")) == own]
+    return found[0] if found else name
 
 
 def _listing(studio: Studio, name: str) -> str:
