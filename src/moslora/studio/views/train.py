@@ -108,7 +108,7 @@ def build(studio: Studio) -> None:
 
     def form(sections: dict[str, Any], asked: list[str]) -> None:
         """Draw the form, and attach to the buttons what needs all of its fields."""
-        outside = _Outside(text, before, extra, said, started, data, findings, look, start)
+        outside = _Outside(text, extra, said, started, data, findings, look, start)
         _form(studio, sections, asked, outside)
 
     triggers = [studio.shared["page"].load, before.change, extra.change]
@@ -229,7 +229,6 @@ class _Outside:
     def __init__(self, *components: Any) -> None:
         (
             self.text,
-            self.before,
             self.extra,
             self.said,
             self.started,
@@ -284,14 +283,15 @@ def _form(studio: Studio, sections: dict[str, Any], asked: list[str], outside: _
         [more, outside.extra],
         outside.extra,
     )
-    everything = [outside.text, outside.before, *widgets]
+    everything = [outside.text, *widgets]
 
-    def merge(now: str, old: dict[str, Any], *values: Any) -> str:
-        return merged_text(now, old, fields, values)
+    def merge(now: str, *values: Any) -> str:
+        # Against what this form was drawn from: the text may have got another one's changes meanwhile.
+        return merged_text(now, sections, fields, values)
 
-    def mirror(now: str, old: dict[str, Any], *values: Any) -> tuple[Any, str]:
+    def mirror(now: str, *values: Any) -> tuple[Any, str]:
         try:
-            return merge(now, old, *values), ""
+            return merge(now, *values), ""
         except Exception as error:
             return gr.skip(), error_box(error)
 
