@@ -40,11 +40,13 @@ class PageDisplay(Display):
         self.console = make_console(io.StringIO(), width=WIDTH, force_terminal=False, legacy_windows=False)
         self.pieces: list[str] = []
         self.warnings: list[str] = []
+        self.lines: list[str] = []
         self.step = ""
         self.on_change = on_change
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """Keep a line."""
+        self.lines.append(text)
         self._keep(f'<span class="{escape(style)}">{escape(text)}</span>\n' if style else f"{escape(text)}\n")
 
     def go_on(self, text: str) -> None:

@@ -9,16 +9,17 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from moslora.api.chatting import chat
+from moslora.api.chatting import chat, kind_of_run, open_gallery, open_viewing
 from moslora.conversation.chat import Chat, Reply, Turn
+from moslora.conversation.pictures import Gallery, Viewing
 from moslora.conversation.subjects import Subjects
 from moslora.conversation.transcript import Transcript
 from moslora.display import Display
 from moslora.errors import UsageError
-from moslora.studio.answers import ONE_AT_A_TIME
+from moslora.studio.answers import ONE_AT_A_TIME, PageDisplay
 from moslora.studio.workspace import Workspace
 
-__all__ = ["MOST", "Talk", "Talks"]
+__all__ = ["MOST", "PictureTalk", "Talk", "Talks", "reply_text"]
 
 MOST = 4  # models side by side, the base among them
 ENDED = {"length": " … (longest answer reached)", "interrupted": " … (stopped)"}
@@ -150,6 +151,66 @@ class Talk:
         }
 
 
+@dataclass
+class PictureTalk:
+    """One page's pictures: drawn side by side, or asked about.
+
+    Attributes:
+        kind: ``"image"`` or ``"vision"``.
+        made: Who draws or answers.
+        head: What was loaded, a line each.
+        stop: Set to end before the next model.
+        turns: What was asked, the picture that was shown, and what each model gave: a text, or a PNG file.
+    """
+
+    kind: str
+    made: Gallery | Viewing
+    head: list[str]
+    stop: threading.Event = field(default_factory=threading.Event)
+    turns: list[tuple[str, bytes, dict[str, str | bytes]]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Who draws or answers."""
+        return self.made.names
+
+    def ask(self, text: str, picture: bytes, seed: int) -> Iterator[dict[str, str | bytes]]:
+        """Let every model draw a prompt, or answer about a picture.
+
+        Args:
+            text: The prompt or the question.
+            picture: The picture that is asked about; empty for drawing.
+            seed: Of the noise.
+
+        Yields:
+            What there is so far, by model.
+
+        Raises:
+            PictureError, UsageError: If something cannot be used.
+        """
+        self.stop.clear()
+        found: dict[str, str | bytes] = {}
+        if self.kind == "vision" and not picture:
+            raise UsageError("Put a picture in first.")
+        given: Iterator[tuple[str, Any]]
+        if isinstance(self.made, Gallery):
+            given = self.made.draw(text, seed, self.stop.is_set)
+        else:
+            given = self.made.ask(text, picture, self.stop.is_set)
+        while True:
+            with ONE_AT_A_TIME:
+                step = next(given, None)
+            if step is None:
+                break
+            found[step[0]] = step[1]
+            yield dict(found)
+        self.turns.append((text, picture, found))
+
+    def begin_anew(self) -> None:
+        """Forget what was asked."""
+        self.turns.clear()
+
+
 class Talks:
     """Loads models to talk to, one base with its adapters at a time.
 
@@ -160,6 +221,7 @@ class Talks:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.loaded: tuple[Any, Subjects, int] | None = None
+        self.pictured: tuple[Any, PictureTalk] | None = None
 
     @property
     def marks(self) -> Path:
@@ -199,7 +261,7 @@ class Talks:
         options: dict[str, Any] = {"seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
         with ONE_AT_A_TIME:
             if self.loaded is None or self.loaded[0] != key:
-                self.loaded = None  # so that the old model's memory can go first
+                self.loaded = self.pictured = None  # so that the old model's memory can go first
                 first = chat(paths, base or None, progress=display, **options)
                 self.loaded = (key, first.subjects, first.max_new_tokens)
             _, subjects, usual = self.loaded
@@ -207,6 +269,36 @@ class Talks:
             if system.strip():
                 made.set_system(system.strip())
         return Talk(made)
+
+    def open_pictures(self, adapters: Sequence[str], display: Display) -> PictureTalk | None:
+        """Load models that draw or see with the adapters of runs; None if the first one is of another kind.
+
+        Args:
+            adapters: Runs, by their names on the page.
+            display: Where to tell of it.
+
+        Raises:
+            UsageError: If there are too many, or they do not go together.
+        """
+        paths = [self.workspace.find(name) for name in adapters]
+        kind = kind_of_run(paths[0]) if paths else "text"
+        if kind not in ("image", "vision"):
+            return None
+        if len(paths) >= MOST:
+            raise UsageError(f"{len(paths)} adapters are too many side by side; choose up to {MOST - 1}.")
+        key = tuple((str(path), _stamp(path)) for path in paths)
+        with ONE_AT_A_TIME:
+            if self.pictured is None or self.pictured[0] != key:
+                self.loaded = self.pictured = None  # so that the old models' memory can go first
+                lines = PageDisplay()
+                made: Gallery | Viewing = (
+                    open_gallery(paths, lines) if kind == "image" else open_viewing(paths, lines)
+                )
+                self.pictured = (key, PictureTalk(kind, made, lines.lines))
+            known = self.pictured[1]
+        for line in known.head:
+            display.say(line)
+        return PictureTalk(kind, known.made, known.head)
 
     def mark(self, talk: Talk, number: int, better: str) -> int:
         """Keep that an answer is better, as preference data.
