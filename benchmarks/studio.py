@@ -162,7 +162,7 @@ def main() -> None:
         for name in rounds[0]
     }
     result = {
-        **header(asked.note),
+        **header("how soon is the studio usable, and does it stay so with many runs", "cpu", note=asked.note),
         "packages": {name: version(name) for name in PACKAGES} | {"chromium": browser_version},
         "runs": RUNS,
         "steps": STEPS,
