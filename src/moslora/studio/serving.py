@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moslora.compat.telemetry import no_telemetry
 from moslora.display import Display
 from moslora.errors import MissingPackageError, UsageError
 from moslora.studio.workspace import Workspace
@@ -192,10 +193,11 @@ def opened(workspace: Workspace, settings: Settings, display: Display) -> Iterat
         UsageError: If the port is taken, or the password does not do.
     """
     password, is_made = password_for(settings.host, settings.password)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported, which asks for it then
-    os.environ["GRADIO_MCP_SERVER"] = "False"
-    with tempfile.TemporaryDirectory(prefix="moslora-studio-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
+    with (
+        tempfile.TemporaryDirectory(prefix="moslora-studio-") as folder,
+        no_telemetry(),  # gradio asks for it when it is imported
+        _environment(GRADIO_TEMP_DIR=str(Path(folder) / "uploads"), GRADIO_MCP_SERVER="False"),
+    ):
         display.say("Importing what the page needs …")
         _import_page()
         with _launched(workspace, settings, password, Path(folder)) as (url, blocks):
@@ -205,6 +207,21 @@ def opened(workspace: Workspace, settings: Settings, display: Display) -> Iterat
             elif password is not None:
                 display.say("It asks for the password that was set. Any user name does.")
             yield Opened(url, blocks, password)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set variables that gradio reads, and put back what was there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _import_page() -> None:
