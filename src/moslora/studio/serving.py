@@ -287,7 +287,8 @@ def _launched(
                 "openapi_url": None,
             },
             theme=make_theme(),
-            css_paths=[STYLE],
+            # In the head, so that it is there before anything is drawn, and its selectors stay as they are.
+            head=f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
         )
     except OSError as error:
         raise UsageError(
