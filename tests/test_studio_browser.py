@@ -37,7 +37,7 @@ RECIPE = {
     "task": {"kind": "text", "max_new_tokens": 4},
     "model": "base",
     "data": "train.jsonl",
-    "trainer": {"max_steps": 6, "learning_rate": 1e-2, "save_steps": 2},
+    "trainer": {"max_steps": 6, "learning_rate": 1e-2},
     "evaluation": {"also": []},
     "output": {"name": "first"},
 }
@@ -267,7 +267,7 @@ def test_a_run_is_stopped_and_goes_on_in_two_pages_that_see_the_same(
     browser: Any, server: Server, root: Path
 ) -> None:
     with visiting(browser, server.url) as one, visiting(browser, server.url) as two:
-        fill_form(one.page, root, "long", steps=3000)
+        fill_form(one.page, root, "long", steps=1_000_000)
         one.page.get_by_role("button", name="Start training").click()
         one.page.locator("#started .notice.done").wait_for()
         for page in (one.page, two.page):
