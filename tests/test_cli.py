@@ -182,6 +182,18 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "doctor a --for vllm,peft": ("adapters.doctor", (Path("a"), None, ["vllm", "peft"]), {}),
     "inspect a --html p": ("adapters.inspect", (Path("a"), None), {"html": Path("p")}),
+    "studio w --recipe r.yaml --allow a --allow b --host 0.0.0.0 --port 0 --max-upload 9 --open": (
+        "serving.serve",
+        (Path("w"),),
+        {
+            "recipe": "r.yaml",
+            "allow": [Path("a"), Path("b")],
+            "host": "0.0.0.0",
+            "port": 0,
+            "max_upload": 9,
+            "browser": True,
+        },
+    ),
     "merge m a o": ("adapters.merge", ("m", Path("a"), Path("o")), {}),
     "import a o --alpha 2": ("adapters.import_adapter", (Path("a"), Path("o")), {"base": None, "alpha": 2.0}),
     "export a o --for vllm --rank 2": (

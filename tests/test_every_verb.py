@@ -100,7 +100,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
 
 
 def test_every_verb_takes_names_and_data_that_a_terminal_would_obey(ran: Ran) -> None:
-    assert {what.partition(" ")[0].rstrip(",") for what in ran.done} == set(VERBS)
+    # The page listens until it is stopped, and is driven in tests/test_studio_browser.py.
+    assert {what.partition(" ")[0].rstrip(",") for what in ran.done} == set(VERBS) - {"studio"}
     assert {what: text for what, (code, text) in ran.done.items() if code != 0} == {}
 
 
@@ -375,7 +376,7 @@ def test_every_verb_of_the_command_and_of_the_python_api_reports_nothing() -> No
         name for name in moslora.__all__ if getattr(moslora, name).__module__.startswith("moslora.api.")
     ]
     verbs = [name for name in functions if not isinstance(getattr(moslora, name), type)]
-    assert len(verbs) >= 15 and {name.removesuffix("_adapter") for name in verbs} == set(DOING)
+    assert len(verbs) >= 15 and {name.removesuffix("_adapter") for name in verbs} == set(DOING) - {"studio"}
     for name in verbs:
         cells = [cell.cell_contents for cell in getattr(moslora, name).__closure__ or ()]
         assert any(getattr(cell, "func", None) is verb.__wrapped__ for cell in cells), name

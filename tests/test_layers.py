@@ -58,6 +58,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "memory": (5, YAML | {"rich"}),
     "reports": (5, YAML | {"rich"}),
     "api": (6, YAML),
+    "studio": (6, YAML | {"gradio"}),
     "__init__": (6, set()),  # nothing below imports the root
     "cli": (6, YAML | {"rich", "typer"}),
     "__main__": (6, set()),
@@ -81,7 +82,14 @@ ALSO = {
     "training.reload_proof.stock_peft": {"torch", "safetensors", "peft", "transformers"},
     "training.reload_proof.stock_diffusers": {"torch", "safetensors", "peft", "diffusers"},
 }
-ONLY_IN = {"triton": {"core.kernels.programs", "core.kernels.launching"}}
+ONLY_IN = {
+    "triton": {"core.kernels.programs", "core.kernels.launching"},
+    "gradio": {
+        *(f"studio.views.{name}" for name in ("runs", "train", "compare", "adapters", "chat")),
+        "studio.page",
+        "studio.serving",
+    },
+}
 # An adapter at rest needs neither PEFT nor transformers nor diffusers, but where a proof asks another project's loader,
 # or a base is read by its own class. File → the functions that may import them, and what for.
 AT_REST = {

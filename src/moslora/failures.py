@@ -81,6 +81,7 @@ DOING = {
     "inspect": "inspecting an adapter",
     "doctor": "looking an adapter over",
     "push": "uploading an adapter",
+    "studio": "serving the page",
 }
 START = "While "  # how a frame begins
 

@@ -13,8 +13,9 @@ from moslora.failures import verb
 
 if TYPE_CHECKING:
     from moslora.conversation.chat import Chat
+    from moslora.conversation.pictures import Gallery, Viewing
 
-__all__ = ["chat", "converse", "open_transcript"]
+__all__ = ["chat", "converse", "kind_of_run", "open_gallery", "open_transcript", "open_viewing"]
 
 PathLike = str | os.PathLike[str]
 
@@ -100,3 +101,42 @@ def converse(
     from moslora.conversation.transcript import Transcript
 
     talk(made, display, stream, transcript if isinstance(transcript, Transcript) else None)
+
+
+def kind_of_run(run: PathLike) -> str:
+    """Return the kind of a run's task, as ``conversation.pictures.kind_of_run``."""
+    from moslora.conversation.pictures import kind_of_run as kind_of
+
+    return kind_of(Path(run))
+
+
+@verb("chat")
+def open_gallery(runs: Sequence[PathLike], progress: str | Display | None = None) -> Gallery:
+    """Load a pipeline with the adapters of runs, to draw one prompt and seed with each.
+
+    Args:
+        runs: Directories of ``task: image`` with one base.
+        progress: None for silence, ``"terminal"`` or ``"notebook"``.
+
+    Returns:
+        The gallery: ``draw(prompt, seed)`` yields each model's name and picture.
+    """
+    from moslora.conversation.pictures import open_gallery as load
+
+    return load([Path(run) for run in runs], find_display(progress).say)
+
+
+@verb("chat")
+def open_viewing(runs: Sequence[PathLike], progress: str | Display | None = None) -> Viewing:
+    """Load a vision-language model with the adapters of runs, each proven active, to ask about pictures.
+
+    Args:
+        runs: Directories of ``task: vision`` with one base.
+        progress: None for silence, ``"terminal"`` or ``"notebook"``.
+
+    Returns:
+        The viewing: ``ask(text, picture)`` yields each model's name and answer.
+    """
+    from moslora.conversation.pictures import open_viewing as load
+
+    return load([Path(run) for run in runs], find_display(progress).say)

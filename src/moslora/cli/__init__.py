@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from moslora.cli.adapters import combine, doctor, export, import_, inspect_, merge, push
 from moslora.cli.chatting import chat
 from moslora.cli.judging import compare, evaluate, report
+from moslora.cli.studio import studio
 from moslora.cli.training import advise, mix, plan, train
 from moslora.wording import printable
 
@@ -92,6 +93,7 @@ VERBS: dict[str, Callable[..., None]] = {  # in the order of --help
     "inspect": inspect_,
     "doctor": doctor,
     "push": push,
+    "studio": studio,
 }
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
