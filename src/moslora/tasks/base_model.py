@@ -90,11 +90,12 @@ class BaseModel:
         settings = self.settings
         return quantization_options(settings.quantization, settings.dtype, device, self.unquantized)
 
-    def load(self, device: str) -> nn.Module:
+    def load(self, device: str, placement: str = "device") -> nn.Module:
         """Load the model in the recipe's dtype.
 
         Args:
             device: Where its weights go.
+            placement: As of ``load_model``.
         """
         settings = self.settings
         if self.handed_over is not None:
@@ -107,6 +108,7 @@ class BaseModel:
             device,
             self.auto_class,
             self.quantization(device),
+            placement,
         )
         return model
 

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moslora.adapters.lineage import describe_lineage
 from moslora.advice.advise import advise_on, short_form
 from moslora.advice.situation import situation_of_task
-from moslora.distributed import Team, in_main_process, refuse_sharding
+from moslora.distributed import Team, in_main_process
 from moslora.errors import ModelError, Stopped, UsageError
 from moslora.failures import add_frame, raise_if_full
 from moslora.files import write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
+from moslora.recipe.parallel import SPLITS_WEIGHTS, settle_parallel
 from moslora.recipe.schema import Recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.run import write_report
@@ -37,6 +38,7 @@ from moslora.training.artifacts import write_predictions
 from moslora.training.cards import write_cards
 from moslora.training.context import RunContext, only_of_first
 from moslora.training.fallbacks import fallbacks_shown
+from moslora.training.at_start import AtStart
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
 from moslora.training.heartbeat import heartbeat
@@ -80,7 +82,7 @@ def check(
     display = only_of_first(display)
     recipe, mix = _with_mix(recipe if isinstance(recipe, Recipe) else load_recipe(list(recipe)))
     start = open_start(recipe)
-    refuse_sharding(recipe.trainer)
+    recipe = settle_parallel(recipe, will_train=False)
     handed_over = handed_over or HandedOver()
     handed_over.check(recipe.task.kind, 1)
     if handed_over.needs_files:
@@ -154,8 +156,8 @@ def train_recipe(
     display = only_of_first(display)
     recipe, mix = _with_mix(recipe)
     start = open_start(recipe)
-    refuse_sharding(recipe.trainer)
-    team = Team.join(recipe.trainer)
+    recipe = settle_parallel(recipe)
+    team = Team.join(recipe.trainer, recipe.parallel.kind in SPLITS_WEIGHTS)
     kind, own = recipe.task.kind, None
     handed_over.check(kind, team.size)
     with StopRequest(display, team) as stop, contextlib.ExitStack() as until_usable:
@@ -245,8 +247,8 @@ def resume(
     changes = lengthened(directory.read()) if longer is None else longer.settings
     recipe, mix = _with_mix(load_recipe([str(directory.recipe), *changes]))
     start = open_start(recipe)
-    refuse_sharding(recipe.trainer)
-    team = Team.join(recipe.trainer)
+    recipe = settle_parallel(recipe)
+    team = Team.join(recipe.trainer, recipe.parallel.kind in SPLITS_WEIGHTS)
     with StopRequest(display, team) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         handed_over.put_into(task)
@@ -340,7 +342,7 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
             with heartbeat(run.directory.record), fallbacks_shown(run.display):
                 _stages(run, task)
         else:
-            _follow(run, task)
+            _stages(run, task)
     except (Stopped, KeyboardInterrupt) as stopped:
         _end_interrupted(
             run, stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT, stopped
@@ -395,18 +397,47 @@ def _write_report(directory: RunDirectory, display: Display, **fields: Any) -> N
         )
 
 
-def _follow(run: RunContext, task: Task) -> None:
-    """Take part in the training of a run that the first process keeps."""
-    run.team.wait()  # the first loads alone: what it makes once, as pictures of a class, is then there for all
-    model = task.load()
-    run.team.wait()
-    fit(run, task, model)
-    run.team.shut_down()
-
-
 def _stages(run: RunContext, task: Task) -> None:
-    directory, display = run.directory, run.display
-    directory.update(
+    """Go through all stages, in every process of the team until it parts, then in the first alone."""
+    team, together = run.team, task.measures_together
+    if together:
+        task.team = team
+    run.stop.in_step = together
+    if team.is_main_process:
+        _describe(run, task)
+    model = _load(run, task)
+    start = AtStart(run, task, model)
+    if not run.is_split:
+        start.measure_base(model)
+        team.wait()
+    trainer = fit(run, task, model, start)
+    # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
+    adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if not together:
+        team.shut_down()
+        if not team.is_main_process:
+            return
+    with run.stage("save", "saving and folding the adapter"):
+        save_adapter(run, task, adapted, trainer.state.global_step)
+    after = measure(run, task, adapted, "after", "tuned model")
+    measure_costs(run, task, adapted, start.remembered)
+    with run.stage("prove", "proving the exported LoRA"):
+        observed = proving.observe(run, task, adapted)
+        # The fresh process loads the base again: nothing of the first may be in its way.
+        proving.release(task, trainer)
+        before = start.release()
+        del model, trainer, adapted
+        proving.collect_garbage()
+        run.stop.in_step = False
+        if together:
+            team.shut_down()
+        if team.is_main_process:
+            _finish(run, task, before, after, observed)
+
+
+def _describe(run: RunContext, task: Task) -> None:
+    """Note what the run is made from, and on what."""
+    run.directory.update(
         processes=run.team.size,
         versions=collect_versions(),
         hardware=collect_hardware(),
@@ -421,35 +452,33 @@ def _stages(run: RunContext, task: Task) -> None:
             **({"variant": task.variant} if task.variant else {}),
         },
     )
+
+
+def _load(run: RunContext, task: Task) -> Any:
+    """Load the base; the first process alone at first, and whatever it makes once, as pictures of a class, is there for
+    all. Where each takes a part of every weight as it comes, all load at once."""
+    in_turn = not run.is_split
     with run.stage("load", "loading the base model"):
+        if in_turn and not run.team.is_main_process:
+            run.team.wait()
         model = task.load()
+        if in_turn and run.team.is_main_process:
+            run.team.wait()
     run.team.wait()
-    before = measure(run, task, model, "before", "base model")
-    remembered = task.remember_base(model)
-    run.team.wait()
-    trainer = fit(run, task, model)
-    # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
-    adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    run.team.shut_down()
-    with run.stage("save", "saving and folding the adapter"):
-        save_adapter(run, task, adapted, trainer.state.global_step)
-    after = measure(run, task, adapted, "after", "tuned model")
+    return model
+
+
+def _finish(run: RunContext, task: Task, before: Any, after: Any, observed: proving.Observed) -> None:
+    """Prove, and tell of the run; its model is gone, and the other processes are, too."""
     record_change(run, before, after)
-    measure_costs(run, task, adapted, remembered)
     notes = task.notes(before, after)
-    directory.update(remarks=[*task.remarks, *notes])
+    run.directory.update(remarks=[*task.remarks, *notes])
     write_predictions(run, before.answers, after.answers)
-    with run.stage("prove", "proving the exported LoRA"):
-        observed = proving.observe(run, task, adapted)
-        # The fresh process loads the base again: nothing of the first may be in its way.
-        proving.release(task, trainer)
-        del model, trainer, adapted, remembered
-        proving.collect_garbage()
-        prove_reloaded(run, observed)
-        write_cards(directory, display)
-    show_result(run, task, before, after, display)
+    prove_reloaded(run, observed)
+    write_cards(run.directory, run.display)
+    show_result(run, task, before, after, run.display)
     for note in notes:
-        display.warn(note)
+        run.display.warn(note)
 
 
 def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
