@@ -1,6 +1,6 @@
 """Several processes that train one adapter together, as torchrun and accelerate launch start them.
 
-Each has its own rows of every batch, and gradients are averaged; the model is whole in each of them (DDP), or each holds
+Each has its own rows of every batch, and gradients are averaged. The model is whole in each of them (DDP), or each has
 a part of it (``recipe/parallel.py``). What is measured is shared out, too. The first process keeps, proves and reports.
 """
 
@@ -17,7 +17,14 @@ from moslora.compat.accelerate import leave_launcher
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Team", "environment_alone", "in_main_process", "is_split", "launched", "no_gradients"]
+__all__ = [
+    "Team",
+    "environment_alone",
+    "in_main_process",
+    "is_split",
+    "launched",
+    "no_gradients",
+]
 
 # What the first process does alone, as measuring a large model, may take days; whoever launched ends those left behind.
 PATIENCE = timedelta(days=30)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.compat.deepspeed import unsplit
 from moslora.compat.gguf_loading import no_gguf_bar
 from moslora.distributed import launched
 from moslora.errors import ModelError
@@ -233,7 +234,7 @@ def build_skeleton(
         setattr(config, name, value)
 
     def build(_: str, **options: Any) -> Any:
-        with torch.device("meta"):
+        with torch.device("meta"), unsplit():
             return getattr(transformers, auto_class).from_config(config, **options)
 
     return call_loader(source, build, options)

@@ -1,4 +1,4 @@
-"""How several processes share a model: the recipe's ``parallel`` section, or accelerate's configuration where it says so.
+"""How several processes share a model: by the recipe's section ``parallel``, or by accelerate's configuration.
 
     kind     weights       gradients     optimizer's state    engine
     ddp      whole         whole         whole                torch
@@ -60,7 +60,8 @@ def settle_parallel(recipe: Recipe, will_train: bool = True) -> Recipe:
             f"{decided[0]} is decided by the section parallel: set parallel.kind to fsdp, zero1, zero2 or zero3 "
             "instead, and leave it out."
         )
-    kind, asked = recipe.parallel.kind, _of_accelerate()
+    asked = _of_accelerate()
+    kind: str = recipe.parallel.kind
     if kind == "auto":
         kind = asked or ("ddp" if launched() > 1 else "auto")
     elif asked is not None and asked != kind:

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.compat.deepspeed import meet_for_deepspeed
 from moslora.data.columns import idle_entry
 from moslora.data.splitting import set_aside, thin_out
 from moslora.errors import ModelError, UsageError
@@ -194,6 +195,7 @@ class LanguageTask(Task):
         """Load the base model in the recipe's dtype."""
         kind = self.recipe.parallel.kind
         if kind == "zero3":  # transformers splits weights as they come, while such a configuration exists
+            meet_for_deepspeed()
             self.arguments = build_trainer_config(self.recipe, self.device, self.recipe.output.dir)
         return self.base_model.load(self.device, "memory" if kind in SPLITS_WEIGHTS else "device")
 
@@ -329,9 +331,8 @@ class LanguageTask(Task):
                     progress.advance(count)
                     self.raise_if_stopped()
 
-                found[also.name] = measure_set(
-                    also, model, self.pad_id, self.device, changed, tuned, done, self.team
-                )
+                where = (self.pad_id, self.device)
+                found[also.name] = measure_set(also, model, *where, changed, tuned, done, self.team)
         return found
 
     # ---- measurements --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from moslora.display import Display
-from moslora.errors import Stopped
+from moslora.distributed import is_split
+from moslora.errors import Stopped, TrainingError
 from moslora.tasks.task import Task
 from moslora.training.artifacts import save_shown
 from moslora.training.at_start import AtStart
@@ -116,7 +117,16 @@ class Split(TrainerCallback):  # type: ignore[misc]
         self.is_resumed = is_resumed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Measure the base, and an adapter that training starts from."""
+        """Measure the base, and an adapter that training starts from.
+
+        Raises:
+            TrainingError: If the trainer has left the model whole, as accelerate does in silence where it knows no
+                device to split on.
+        """
+        if not is_split(model):
+            raise TrainingError(
+                "The trainer did not split the model between the processes; nothing was trained."
+            )
         self.start.measure_base(model)
         self.start.measure_start(model, self.is_resumed)
         if 0 < state.max_steps <= state.global_step:

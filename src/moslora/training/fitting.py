@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from moslora.errors import Stopped
+from moslora.errors import Stopped, UsageError
 from moslora.tasks.task import Task
 from moslora.training.at_start import AtStart
 from moslora.training.bars import closing_bars
-from moslora.training.checkpoints import Checkpoint
+from moslora.training.checkpoints import Checkpoint, engine_of, processes_of
 from moslora.training.context import RunContext
 from moslora.training.metrics_log import MetricsLog
 from moslora.training.rehearsal import rehearse
@@ -44,6 +44,7 @@ def fit(run: RunContext, task: Task, model: nn.Module, start: AtStart) -> Any:
         directory.remove_incomplete_checkpoints(checkpoint.step if checkpoint else 0)
         _keep_newest(run)
     checkpoint = team.broadcast(checkpoint)
+    _refuse_other_engine(run, checkpoint)
     _warn_of_world_size(run, checkpoint)
     with contextlib.ExitStack() as open_files:
         log = None
@@ -114,6 +115,26 @@ def _keep_newest(run: RunContext) -> None:
     settings = run.recipe.trainer
     if settings.get("save_total_limit") and not settings.get("load_best_model_at_end"):
         run.directory.keep_newest_checkpoints(settings["save_total_limit"])
+
+
+def _refuse_other_engine(run: RunContext, checkpoint: Checkpoint | None) -> None:
+    """Refuse to go on from an optimizer's state that this way of sharing the model cannot read."""
+    if checkpoint is None:
+        return
+    kind, path = run.recipe.parallel.kind, checkpoint.path
+    wrote, reads = engine_of(path), {"fsdp": "fsdp"}.get(kind, "zero" if kind.startswith("zero") else "plain")
+    if wrote != reads:
+        names = {"plain": "one process or ddp", "fsdp": "fsdp", "zero": "DeepSpeed's ZeRO"}
+        raise UsageError(
+            f"{path} was written under {names[wrote]}, and parallel.kind={kind} cannot read its optimizer's state. Go "
+            f"on as it was begun, or train its adapter in a new run: adapter.start_from={path}"
+        )
+    processes = processes_of(path)
+    if wrote == "zero" and processes != run.team.size:
+        raise UsageError(
+            f"{path} was written by {processes} processes, and DeepSpeed cannot divide its optimizer's state between "
+            f"{run.team.size}. Start {processes} again, or train its adapter in a new run: adapter.start_from={path}"
+        )
 
 
 def _warn_of_world_size(run: RunContext, checkpoint: Checkpoint | None) -> None:

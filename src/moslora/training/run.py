@@ -35,10 +35,10 @@ from moslora.tasks import find_task
 from moslora.tasks.task import Count, Task
 from moslora.training import proving
 from moslora.training.artifacts import write_predictions
+from moslora.training.at_start import AtStart
 from moslora.training.cards import write_cards
 from moslora.training.context import RunContext, only_of_first
 from moslora.training.fallbacks import fallbacks_shown
-from moslora.training.at_start import AtStart
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
 from moslora.training.heartbeat import heartbeat
@@ -455,8 +455,10 @@ def _describe(run: RunContext, task: Task) -> None:
 
 
 def _load(run: RunContext, task: Task) -> Any:
-    """Load the base; the first process alone at first, and whatever it makes once, as pictures of a class, is there for
-    all. Where each takes a part of every weight as it comes, all load at once."""
+    """Load the base, the first process before the others: what it makes once, as pictures of a class, is there for all.
+
+    Where each process takes a part of every weight as it comes, all load at once.
+    """
     in_turn = not run.is_split
     with run.stage("load", "loading the base model"):
         if in_turn and not run.team.is_main_process:

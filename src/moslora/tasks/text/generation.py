@@ -48,7 +48,6 @@ def generate(
     Returns:
         The answers' texts without special tokens; outer white space is not removed.
     """
-    import torch
     from transformers import GenerationConfig
 
     model.eval()

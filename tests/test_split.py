@@ -1,0 +1,216 @@
+"""Processes that split the model, or what its training needs, between them train as one does, and leave one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moslora.training.run
+import tiny
+from moslora.display import Display
+from moslora.distributed import Team
+from moslora.errors import RecipeError, UsageError
+from moslora.recipe.loading import load_recipe
+from moslora.recipe.parallel import parallel_arguments, settle_parallel
+from moslora.training.checkpoints import checkpoint_faults, engine_of, processes_of
+from moslora.training.measuring import read_evaluation
+from moslora.training.run import train
+from moslora.training.run_directory import RunDirectory
+from tolerances import MODEL, relative_error
+
+WORKER = Path(__file__).with_name("team_worker.py")
+NEVER = ("9", "9")  # a rank and a step that there are not
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def launch(*what: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    return subprocess.run(
+        [*command, str(WORKER), *what],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.save_chat_model(folder / "base")
+    tiny.save_chat_data(folder / "train.jsonl", 24)
+    tiny.save_chat_data(folder / "heldout.jsonl", 5)
+    return folder
+
+
+def settings(world: Path, out: Path, **changes: object) -> list[str]:
+    given: dict[str, object] = {
+        "model": world / "base",
+        "data": world / "train.jsonl",
+        "data.heldout": world / "heldout.jsonl",
+        "task.generate_examples": 3,
+        "task.max_new_tokens": 4,
+        "evaluation.also": "[]",
+        "adapter.r": 4,
+        "trainer.max_steps": 4,
+        "trainer.per_device_train_batch_size": 2,
+        "trainer.learning_rate": 0.1,
+        "trainer.adam_epsilon": 0.1,  # a usual one would make large differences of the smallest gradients
+        "output": out / "run",
+    }
+    return [f"{key}={value}" for key, value in {**given, **changes}.items()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, which takes twice as many batches to a step."""
+    out = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moslora.training.run, "prove_reloaded", lambda *_: None)
+        patch.setattr(moslora.training.run, "show_result", lambda *_: None)
+        changes = {"trainer.gradient_accumulation_steps": 2}
+        return train(settings(world, out, **changes), Display(quiet=True)).path
+
+
+@pytest.fixture(scope="module")
+def split(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of two processes from beginning to end, by its kind."""
+    made: dict[str, Path] = {}
+
+    def run(kind: str) -> Path:
+        if kind.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        if kind not in made:
+            out = tmp_path_factory.mktemp(kind)
+            done = launch(*NEVER, *settings(world, out, **{"parallel.kind": kind}))
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("Proven: fold") == 1
+            made[kind] = out / "run"
+        return made[kind]
+
+    return run
+
+
+KINDS = [
+    "fsdp",
+    *(pytest.param(kind, marks=pytest.mark.trial) for kind in ("ddp", "zero1", "zero2", "zero3")),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_two_processes_measure_and_train_is_what_one_does(
+    kind: str, split: Callable[[str], Path], alone: Path
+) -> None:
+    together = split(kind)
+    one, two = RunDirectory.open(alone), RunDirectory.open(together)
+    record = two.read()
+    assert record["status"] == "completed" and record["processes"] == 2
+    assert record["proofs"]["fold"]["passed"] and record["proofs"]["reload"]["passed"]
+    assert record["total_parameters"] == one.read()["total_parameters"]
+    assert record["trainable_parameters"] == one.read()["trainable_parameters"]
+    assert losses(together) == pytest.approx(losses(alone), rel=MODEL)
+    expected, found = weights(alone), weights(together)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert relative_error(found[name], tensor) < MODEL, name
+    for stage in ("before", "after"):
+        theirs, ours = read_evaluation(one, stage), read_evaluation(two, stage)
+        assert theirs is not None and ours is not None
+        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=MODEL)
+        assert [answer.text for answer in ours.answers] == [answer.text for answer in theirs.answers]
+    assert abs(record["metrics"]["after"]["loss"] - record["metrics"]["before"]["loss"]) > 100 * MODEL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_no_weight_of_the_base(kind: str, split: Callable[[str], Path]) -> None:
+    checkpoint = RunDirectory.open(split(kind)).latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 4
+    assert processes_of(checkpoint.path) == 2
+    for file in checkpoint.path.rglob("*"):
+        if file.suffix in (".pt", ".bin") and file.name != "training_args.bin":
+            assert zipfile.is_zipfile(file)
+            held = torch.load(file, weights_only=False)
+            assert not [name for name in names_in(held) if "embed_tokens" in name or "base_layer" in name], (
+                file
+            )
+
+
+def names_in(value: Any) -> list[str]:
+    """Names of all tensors in nested dictionaries."""
+    if not isinstance(value, dict):
+        return []
+    own = [str(name) for name, one in value.items() if isinstance(one, torch.Tensor)]
+    return own + [name for one in value.values() for name in names_in(one)]
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    kind: str, split: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    whole = split(kind)
+    done = launch("1", "2", *settings(world, tmp_path, **{"parallel.kind": kind}))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"stopped by {int(signal.SIGTERM)}") == 2
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.read()["status"] == "interrupted"
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 2
+    done = launch(*NEVER, "--resume", str(run.path), *(["zero"] if kind != "fsdp" else []))
+    assert done.returncode == 0, done.stderr
+    assert run.read()["status"] == "completed"
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(run.path)[name], tensor), name
+    if kind == "fsdp":  # another number of processes goes on, too, and says so
+        for place in ("adapter", "checkpoints/checkpoint-4"):
+            (run.path / place).rename(tmp_path / place.replace("/", "-"))
+        run.update(status="interrupted")
+        done = launch(*NEVER, "--resume", str(run.path), processes=3)
+        assert done.returncode == 0, done.stderr
+        assert "another number of processes" in done.stdout
+        assert run.read()["status"] == "completed" and run.read()["processes"] == 3
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_killed_process_ends_the_others_and_the_run_can_go_on(
+    kind: str, split: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    changes = {"parallel.kind": kind, "trainer.save_steps": 2}
+    done = launch("1", "3", *settings(world, tmp_path, **changes), TEAM_SIGNAL=str(int(signal.SIGKILL)))
+    assert done.returncode != 0 and "moslora train --resume" in done.stdout + done.stderr
+    run = RunDirectory.open(tmp_path / "run")
+    done = launch(*NEVER, "--resume", str(run.path))
+    assert done.returncode == 0, done.stderr
+    assert run.read()["status"] == "completed"
+    for name, tensor in weights(split(kind)).items():
+        assert torch.equal(weights(run.path)[name], tensor), name
