@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from moslora.distributed import Team
 from moslora.errors import RecipeError, UsageError
 from moslora.recipe.loading import load_recipe
 from moslora.recipe.parallel import parallel_arguments, settle_parallel
-from moslora.training.checkpoints import checkpoint_faults, engine_of, processes_of
+from moslora.training.checkpoints import Checkpoint, checkpoint_faults, engine_of, processes_of
 from moslora.training.measuring import read_evaluation
 from moslora.training.run import train
 from moslora.training.run_directory import RunDirectory
@@ -214,3 +216,144 @@ def test_a_killed_process_ends_the_others_and_the_run_can_go_on(
     assert run.read()["status"] == "completed"
     for name, tensor in weights(split(kind)).items():
         assert torch.equal(weights(run.path)[name], tensor), name
+
+
+# ---- what is refused, before anything is loaded ----------------------------------------------------------------
+
+
+MINIMUM = ("model=a/b", "data=c/d")
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, *given: str, processes: int = 2, **environment: str) -> Any:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(processes), **environment}.items():
+        monkeypatch.setenv(name, value)
+    return settle_parallel(load_recipe([*MINIMUM, *given])).parallel.kind
+
+
+def test_the_recipe_or_accelerate_says_how_a_model_is_shared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert settled(monkeypatch) == "ddp"
+    assert settled(monkeypatch, processes=1) == "auto"
+    assert settled(monkeypatch, "parallel.kind=fsdp") == "fsdp"
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert settled(monkeypatch, **fsdp) == settled(monkeypatch, "parallel.kind=fsdp", **fsdp) == "fsdp"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    assert settled(monkeypatch, **zero, ACCELERATE_DEEPSPEED_ZERO_STAGE="3") == "zero3"
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 1}}')
+    assert settled(monkeypatch, **zero, ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file)) == "zero1"
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "said"),
+    [
+        (["trainer.fsdp=full_shard"], {}, "trainer.fsdp is decided by the section parallel: set parallel.kind"),
+        ([], {"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
+        ([], {"PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
+        ([], {"PARALLELISM_CONFIG_SP_SIZE": "2"}, "sequence parallelism"),
+        ([], {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ([], {"ACCELERATE_USE_FSDP": "true"}, "FSDP's first version"),
+        (
+            [],
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
+            "the whole model would be gathered at once",
+        ),
+        ([], {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ZeRO of stage 0"),
+        (
+            [],
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "missing.json"},
+            "missing.json cannot be read",
+        ),
+        (
+            ["parallel.kind=ddp"],
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            "parallel.kind is ddp, and accelerate's configuration asks for fsdp",
+        ),
+        (
+            ["parallel.kind=fsdp", "task=preference", "task.metric=none"],
+            {},
+            "task.kind=preference cannot be set",
+        ),
+        (["parallel.kind=fsdp", "adapter.bias=all"], {}, "adapter.bias cannot be set"),
+        (["parallel.kind=fsdp", "trainer.torch_compile=true"], {}, "trainer.torch_compile cannot be set"),
+        (["parallel.kind=zero3", "model.quantization=nf4"], {}, "DeepSpeed does not split 4-bit weights"),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused_by_its_name(
+    given: list[str], environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((UsageError, RecipeError), match=said):
+        settled(monkeypatch, *given, **environment)
+
+
+def test_one_process_alone_splits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"this one is alone.*torchrun --nproc-per-node"):
+        settled(monkeypatch, "parallel.kind=fsdp", processes=1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install deepspeed"):
+        settled(monkeypatch, "parallel.kind=zero2")
+
+
+def test_a_recipe_says_nothing_of_processes_where_it_was_given_nothing() -> None:
+    assert "parallel" not in load_recipe(MINIMUM).sections()
+    assert load_recipe([*MINIMUM, "parallel.kind=fsdp"]).sections()["parallel"] == {"kind": "fsdp"}
+    assert parallel_arguments(load_recipe(MINIMUM)) == {}
+
+
+def checkpoint_of(folder: Path, engine: str, processes: int = 2) -> Path:
+    """Files as an engine leaves them, with nothing in them."""
+    folder.mkdir(parents=True)
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    names = ["scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(processes))]
+    if engine == "fsdp":
+        names += ["optimizer.bin", "pytorch_model_fsdp.bin"]
+    elif engine == "zero":
+        (folder / "latest").write_text("global_step2")
+        (folder / "global_step2").mkdir()
+        names += [f"global_step2/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(processes)]
+    else:
+        names.append("optimizer.pt")
+    for name in names:
+        torch.save({}, folder / name)
+    (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp", "zero"])
+def test_a_checkpoint_is_whole_only_with_all_files_of_its_engine(engine: str, tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "checkpoint-2", engine)
+    assert engine_of(folder) == engine and processes_of(folder) == 2
+    assert not list(checkpoint_faults(folder, 2))
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        file.unlink()
+        if not file.name.startswith("rng_state"):  # of which another number of processes leaves another
+            assert list(checkpoint_faults(folder, 2)), file
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "said"),
+    [
+        ("plain", "fsdp", "was written under one process or ddp, and parallel.kind=fsdp cannot read"),
+        ("fsdp", "ddp", "was written under fsdp"),
+        ("zero", "auto", "was written under DeepSpeed's ZeRO"),
+        ("zero", "zero2", "was written by 3 processes"),
+        ("fsdp", "fsdp", None),
+    ],
+)
+def test_another_engines_checkpoint_is_refused_and_not_half_read(
+    engine: str, kind: str, said: str | None, tmp_path: Path
+) -> None:
+    from moslora.training.fitting import _refuse_other_engine
+
+    folder = checkpoint_of(tmp_path / "checkpoint-2", engine, processes=3)
+    recipe = load_recipe([*MINIMUM, f"parallel.kind={kind}"])
+    run = SimpleNamespace(recipe=recipe, team=Team(0, 2))
+    context = contextlib.nullcontext() if said is None else pytest.raises(UsageError, match=said)
+    with context:
+        _refuse_other_engine(run, Checkpoint(folder, 2))  # type: ignore[arg-type]
