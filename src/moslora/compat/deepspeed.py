@@ -15,7 +15,7 @@ __all__ = ["meet_for_deepspeed", "unsplit"]
 def meet_for_deepspeed() -> None:
     """Let DeepSpeed find the processes that have met already.
 
-    - Public: ``deepspeed.init_distributed``.
+    - Public: ``deepspeed.init_distributed``, seen in DeepSpeed 0.19.
     - Without it: a model that is loaded for ZeRO-3 is split as if this process were alone, and refused for its batch.
     - Can go: when transformers calls it on a CPU, as it does on a GPU.
     """

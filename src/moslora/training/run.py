@@ -10,7 +10,6 @@ Where several processes were launched they train together; the first does everyt
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import shutil
 import signal
@@ -18,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moslora.adapters.lineage import describe_lineage
 from moslora.advice.advise import advise_on, short_form
 from moslora.advice.situation import situation_of_task
 from moslora.distributed import Team, in_main_process
@@ -42,14 +40,14 @@ from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
 from moslora.training.heartbeat import heartbeat
+from moslora.training.inputs import check_mix, check_same_inputs, check_start, hashes_of, with_mix
 from moslora.training.longer import apply_longer, lengthened, plan_longer, refuse_other_settings
 from moslora.training.measuring import measure, measure_costs, record_change
-from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
 from moslora.training.proving import prove_reloaded
 from moslora.training.run_directory import FollowedRun, RunDirectory, now
 from moslora.training.saving import save_adapter
-from moslora.training.start_from import StartingAdapter, open_start
+from moslora.training.start_from import open_start
 from moslora.training.stop import StopRequest
 from moslora.training.summary import show_counts, show_proofs, show_result, show_settings
 from moslora.training.trainer_parts import try_trainer_parts
@@ -80,7 +78,7 @@ def check(
         ValueError: If recipe, data or model cannot be used.
     """
     display = only_of_first(display)
-    recipe, mix = _with_mix(recipe if isinstance(recipe, Recipe) else load_recipe(list(recipe)))
+    recipe, mix = with_mix(recipe if isinstance(recipe, Recipe) else load_recipe(list(recipe)))
     start = open_start(recipe)
     recipe = settle_parallel(recipe, will_train=False)
     handed_over = handed_over or HandedOver()
@@ -111,8 +109,8 @@ def check(
         raise UsageError("\n".join(map(str, problems)))
     if problems:
         raise problems[0]
-    _check_mix(mix, task, display)
-    _check_start(start, task, display)
+    check_mix(mix, task, display)
+    check_start(start, task, display)
     if mix is None:
         named = frozenset(
             (*(f"adapter.{k}" for k in recipe.adapter), *(f"trainer.{k}" for k in recipe.trainer))
@@ -154,7 +152,7 @@ def train_recipe(
     """
     handed_over = handed_over or HandedOver()
     display = only_of_first(display)
-    recipe, mix = _with_mix(recipe)
+    recipe, mix = with_mix(recipe)
     start = open_start(recipe)
     recipe = settle_parallel(recipe)
     team = Team.join(recipe.trainer, recipe.parallel.kind in SPLITS_WEIGHTS)
@@ -172,8 +170,8 @@ def train_recipe(
         task.check_adapter()
         task.read()
         task.prepare()
-        _check_mix(mix, task, display)
-        _check_start(start, task, display)
+        check_mix(mix, task, display)
+        check_start(start, task, display)
         try_trainer_parts(recipe, default_device())
         resolved = resolve_trainer_arguments(recipe, default_device())
         recipe = recipe.model_copy(update={"trainer": resolved})
@@ -245,7 +243,7 @@ def resume(
         )
     display = only_of_first(display)
     changes = lengthened(directory.read()) if longer is None else longer.settings
-    recipe, mix = _with_mix(load_recipe([str(directory.recipe), *changes]))
+    recipe, mix = with_mix(load_recipe([str(directory.recipe), *changes]))
     start = open_start(recipe)
     recipe = settle_parallel(recipe)
     team = Team.join(recipe.trainer, recipe.parallel.kind in SPLITS_WEIGHTS)
@@ -255,9 +253,9 @@ def resume(
         # Refusals come before the claim, so that they leave the run's status as it was.
         task.read()
         task.prepare()
-        _check_mix(mix, task, display)
-        _check_start(start, task, display)
-        _check_same_inputs(directory, _hashes(task, mix, start))
+        check_mix(mix, task, display)
+        check_start(start, task, display)
+        check_same_inputs(directory, hashes_of(task, mix, start))
         team.wait()  # until all have looked at the record, before it changes
         if team.is_main_process:
             if longer is not None:
@@ -284,55 +282,6 @@ def _prove_later(directory: RunDirectory, display: Display) -> RunDirectory:
             _write_report(directory, display)
     show_proofs(directory.read()["proofs"], display)
     return directory
-
-
-def _with_mix(recipe: Recipe) -> tuple[Recipe, Mix | None]:
-    """Open the adapters that a recipe mixes, and let them decide modules and ranks."""
-    if recipe.mix is None:
-        return recipe, None
-    mix = open_mix(recipe.mix.adapters, recipe.mix.weights, recipe.model.name)
-    return mix.adjust(recipe), mix
-
-
-def _check_mix(mix: Mix | None, task: Task, display: Display) -> None:
-    """Refuse adapters of another base, and say what is mixed."""
-    if mix is None:
-        return
-    base = task.base
-    warning = mix.check_base(task.recipe.model.name, str(base.path), task.hashes()["base"])
-    if warning:
-        display.warn(warning)
-    for path, weight in zip(mix.sources, mix.weights, strict=True):
-        display.say(f"Mixing {path}, weight {weight:g}: its A and B stay as they are.")
-    display.say(
-        "Modules and ranks are the adapters'; of the recipe's adapter section lora_dropout alone counts."
-    )
-
-
-def _check_start(start: StartingAdapter | None, task: Task, display: Display) -> None:
-    """Refuse a start that was trained on another base, and say what training starts from."""
-    if start is None:
-        return
-    base = task.base
-    warning = start.check_base(task.recipe.model.name, str(base.path), task.hashes()["base"])
-    if warning:
-        display.warn(warning)
-    display.say(f"Starting from {start.path}: structure, mixers and values are its own.")
-    for line in describe_lineage(start.lineage or {}):
-        display.say(f"  {line}")
-
-
-def _hashes(task: Task, mix: Mix | None, start: StartingAdapter | None = None) -> dict[str, Any]:
-    """Return what identifies everything that a run is made from."""
-    if start is not None:
-        return {**task.hashes(), "start": dict(start.hashes)}
-    if mix is None:
-        return task.hashes()
-    return {
-        **task.hashes(),
-        "adapters": [dict(hashes) for hashes in mix.hashes],
-        "weights": list(mix.weights),
-    }
 
 
 def _run_stages(run: RunContext, task: Task) -> RunDirectory:
@@ -441,7 +390,7 @@ def _describe(run: RunContext, task: Task) -> None:
         processes=run.team.size,
         versions=collect_versions(),
         hardware=collect_hardware(),
-        hashes=_hashes(task, run.mix, run.start_from),
+        hashes=hashes_of(task, run.mix, run.start_from),
         **({"start_from": run.start_from.story} if run.start_from is not None else {}),
         remarks=task.remarks,
         base={
@@ -481,16 +430,3 @@ def _finish(run: RunContext, task: Task, before: Any, after: Any, observed: prov
     show_result(run, task, before, after, run.display)
     for note in notes:
         run.display.warn(note)
-
-
-def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
-    """Refuse to continue with other data or another base than the run began with."""
-    old = directory.read().get("hashes")
-    if old is None:
-        return
-    changed = [name for name in hashes if old.get(name) != json.loads(json.dumps(hashes[name]))]
-    if changed:
-        raise UsageError(
-            f"Cannot continue with {directory.path}: its {' and '.join(changed)} changed since it began. Put "
-            "the old files back, or start a new run."
-        )
