@@ -251,7 +251,11 @@ def test_the_recipe_or_accelerate_says_how_a_model_is_shared(
 @pytest.mark.parametrize(
     ("given", "environment", "said"),
     [
-        (["trainer.fsdp=full_shard"], {}, "trainer.fsdp is decided by the section parallel: set parallel.kind"),
+        (
+            ["trainer.fsdp=full_shard"],
+            {},
+            "trainer.fsdp is decided by the section parallel: set parallel.kind",
+        ),
         ([], {"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
         ([], {"PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
         ([], {"PARALLELISM_CONFIG_SP_SIZE": "2"}, "sequence parallelism"),

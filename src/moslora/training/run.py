@@ -140,7 +140,11 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
 
 
 def train_recipe(
-    recipe: Recipe, display: Display, command: str = "", handed_over: HandedOver | None = None
+    recipe: Recipe,
+    display: Display,
+    command: str = "",
+    handed_over: HandedOver | None = None,
+    only_as_named: bool = False,
 ) -> RunDirectory:
     """Carry out a recipe; result and errors are those of ``train``.
 
@@ -149,6 +153,8 @@ def train_recipe(
         display: Where to tell of progress.
         command: How it was called, for ``run.json``.
         handed_over: Objects that a script gives beside the recipe.
+        only_as_named: Whether a run of that name, which has come up meanwhile, is an error; usually the new one gets
+            a number.
     """
     handed_over = handed_over or HandedOver()
     display = only_of_first(display)
@@ -179,7 +185,7 @@ def train_recipe(
             text, about = recipe.to_yaml(), {"command": command, "seed": recipe.seed}
             if own is None:
                 place, name = Path(recipe.output.dir), recipe.output.name or kind
-                directory = RunDirectory.create(place, name, text, **about)
+                directory = RunDirectory.create(place, name, text, only_as_named, **about)
             else:
                 directory = own
                 directory.update(**about)
@@ -206,6 +212,7 @@ def resume(
     display: Display,
     handed_over: HandedOver | None = None,
     settings: Sequence[str] = (),
+    wait: float = 0.0,
 ) -> RunDirectory:
     """Continue with a run that was interrupted, killed or failed, or prove one whose proof could not be carried out.
 
@@ -214,6 +221,7 @@ def resume(
         display: Where to tell of progress.
         handed_over: Callbacks and metrics that the script gave to the run; they are in no file.
         settings: ``trainer.max_steps=N`` or ``trainer.num_train_epochs=N``, to train longer, also a completed run.
+        wait: Seconds to wait for a process that seems to run it still.
 
     Returns:
         The run directory, completed.
@@ -262,7 +270,7 @@ def resume(
                 apply_longer(directory, longer, recipe, display)
             elif changes:
                 write_text(directory.recipe, recipe.to_yaml())
-            directory.claim()
+            directory.claim(wait)
             display.say(f"Resuming {directory.path}")
         else:
             directory = FollowedRun(directory.path)
@@ -288,7 +296,7 @@ def _run_stages(run: RunContext, task: Task) -> RunDirectory:
     """Run all stages, and leave a truthful status whatever happens."""
     try:
         if run.team.is_main_process:
-            with heartbeat(run.directory.record), fallbacks_shown(run.display):
+            with heartbeat(run.directory), fallbacks_shown(run.display):
                 _stages(run, task)
         else:
             _stages(run, task)
