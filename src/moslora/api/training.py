@@ -43,6 +43,7 @@ def train(
     heldout: Any = None,
     adapter: Any = None,
     trainer: Mapping[str, Any] | None = None,
+    parallel: str | Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     scopes: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | Mapping[str, Any] | None = None,
@@ -72,6 +73,7 @@ def train(
         adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section. ``{"start_from": path}`` goes on
             from an adapter.
         trainer: Fields of TRL's ``SFTConfig``, or of the configuration of the trainer that the task has.
+        parallel: How several processes of a launcher share the model: ``"fsdp"``, ``"zero3"`` and others, or the section.
         evaluation: What is measured beside the held-out examples; ``{"also": []}`` for nothing.
         scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
         output: The run directory, such as ``"runs/demo"``; a run never overwrites another.
@@ -111,6 +113,7 @@ def train(
         heldout=heldout,
         adapter=adapter,
         trainer=trainer,
+        parallel=parallel,
         evaluation=evaluation,
         scopes=scopes,
         output=output,

@@ -69,6 +69,11 @@ def settle_parallel(recipe: Recipe, will_train: bool = True) -> Recipe:
             f"parallel.kind is {kind}, and accelerate's configuration asks for {asked}. Make them agree, or leave "
             "parallel.kind out."
         )
+    if kind != "auto" and getattr(recipe.model, "device_map", "none") != "none":
+        raise UsageError(
+            f"model.device_map spreads a model over the GPUs of one process, and parallel.kind={kind} shares one between "
+            "several. Leave one out."
+        )
     if kind not in ("auto", "ddp"):
         if will_train and launched() == 1:
             raise UsageError(
@@ -154,8 +159,6 @@ def _check_goes_together(recipe: Recipe, kind: str) -> None:
             refused[f"trainer.{name}"] = "it is not tested with a split model or optimizer"
     if kind == "zero3" and getattr(recipe.model, "quantization", "none") != "none":
         refused["model.quantization"] = "DeepSpeed does not split 4-bit weights; fsdp does"
-    if getattr(recipe.model, "device_map", "none") != "none":
-        refused["model.device_map"] = "it spreads a model over the GPUs of one process"
     if refused:
         raise RecipeError(
             [f"{what} cannot be set for parallel.kind={kind}: {why}." for what, why in refused.items()]

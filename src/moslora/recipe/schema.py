@@ -64,6 +64,7 @@ class ModelSection(Section):
     attn_implementation: Name | None = None
     tokenizer: Name | None = None
     quantization: Literal["none", "nf4"] = "none"
+    device_map: Literal["none", "auto"] = "none"
 
 
 class VisionTaskSection(TaskSection):

@@ -77,6 +77,11 @@ class BaseModel:
             return self.source
         return processor_source(name)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether the model is spread over all GPUs of this process."""
+        return getattr(self.settings, "device_map", "none") == "auto"
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the model exactly."""
         return fingerprint(self.source)
@@ -108,7 +113,7 @@ class BaseModel:
             device,
             self.auto_class,
             self.quantization(device),
-            placement,
+            "auto" if self.is_spread else placement,
         )
         return model
 
