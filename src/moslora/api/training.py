@@ -73,7 +73,7 @@ def train(
         adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section. ``{"start_from": path}`` goes on
             from an adapter.
         trainer: Fields of TRL's ``SFTConfig``, or of the configuration of the trainer that the task has.
-        parallel: How several processes of a launcher share the model: ``"fsdp"``, ``"zero3"`` and others, or the section.
+        parallel: How a launcher's processes share the model: ``"ddp"``, ``"fsdp"``, ``"zero3"``, … or the section.
         evaluation: What is measured beside the held-out examples; ``{"also": []}`` for nothing.
         scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
         output: The run directory, such as ``"runs/demo"``; a run never overwrites another.

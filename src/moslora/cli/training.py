@@ -73,7 +73,7 @@ def train(
             if dry_run or continues or any("=" not in argument for argument in arguments or ()):
                 raise UsageError(
                     "--resume cannot be combined with a recipe, --continue or --dry-run: it uses the run's own "
-                    "recipe.yaml. To train longer, add trainer.max_steps=N; to train with other settings, start a new run."
+                    "recipe.yaml. To train longer, add trainer.max_steps=N; for other settings, start a new run."
                 )
             run = resume_run(resume, display, settings=arguments or [])
         elif not arguments:

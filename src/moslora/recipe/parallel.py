@@ -71,8 +71,8 @@ def settle_parallel(recipe: Recipe, will_train: bool = True) -> Recipe:
         )
     if kind != "auto" and getattr(recipe.model, "device_map", "none") != "none":
         raise UsageError(
-            f"model.device_map spreads a model over the GPUs of one process, and parallel.kind={kind} shares one between "
-            "several. Leave one out."
+            f"model.device_map spreads a model over the GPUs of one process, and parallel.kind={kind} shares one "
+            "between several. Leave one out."
         )
     if kind not in ("auto", "ddp"):
         if will_train and launched() == 1:
