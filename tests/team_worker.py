@@ -16,6 +16,8 @@ from typing import Any
 import moslora.training.callbacks
 from moslora.display import Display
 from moslora.errors import Stopped
+from moslora.recipe.loading import load_recipe
+from moslora.training.continuing import start_or_continue
 from moslora.training.run import resume, train
 
 
@@ -45,6 +47,8 @@ def main() -> None:
     try:
         if arguments[0] == "--resume":
             resume(Path(arguments[1]), Display())
+        elif arguments[0] == "--continue":
+            start_or_continue(load_recipe(arguments[1:]), Display())
         else:
             train(arguments, Display())
     except Stopped as stopped:

@@ -183,6 +183,7 @@ def parallel_arguments(recipe: Recipe) -> dict[str, Any]:
             "reshard_after_forward": True,
             "state_dict_type": "FULL_STATE_DICT",
             "cpu_ram_efficient_loading": False,
+            "activation_checkpointing": False,
         }
         if _is_on("FSDP_OFFLOAD_PARAMS"):
             config["cpu_offload"] = True
