@@ -32,6 +32,7 @@ from moslora.training.run_directory import RunDirectory
 from tolerances import MODEL, relative_error
 
 WORKER = Path(__file__).with_name("team_worker.py")
+RECIPES = Path(__file__).parents[1] / "recipes"
 NEVER = ("9", "9")  # a rank and a step that there are not
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -361,3 +362,32 @@ def test_another_engines_checkpoint_is_refused_and_not_half_read(
     context = contextlib.nullcontext() if said is None else pytest.raises(UsageError, match=said)
     with context:
         _refuse_other_engine(run, Checkpoint(folder, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ddp", "ddp"), ("fsdp2", "fsdp"), ("zero2", "zero2"), ("zero3", "zero3"), ("two-hosts", "fsdp")],
+)
+def test_the_shipped_configurations_ask_accelerate_for_what_they_say(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    file = RECIPES / "accelerate" / f"{name}.yaml"
+    own = ["--main_process_ip", "127.0.0.1"] if name == "two-hosts" else []
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(file), *own, "-m", "moslora", "train", "my.yaml"]
+    )
+    arguments, _, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = (
+            ""  # what accelerate sets where DeepSpeed is installed
+        )
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    asked = {n: v for n, v in environment.items() if n.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert settled(monkeypatch, **asked) == kind
+    assert kind in file.read_text().split("\n")[0]
