@@ -87,8 +87,13 @@ class CalledError(BaseException):
 
 # What is typed → the function of the Python API, and what it is given (``progress`` aside).
 FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
-    "train r.yaml seed=3": ("training.train", ("r.yaml",), {"settings": ["seed=3"]}),
-    "train model=m data=d": ("training.train", (None,), {"settings": ["model=m", "data=d"]}),
+    "train r.yaml seed=3": ("training.train", ("r.yaml",), {"settings": ["seed=3"], "continue_run": False}),
+    "train model=m data=d": (
+        "training.train",
+        (None,),
+        {"settings": ["model=m", "data=d"], "continue_run": False},
+    ),
+    "train r.yaml --continue": ("training.train", ("r.yaml",), {"settings": [], "continue_run": True}),
     "train r.yaml --dry-run": ("training.check", ("r.yaml",), {"settings": []}),
     "train --resume runs/a": ("training.resume", (Path("runs/a"),), {"settings": []}),
     "train --resume runs/a trainer.max_steps=9": (

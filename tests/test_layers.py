@@ -41,7 +41,8 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "tuner": (2, {"torch", "safetensors", "peft", "transformers"}),
     "compat.torch": (0, {"torch"}),
     "compat.telemetry": (0, set()),
-    "compat.accelerate": (0, set()),  # these import nothing when they are imported
+    "compat.accelerate": (0, set()),
+    "compat.deepspeed": (0, set()),  # these import nothing when they are imported
     "compat.diffusers_loading": (0, set()),
     "compat.gguf_loading": (0, set()),
     "compat.checkpoint_names": (0, set()),

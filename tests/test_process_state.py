@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from moslora.recipe.loading import load_recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.heartbeat import heartbeat
+from moslora.training.run_directory import RunDirectory
 from moslora.training.stop import StopRequest
 
 
@@ -47,17 +49,39 @@ def test_a_signal_handler_writes_nothing_and_the_request_is_told_where_the_run_l
 
 
 def test_a_run_gives_signs_of_life_while_it_works_and_none_afterwards(tmp_path: Path) -> None:
-    record = tmp_path / "run.json"
-    record.write_text("{}")
+    run = RunDirectory.create(tmp_path, "demo")
+    record = run.record
+    before = record.read_text()
     os.utime(record, (1, 1))
-    with heartbeat(record, 0.01):
+    with heartbeat(run, 0.01):
         end = time.monotonic() + 5
         while record.stat().st_mtime == 1 and time.monotonic() < end:
             time.sleep(0.01)
-    assert record.stat().st_mtime > 1 and record.read_text() == "{}"
+    assert record.stat().st_mtime > 1 and record.read_text() == before
     os.utime(record, (1, 1))
     time.sleep(0.05)
     assert record.stat().st_mtime == 1
+
+
+def test_who_lost_a_run_to_another_process_ends_and_gives_no_more_signs(tmp_path: Path) -> None:
+    run, lost = RunDirectory.create(tmp_path, "demo"), threading.Event()
+    assert run.is_held()
+    with heartbeat(run, 0.01, lambda _: lost.set()):
+        run.update(host="another-host")
+        assert lost.wait(5)
+        os.utime(run.record, (1, 1))
+        time.sleep(0.05)
+    assert not run.is_held() and run.record.stat().st_mtime == 1
+    # What ends it is a hard end, with a word on who has the run now.
+    script = (
+        "import sys, time; from pathlib import Path; from moslora.training.heartbeat import heartbeat\n"
+        "from moslora.training.run_directory import RunDirectory\n"
+        "with heartbeat(RunDirectory.open(Path(sys.argv[1])), 0.01): time.sleep(30)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(run.path)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1 and "was taken over by process" in ended.stderr
 
 
 def test_fallbacks_are_shown_while_a_run_lasts() -> None:

@@ -193,7 +193,7 @@ def test_a_written_recipe_is_complete_and_loads_from_anywhere(tmp_path: Path) ->
     elsewhere.mkdir()
     assert load_recipe([write(elsewhere, text)], elsewhere) == recipe
     # What training starts from stands in the adapter section, where there is one.
-    assert yaml.safe_load(text).keys() == Recipe.model_fields.keys() - {"start_from"}
+    assert yaml.safe_load(text).keys() == Recipe.model_fields.keys() - {"start_from", "parallel"}
 
 
 # --- Refusing

@@ -21,7 +21,7 @@ import tiny
 import tiny_pipelines
 from moslora.cli import app
 from moslora.display import Display
-from moslora.distributed import Team, environment_alone, launched, refuse_sharding
+from moslora.distributed import Team, environment_alone, launched
 from moslora.errors import Stopped
 from moslora.training.run import resume, train
 from moslora.training.run_directory import RunDirectory
@@ -201,18 +201,6 @@ def test_verbs_that_know_nothing_of_other_processes_refuse_to_be_launched(
         assert found.exit_code == 2 and "2 processes were launched" in found.output, verb
 
 
-def test_what_would_spread_the_model_is_refused(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.fsdp spreads a model over processes"):
-        train(texts(world, tmp_path, **{"trainer.fsdp": "full_shard"}), Display(quiet=True))
-    assert not (tmp_path / "run").exists()
-    refuse_sharding({"fsdp": "", "deepspeed": None})
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="asks for DEEPSPEED"):
-        refuse_sharding({})
-
-
 def test_a_signal_to_another_process_waits_until_all_agree() -> None:
     for rank in (0, 1):
         stop = StopRequest(Display(quiet=True), Team(rank, 2))
@@ -231,5 +219,9 @@ def test_a_process_to_be_alone_is_told_nothing_of_others(monkeypatch: pytest.Mon
 def test_a_process_alone_waits_for_nobody() -> None:
     team = Team.join()
     assert team.is_main_process and team.size == 1 and team.broadcast("x") == "x" and team.maximum(3) == 3
+    assert team.gather("x") == ["x"]
+    told: list[object] = []
+    squares = team.share(range(3), lambda number: number**2, lambda *done: told.append(done))
+    assert squares == [0, 1, 4] and told == [([0], 0), ([1], 1), ([2], 4)]
     team.wait()
     team.shut_down()

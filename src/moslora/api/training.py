@@ -19,6 +19,7 @@ from moslora.failures import verb
 from moslora.recipe.building import RecipeSource, build_recipe
 from moslora.terminal import hide_known_warnings
 from moslora.training.borrowed import borrowed
+from moslora.training.continuing import start_or_continue
 from moslora.training.handed_over import HandedOver
 from moslora.training.run import check as check_inputs
 from moslora.training.run import resume as resume_run
@@ -42,6 +43,7 @@ def train(
     heldout: Any = None,
     adapter: Any = None,
     trainer: Mapping[str, Any] | None = None,
+    parallel: str | Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     scopes: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | Mapping[str, Any] | None = None,
@@ -50,6 +52,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Mapping[str, Callable[[str, str], bool | float]] | None = None,
     progress: str | Display | None = None,
+    continue_run: bool = False,
 ) -> Run:
     """Fine-tune a model; evaluate before and after, fold, prove, report.
 
@@ -70,6 +73,7 @@ def train(
         adapter: A dict, or a ``MoSLoRAConfig``, which replaces the recipe's section. ``{"start_from": path}`` goes on
             from an adapter.
         trainer: Fields of TRL's ``SFTConfig``, or of the configuration of the trainer that the task has.
+        parallel: How a launcher's processes share the model: ``"ddp"``, ``"fsdp"``, ``"zero3"``, … or the section.
         evaluation: What is measured beside the held-out examples; ``{"also": []}`` for nothing.
         scopes: Of ``task="vision"`` and ``"image"``: which parts are adapted.
         output: The run directory, such as ``"runs/demo"``; a run never overwrites another.
@@ -78,6 +82,8 @@ def train(
         callbacks: Callbacks of transformers' trainer, beside the run's own.
         metrics: By name, functions ``(answer, reference) -> bool or float``, measured on generated answers.
         progress: None for silence (warnings are Python's), ``"terminal"`` or ``"notebook"``.
+        continue_run: Whether to go on with the run of this output if it was begun, and to return it if it is completed,
+            instead of starting another; for a call that is made again after a restart.
 
     Returns:
         The run: ``path``, ``metrics``, ``also``, ``adapter``, ``lora``, ``report``, ``proofs``, ``history`` and
@@ -107,6 +113,7 @@ def train(
         heldout=heldout,
         adapter=adapter,
         trainer=trainer,
+        parallel=parallel,
         evaluation=evaluation,
         scopes=scopes,
         output=output,
@@ -114,7 +121,7 @@ def train(
         callbacks=callbacks,
         metrics=metrics,
     )
-    return _train(recipe, layers, settings, handed_over, progress, "moslora.train")
+    return _train(recipe, layers, settings, handed_over, progress, "moslora.train", continue_run)
 
 
 @verb("check")
@@ -253,11 +260,13 @@ def _train(
     handed_over: HandedOver,
     progress: str | Display | None,
     function: str,
+    continue_run: bool = False,
 ) -> Run:
+    carry_out = start_or_continue if continue_run else train_recipe
     display = find_display(progress)
     built = build_recipe(recipe, *layers, settings=settings)
     with _quiet(), borrowed(handed_over.model):
-        directory = train_recipe(built, display, command_or(function), handed_over)
+        directory = carry_out(built, display, command_or(function), handed_over)
     return Run(directory.path)
 
 

@@ -33,6 +33,13 @@ def train(
             show_default=False,
         ),
     ] = None,
+    continues: Annotated[
+        bool,
+        typer.Option(
+            "--continue",
+            help="Start the recipe's run, or go on with it if it was begun; never start a second one.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, show an example, and stop.")
     ] = False,
@@ -45,6 +52,7 @@ def train(
     [bold]moslora train recipes/demo.yaml trainer.learning_rate=5e-4 output=slow[/]
     [bold]moslora train model=HuggingFaceTB/SmolLM2-135M-Instruct data=my.jsonl[/]
     [bold]moslora train --resume runs/demo[/]
+    [bold]moslora train my.yaml --continue[/]   the same command before and after a restart
 
     The run directory holds the plain LoRA ([bold]lora/[/]), the native adapter ([bold]adapter/[/]),
     checkpoints, metrics and [bold]report.html[/]. A run never overwrites another. On several GPUs:
@@ -62,11 +70,10 @@ def train(
             as_json and in_main_process()
         )  # asked now: when a team ends, its processes forget their place
         if resume is not None:
-            if dry_run or any("=" not in argument for argument in arguments or ()):
+            if dry_run or continues or any("=" not in argument for argument in arguments or ()):
                 raise UsageError(
-                    "--resume cannot be combined with a recipe or --dry-run: it uses the run's own recipe.yaml. To "
-                    "train "
-                    "longer, add trainer.max_steps=N; to train with other settings, start a new run."
+                    "--resume cannot be combined with a recipe, --continue or --dry-run: it uses the run's own "
+                    "recipe.yaml. To train longer, add trainer.max_steps=N; for other settings, start a new run."
                 )
             run = resume_run(resume, display, settings=arguments or [])
         elif not arguments:
@@ -76,7 +83,7 @@ def train(
             if dry_run:
                 check(recipe, settings=settings, progress=display)
                 return
-            run = train_model(recipe, settings=settings, progress=display)
+            run = train_model(recipe, settings=settings, progress=display, continue_run=continues)
         if prints:
             print_result(run, as_json)  # what is for people was shown on the way
 

@@ -339,7 +339,7 @@ def _identity(plan: Comparison, task: LanguageTask) -> dict[str, Any]:
         }
     versions = collect_versions()
     identity: dict[str, Any] = {
-        "recipe": plan.recipe.model_dump(exclude={"output"}),
+        "recipe": plan.recipe.model_dump(exclude={"output", "parallel"}),
         "trainer": resolve_trainer_arguments(plan.recipe, task.device),
         "methods": configs,
         "learning_rates": list(plan.rates),

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["accumulation_state", "leave_launcher", "set_accumulation_state"]
+__all__ = ["accumulation_state", "leave_launcher", "set_accumulation_state", "shard_on_cpus"]
 
 
 def accumulation_state() -> dict[str, Any]:
@@ -36,6 +36,21 @@ def set_accumulation_state(state: Mapping[str, Any]) -> None:
 
     GradientState._shared_state.clear()
     GradientState._shared_state.update(state)
+
+
+def shard_on_cpus() -> None:
+    """Let processes without a GPU shard a model by FSDP, too; others are left alone.
+
+    - Private: ``PartialState._shared_state``, seen in accelerate 1.12 to 1.15. It stays changed by intention, until
+      ``leave_launcher``.
+    - Without it: accelerate passes over FSDP on CPUs in silence, and each process trains the whole model.
+    - Can go: when accelerate shards on CPUs, which torch does.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    if PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def leave_launcher(variables: Iterable[str]) -> None:

@@ -88,7 +88,7 @@ def load_with_head(
             auto_class,
             quantization,
             config=config,
-            **({"ignore_mismatched_sizes": True} if new else {}),
+            ignore_mismatched_sizes=new,
         )
     heads = head_modules(model)
     if not heads:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.compat.deepspeed import unsplit
 from moslora.compat.gguf_loading import no_gguf_bar
 from moslora.distributed import launched
 from moslora.errors import ModelError
@@ -88,6 +89,7 @@ def load_model(
     device: str = "cpu",
     auto_class: str = "AutoModelForCausalLM",
     quantization: dict[str, Any] | None = None,
+    placement: str = "device",
 ) -> PreTrainedModel:
     """Load a model, whole or not at all.
 
@@ -99,6 +101,8 @@ def load_model(
         device: Where the weights go.
         auto_class: Class of transformers that loads it.
         quantization: From ``quantization_options``.
+        placement: ``"device"``; ``"memory"`` where a trainer will bring each process's part of it there; ``"auto"``
+            spreads the layers over all of this process's GPUs.
 
     Returns:
         The model, in evaluation mode.
@@ -108,7 +112,7 @@ def load_model(
             architecture has no use for are a warning.
     """
     model, info = load_with_info(
-        source, dtype, trust_remote_code, attn_implementation, device, auto_class, quantization
+        source, dtype, trust_remote_code, attn_implementation, device, auto_class, quantization, placement
     )
     check_loaded(source, info)
     return model
@@ -122,6 +126,7 @@ def load_with_info(
     device: str,
     auto_class: str,
     quantization: dict[str, Any] | None,
+    placement: str = "device",
     **more: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model, and what transformers says of its weights; arguments are those of ``load_model``.
@@ -148,10 +153,11 @@ def load_with_info(
         options["use_safetensors"] = True  # never a pickle
     else:
         options |= _dequantized()
-    if not on_cpu:
-        options["device_map"] = {"": device}
     if quantization:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+    if placement == "auto":
+        options["device_map"] = "auto"
+    elif placement == "device" and (quantization or not on_cpu):
         options["device_map"] = {"": device}
     model, info = call_loader(source, getattr(transformers, auto_class).from_pretrained, {**options, **more})
     return model.eval(), info
@@ -228,7 +234,7 @@ def build_skeleton(
         setattr(config, name, value)
 
     def build(_: str, **options: Any) -> Any:
-        with torch.device("meta"):
+        with torch.device("meta"), unsplit():
             return getattr(transformers, auto_class).from_config(config, **options)
 
     return call_loader(source, build, options)

@@ -5,7 +5,13 @@ from __future__ import annotations
 __all__ = ["BELONGING", "MANAGED", "MISNAMED", "MISSING", "SHORTHANDS", "UNFIT"]
 
 # What a section means when it is one plain value.
-SHORTHANDS: dict[str, str] = {"task": "kind", "model": "name", "data": "train", "output": "name"}
+SHORTHANDS: dict[str, str] = {
+    "task": "kind",
+    "model": "name",
+    "data": "train",
+    "parallel": "kind",
+    "output": "name",
+}
 # What is forgotten with the value that a shorthand on the command line replaces: the held-out file of another data set,
 # or the revision of another model, would be wrong without anybody noticing.
 BELONGING: dict[str, tuple[str, ...]] = {
@@ -16,6 +22,7 @@ BELONGING: dict[str, tuple[str, ...]] = {
         *("prompt", "token", "class_name", "class_images", "class_prompt"),
         *("subset", "labels"),
     ),
+    "parallel": (),
     "output": (),
 }
 # Settings that the run decides, and what to set instead.
@@ -111,6 +118,7 @@ UNFIT: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "preference": {
+        "model": {"device_map": "it is not tested with two models in one loss"},
         "adapter": {
             "bias": "the reference is the base with the adapter off, and a trained bias of the base stays on",
         },
@@ -136,6 +144,7 @@ UNFIT: dict[str, dict[str, dict[str, str]]] = {
     },
     "classification": {
         "evaluation": {"also": "it measures text, and a model with such a head writes none"},
+        "model": {"device_map": "a model with such a head is loaded onto one device"},
         "trainer": {
             "label_names": "the run decides it",
             "remove_unused_columns": "the run decides it",
@@ -145,6 +154,7 @@ UNFIT: dict[str, dict[str, dict[str, str]]] = {
     },
     "reward": {
         "evaluation": {"also": "it measures text, and a model with such a head writes none"},
+        "model": {"device_map": "a model with such a head is loaded onto one device"},
         "trainer": {
             "remove_unused_columns": "the run decides it",
             "label_smoothing_factor": "a reward model's loss has no labels",

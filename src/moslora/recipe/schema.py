@@ -35,6 +35,7 @@ __all__ = [
     "MixSection",
     "ModelSection",
     "OutputSection",
+    "ParallelSection",
     "Recipe",
     "TaskSection",
 ]
@@ -63,6 +64,7 @@ class ModelSection(Section):
     attn_implementation: Name | None = None
     tokenizer: Name | None = None
     quantization: Literal["none", "nf4"] = "none"
+    device_map: Literal["none", "auto"] = "none"
 
 
 class VisionTaskSection(TaskSection):
@@ -305,6 +307,12 @@ class OutputSection(Section):
         return name
 
 
+class ParallelSection(Section):
+    """How several processes share the model. See ``recipe/parallel.py``."""
+
+    kind: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+
+
 class MixSection(Section):
     """Trained adapters whose common mixer is learned, their factors frozen. See ``moslora mix``."""
 
@@ -329,6 +337,7 @@ class Recipe(Section):
     start_from: Name | None = None
     mix: MixSection | None = None
     trainer: dict[str, Any] = Field(default={})
+    parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -343,6 +352,10 @@ class Recipe(Section):
         start = values.pop("start_from", None)
         if start is not None:
             values["adapter"] = {"start_from": start, **values["adapter"]}
+        if self.parallel == ParallelSection():
+            del values[
+                "parallel"
+            ]  # one process needs none, and its recipe can be read by versions that know none
         return values
 
     def to_yaml(self) -> str:
@@ -424,6 +437,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
     "data": DataSection,
     "mix": MixSection,
+    "parallel": ParallelSection,
     "evaluation": EvaluationSection,
     "output": OutputSection,
     "scopes": ScopesSection,

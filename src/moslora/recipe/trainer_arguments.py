@@ -9,6 +9,7 @@ from typing import Any
 
 from moslora.errors import RecipeError
 from moslora.recipe.field_types import fields_of
+from moslora.recipe.parallel import parallel_arguments
 from moslora.recipe.preferences import LOSSES
 from moslora.recipe.schema import Recipe
 
@@ -196,7 +197,8 @@ def build_trainer_config(
     Raises:
         RecipeError: With the configuration's own complaint, for values that do not go together or not on this device.
     """
-    arguments = resolve_trainer_arguments(recipe, device, steps) | loss_arguments(recipe) | changes
+    arguments = resolve_trainer_arguments(recipe, device, steps) | loss_arguments(recipe)
+    arguments |= parallel_arguments(recipe) | changes
     try:
         return trainer_config(trainer_of_recipe(recipe))(output_dir=str(output_dir), **arguments)
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:

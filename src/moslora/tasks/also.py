@@ -19,15 +19,16 @@ from moslora.data.files import read_records
 from moslora.data.shapes import Example, to_examples
 from moslora.data.splitting import thin_out
 from moslora.data.tokenization import IGNORED, Encoded, Encoder, trained_count
+from moslora.distributed import Team
 from moslora.errors import EncodingError
 from moslora.metrics.intervals import paired_examples
 from moslora.recipe.schema import SHIPPED
 from moslora.tasks.text.cost import Changed, Costs, passage_costs
-from moslora.tasks.text.loss import text_batches
+from moslora.tasks.text.loss import Batch, text_batches
 from moslora.tasks.text.room import check_tokens, positions_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["AlsoExamples", "AlsoSet", "encode_also", "measure_set", "per_token", "read_also", "summarize"]
 
@@ -204,6 +205,7 @@ def measure_set(
     changed: Changed = (),
     tuned: bool = True,
     done: Callable[[int], None] = lambda _: None,
+    team: Team | None = None,
 ) -> Costs:
     """Measure base and tuned model on a set.
 
@@ -214,7 +216,8 @@ def measure_set(
         device: Where the model is.
         changed: From ``keep_changed``.
         tuned: Whether there is a tuned model.
-        done: Told after each batch how many passages it had.
+        done: Told after each batch how many passages it had; of several processes, after each has had one.
+        team: The processes that share the passages out; this one alone if None.
 
     Returns:
         Sums of each passage.
@@ -222,12 +225,19 @@ def measure_set(
     total = len(also.passages)
     costs = Costs([0] * total, *([0.0] * total for _ in range(3)))
     batches = text_batches(also.passages, pad_id)
-    for numbers, sums in passage_costs(model, batches, device, changed, tuned):
+
+    def work(batch: Batch) -> tuple[list[int], dict[str, Tensor]]:
+        (measured,) = passage_costs(model, [batch], device, changed, tuned)
+        return measured
+
+    def told(chosen: Sequence[Batch], _: Any) -> None:
+        done(sum(len(numbers) for numbers, _ in chosen))
+
+    for numbers, sums in (team or Team()).share(batches, work, told):
         for name, values in sums.items():
             column = getattr(costs, name)
             for number, value in zip(numbers, values.tolist(), strict=True):
                 column[number] = value
-        done(len(numbers))
     return costs if tuned else replace(costs, tuned=[], kl=[])
 
 

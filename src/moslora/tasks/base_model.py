@@ -77,6 +77,11 @@ class BaseModel:
             return self.source
         return processor_source(name)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether the model is spread over all GPUs of this process."""
+        return getattr(self.settings, "device_map", "none") == "auto"
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the model exactly."""
         return fingerprint(self.source)
@@ -90,11 +95,12 @@ class BaseModel:
         settings = self.settings
         return quantization_options(settings.quantization, settings.dtype, device, self.unquantized)
 
-    def load(self, device: str) -> nn.Module:
+    def load(self, device: str, placement: str = "device") -> nn.Module:
         """Load the model in the recipe's dtype.
 
         Args:
             device: Where its weights go.
+            placement: As of ``load_model``.
         """
         settings = self.settings
         if self.handed_over is not None:
@@ -107,6 +113,7 @@ class BaseModel:
             device,
             self.auto_class,
             self.quantization(device),
+            "auto" if self.is_spread else placement,
         )
         return model
 

@@ -11,16 +11,19 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.compat.deepspeed import meet_for_deepspeed
 from moslora.data.columns import idle_entry
 from moslora.data.splitting import set_aside, thin_out
 from moslora.errors import ModelError, UsageError
 from moslora.metrics.answers import ANSWER_METRICS, wilson_interval
 from moslora.models.loading import default_device
+from moslora.recipe.parallel import SPLITS_WEIGHTS
+from moslora.recipe.trainer_arguments import build_trainer_config
 from moslora.tasks.also import AlsoExamples, AlsoSet, measure_set, read_also, summarize
 from moslora.tasks.base_model import BaseModel, count_parameters, refuse_misfits
 from moslora.tasks.task import Answer, Count, Evaluation, Task
 from moslora.tasks.text.cost import Changed, Costs, keep_changed
-from moslora.tasks.text.loss import Batch, example_losses
+from moslora.tasks.text.loss import Batch, Measured, shared_losses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +68,7 @@ class LanguageTask(Task):
         also_examples, also: The sets of ``evaluation.also``: as they were read, and encoded.
         also_limit: How many passages of each are measured, evenly spread; None for all.
         remembered: In a comparison, what the method under way changes of the base itself.
+        arguments: The trainer's configuration, where loading needs it; set by ``load``.
         measures_only: Whether only held-out data are used; a task may then leave the rest unread.
     """
 
@@ -91,6 +95,7 @@ class LanguageTask(Task):
     also: Sequence[AlsoSet] = ()
     also_limit: int | None = None
     remembered: Any = ()
+    arguments: Any = None
 
     def __init__(self, recipe: Recipe, display: Display, raise_if_stopped: Callable[[], None]) -> None:
         super().__init__(recipe, display, raise_if_stopped)
@@ -188,7 +193,11 @@ class LanguageTask(Task):
 
     def load(self) -> nn.Module:
         """Load the base model in the recipe's dtype."""
-        return self.base_model.load(self.device)
+        kind = self.recipe.parallel.kind
+        if kind == "zero3":  # transformers splits weights as they come, while such a configuration exists
+            meet_for_deepspeed()
+            self.arguments = build_trainer_config(self.recipe, self.device, self.recipe.output.dir)
+        return self.base_model.load(self.device, "memory" if kind in SPLITS_WEIGHTS else "device")
 
     def count(self) -> list[Count]:
         """Count parameters by part of the model, from its configuration alone."""
@@ -322,7 +331,8 @@ class LanguageTask(Task):
                     progress.advance(count)
                     self.raise_if_stopped()
 
-                found[also.name] = measure_set(also, model, self.pad_id, self.device, changed, tuned, done)
+                where = (self.pad_id, self.device)
+                found[also.name] = measure_set(also, model, *where, changed, tuned, done, self.team)
         return found
 
     # ---- measurements --------------------------------------------------------------------------------
@@ -383,13 +393,17 @@ class LanguageTask(Task):
             model: Base or adapted model.
             label: The model's name in the progress display.
         """
+        measured = self._losses(model, self.heldout_set, f"Held-out loss, {label}")
         total, count = 0.0, 0
-        with self.display.progress(f"Held-out loss, {label}", len(self.heldout_set)) as progress:
-            for numbers, losses, tokens in example_losses(model, self.batches(self.heldout_set), self.device):
-                total, count = total + float(losses.sum()), count + int(tokens.sum())
-                progress.advance(len(numbers), f"loss {total / max(count, 1):.4f}")
-                self.raise_if_stopped()
+        for _, losses, tokens in measured:
+            total, count = total + float(losses.sum()), count + int(tokens.sum())
         return total / count
+
+    def _losses(self, model: nn.Module, examples: Sequence[Encoded], title: str) -> list[Measured]:
+        """Return what ``example_losses`` gives for each batch, each process having measured its share."""
+        with self.display.progress(title, len(examples)) as progress:
+            batches = self.batches(examples)
+            return shared_losses(self.team, model, batches, self.device, progress, self.raise_if_stopped)
 
     def score(self, model: nn.Module, examples: Sequence[Encoded], label: str) -> list[float]:
         """Return each example's loss: the mean over its trained tokens, in nats, in the order of ``examples``.
@@ -400,12 +414,9 @@ class LanguageTask(Task):
             label: The model's name in the progress display.
         """
         means = [0.0] * len(examples)
-        with self.display.progress(f"Loss, {label}", len(examples)) as progress:
-            for numbers, losses, tokens in example_losses(model, self.batches(examples), self.device):
-                for number, mean in zip(numbers, (losses / tokens.clamp(min=1)).tolist(), strict=True):
-                    means[number] = mean
-                progress.advance(len(numbers))
-                self.raise_if_stopped()
+        for numbers, losses, tokens in self._losses(model, examples, f"Loss, {label}"):
+            for number, mean in zip(numbers, (losses / tokens.clamp(min=1)).tolist(), strict=True):
+                means[number] = mean
         return means
 
 

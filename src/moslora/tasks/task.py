@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.distributed import Team
+
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
@@ -143,6 +145,8 @@ class Task(ABC):
         self.recipe = recipe
         self.display = display
         self.raise_if_stopped = raise_if_stopped
+        # The processes that measure together, where a task can; the run sets it.
+        self.team = Team()
         # What to know about the data before the numbers are believed; ``prepare`` sets it, and the report shows it.
         self.remarks: list[str] = []
 
@@ -253,6 +257,10 @@ class Task(ABC):
             skip: How many pictures exist already; pictures always come in the same order.
         """
         return iter(())
+
+    # Whether all processes of a team call ``evaluate`` and ``costs``, each for its share of the rows. If not, the first
+    # measures alone.
+    measures_together = False
 
     # Whether the base's weights are needed. If not, parameters can be counted and data checked, and nothing more.
     needs_weights = True

@@ -12,13 +12,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from moslora.display import Display
-from moslora.errors import Stopped
+from moslora.distributed import is_split
+from moslora.errors import Stopped, TrainingError
 from moslora.tasks.task import Task
 from moslora.training.artifacts import save_shown
+from moslora.training.at_start import AtStart
 from moslora.training.context import RunContext
 from moslora.training.metrics_log import MetricsLog
 
-__all__ = ["Bar", "Painter", "Recorder", "Rescheduled"]
+__all__ = ["Bar", "NothingLeft", "Painter", "Recorder", "Rescheduled", "Split"]
 
 
 # What is not written of the trainer's logs: the step is, by itself, and TRL counts tokens from the start of a process,
@@ -96,6 +98,39 @@ class Rescheduled(TrainerCallback):  # type: ignore[misc]
 
         if optimizer is not None:
             take_rates_of_schedule(optimizer, lr_scheduler)
+
+
+class NothingLeft(Exception):  # noqa: N818 - nothing is wrong
+    """Training is resumed from its last step: the model is ready, and no step is to be taken."""
+
+
+class Split(TrainerCallback):  # type: ignore[misc]
+    """Measures a model that is split between processes before its first step, when the trainer has split it.
+
+    Args:
+        start: Measures.
+        is_resumed: Whether training goes on from a checkpoint.
+    """
+
+    def __init__(self, start: AtStart, is_resumed: bool) -> None:
+        self.start = start
+        self.is_resumed = is_resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Measure the base, and an adapter that training starts from.
+
+        Raises:
+            TrainingError: If the trainer has left the model whole, as accelerate does in silence where it knows no
+                device to split on.
+        """
+        if not is_split(model):
+            raise TrainingError(
+                "The trainer did not split the model between the processes; nothing was trained."
+            )
+        self.start.measure_base(model)
+        self.start.measure_start(model, self.is_resumed)
+        if 0 < state.max_steps <= state.global_step:
+            raise NothingLeft
 
 
 class Painter(TrainerCallback):  # type: ignore[misc]

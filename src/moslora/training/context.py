@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.distributed import Team, in_main_process
+from moslora.recipe.parallel import SPLITS_WEIGHTS
 from moslora.recipe.schema import Recipe
+from moslora.tasks.task import Task
 from moslora.training.mix import Mix
 from moslora.training.run_directory import RunDirectory
 from moslora.training.start_from import StartingAdapter
@@ -46,6 +48,19 @@ class RunContext:
     start_from: StartingAdapter | None = None
     _inner_seconds: float = 0.0  # of the stages that ended inside the current one
     _stage: str | None = None  # the current stage, in words
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each process holds a part of the model's weights once training begins."""
+        return self.recipe.parallel.kind in SPLITS_WEIGHTS
+
+    def measures(self, task: Task) -> bool:
+        """Tell whether this process takes part in measuring.
+
+        Args:
+            task: The run's.
+        """
+        return self.team.is_main_process or task.measures_together
 
     @property
     def start(self) -> Path:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from moslora.errors import Stopped
+from moslora.errors import Stopped, UsageError
 from moslora.tasks.task import Task
+from moslora.training.at_start import AtStart
 from moslora.training.bars import closing_bars
-from moslora.training.checkpoints import Checkpoint
+from moslora.training.checkpoints import Checkpoint, engine_of, processes_of
 from moslora.training.context import RunContext
-from moslora.training.measuring import measure
 from moslora.training.metrics_log import MetricsLog
 from moslora.training.rehearsal import rehearse
 
@@ -18,12 +18,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
-    """Train, from the newest complete checkpoint if there is one."""
+def fit(run: RunContext, task: Task, model: nn.Module, start: AtStart) -> Any:
+    """Train, from the newest complete checkpoint if there is one.
+
+    Args:
+        run: The run.
+        task: Its task.
+        model: The base.
+        start: Measures what there is before the first step.
+
+    Returns:
+        The trainer.
+    """
     from transformers import PrinterCallback
 
     from moslora.compat.trainer import load_checkpoint
     from moslora.training import callbacks
+    from moslora.tuner.sharding import whole_size
 
     directory, team = run.directory, run.team
     config: Any = task.adapter_config(model)
@@ -33,6 +44,7 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
         directory.remove_incomplete_checkpoints(checkpoint.step if checkpoint else 0)
         _keep_newest(run)
     checkpoint = team.broadcast(checkpoint)
+    _refuse_other_engine(run, checkpoint)
     _warn_of_world_size(run, checkpoint)
     with contextlib.ExitStack() as open_files:
         log = None
@@ -42,6 +54,8 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
             )
         with run.stage("train", "preparing to train"):
             recorders = [callbacks.Recorder(run, log), callbacks.Painter(run, task), *run.callbacks]
+            if run.is_split:
+                recorders.insert(0, callbacks.Split(start, is_resumed=checkpoint is not None))
             if directory.read().get("lengthened"):
                 recorders.append(callbacks.Rescheduled())
             trainer = task.build_trainer(model, config, directory.checkpoints, recorders)
@@ -53,8 +67,8 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
                 run.start_from.put_into(adapted)
             if team.is_main_process and not run.start.exists() and checkpoint is None:
                 rehearse(run, task, adapted)
-            trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-            total = sum(p.numel() for p in adapted.parameters())
+            trainable = sum(whole_size(p) for p in adapted.parameters() if p.requires_grad)
+            total = sum(whole_size(p) for p in adapted.parameters())
             directory.update(
                 trainable_parameters=trainable,
                 total_parameters=total,
@@ -63,10 +77,8 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
         team.wait()
         with run.stage("train", "preparing what is compared with"):
             task.begin(trainer, directory.path)
-        if team.is_main_process and run.mix is not None:
-            measure(run, task, adapted, "start", "weighted sum")
-        if team.is_main_process and run.start_from is not None and checkpoint is None:
-            measure(run, task, adapted, "start", "starting adapter")
+        if not run.is_split:
+            start.measure_start(adapted, checkpoint is not None)
         team.wait()
         with run.stage("train", "training"):
             what = f"mixer {config.mixer!r}" if run.mix is None else "the mixers alone"
@@ -79,13 +91,14 @@ def fit(run: RunContext, task: Task, model: nn.Module) -> Any:
             if team.size > 1:
                 a_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
                 run.display.say(f"{team.size} processes train together: {a_step * team.size} rows to a step.")
-            if checkpoint and 0 < trainer.args.max_steps <= checkpoint.step:
+            resumed = str(checkpoint.path) if checkpoint else None
+            if checkpoint and 0 < trainer.args.max_steps <= checkpoint.step and not run.is_split:
                 # The trainer would take one more step before it looks whether enough were taken.
                 load_checkpoint(trainer, checkpoint.path)
                 trainer.state.global_step = checkpoint.step
             else:
-                with closing_bars(trainer):
-                    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+                with closing_bars(trainer), contextlib.suppress(callbacks.NothingLeft):
+                    trainer.train(resume_from_checkpoint=resumed)
         if number := run.stop.agreed():
             raise Stopped(number)
         if team.is_main_process:
@@ -102,6 +115,26 @@ def _keep_newest(run: RunContext) -> None:
     settings = run.recipe.trainer
     if settings.get("save_total_limit") and not settings.get("load_best_model_at_end"):
         run.directory.keep_newest_checkpoints(settings["save_total_limit"])
+
+
+def _refuse_other_engine(run: RunContext, checkpoint: Checkpoint | None) -> None:
+    """Refuse to go on from an optimizer's state that this way of sharing the model cannot read."""
+    if checkpoint is None:
+        return
+    kind, path = run.recipe.parallel.kind, checkpoint.path
+    wrote, reads = engine_of(path), {"fsdp": "fsdp"}.get(kind, "zero" if kind.startswith("zero") else "plain")
+    if wrote != reads:
+        names = {"plain": "one process or ddp", "fsdp": "fsdp", "zero": "DeepSpeed's ZeRO"}
+        raise UsageError(
+            f"{path} was written under {names[wrote]}, and parallel.kind={kind} cannot read its optimizer's state. Go "
+            f"on as it was begun, or train its adapter in a new run: adapter.start_from={path}"
+        )
+    processes = processes_of(path)
+    if wrote == "zero" and processes != run.team.size:
+        raise UsageError(
+            f"{path} was written by {processes} processes, and DeepSpeed cannot divide its optimizer's state between "
+            f"{run.team.size}. Start {processes} again, or train its adapter in a new run: adapter.start_from={path}"
+        )
 
 
 def _warn_of_world_size(run: RunContext, checkpoint: Checkpoint | None) -> None:

@@ -39,9 +39,14 @@ def read_evaluation(directory: RunDirectory, stage: str) -> Evaluation | None:
 
 
 def measure(run: RunContext, task: Task, model: nn.Module, stage: str, label: str) -> Evaluation:
-    """Evaluate, or read what an earlier try of the run has measured already."""
-    kept = evaluation_file(run.directory, stage)
-    found = read_evaluation(run.directory, stage)
+    """Evaluate, or read what an earlier try of the run has measured already.
+
+    Every process that ``RunContext.measures`` calls it; the first one keeps the result.
+    """
+    kept, first = evaluation_file(run.directory, stage), run.team.is_main_process
+    found = read_evaluation(run.directory, stage) if first else None
+    if task.measures_together:
+        found = run.team.broadcast(found)
     if found is not None:
         _record(run.directory, stage, found)  # it may have been killed before it was
         return found
@@ -53,6 +58,8 @@ def measure(run: RunContext, task: Task, model: nn.Module, stage: str, label: st
             f"The held-out loss of the {label} is {loss}. "
             + ("Training diverged; lower trainer.learning_rate." if stage == "after" else "Check the base.")
         )
+    if not first:
+        return evaluation
     evaluation = dataclasses.replace(evaluation, pictures=save_pictures(run, stage, evaluation.pictures))
     values = dataclasses.asdict(evaluation)
     for shown in values["pictures"]:
@@ -71,14 +78,17 @@ def measure_costs(run: RunContext, task: Task, model: nn.Module, remembered: Any
         model: The tuned model.
         remembered: From ``Task.remember_base``, before training.
     """
-    kept = evaluation_file(run.directory, "also")
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    kept, first = evaluation_file(run.directory, "also"), run.team.is_main_process
+    known = json.loads(kept.read_text(encoding="utf-8")) if first and kept.exists() else None
+    if task.measures_together:
+        known = run.team.broadcast(known)
+    if known is not None:
+        found: dict[str, Any] = known
     else:
         with run.stage("also", "measuring what tuning cost"):
             found = task.costs(model, remembered)
-        if not found:
-            return {}
+        if not found or not first:
+            return found
         write_text(kept, json.dumps(found, ensure_ascii=False, allow_nan=False))
     run.directory.update(also=found)
     return found

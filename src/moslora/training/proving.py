@@ -105,10 +105,14 @@ def observe(run: RunContext, task: Task, adapted: Any) -> Observed:
     from moslora.training.reload_proof import proof as proofs
 
     device = str(adapted.device)
+    # What several GPUs held, one may not hold; the fresh process takes all of them.
+    many = device.startswith("cuda") and (
+        run.is_split or getattr(run.recipe.model, "device_map", "") == "auto"
+    )
     arguments = {
         "base": task.place,
         "dtype": proofs.dtype_name(adapted),
-        "device": device,
+        "device": "auto" if many else device,
         "auto_class": task.auto_class,
         "quantization": task.quantization,
         "reader": task.reader,

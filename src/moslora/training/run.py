@@ -10,7 +10,6 @@ Where several processes were launched they train together; the first does everyt
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import shutil
 import signal
@@ -18,15 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moslora.adapters.lineage import describe_lineage
 from moslora.advice.advise import advise_on, short_form
 from moslora.advice.situation import situation_of_task
-from moslora.distributed import Team, in_main_process, refuse_sharding
+from moslora.distributed import Team, in_main_process
 from moslora.errors import ModelError, Stopped, UsageError
 from moslora.failures import add_frame, raise_if_full
 from moslora.files import write_text
 from moslora.models.loading import default_device
 from moslora.recipe.loading import load_recipe
+from moslora.recipe.parallel import SPLITS_WEIGHTS, settle_parallel
 from moslora.recipe.schema import Recipe
 from moslora.recipe.trainer_arguments import resolve_trainer_arguments
 from moslora.reports.run import write_report
@@ -34,20 +33,21 @@ from moslora.tasks import find_task
 from moslora.tasks.task import Count, Task
 from moslora.training import proving
 from moslora.training.artifacts import write_predictions
+from moslora.training.at_start import AtStart
 from moslora.training.cards import write_cards
 from moslora.training.context import RunContext, only_of_first
 from moslora.training.fallbacks import fallbacks_shown
 from moslora.training.fitting import fit
 from moslora.training.handed_over import HandedOver
 from moslora.training.heartbeat import heartbeat
+from moslora.training.inputs import check_mix, check_same_inputs, check_start, hashes_of, with_mix
 from moslora.training.longer import apply_longer, lengthened, plan_longer, refuse_other_settings
 from moslora.training.measuring import measure, measure_costs, record_change
-from moslora.training.mix import Mix, open_mix
 from moslora.training.provenance import collect_hardware, collect_versions
 from moslora.training.proving import prove_reloaded
 from moslora.training.run_directory import FollowedRun, RunDirectory, now
 from moslora.training.saving import save_adapter
-from moslora.training.start_from import StartingAdapter, open_start
+from moslora.training.start_from import open_start
 from moslora.training.stop import StopRequest
 from moslora.training.summary import show_counts, show_proofs, show_result, show_settings
 from moslora.training.trainer_parts import try_trainer_parts
@@ -78,9 +78,9 @@ def check(
         ValueError: If recipe, data or model cannot be used.
     """
     display = only_of_first(display)
-    recipe, mix = _with_mix(recipe if isinstance(recipe, Recipe) else load_recipe(list(recipe)))
+    recipe, mix = with_mix(recipe if isinstance(recipe, Recipe) else load_recipe(list(recipe)))
     start = open_start(recipe)
-    refuse_sharding(recipe.trainer)
+    recipe = settle_parallel(recipe, will_train=False)
     handed_over = handed_over or HandedOver()
     handed_over.check(recipe.task.kind, 1)
     if handed_over.needs_files:
@@ -109,8 +109,8 @@ def check(
         raise UsageError("\n".join(map(str, problems)))
     if problems:
         raise problems[0]
-    _check_mix(mix, task, display)
-    _check_start(start, task, display)
+    check_mix(mix, task, display)
+    check_start(start, task, display)
     if mix is None:
         named = frozenset(
             (*(f"adapter.{k}" for k in recipe.adapter), *(f"trainer.{k}" for k in recipe.trainer))
@@ -140,7 +140,11 @@ def train(arguments: Sequence[str], display: Display, command: str = "") -> RunD
 
 
 def train_recipe(
-    recipe: Recipe, display: Display, command: str = "", handed_over: HandedOver | None = None
+    recipe: Recipe,
+    display: Display,
+    command: str = "",
+    handed_over: HandedOver | None = None,
+    only_as_named: bool = False,
 ) -> RunDirectory:
     """Carry out a recipe; result and errors are those of ``train``.
 
@@ -149,13 +153,15 @@ def train_recipe(
         display: Where to tell of progress.
         command: How it was called, for ``run.json``.
         handed_over: Objects that a script gives beside the recipe.
+        only_as_named: Whether a run of that name, which has come up meanwhile, is an error; usually the new one gets
+            a number.
     """
     handed_over = handed_over or HandedOver()
     display = only_of_first(display)
-    recipe, mix = _with_mix(recipe)
+    recipe, mix = with_mix(recipe)
     start = open_start(recipe)
-    refuse_sharding(recipe.trainer)
-    team = Team.join(recipe.trainer)
+    recipe = settle_parallel(recipe)
+    team = Team.join(recipe.trainer, recipe.parallel.kind in SPLITS_WEIGHTS)
     kind, own = recipe.task.kind, None
     handed_over.check(kind, team.size)
     with StopRequest(display, team) as stop, contextlib.ExitStack() as until_usable:
@@ -170,8 +176,8 @@ def train_recipe(
         task.check_adapter()
         task.read()
         task.prepare()
-        _check_mix(mix, task, display)
-        _check_start(start, task, display)
+        check_mix(mix, task, display)
+        check_start(start, task, display)
         try_trainer_parts(recipe, default_device())
         resolved = resolve_trainer_arguments(recipe, default_device())
         recipe = recipe.model_copy(update={"trainer": resolved})
@@ -179,7 +185,7 @@ def train_recipe(
             text, about = recipe.to_yaml(), {"command": command, "seed": recipe.seed}
             if own is None:
                 place, name = Path(recipe.output.dir), recipe.output.name or kind
-                directory = RunDirectory.create(place, name, text, **about)
+                directory = RunDirectory.create(place, name, text, only_as_named, **about)
             else:
                 directory = own
                 directory.update(**about)
@@ -206,6 +212,7 @@ def resume(
     display: Display,
     handed_over: HandedOver | None = None,
     settings: Sequence[str] = (),
+    wait: float = 0.0,
 ) -> RunDirectory:
     """Continue with a run that was interrupted, killed or failed, or prove one whose proof could not be carried out.
 
@@ -214,6 +221,7 @@ def resume(
         display: Where to tell of progress.
         handed_over: Callbacks and metrics that the script gave to the run; they are in no file.
         settings: ``trainer.max_steps=N`` or ``trainer.num_train_epochs=N``, to train longer, also a completed run.
+        wait: Seconds to wait for a process that seems to run it still.
 
     Returns:
         The run directory, completed.
@@ -243,26 +251,26 @@ def resume(
         )
     display = only_of_first(display)
     changes = lengthened(directory.read()) if longer is None else longer.settings
-    recipe, mix = _with_mix(load_recipe([str(directory.recipe), *changes]))
+    recipe, mix = with_mix(load_recipe([str(directory.recipe), *changes]))
     start = open_start(recipe)
-    refuse_sharding(recipe.trainer)
-    team = Team.join(recipe.trainer)
+    recipe = settle_parallel(recipe)
+    team = Team.join(recipe.trainer, recipe.parallel.kind in SPLITS_WEIGHTS)
     with StopRequest(display, team) as stop:
         task = find_task(recipe.task.kind)(recipe, display, stop.check)
         handed_over.put_into(task)
         # Refusals come before the claim, so that they leave the run's status as it was.
         task.read()
         task.prepare()
-        _check_mix(mix, task, display)
-        _check_start(start, task, display)
-        _check_same_inputs(directory, _hashes(task, mix, start))
+        check_mix(mix, task, display)
+        check_start(start, task, display)
+        check_same_inputs(directory, hashes_of(task, mix, start))
         team.wait()  # until all have looked at the record, before it changes
         if team.is_main_process:
             if longer is not None:
                 apply_longer(directory, longer, recipe, display)
             elif changes:
                 write_text(directory.recipe, recipe.to_yaml())
-            directory.claim()
+            directory.claim(wait)
             display.say(f"Resuming {directory.path}")
         else:
             directory = FollowedRun(directory.path)
@@ -284,63 +292,14 @@ def _prove_later(directory: RunDirectory, display: Display) -> RunDirectory:
     return directory
 
 
-def _with_mix(recipe: Recipe) -> tuple[Recipe, Mix | None]:
-    """Open the adapters that a recipe mixes, and let them decide modules and ranks."""
-    if recipe.mix is None:
-        return recipe, None
-    mix = open_mix(recipe.mix.adapters, recipe.mix.weights, recipe.model.name)
-    return mix.adjust(recipe), mix
-
-
-def _check_mix(mix: Mix | None, task: Task, display: Display) -> None:
-    """Refuse adapters of another base, and say what is mixed."""
-    if mix is None:
-        return
-    base = task.base
-    warning = mix.check_base(task.recipe.model.name, str(base.path), task.hashes()["base"])
-    if warning:
-        display.warn(warning)
-    for path, weight in zip(mix.sources, mix.weights, strict=True):
-        display.say(f"Mixing {path}, weight {weight:g}: its A and B stay as they are.")
-    display.say(
-        "Modules and ranks are the adapters'; of the recipe's adapter section lora_dropout alone counts."
-    )
-
-
-def _check_start(start: StartingAdapter | None, task: Task, display: Display) -> None:
-    """Refuse a start that was trained on another base, and say what training starts from."""
-    if start is None:
-        return
-    base = task.base
-    warning = start.check_base(task.recipe.model.name, str(base.path), task.hashes()["base"])
-    if warning:
-        display.warn(warning)
-    display.say(f"Starting from {start.path}: structure, mixers and values are its own.")
-    for line in describe_lineage(start.lineage or {}):
-        display.say(f"  {line}")
-
-
-def _hashes(task: Task, mix: Mix | None, start: StartingAdapter | None = None) -> dict[str, Any]:
-    """Return what identifies everything that a run is made from."""
-    if start is not None:
-        return {**task.hashes(), "start": dict(start.hashes)}
-    if mix is None:
-        return task.hashes()
-    return {
-        **task.hashes(),
-        "adapters": [dict(hashes) for hashes in mix.hashes],
-        "weights": list(mix.weights),
-    }
-
-
 def _run_stages(run: RunContext, task: Task) -> RunDirectory:
     """Run all stages, and leave a truthful status whatever happens."""
     try:
         if run.team.is_main_process:
-            with heartbeat(run.directory.record), fallbacks_shown(run.display):
+            with heartbeat(run.directory), fallbacks_shown(run.display):
                 _stages(run, task)
         else:
-            _follow(run, task)
+            _stages(run, task)
     except (Stopped, KeyboardInterrupt) as stopped:
         _end_interrupted(
             run, stopped.signal_number if isinstance(stopped, Stopped) else signal.SIGINT, stopped
@@ -395,22 +354,51 @@ def _write_report(directory: RunDirectory, display: Display, **fields: Any) -> N
         )
 
 
-def _follow(run: RunContext, task: Task) -> None:
-    """Take part in the training of a run that the first process keeps."""
-    run.team.wait()  # the first loads alone: what it makes once, as pictures of a class, is then there for all
-    model = task.load()
-    run.team.wait()
-    fit(run, task, model)
-    run.team.shut_down()
-
-
 def _stages(run: RunContext, task: Task) -> None:
-    directory, display = run.directory, run.display
-    directory.update(
+    """Go through all stages, in every process of the team until it parts, then in the first alone."""
+    team, together = run.team, task.measures_together
+    if together:
+        task.team = team
+    run.stop.in_step = together
+    if team.is_main_process:
+        _describe(run, task)
+    model = _load(run, task)
+    start = AtStart(run, task, model)
+    if not run.is_split:
+        start.measure_base(model)
+        team.wait()
+    trainer = fit(run, task, model, start)
+    # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
+    adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if not together:
+        team.shut_down()
+        if not team.is_main_process:
+            return
+    with run.stage("save", "saving and folding the adapter"):
+        save_adapter(run, task, adapted, trainer.state.global_step)
+    after = measure(run, task, adapted, "after", "tuned model")
+    measure_costs(run, task, adapted, start.remembered)
+    with run.stage("prove", "proving the exported LoRA"):
+        observed = proving.observe(run, task, adapted)
+        # The fresh process loads the base again: nothing of the first may be in its way.
+        proving.release(task, trainer)
+        before = start.release()
+        del model, trainer, adapted
+        proving.collect_garbage()
+        run.stop.in_step = False
+        if together:
+            team.shut_down()
+        if team.is_main_process:
+            _finish(run, task, before, after, observed)
+
+
+def _describe(run: RunContext, task: Task) -> None:
+    """Note what the run is made from, and on what."""
+    run.directory.update(
         processes=run.team.size,
         versions=collect_versions(),
         hardware=collect_hardware(),
-        hashes=_hashes(task, run.mix, run.start_from),
+        hashes=hashes_of(task, run.mix, run.start_from),
         **({"start_from": run.start_from.story} if run.start_from is not None else {}),
         remarks=task.remarks,
         base={
@@ -421,45 +409,32 @@ def _stages(run: RunContext, task: Task) -> None:
             **({"variant": task.variant} if task.variant else {}),
         },
     )
+
+
+def _load(run: RunContext, task: Task) -> Any:
+    """Load the base, the first process before the others: what it makes once, as pictures of a class, is there for all.
+
+    Where each process takes a part of every weight as it comes, all load at once.
+    """
+    in_turn = not run.is_split
     with run.stage("load", "loading the base model"):
+        if in_turn and not run.team.is_main_process:
+            run.team.wait()
         model = task.load()
+        if in_turn and run.team.is_main_process:
+            run.team.wait()
     run.team.wait()
-    before = measure(run, task, model, "before", "base model")
-    remembered = task.remember_base(model)
-    run.team.wait()
-    trainer = fit(run, task, model)
-    # Without the trainer's mixed precision: what is measured and proven runs as anyone will load it.
-    adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    run.team.shut_down()
-    with run.stage("save", "saving and folding the adapter"):
-        save_adapter(run, task, adapted, trainer.state.global_step)
-    after = measure(run, task, adapted, "after", "tuned model")
+    return model
+
+
+def _finish(run: RunContext, task: Task, before: Any, after: Any, observed: proving.Observed) -> None:
+    """Prove, and tell of the run; its model is gone, and the other processes are, too."""
     record_change(run, before, after)
-    measure_costs(run, task, adapted, remembered)
     notes = task.notes(before, after)
-    directory.update(remarks=[*task.remarks, *notes])
+    run.directory.update(remarks=[*task.remarks, *notes])
     write_predictions(run, before.answers, after.answers)
-    with run.stage("prove", "proving the exported LoRA"):
-        observed = proving.observe(run, task, adapted)
-        # The fresh process loads the base again: nothing of the first may be in its way.
-        proving.release(task, trainer)
-        del model, trainer, adapted, remembered
-        proving.collect_garbage()
-        prove_reloaded(run, observed)
-        write_cards(directory, display)
-    show_result(run, task, before, after, display)
+    prove_reloaded(run, observed)
+    write_cards(run.directory, run.display)
+    show_result(run, task, before, after, run.display)
     for note in notes:
-        display.warn(note)
-
-
-def _check_same_inputs(directory: RunDirectory, hashes: dict[str, Any]) -> None:
-    """Refuse to continue with other data or another base than the run began with."""
-    old = directory.read().get("hashes")
-    if old is None:
-        return
-    changed = [name for name in hashes if old.get(name) != json.loads(json.dumps(hashes[name]))]
-    if changed:
-        raise UsageError(
-            f"Cannot continue with {directory.path}: its {' and '.join(changed)} changed since it began. Put "
-            "the old files back, or start a new run."
-        )
+        run.display.warn(note)

@@ -40,6 +40,7 @@ from moslora.training.json_values import json_value, merged
 from moslora.wording import did_you_mean, nearest
 
 __all__ = [
+    "HEARTBEAT_SECONDS",
     "STATUSES",
     "FollowedRun",
     "RunDirectory",
@@ -53,6 +54,9 @@ STATUSES = ("running", "interrupted", "failed", "completed")
 _STATUS_LINE = re.compile(rb'\n *"status": *"\w+",\n *')
 # A process on another machine cannot be asked, so the age of what it writes has to answer.
 HEARTBEAT_SECONDS = 60.0
+# What names the process that holds a run, in its record.
+HOLDER = ("host", "pid", "process_started")
+LOOKS = 1.0  # seconds between two looks at a run that seems to be in progress
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +77,9 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, parent: Path, name: str, recipe: str | None = None, **fields: Any) -> RunDirectory:
+    def create(
+        cls, parent: Path, name: str, recipe: str | None = None, only_as_named: bool = False, **fields: Any
+    ) -> RunDirectory:
         """Make a new run directory: ``name``, or the first free one of ``name-2``, ``name-3`` and so on.
 
         It is written under another name and renamed, which succeeds for one process only, so that two runs started at
@@ -83,6 +89,7 @@ class RunDirectory:
             parent: Folder of runs; made if it is not there.
             name: Plain folder name.
             recipe: The text of its ``recipe.yaml``; None if that is written later.
+            only_as_named: Whether it must be ``name``, and no other.
             **fields: More of ``run.json``, as for :meth:`update`.
 
         Returns:
@@ -105,6 +112,8 @@ class RunDirectory:
             for attempt in itertools.count(1):
                 path = parent / (name if attempt == 1 else f"{name}-{attempt}")
                 if os.path.lexists(path):
+                    if only_as_named:
+                        raise BusyError(f"{path} was begun by another process just now; nothing was started.")
                     continue
                 run._write({**opening, "name": path.name, **_this_process(), "started": now(), **more})
                 try:
@@ -242,12 +251,23 @@ class RunDirectory:
                 file.seek(found.start())
                 file.write(line + b" " * (len(found[0]) - len(line)))
 
-    def claim(self) -> None:
+    def is_held(self) -> bool:
+        """Tell whether the record names this process as the one that runs it: then nobody has taken the run over."""
+        record = self.read()
+        return all(record.get(key) == _this_process()[key] for key in HOLDER)
+
+    def claim(self, wait: float = 0.0) -> None:
         """Take this run over, to resume it: from now on it is this process that is running it.
+
+        Args:
+            wait: Seconds to wait for another process that seems to run it.
 
         Raises:
             RuntimeError: If another process still runs it.
         """
+        deadline = time.monotonic() + wait
+        while is_alive(self) and time.monotonic() < deadline:
+            time.sleep(LOOKS)
         with locked(self.path):
             record = self.read()
             if is_alive(self):

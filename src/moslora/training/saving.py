@@ -27,18 +27,25 @@ UNPROVEN = "unproven.safetensors"
 def save_adapter(run: RunContext, task: Task, adapted: Any, steps: int) -> None:
     """Save the native adapter, then its fold with the proof on the written files.
 
+    Where each process holds a part of the adapter, all of them call it, and the first writes.
+
     Args:
         run: The run.
         task: Its task.
         adapted: The trained model.
         steps: Optimizer steps that it was trained for.
     """
+    from moslora.tuner.sharding import gathered
+
     directory = run.directory
-    broken = [n for n, p in adapted.named_parameters() if p.requires_grad and not all_finite(p)]
-    if broken:
-        raise TrainingError(
-            f"Training diverged: {broken[0]} has NaN or infinite values, so nothing was saved. Lower "
-            "trainer.learning_rate, or set trainer.max_grad_norm."
+    if not run.team.is_main_process:
+        if run.is_split:
+            with gathered(adapted):
+                adapted.save_pretrained(directory.adapter, is_main_process=False)
+        return
+    if not run.is_split:
+        _refuse_diverged(
+            [n for n, p in adapted.named_parameters() if p.requires_grad and not all_finite(p)]
         )
     # A run that was stopped after this stage has trained nothing since; what it saved is written anew.
     exported = exported_paths(run, task)
@@ -46,7 +53,10 @@ def save_adapter(run: RunContext, task: Task, adapted: Any, steps: int) -> None:
         remove(place)
     (directory.path / UNPROVEN).unlink(missing_ok=True)
     with new_directory(directory.adapter) as folder:
-        adapted.save_pretrained(folder)
+        with gathered(adapted):
+            adapted.save_pretrained(folder)
+        if run.is_split:
+            _refuse_diverged(_broken_in(folder))
         drop_pefts_cards(folder)
         task.write_beside(adapted, folder)
         if run.start.exists():
@@ -59,6 +69,22 @@ def save_adapter(run: RunContext, task: Task, adapted: Any, steps: int) -> None:
         place.parent.mkdir(exist_ok=True)
         proof = export_adapter(directory.adapter, place, format_)
         directory.update(proofs={name: {**dataclasses.asdict(proof), "passed": proof.passed}})
+
+
+def _refuse_diverged(broken: Sequence[str]) -> None:
+    if broken:
+        raise TrainingError(
+            f"Training diverged: {broken[0]} has NaN or infinite values, so nothing was saved. Lower "
+            "trainer.learning_rate, or set trainer.max_grad_norm."
+        )
+
+
+def _broken_in(folder: Path) -> list[str]:
+    """Return the tensors of a saved adapter with NaN or infinite values."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return [name for name, tensor in tensors.items() if not all_finite(tensor)]
 
 
 def _lineage(run: RunContext, task: Task, steps: int) -> dict[str, Any]:

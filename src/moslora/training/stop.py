@@ -30,6 +30,8 @@ class StopRequest:
         self.display = display
         self.team = team or Team()
         self.received: int | None = None
+        # Whether all processes of the team come by every place that asks, so that they can stop at the same one.
+        self.in_step = False
         self._said = False
         self._previous: dict[int, Any] = {}
 
@@ -54,11 +56,15 @@ class StopRequest:
             self.display.say("Stopping at the next safe place. Once more stops at once.", style="yellow")
 
     def check(self) -> None:
-        """Stop here if asked to; of several processes the first alone, the others where all agree.
+        """Stop here if asked to; of several processes all, where they are in step, and otherwise the first alone.
 
         Raises:
             Stopped: If a signal came in.
         """
+        if self.in_step:
+            if number := self.agreed():
+                raise Stopped(number)
+            return
         self._say()
         if self.received is not None and self.team.is_main_process:
             raise Stopped(self.received)

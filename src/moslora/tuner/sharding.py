@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch.distributed
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ __all__ = [
     "check_mergeable_when_sharded",
     "check_whole",
     "gather",
+    "gathered",
     "shard_like",
     "sharded_parameters",
     "warn_of_whole_factors",
+    "whole_size",
 ]
 
 
@@ -50,6 +53,32 @@ def gather(state_dict: dict[str, Tensor], keys: Iterable[str]) -> dict[str, Tens
 
     found = {key: state_dict[key] for key in keys if key in state_dict}
     return {key: tensor.full_tensor() for key, tensor in found.items() if isinstance(tensor, DTensor)}
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Make parameters whole that DeepSpeed's ZeRO-3 has split and training changes. Every process must enter it.
+
+    Args:
+        model: Its frozen parameters, and those of other engines, stay as they are.
+    """
+    split = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
+
+
+def whole_size(parameter: Tensor) -> int:
+    """Return the number of a parameter's entries, in all processes together.
+
+    Args:
+        parameter: Maybe split: DeepSpeed's ZeRO-3 leaves none of it in its place.
+    """
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def shard_like(state_dict: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:

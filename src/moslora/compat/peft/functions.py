@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import _get_in_out_features
@@ -10,10 +12,31 @@ from torch import Tensor, nn
 
 from moslora import versions
 
-__all__ = ["MODEL_PREFIX", "prune", "sizes_of", "stored_weights"]
+__all__ = ["MODEL_PREFIX", "adapters_off", "prune", "sizes_of", "stored_weights"]
 
 # Before the names of a base's modules in a ``PeftModel``, and in PEFT's files (0.18 to 0.21.2).
 MODEL_PREFIX = "base_model.model."
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Switch a model's adapters off for a while, and change nothing else (``_disable_adapters``, PEFT 0.18 to 0.21.2).
+
+    ``PeftModel.disable_adapter`` also takes ``requires_grad`` from the parameters and gives it back. Of a model that is
+    split between processes these may be other tensors by then, and what was to be trained would get no gradient.
+    It can go when PEFT leaves ``requires_grad`` alone there.
+
+    Args:
+        model: A ``PeftModel``.
+    """
+    switched = [module for module in model.modules() if getattr(module, "_disable_adapters", None) is False]
+    for module in switched:
+        cast(Any, module)._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in switched:
+            cast(Any, module)._disable_adapters = False
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moslora.distributed import is_split, no_gradients
 from moslora.tasks.text.loss import labeled_rows
 
 if TYPE_CHECKING:
@@ -80,6 +81,13 @@ def as_base(model: Any, changed: Changed = ()) -> Iterator[None]:
     """
     import torch
 
+    if is_split(model):
+        from moslora.compat.peft.functions import adapters_off
+
+        # PEFT's own way changes what requires gradients, which parts that are not gathered now would not hear of.
+        with adapters_off(model):
+            yield
+        return
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         # PEFT warns that biases of the base stay changed; they are put back below.
@@ -126,7 +134,7 @@ def passage_costs(
         targets = labels[:, 1:][trained]  # (tokens,)
         place = trained.nonzero()[:, 0]  # the row of each token
         sums = {name: torch.zeros(len(labels), dtype=torch.float64) for name in ("base", "tuned", "kl")}
-        with torch.inference_mode():
+        with no_gradients(model):
             with _base_of(model, changed, tuned):
                 head, base_rows = labeled_rows(model, arguments, trained)
             rows = labeled_rows(model, arguments, trained)[1] if tuned else base_rows

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moslora.distributed import Team, no_gradients
 from moslora.tasks.text.padding import pad_rows
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ def generate(
     Returns:
         The answers' texts without special tokens; outer white space is not removed.
     """
-    import torch
     from transformers import GenerationConfig
 
     model.eval()
@@ -60,7 +60,7 @@ def generate(
         **options,
     )
     arguments = {name: tensor.to(device) for name, tensor in inputs.items()}
-    with torch.inference_mode():
+    with no_gradients(model):
         output = model.generate(**arguments, generation_config=config)  # type: ignore[operator]
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
     return [str(text) for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
@@ -74,6 +74,7 @@ def generate_from_prompts(
     device: str,
     batch_size: int,
     on_batch: Callable[[int], None],
+    team: Team | None = None,
 ) -> list[str]:
     """Generate an answer to each prompt, prompts of similar length together.
 
@@ -84,22 +85,29 @@ def generate_from_prompts(
         settings: How to generate.
         device: Where the model is.
         batch_size: Prompts per batch.
-        on_batch: Called after each batch with its number of prompts.
+        on_batch: Called after each batch with its number of prompts; of several processes, after each has had one.
+        team: The processes that share the prompts out; this one alone if None.
 
     Returns:
         The answers' texts in the order of ``prompts``, as ``generate`` returns them.
     """
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def answer(numbers: Sequence[int]) -> list[str]:
         chosen = [prompts[number] for number in numbers]
         inputs = {
             "input_ids": pad_rows(chosen, settings.pad_id, left=True),
             "attention_mask": pad_rows([[1] * len(prompt) for prompt in chosen], 0, left=True),
         }
-        answers = generate(model, tokenizer, inputs, settings, device)
-        for number, text in zip(numbers, answers, strict=True):
+        return generate(model, tokenizer, inputs, settings, device)
+
+    def done(chosen: Sequence[Sequence[int]], _: Any) -> None:
+        on_batch(sum(map(len, chosen)))
+
+    answers = (team or Team()).share(batches, answer, done)
+    for numbers, found in zip(batches, answers, strict=True):
+        for number, text in zip(numbers, found, strict=True):
             texts[number] = text
-        on_batch(len(numbers))
     return texts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.distributed import Team, is_split, no_gradients
 from moslora.tasks.text.padding import pad_rows
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Measured",
     "example_losses",
     "labeled_loss",
     "labeled_rows",
@@ -22,6 +24,7 @@ __all__ = [
     "score_labels",
     "score_rows",
     "scores_plainly",
+    "shared_losses",
     "text_batches",
     "unwrapped",
 ]
@@ -45,6 +48,8 @@ SCALED_LOGITS = (
 
 # The positions of a batch's examples in their set, and the model's arguments with ``labels``, ``(rows, length)``.
 Batch = tuple[list[int], dict[str, "Tensor"]]
+# The positions, and of each example the sum of its losses in nats and its number of tokens, ``(rows,)`` each.
+Measured = tuple[list[int], "Tensor", "Tensor"]
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -206,6 +211,38 @@ def example_losses(
         yield numbers, sums.cpu(), counts.cpu()
 
 
+def shared_losses(
+    team: Team,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: str,
+    progress: Any,
+    raise_if_stopped: Callable[[], None],
+) -> list[Measured]:
+    """Return what ``example_losses`` yields, in every process of a team, each having measured its share.
+
+    Args:
+        team: Who measures.
+        model, batches, device: As of ``example_losses``.
+        progress: Shown how many examples are done, and the mean loss of this process's own.
+        raise_if_stopped: Called after each batch.
+    """
+    total, count = 0.0, 0
+
+    def work(batch: Batch) -> Measured:
+        (measured,) = example_losses(model, [batch], device)
+        return measured
+
+    def done(chosen: Sequence[Batch], measured: Measured | None) -> None:
+        nonlocal total, count
+        if measured is not None:
+            total, count = total + float(measured[1].sum()), count + int(measured[2].sum())
+        progress.advance(sum(len(numbers) for numbers, _ in chosen), f"loss {total / max(count, 1):.4f}")
+        raise_if_stopped()
+
+    return team.share(batches, work, done)
+
+
 def _row_losses_in_parts(model: nn.Module, arguments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return ``row_losses``, of half the rows at a time where a GPU's memory does not take all."""
     import torch
@@ -242,7 +279,7 @@ def row_losses(model: nn.Module, arguments: Mapping[str, Tensor], labels: Tensor
 
     targets = labels[:, 1:]
     trained = targets != -100  # (rows, length - 1)
-    with torch.inference_mode():
+    with no_gradients(model):
         head, rows = labeled_rows(model, arguments, trained)
         parts = zip(torch.split(rows, LOGIT_ROWS), torch.split(targets[trained], LOGIT_ROWS), strict=True)
         losses = [F.cross_entropy(head(row).float(), target, reduction="none") for row, target in parts]
@@ -267,7 +304,7 @@ def labeled_rows(model: nn.Module, arguments: Mapping[str, Tensor], labeled: Ten
     from torch import nn
 
     base = unwrapped(model)
-    if logits_are_plain(base):
+    if logits_are_plain(base) and not is_split(model):  # parts are gathered where the model itself is called
         hidden = base.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]
         return base.get_output_embeddings(), hidden[labeled]
     logits = model(**arguments, use_cache=False).logits[:, :-1]

@@ -40,6 +40,8 @@ PROBES, PROBE_TOKENS = 4, 128
 class TextTask(LanguageTask):
     """Fine-tune a causal language model on messages, prompts with completions, or text."""
 
+    measures_together = True
+
     train_summary: Summary
     heldout_summary: Summary
     stop_ids: list[int]
@@ -201,12 +203,23 @@ class TextTask(LanguageTask):
 
             prompts = [encoded.prompt_ids for encoded in chosen]
             texts = generate_from_prompts(
-                model, self.tokenizer, prompts, settings, self.device, ANSWER_BATCH, on_batch
+                model,
+                self.tokenizer,
+                prompts,
+                settings,
+                self.device,
+                self._at_once(len(prompts)),
+                on_batch,
+                self.team,
             )
         return [
             judge_answer(self.by_place[encoded.place], encoded.answer, text.strip(), task.metric)
             for encoded, text in zip(chosen, texts, strict=True)
         ]
+
+    def _at_once(self, prompts: int) -> int:
+        """Return how many answers are generated at once: no more than a process's share of them."""
+        return max(1, min(ANSWER_BATCH, -(-prompts // self.team.size)))
 
     def probe(self) -> list[Tensor]:
         """Return the first held-out examples, cut to a length that is quick."""

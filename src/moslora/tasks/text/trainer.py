@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import SFTTrainer
 
+from moslora.compat.accelerate import shard_on_cpus
+from moslora.distributed import is_split
 from moslora.patterns import check_patterns
 from moslora.tasks.text.loss import labeled_loss, scores_plainly, unwrapped
 from moslora.tasks.text.precision import train_in_float32
@@ -43,13 +45,30 @@ class LabeledLossTrainer(SFTTrainer):  # type: ignore[misc]
             return_outputs: Whether the model's outputs are wanted too; left to TRL.
             num_items_in_batch: Labeled tokens in all micro-batches of the step, if known.
         """
-        is_special = return_outputs or model is not self.model or not scores_plainly(self)
+        is_special = return_outputs or model is not self.model or is_split(model) or not scores_plainly(self)
         if is_special or inputs["labels"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Mixed precision wraps the model's own forward, which is not called here.
         with self.accelerator.autocast():
             total, count = labeled_loss(unwrapped(model), inputs)
         return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, and of a base that is split between processes nothing; every process calls it.
+
+        Args:
+            output_dir: Where; the trainer's own folder by default.
+            _internal_call: Transformers says so where a checkpoint is written.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        from moslora.tuner.sharding import gathered
+
+        with gathered(self.model):
+            self.model.save_pretrained(
+                output_dir or self.args.output_dir, is_main_process=bool(self.args.should_save)
+            )
 
 
 def build_sft_trainer(
@@ -74,6 +93,8 @@ def build_sft_trainer(
         heldout_set: What it evaluates on during training, if anything.
         collate: Makes a batch of rows; TRL's own if None.
     """
+    if getattr(config, "fsdp", None):
+        shard_on_cpus()
     if adapter is not None:
         check_patterns(vars(adapter), (name for name, _ in model.named_modules()), "The configuration")
     trainer = LabeledLossTrainer(
@@ -86,6 +107,6 @@ def build_sft_trainer(
         peft_config=adapter,
         callbacks=list(callbacks),
     )
-    if adapter is not None:
+    if adapter is not None and not trainer.is_deepspeed_enabled:  # which keeps float32 copies of its own
         train_in_float32(trainer.model)
     return trainer

@@ -59,7 +59,7 @@ def main(
     Args:
         base: Folder or hub id of the base model.
         dtype: Its dtype, as ``float32``.
-        device: Where to run, as ``cpu``.
+        device: Where to run, as ``cpu``; ``auto`` spreads the base over all GPUs.
         adapter: Directory of the plain LoRA.
         inputs: Safetensors file of arguments, as ``input0.input_ids``.
         outputs: Safetensors file to write: float32 logits under the same names, and under ``base.NAME``
@@ -77,10 +77,12 @@ def main(
         torch.manual_seed(0)  # a base without this head gets one by chance, which the adapter's replaces
     if quantized:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**json.loads(quantized))
-        options["device_map"] = {"": device}
+    if quantized or device == "auto":
+        options["device_map"] = "auto" if device == "auto" else {"": device}
     model = getattr(transformers, kind).from_pretrained(base, **options)
-    if not quantized:
+    if "device_map" not in options:
         model = model.to(device)
+    device = str(model.device)  # of the first layer, where there are several
     asked: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(inputs).items():
         asked.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = tensor.to(device)
