@@ -14,7 +14,7 @@ BELONGING: dict[str, tuple[str, ...]] = {
     "data": (
         *("heldout", "train_split", "heldout_split", "format", "columns", "ignore"),
         *("prompt", "token", "class_name", "class_images", "class_prompt"),
-        *("subset", "labels"),
+        *("subset", "revision", "labels"),
     ),
     "output": (),
 }
@@ -80,6 +80,10 @@ MISNAMED: dict[str, str] = {
     "data.id2label": "data.labels, a list of their names in order",
     "data.classes": "data.labels",
     "data.config": "data.subset",
+    "data.configuration": "data.subset",
+    "data.name": "data.subset",
+    "data.num_proc": "trainer.dataset_num_proc",
+    "data.workers": "trainer.dataset_num_proc",
     "lora": "adapter",
     "peft": "adapter",
     "training": "trainer",
