@@ -44,14 +44,16 @@ SHAPES = {
         lambda n: {
             "messages": [
                 {"role": "system", "content": "Home"},
-                *[turn for k in range(n % 4 + 1) for turn in (ask(f"q{k}{n}"), answer(f"a {k} {n}", weight=k % 2 or 1))],
+                *(turn for k in range(n % 4 + 1) for turn in (ask(f"q{k}{n}"), answer(f"a {k} {n}", weight=1))),
                 *([ask("and then?")] if n % 5 == 0 else []),
             ]
         }
     ),
     "flags": many(lambda n: {"messages": [ask("a"), answer(f"bad {n}", train=False), ask("b"), answer(f"good {n}")]}),
     "long": many(lambda n: {"messages": [ask("word " * (5 * n + 1)), answer(f"end {n} " * (n + 1))]}),
-    "sharegpt": many(lambda n: {"conversations": [{"from": "human", "value": f"{n}"}, {"from": "gpt", "value": f"<{n}>"}]}),
+    "sharegpt": many(
+        lambda n: {"conversations": [{"from": "human", "value": f"{n}"}, {"from": "gpt", "value": f"<{n}>"}]}
+    ),
     "texts": many(lambda n: {"prompt": f"What is {n}? ", "completion": f" {n * n}\n"}),
     "lists": many(lambda n: {"prompt": [ask(f"{n}"), answer("x"), ask("?")], "completion": [answer(f"y {n}")]}),
     "alpaca": many(lambda n: {"instruction": f"do {n}", "input": "" if n % 2 else "this", "output": f"done {n}"}),
@@ -164,10 +166,12 @@ def test_a_batch_is_encoded_as_each_example_alone_is(tmp_path, shape, name):
 def test_tools_thoughts_and_variables_come_back_from_files_as_they_were(tmp_path):
     tok = of_model("qwen3")
     call = {"function": {"name": "weather", "arguments": {"city": "Oslo", "n": 1.5}}}
+    turns = [ask("w?"), answer("", tool_calls=[call]), {"role": "tool", "content": "sun"}, answer("ok")]
+    thinking = [ask("t?"), answer("yes", reasoning_content="hm")]
     rows = [
-        {"messages": [ask("w?"), answer("", tool_calls=[call]), {"role": "tool", "content": "sun"}, answer("ok")], "tools": TOOLS},
-        {"messages": [ask("t?"), answer("yes", reasoning_content="hm")], "chat_template_kwargs": {"enable_thinking": True}},
-    ]  # fmt: skip
+        {"messages": turns, "tools": TOOLS},
+        {"messages": thinking, "chat_template_kwargs": {"enable_thinking": True}},
+    ]
     rows = [{**row, "id": n} for n in range(8) for row in rows]
     model = tmp_path / "model"
     tiny.save_chat_model(model, vocab_size=400)
@@ -216,7 +220,9 @@ def test_weights_and_several_files_give_the_same_epoch(model, tmp_path):
     for weights in ((0.5, 2), (1, 1.25)):
         train = (
             "["
-            + ", ".join(f"{{path: {tmp_path / n}.jsonl, weight: {w}}}" for n, w in zip("ab", weights))
+            + ", ".join(
+                f"{{path: {tmp_path / n}.jsonl, weight: {w}}}" for n, w in zip("ab", weights, strict=True)
+            )
             + "]"
         )
         one, two = (task_of(model, train, "seed=3", cache=cache) for cache in ("never", "always"))

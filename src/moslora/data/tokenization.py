@@ -12,12 +12,12 @@ A template for which this does not hold is refused: the tokens trained on would 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.locating import IGNORED, OTHER_WAYS, AnswerFinder, common_length
+from moslora.data.locating import IGNORED, OTHER_WAYS, AnswerFinder, common_length, decode, trained_count
 from moslora.data.messages import Message
 from moslora.data.rendering import KEEPING, Template, first_lost, last_alone, spells, without_opening
 from moslora.data.shapes import Example
@@ -32,6 +32,7 @@ __all__ = [
     "Encoder",
     "common_length",
     "decode",
+    "trained_count",
 ]
 
 CHOICES = {
@@ -488,25 +489,3 @@ def _refuse_flags(messages: Sequence[Message]) -> None:
                 f"turn {index} says by {message.flag} that it is not learned, and data.train_on=all learns every "
                 f"token. Set data.train_on=completions, or drop the flags: data.ignore=[{message.flag}]."
             )
-
-
-def trained_count(labels: Iterable[int]) -> int:
-    """Return how many tokens are trained on."""
-    if isinstance(labels, list):
-        return len(labels) - labels.count(IGNORED)
-    return sum(label != IGNORED for label in labels)
-
-
-# ---- token ids -------------------------------------------------------------------------------------------
-
-
-def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of token ids, control tokens included and white space as it is."""
-    given: Any = ids
-    if getattr(tokenizer, "is_fast", False):
-        import numpy
-
-        given = numpy.asarray(
-            ids, dtype=numpy.int64
-        )  # of a list, transformers looks at the type of every number
-    return str(tokenizer.decode(given, skip_special_tokens=False, clean_up_tokenization_spaces=False))
