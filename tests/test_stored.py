@@ -77,6 +77,7 @@ def model(tmp_path_factory):
 def small_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("MOSLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shards, "PART", 500)
+    monkeypatch.setattr(shards, "SMALL", 500)
 
 
 def write(path, rows):

@@ -18,7 +18,11 @@ from moslora.errors import DataError
 
 __all__ = ["Cut", "Shard", "cut_file", "cut_table", "read_shard", "spool"]
 
-PART = 8 << 20  # bytes of a part, about
+PART = 8 << 20  # bytes of a part at most, about
+FEW, SMALL = (
+    16,
+    1 << 20,
+)  # parts of a smaller file, of so many bytes at least, so that all processes have work
 ROWS = 4096  # rows of a part of a table
 LINES = (".jsonl", ".ndjson")
 
@@ -95,8 +99,9 @@ def cut_file(path: Path, limit: int | None, check: Callable[[], None], name: str
     suffix, stamp = check_file(path), _stamp(path)
     hashed, lines = hashlib.sha256(), []
     size, start, first = 0, 0, 1
+    part = min(PART, max(SMALL, stamp[0] // FEW))
     with path.open("rb") as file:
-        while block := file.read(PART):
+        while block := file.read(part):
             check()
             hashed.update(block)
             if suffix in LINES and (last := block.rfind(b"\n")) >= 0:
