@@ -3,9 +3,9 @@
 The rows have prompt and completion as messages, of which both learn the completion alone; both go through the model's
 own chat template and tokenizer, and end in token ids and labels in Arrow files. Every contender is a process of its own
 without a cache, with the same number of worker processes, in random order round after round. The token ids of both are
-compared first, and the labels but for the last one, which is the line break that the template writes after an answer and
-TRL learns, too: where they differ, nothing is measured. Then a larger file is prepared twice, to see what memory each
-process takes, and how soon a second start is at its first step, with a model of a few weights.
+compared first, and the labels but for the last one, which is the line break that the template writes after an answer;
+TRL learns that, too. Where they differ, nothing is measured. Then a larger file is prepared twice, to see what memory
+each process takes, and how soon a second start is at its first step, with a model of a few weights.
 
     python benchmarks/data.py [--rows N] [--processes N] [--rounds N] [--memory-rows N] [--out FILE]
 """

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -10,11 +14,11 @@ import tiny
 from moslora.data.batched import batched
 from moslora.data.files import read_records
 from moslora.data.shapes import to_examples
-from moslora.data.stored import shards
-from moslora.data.stored.encoding import EncodedSet
+from moslora.data.stored import cache, encoding, reading, shards, workers
+from moslora.data.stored.encoding import EncodedSet, tokenizer_hash
 from moslora.data.tokenization import Encoder
 from moslora.display import Display
-from moslora.errors import EncodingError
+from moslora.errors import DataError, EncodingError, TrainingError, UsageError
 from moslora.recipe.loading import load_recipe
 from moslora.tasks import find_task
 from test_people import of_model
@@ -285,3 +289,251 @@ def test_errors_are_the_same_text_with_every_row_counted(model, tmp_path, kind):
     one, two = (said(model, train, columns, cache=cache) for cache in ("never", "always"))
     assert one == two
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------
+
+
+def made(monkeypatch):
+    """What is read and tokenized from now on, as it happens."""
+    told = []
+    for module, name in ((reading, "check_rows"), (encoding, "write_batches")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, own=own, name=name: (told.append(name), own(*a))[1])
+    return told
+
+
+def test_a_second_start_reads_and_tokenizes_nothing_and_another_split_tokenizes_nothing(
+    model, tmp_path, monkeypatch
+):
+    train = write(tmp_path / "train.jsonl", SHAPES["messages"])
+    first = task_of(model, train)
+    told = made(monkeypatch)
+    again = task_of(model, train)
+    assert list(first.train_set) == list(again.train_set) and not told
+    other = task_of(model, train, "seed=1", "data.heldout_fraction=0.3")
+    assert [e.place for e in other.heldout_set] != [e.place for e in first.heldout_set] and not told
+    same(task_of(model, train, "seed=1", "data.heldout_fraction=0.3", cache="never"), other)
+
+
+def test_a_changed_file_setting_template_or_code_is_never_answered_from_an_old_entry(
+    model, tmp_path, monkeypatch
+):
+    train = write(tmp_path / "train.jsonl", SHAPES["messages"])
+    status = train.stat()
+    first = task_of(model, train)
+    text = train.read_text()
+    train.write_text(text.replace("it is 7", "it is 8"))
+    os.utime(train, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert train.stat().st_size == status.st_size and train.stat().st_mtime_ns == status.st_mtime_ns
+    changed = task_of(model, train)
+    same(task_of(model, train, cache="never"), changed)
+    assert first.data_hashes != changed.data_hashes and list(first.train_set) != list(changed.train_set)
+    told = made(monkeypatch)
+    task_of(model, train, "trainer.max_length=30")
+    assert told == ["write_batches"] * len(told) and told
+    told.clear()
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# #}\n")
+    same(task_of(other, train, cache="never"), task_of(other, train))
+    assert told
+    told.clear()
+    monkeypatch.setattr(cache, "_code", lambda: "another version")
+    task_of(model, train)
+    assert "check_rows" in told and "write_batches" in told
+
+
+def test_a_tokenizer_that_tokenizes_otherwise_has_another_hash():
+    one, two = tiny.tokenizer(), tiny.tokenizer()
+    assert tokenizer_hash(one) == tokenizer_hash(two)
+    two.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    assert tokenizer_hash(one) != tokenizer_hash(two)
+    three = tiny.tokenizer()
+    three.chat_template += " "
+    assert tokenizer_hash(one) != tokenizer_hash(three)
+
+
+def test_a_damaged_entry_is_made_again(model, tmp_path):
+    train = write(tmp_path / "train.jsonl", SHAPES["messages"])
+    first = list(task_of(model, train).train_set)
+    for pattern in ("*/tokens-00000.arrow", "*/examples-00000.arrow", "*/entry.json", "*/split-*.npy"):
+        [path, *_] = (tmp_path / "cache" / "data").glob(pattern)
+        path.write_bytes(path.read_bytes()[:-9])
+        assert list(task_of(model, train).train_set) == first, pattern
+
+
+def test_entries_that_nobody_used_for_long_go_and_others_stay(tmp_path, monkeypatch):
+    root = cache.data_cache()
+
+    def make(name, size=10):
+        cache.entry(name, lambda folder: (folder / "a").write_bytes(b"x" * size) and {}, lambda: None)
+
+    for name in ("old", "used", "new"):
+        make(name)
+    ago = (root / "old" / "entry.json").stat().st_mtime - cache.UNUSED - 10
+    os.utime(root / "old" / "entry.json", (ago, ago))
+    make("another")
+    assert {p.name for p in root.iterdir()} == {"used", "new", "another", "locks"}
+    monkeypatch.setattr(cache, "LIMIT", 200)
+    yesterday = ago + cache.UNUSED - cache.IN_USE
+    os.utime(root / "used" / "entry.json", (yesterday, yesterday))
+    make("large", 190)
+    assert {p.name for p in root.iterdir()} == {"new", "another", "large", "locks"}
+
+
+def test_where_the_cache_is_follows_the_variables_of_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOSLORA_CACHE")
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache.data_cache() == tmp_path / "x" / "moslora" / "data"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "h"))
+    assert cache.data_cache() == tmp_path / "h" / "moslora"
+    monkeypatch.setenv("MOSLORA_CACHE", str(tmp_path / "m"))
+    assert cache.data_cache() == tmp_path / "m" / "data"
+
+
+MAKER = """
+import sys, time
+from pathlib import Path
+from moslora.data.stored import cache
+def make(folder):
+    with open(sys.argv[1], "a") as told: told.write("made\\n")
+    (folder / "a").write_text("half")
+    print("making", flush=True)
+    time.sleep(float(sys.argv[2]))
+    (folder / "a").write_text("whole")
+    return {}
+folder, _ = cache.entry("key", make, lambda: None)
+print((folder / "a").read_text(), flush=True)
+"""
+
+
+def test_of_several_processes_one_makes_an_entry_and_a_killed_one_leaves_nothing_half_written(tmp_path):
+    script, told = tmp_path / "maker.py", tmp_path / "told"
+    script.write_text(MAKER)
+
+    def start(seconds):
+        command = [sys.executable, script, told, str(seconds)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    killed = start(60)
+    assert killed.stdout.readline() == "making\n"
+    waiting = start(0.2)
+    killed.kill()
+    killed.communicate()
+    others = [waiting, start(0.2)]
+    assert {one.communicate()[0].splitlines()[-1] for one in others} == {"whole"}
+    assert told.read_text() == "made\n" * 2  # by the killed one, and by one of the others
+    assert not list(cache.data_cache().glob(".*.part"))
+
+
+def test_a_request_to_stop_ends_the_preparation_and_leaves_no_entry(model, tmp_path):
+    train = write(tmp_path / "train.jsonl", SHAPES["turns"])
+
+    class Asked(Exception):  # noqa: N818 - not an error
+        pass
+
+    looks = iter(range(99))
+
+    def check():
+        if next(looks) > 4:
+            raise Asked
+
+    arguments = [f"model={model}", f"data.train={train}", "evaluation.also=[]", "data.cache=always"]
+    for processes in (1, 2):
+        recipe = load_recipe([*arguments, f"trainer.dataset_num_proc={processes}"])
+        task = find_task("text")(recipe, Display(quiet=True), check)
+        with pytest.raises(Asked):
+            task.read()
+            task.prepare()
+    left = [path for path in cache.data_cache().rglob("*") if path.name.endswith(".part")]
+    assert not left and not list(cache.data_cache().glob("*/tokens-*.arrow"))
+
+
+def test_a_process_that_dies_is_said_and_leaves_nothing(tmp_path):
+    def die(part, check):
+        os._exit(9)
+
+    with pytest.raises(TrainingError, match="died, perhaps out of memory"):
+        list(workers.Workers(2, Display(quiet=True), lambda: None).run("Dying", die, [1, 2, 3], [1, 1, 1]))
+
+
+# ---- where data are --------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_and_the_shards_of_a_folder_are_one_source(model, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        write(folder / f"train-{number:05}-of-00003.jsonl", SHAPES["messages"][8 * number : 8 * number + 8])
+    for source in (folder, f"{folder}/*.jsonl"):
+        one, two = (task_of(model, source, "data.limit=19", cache=c) for c in ("never", "always"))
+        same(one, two)
+        places = {e.place.partition(",")[0] for e in (*one.train_set, *one.heldout_set)}
+        assert places == {f"train-{number:05}-of-00003.jsonl" for number in range(3)}
+    (folder / "train-00001-of-00003.jsonl").unlink()
+    with pytest.raises(
+        DataError, match=r"2 files hold the split 'train'.*name all by a pattern: .*train\*\.jsonl"
+    ):
+        read_records(str(folder))
+    with pytest.raises(DataError, match="no file fits the pattern"):
+        read_records(f"{folder}/*.csv")
+    write(folder / "notes.txt", [])
+    with pytest.raises(DataError, match=r"notes\.txt: files with \.txt are not supported"):
+        read_records(f"{folder}/*")
+    write(folder / "other.jsonl", SHAPES["alpaca"])
+    with pytest.raises(DataError, match="its rows have format"):
+        task_of(model, f"{folder}/*.jsonl")
+
+
+def test_a_configuration_and_a_revision_of_a_hub_data_set_are_asked_for(model, tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, subset, **options):
+        asked.append((name, subset, options))
+        return datasets.Dataset.from_list([{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(30)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    settings = ("data.subset=main", "data.revision=abc")
+    one, two = (task_of(model, "org/name", *settings, cache=c) for c in ("never", "always"))
+    same(one, two)
+    assert set(map(str, asked)) == {str(("org/name", "main", {"split": "train", "revision": "abc"}))}
+    train = write(tmp_path / "train.jsonl", SHAPES["messages"])
+    for kind in ("text", "preference", "reward"):
+        with pytest.raises(UsageError, match=r"data\.revision='abc' does not apply to .*train\.jsonl"):
+            recipe = load_recipe([f"task={kind}", f"model={model}", f"data={train}", "data.revision=abc"])
+            find_task(kind)(recipe, Display(quiet=True), lambda: None).read()
+
+
+def test_only_large_data_leave_memory_and_what_is_asked_for_decides(model, tmp_path, monkeypatch):
+    train = write(tmp_path / "train.jsonl", SHAPES["messages"])
+    assert not isinstance(task_of(model, train, cache="auto").train_set, EncodedSet)
+    monkeypatch.setattr(reading, "LARGE", 100)
+    assert isinstance(task_of(model, train, cache="auto").train_set, EncodedSet)
+    assert not isinstance(task_of(model, train, "data.limit=10", cache="auto").train_set, EncodedSet)
+
+
+def test_a_run_trains_from_files_stops_and_goes_on_without_tokenizing_again(model, tmp_path, monkeypatch):
+    from moslora.training.run import resume, train_recipe
+
+    rows = write(tmp_path / "train.jsonl", SHAPES["messages"])
+    found = []
+    for cache_ in ("never", "always"):
+        recipe = load_recipe(
+            [
+                *(f"model={model}", f"data.train={rows}", "evaluation.also=[]", f"data.cache={cache_}"),
+                *("trainer.max_steps=2", "trainer.use_cpu=true", "adapter.r=2", "task.generate_examples=2"),
+                *("trainer.per_device_train_batch_size=2", f"output.dir={tmp_path / cache_}"),
+            ]
+        )
+        run = train_recipe(recipe, Display(quiet=True))
+        told = made(monkeypatch)
+        run = resume(run.path, Display(quiet=True), settings=["trainer.max_steps=3"])
+        assert not told or cache_ == "never"
+        found.append([run.read()["metrics"], (run.path / "predictions.jsonl").read_text()])
+    assert found[0] == found[1]

@@ -23,7 +23,7 @@ from moslora.errors import DataError, UsageError
 if TYPE_CHECKING:
     from moslora.recipe.data_section import DataSection, SourceSection
 
-__all__ = ["Part", "Weighed", "read_sources", "weigh", "weighted"]
+__all__ = ["Part", "Weighed", "read_alone", "read_sources", "weigh", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,25 @@ def read_sources(
     if problems:
         raise UsageError("\n".join(map(str, problems)))
     return parts
+
+
+def read_alone(source: str, data: DataSection, split: str, limit: int | None) -> Records:
+    """Read the rows of one source into memory, for tasks that take one.
+
+    Args:
+        source: ``data.train`` or ``data.heldout``.
+        data: The section, of which ``subset`` and ``revision`` count.
+        split: Which split of folders and hub data sets.
+        limit: Rows at most; None for all.
+
+    Raises:
+        DataError: If it cannot be used.
+        UsageError: If nothing comes from the hub that could have a revision.
+    """
+    alone = _Source(source, None, data, split, limit)
+    _refuse_idle_revision([alone], data)
+    path, split, subset, revision = alone.place
+    return read_records(path, split, limit, subset, revision)
 
 
 def _refuse_idle_revision(sources: Sequence[_Source], data: DataSection) -> None:
