@@ -330,7 +330,7 @@ def test_a_changed_file_setting_template_or_code_is_never_answered_from_an_old_e
     same(task_of(model, train, cache="never"), changed)
     assert first.data_hashes != changed.data_hashes and list(first.train_set) != list(changed.train_set)
     told = made(monkeypatch)
-    task_of(model, train, "trainer.max_length=30")
+    task_of(model, train, "trainer.max_length=60")
     assert told == ["write_batches"] * len(told) and told
     told.clear()
     other = tmp_path / "model"
