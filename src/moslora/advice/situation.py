@@ -265,7 +265,9 @@ def _of_data(task: Any) -> dict[str, Any]:
     encoded = getattr(task, "train_set", None)
     if encoded is not None:
         try:
-            tokens = sum(sum(label != IGNORED for label in _labels(row)) for row in encoded)
+            tokens = getattr(encoded, "trained_tokens", None)
+            if tokens is None:
+                tokens = sum(sum(label != IGNORED for label in _labels(row)) for row in encoded)
             return {"examples": len(encoded), "tokens": tokens or None}
         except (AttributeError, KeyError, TypeError):
             return {"examples": len(encoded)}

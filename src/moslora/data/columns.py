@@ -181,6 +181,12 @@ class Unread:
             self._first.setdefault(key, (place, where))
             self._rows[key] = self._rows.get(key, 0) + 1
 
+    def merge(self, later: Unread) -> None:
+        """Note what another has collected of later rows."""
+        for key, first in later._first.items():
+            self._first.setdefault(key, first)
+            self._rows[key] = self._rows.get(key, 0) + later._rows[key]
+
     def faults(self) -> list[str]:
         """Return one fault per key, in words."""
         return [

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from moslora.data.batched import batched
 from moslora.data.shapes import Example
 from moslora.data.tokenization import Encoded, Encoder, trained_count
 from moslora.errors import EncodingError
 
-__all__ = ["Summary", "Tally", "encode_all"]
+__all__ = [
+    "SHOWN_ROWS",
+    "Summary",
+    "Tally",
+    "encode_all",
+    "lengths_of",
+    "none_left",
+    "several_failed",
+    "summarized",
+]
 
 SHOWN_ROWS = 3  # places that a warning or an error names
+AT_ONCE = 256  # examples
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,7 @@ COUNTED = (
     "examples", "tokens", "trained_tokens", "cut", "dropped", "without_end", "prompt_differs", "control_text",
     "loses_context", "misspelt",
 )  # fmt: skip
+TOTALS = COUNTED[:3]  # what nobody asks the places of
 
 
 def _listed(places: Sequence[str], count: int) -> str:
@@ -155,21 +168,15 @@ class Tally:
         }
         for name, count in counted.items():
             self._counts[name] += int(count)
-            places = self._first.setdefault(name, []) if count else []
-            if count and len(places) < SHOWN_ROWS:
+            if not count or name in TOTALS:
+                continue
+            places = self._first.setdefault(name, [])
+            if len(places) < SHOWN_ROWS:
                 places.append(whole.place)
 
     def summary(self) -> Summary:
         """Return the counts so far."""
-        names = self.encoder.tokenizer.convert_ids_to_tokens(sorted(self.encoder.stop_ids))
-        return Summary(
-            **self._counts,
-            first={name: _listed(places, self._counts[name]) for name, places in self._first.items()},
-            longest=self.longest,
-            longest_is_least=self.longest_is_least,
-            max_length=self.encoder.max_length,
-            end_tokens=tuple(names),
-        )
+        return summarized(self.encoder, self._counts, self._first, self.longest, self.longest_is_least)
 
 
 def encode_all(examples: Sequence[Example], encoder: Encoder) -> tuple[list[Encoded], Summary]:
@@ -188,24 +195,87 @@ def encode_all(examples: Sequence[Example], encoder: Encoder) -> tuple[list[Enco
     encoded: list[Encoded] = []
     problems: list[tuple[str, EncodingError]] = []
     tally = Tally(encoder)
-    for example in examples:
-        try:
-            whole = encoder.encode_whole(example)
-            fitted = encoder.fit(whole)
-        except EncodingError as problem:
-            problems.append((example.place, problem))
-            continue
-        tally.add(whole, fitted)
-        if fitted is not None:
-            encoded.append(fitted)
+    at_once = batched(encoder)
+    for start in range(0, len(examples), AT_ONCE):
+        several = examples[start : start + AT_ONCE]
+        for example, whole in zip(several, at_once.encode_many(several), strict=True):
+            try:
+                if isinstance(whole, EncodingError):
+                    raise whole
+                fitted = encoder.fit(whole)
+            except EncodingError as problem:
+                problems.append((example.place, problem))
+                continue
+            tally.add(whole, fitted)
+            if fitted is not None:
+                encoded.append(fitted)
     if problems:
-        others = _listed([example for example, _ in problems[1 : 1 + SHOWN_ROWS]], len(problems) - 1)
-        many = "s cannot" if problems[2:] else " cannot"
-        more = f" ({len(problems) - 1} more example{many} be encoded either: {others})" if others else ""
-        raise EncodingError(f"{problems[0][1]}{more}") from problems[0][1].__cause__
+        error = several_failed([(place, str(problem)) for place, problem in problems], len(problems))
+        raise error from problems[0][1].__cause__
     if not encoded:
-        raise EncodingError(
-            f"none of {len(examples)} examples is left within max_length={encoder.max_length}: raise "
-            f"trainer.max_length (the longest has {tally.longest} tokens)."
-        )
+        raise none_left(len(examples), encoder, tally.longest)
     return encoded, tally.summary()
+
+
+def several_failed(problems: Sequence[tuple[str, str]], count: int) -> EncodingError:
+    """Return one error for examples that cannot be encoded.
+
+    Args:
+        problems: Of the first of them, the place and what is wrong.
+        count: How many there are.
+    """
+    others = _listed([place for place, _ in problems[1 : 1 + SHOWN_ROWS]], count - 1)
+    many = "s cannot" if count > 2 else " cannot"
+    more = f" ({count - 1} more example{many} be encoded either: {others})" if others else ""
+    return EncodingError(f"{problems[0][1]}{more}")
+
+
+def none_left(count: int, encoder: Encoder, longest: int) -> EncodingError:
+    """Return the error of a set whose examples were all dropped.
+
+    Args:
+        count: How many there were.
+        encoder: What has the limit.
+        longest: Tokens of the longest.
+    """
+    return EncodingError(
+        f"none of {count} examples is left within max_length={encoder.max_length}: raise "
+        f"trainer.max_length (the longest has {longest} tokens)."
+    )
+
+
+def summarized(
+    encoder: Encoder,
+    counts: Mapping[str, int],
+    first: Mapping[str, Sequence[str]],
+    longest: int,
+    longest_is_least: bool,
+) -> Summary:
+    """Return counts of a set in the form in which they are shown.
+
+    Args:
+        encoder: What encoded it.
+        counts: By the names in ``COUNTED``; those that are not there are 0.
+        first: Places of the first ones, by the same names.
+        longest: Tokens of the longest example.
+        longest_is_least: Whether that is a lower bound.
+    """
+    names = encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.stop_ids))
+    return Summary(
+        **{name: counts.get(name, 0) for name in COUNTED},
+        first={name: _listed(places, counts[name]) for name, places in first.items()},
+        longest=longest,
+        longest_is_least=longest_is_least,
+        max_length=encoder.max_length,
+        end_tokens=tuple(names),
+    )
+
+
+def lengths_of(encoded: Sequence[Any]) -> list[int]:
+    """Return the number of tokens of each encoded example, which those in files have ready.
+
+    Args:
+        encoded: The examples.
+    """
+    known = getattr(encoded, "lengths", None)
+    return [len(one.input_ids) for one in encoded] if known is None else known

@@ -38,6 +38,16 @@ class Faults:
         if len(self.first) < SHOWN:
             self.first.append(f"{place}: {what}" if place else what)
 
+    def merge(self, first: Iterable[str], count: int) -> None:
+        """Note faults that others have found later in the same source.
+
+        Args:
+            first: The first of them, in words.
+            count: How many there are.
+        """
+        self.first += list(first)[: SHOWN - len(self.first)]
+        self.count += count
+
     def raise_if_any(self, advice: str) -> None:
         """Raise one error for all faults.
 

@@ -5,47 +5,45 @@ file, folder or hub id ──read_records──▶ Records ──to_examples─�
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import hashlib
 import io
 import json
-import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from moslora.bounded import kind_of_file
-from moslora.data.faults import Faults, kind_of, listed, quoted
-from moslora.data.pictures import with_pictures_stored
+from moslora.data.faults import SHOWN, Faults, kind_of, listed, quoted
+from moslora.data.finding import check_suffix, load_table, locate
 from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
-from moslora.wording import did_you_mean, nearest
 
 _field_limit = threading.Lock()
 
-__all__ = ["FILE_READERS", "Records", "read_records"]
+__all__ = [
+    "FILE_READERS",
+    "Records",
+    "check_file",
+    "check_reading",
+    "hash_rows",
+    "hash_together",
+    "more_files",
+    "names_of",
+    "no_revision",
+    "read_json_lines",
+    "read_records",
+    "unreadable",
+]
 
-DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BOM = b"\xef\xbb\xbf"
-
-# Suffixes that are known and not supported: why, and what to do instead.
-REFUSED = {
-    ".gz": "it is compressed, and line numbers and its hash would be those of other bytes: run gunzip on it",
-    ".bz2": "it is compressed: run bunzip2 on it",
-    ".xz": "it is compressed: run unxz on it",
-    ".zst": "it is compressed: run unzstd on it",
-    ".zip": "it is an archive: unpack it",
-    ".tar": "it is an archive: unpack it",
-    ".xlsx": "spreadsheets have no single table: save the sheet as CSV",
-    ".txt": 'plain text has no rows: write one {"text": …} per line into a .jsonl file',
-    ".arrow": "save it as Parquet: dataset.to_parquet(…)",
-    ".pkl": "unpickling a file runs the code in it: save the rows as JSONL",
-    ".pickle": "unpickling a file runs the code in it: save the rows as JSONL",
-}
+BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,19 @@ def _decode(raw: bytes, start: int) -> str:
         raise ValueError(f"byte 0x{raw[problem.start]:02x} at offset {offset} is not UTF-8") from None
 
 
-def _read_json_lines(file: BinaryIO, faults: Faults) -> _Rows:
-    start = 0
-    for number, raw in enumerate(file, 1):
+def read_json_lines(lines: Iterable[bytes], faults: Faults, first: int = 1, start: int = 0) -> _Rows:
+    """Read lines of JSON.
+
+    Args:
+        lines: The lines, each with its end.
+        faults: Told of lines that are none.
+        first: Number of the first line in its file.
+        start: Where it begins, in bytes.
+
+    Yields:
+        The place and the value of each line that is not blank.
+    """
+    for number, raw in enumerate(lines, first):
         body = raw.removeprefix(BOM) if number == 1 else raw
         try:
             line = _decode(body, start + len(raw) - len(body))
@@ -112,11 +120,9 @@ def _read_json(file: BinaryIO, faults: Faults) -> _Rows:
 
 
 def _read_csv(file: BinaryIO, faults: Faults, delimiter: str = ",") -> _Rows:
-    raw = file.read()
-    body = raw.removeprefix(BOM)
+    text = _text_lines(file)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        text = _decode(body, len(raw) - len(body))
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows = _of_any_length(reader)
         header = next((row for row in rows if row), [])
         if problem := _header_fault(header, delimiter):
@@ -133,6 +139,31 @@ def _read_csv(file: BinaryIO, faults: Faults, delimiter: str = ",") -> _Rows:
         faults.add(f"line {reader.line_num}", f"{problem}")
     except ValueError as problem:
         faults.add("", f"{problem}")
+
+
+def _text_lines(file: BinaryIO) -> Iterator[str]:
+    """Yield a file's lines with their ends as they are, without holding the file in memory."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        yield from text
+    except UnicodeDecodeError:
+        file.seek(0)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        start, block = 0, b"x"
+        while block:
+            block = file.read(BLOCK)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as problem:
+                offset = start - pending + problem.start
+                byte = problem.object[problem.start]
+                raise ValueError(f"byte 0x{byte:02x} at offset {offset} is not UTF-8") from None
+            start += len(block)
+        raise
+    finally:
+        with contextlib.suppress(ValueError):  # of a reader that was not read to its end, the file is closed
+            text.detach()
 
 
 def _of_any_length(reader: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -177,8 +208,8 @@ def _read_parquet(file: BinaryIO, faults: Faults) -> _Rows:
 
 
 FILE_READERS: dict[str, Callable[[BinaryIO, Faults], _Rows]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
@@ -187,49 +218,123 @@ FILE_READERS: dict[str, Callable[[BinaryIO, Faults], _Rows]] = {
 
 
 def read_records(
-    source: str, split: str = "train", limit: int | None = None, subset: str | None = None
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
 ) -> Records:
-    """Read the rows of a file, a folder or a hub data set.
+    """Read the rows of files or of a hub data set.
 
     Args:
-        source: A ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder with
-            one such file named after ``split``; or a hub id ``org/name``, when no such path exists.
+        source: A ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a pattern of such files;
+            a folder with one such file named after ``split``, or all its shards; or a hub id ``org/name``, when no such
+            path exists.
         split: Which split of a folder or hub data set.
         limit: Read at most this many rows (at least 1); all by default.
         subset: Which configuration of a hub data set; of a folder the folder in it that is called so, if there is one.
+        revision: Branch, tag or commit of a hub data set.
 
     Returns:
-        At least one row.
+        At least one row. Places of several files begin with the file's name.
 
     Raises:
         DataError: If the source is missing, unreadable, empty, or holds a row that is not an object.
-        UsageError: If ``limit`` is below 1.
+        UsageError: If ``limit`` is below 1, or a file has a revision.
+    """
+    check_reading(limit)
+    try:
+        paths = locate(source, split, subset)
+        if paths is None:
+            return _read_hub(source, split, limit, subset, revision)
+        if revision is not None:
+            raise UsageError(no_revision(source, revision))
+        if len(paths) == 1:
+            return _read_file(paths[0], limit)
+        return _read_files(paths, source, limit)
+    except OSError as problem:
+        raise unreadable(source, problem) from problem
+
+
+def check_reading(limit: int | None) -> None:
+    """Refuse a limit that reads nothing.
+
+    Args:
+        limit: Rows at most.
+
+    Raises:
+        UsageError: If it does.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit} reads nothing; give 1 or more, or leave it out.")
-    try:
-        path = _locate(source, split, subset)
-        if path is None:
-            return _read_hub(source, split, limit, subset)
-        return _read_file(path, limit)
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise DataError(
-            source, [f"cannot be read: {reason}"], "Check the path and its permissions."
-        ) from problem
 
 
-def _read_file(path: Path, limit: int | None) -> Records:
-    suffix = path.suffix.lower()
-    if suffix not in FILE_READERS:
-        reason = f": {REFUSED[suffix]}" if suffix in REFUSED else ""
-        hint = "" if reason else did_you_mean(suffix, FILE_READERS)
-        fault = f"files with {suffix or 'no extension'} are not supported{reason}"
-        raise DataError(str(path), [fault], f"Supported: {listed(FILE_READERS)}.{hint}")
+def no_revision(source: str, revision: str) -> str:
+    """Return why a file cannot have a revision."""
+    return f"data.revision={revision!r} does not apply to {source}: only data sets of the hub have revisions."
+
+
+def unreadable(source: str, problem: OSError) -> DataError:
+    """Return what is said of a file that the system does not give."""
+    reason = problem.strerror or str(problem)
+    return DataError(source, [f"cannot be read: {reason}"], "Check the path and its permissions.")
+
+
+def _read_files(paths: Sequence[Path], source: str, limit: int | None) -> Records:
+    """Read several files as one; all of them are read before one is refused."""
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    hashes, problems = [], []
+    names = names_of(paths)
+    for path, name in zip(paths, names, strict=True):
+        left = None if limit is None else limit - len(rows)
+        if left == 0:
+            break
+        try:
+            part = _read_file(path, left)
+        except DataError as problem:
+            problems.append(problem)
+            continue
+        rows += part.rows
+        places += [f"{name}, {place}" for place in part.places]
+        hashes.append(part.sha256)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UsageError("\n".join(map(str, problems[:SHOWN])) + more_files(len(problems)))
+    return Records(rows, places, source, hash_together(hashes))
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return what each of several files is called in places: its name, or its path where two have one name."""
+    names = Counter(path.name for path in paths)
+    return [path.name if names[path.name] == 1 else str(path) for path in paths]
+
+
+def more_files(count: int) -> str:
+    """Return how many files beyond those shown have faults."""
+    return f"\nand {count - SHOWN} more files with faults" if count > SHOWN else ""
+
+
+def check_file(path: Path) -> str:
+    """Return the suffix of a file that can be read.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: If it is of another kind.
+    """
+    suffix = check_suffix(path)
     if kind := kind_of_file(path):
         raise DataError(
             str(path), [f"it is {kind}, not a file"], "Write the rows into a file, and name that."
         )
+    return suffix
+
+
+def _read_file(path: Path, limit: int | None) -> Records:
+    suffix = check_file(path)
     faults = Faults(str(path))
     rows: list[dict[str, Any]] = []
     places = []
@@ -250,59 +355,29 @@ def _read_file(path: Path, limit: int | None) -> Records:
     return Records(rows, places, str(path), sha256)
 
 
-def _locate(source: str, split: str, subset: str | None) -> Path | None:
-    """Return the file to read, or None when ``source`` is a hub id."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if subset is not None and (path / subset).is_dir():
-            path = path / subset
-        return _file_of_split(path, split)
-    if path.exists():
-        return path
-    looks_like_file = path.suffix.lower() in {*FILE_READERS, *REFUSED} or path.parent.is_dir()
-    if DATASET_ID.fullmatch(source) and not looks_like_file:
-        return None
-    if not path.parent.is_dir():
-        raise DataError(source, [f"there is no folder {path.parent}"], "Check the path.")
-    name = nearest(path.name, [entry.name for entry in path.parent.iterdir()], 0.5)
-    hint = f"Did you mean {path.parent / name}?" if name else "Check the path, or give a hub id org/name."
-    raise DataError(source, ["there is no such file or folder"], hint)
+def _read_hub(
+    source: str, split: str, limit: int | None, subset: str | None, revision: str | None
+) -> Records:
+    rows = [dict(row) for row in load_table(source, split, limit, subset, revision)]
+    return Records(rows, [f"row {n}" for n in range(1, len(rows) + 1)], source, hash_rows(rows))
 
 
-def _file_of_split(folder: Path, split: str) -> Path:
-    # The hub's own layout names a single shard train-00000-of-00001.parquet.
-    shard = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
-    readable = sorted(
-        f for f in folder.iterdir() if f.suffix.lower() in FILE_READERS and not f.name.startswith(".")
-    )
-    of_split = [f for f in readable if shard.fullmatch(f.stem)]
-    if len(of_split) == 1:
-        return of_split[0]
-    if of_split:
-        fault = f"{len(of_split)} files hold the split {split!r}: {listed(f.name for f in of_split)}"
-        raise DataError(str(folder), [fault], "Name one of the files, or join them.")
-    if readable:
-        fault = f"no file is named after the split {split!r}; there are {listed(f.name for f in readable)}"
-        raise DataError(
-            str(folder), [fault], f"Name a file itself, or rename one to {split}{readable[0].suffix}."
-        )
-    fault = "the folder is empty" if not any(folder.iterdir()) else "no file in the folder can be read"
-    raise DataError(str(folder), [fault], f"Put {split}.jsonl into it; supported: {listed(FILE_READERS)}.")
+def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a hash of rows, as JSON.
 
-
-def _read_hub(source: str, split: str, limit: int | None, subset: str | None) -> Records:
-    from datasets import load_dataset
-
-    advice = "Check the name, the split and the network, or give a file; code of a data set is never run."
-    try:
-        table = load_dataset(source, subset, split=split if limit is None else f"{split}[:{limit}]")
-        rows = [dict(row) for row in with_pictures_stored(table)]
-    except Exception as problem:  # the hub's client has dozens, from HTTP errors to missing configurations
-        fault = f"not on disk, and not loaded from the hub as a data set: {quoted(str(problem), 300)}"
-        raise DataError(source, [fault], advice) from problem
-    if not rows:
-        raise DataError(source, [f"the split {split!r} holds no rows"], advice)
+    Args:
+        rows: Of a data set.
+    """
     sha256 = hashlib.sha256()
     for row in rows:
         sha256.update(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode())
-    return Records(rows, [f"row {n}" for n in range(1, len(rows) + 1)], source, sha256.hexdigest())
+    return sha256.hexdigest()
+
+
+def hash_together(hashes: Sequence[str]) -> str:
+    """Return the hash of several files together; of one file its own.
+
+    Args:
+        hashes: Of each file, in order.
+    """
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

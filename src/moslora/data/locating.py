@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise, takewhile
@@ -19,7 +19,7 @@ from moslora.data.messages import Message
 from moslora.data.rendering import Template
 from moslora.errors import EncodingError
 
-__all__ = ["IGNORED", "OTHER_WAYS", "AnswerFinder", "common_length"]
+__all__ = ["IGNORED", "OTHER_WAYS", "AnswerFinder", "common_length", "decode", "trained_count"]
 
 IGNORED = -100  # torch's cross entropy and every Trainer skip this label
 MANY = 16  # answers; up to so many are found by token ids alone
@@ -262,4 +262,25 @@ def common_length(a: Sequence[object], b: Sequence[object]) -> int:
         >>> common_length([1, 2, 3], [1, 2, 4])
         2
     """
+    if isinstance(a, list) and isinstance(b, list) and b[: len(a)] == a:
+        return len(a)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def trained_count(labels: Iterable[int]) -> int:
+    """Return how many tokens are trained on."""
+    if isinstance(labels, list):
+        return len(labels) - labels.count(IGNORED)
+    return sum(label != IGNORED for label in labels)
+
+
+def decode(ids: list[int], tokenizer: Any) -> str:
+    """Return the text of token ids, control tokens included and white space as it is."""
+    given: Any = ids
+    if getattr(tokenizer, "is_fast", False):
+        import numpy
+
+        given = numpy.asarray(
+            ids, dtype=numpy.int64
+        )  # of a list, transformers looks at the type of every number
+    return str(tokenizer.decode(given, skip_special_tokens=False, clean_up_tokenization_spaces=False))

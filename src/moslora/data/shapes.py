@@ -24,7 +24,18 @@ from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
 from moslora.wording import did_you_mean, nearest
 
-__all__ = ["DATA_FORMATS", "Example", "Message", "answers_apart", "to_examples"]
+__all__ = [
+    "DATA_FORMATS",
+    "Example",
+    "Fits",
+    "Message",
+    "answers_apart",
+    "check_format",
+    "interpret",
+    "recognize",
+    "refuse_faults",
+    "to_examples",
+]
 
 
 @dataclass(frozen=True)
@@ -151,15 +162,44 @@ def to_examples(
         DataError: If a row does not fit, naming place and field, or has keys that nobody reads.
         UsageError: If ``format`` is unknown.
     """
+    check_format(format)
+    name = recognize(records) if format == "auto" else format
+    examples, faults, unread = interpret(records, name, format == "auto", reasoning, system_turn)
+    refuse_faults(faults, unread, name)
+    return examples
+
+
+def check_format(format: str) -> None:
+    """Refuse a format that is unknown.
+
+    Args:
+        format: ``data.format``.
+
+    Raises:
+        UsageError: If it is.
+    """
     if format not in DATA_FORMATS:
         hint = did_you_mean(format, DATA_FORMATS)
         raise UsageError(f"format={format!r} is unknown.{hint} Choose one of {listed(DATA_FORMATS)}.")
-    name = _recognize(records) if format == "auto" else format
+
+
+def interpret(
+    records: Records, name: str, is_guessed: bool, reasoning: str, system_turn: str
+) -> tuple[list[Example], Faults, Unread]:
+    """Interpret rows of a known format.
+
+    Args:
+        records: Rows.
+        name: Their format.
+        is_guessed: Whether the columns said so, so that those of the other formats are not left aside.
+        reasoning, system_turn: As for ``to_examples``.
+
+    Returns:
+        The examples, the faults of the other rows, and the keys that nobody reads.
+    """
     shape = SHAPES[name]
     # Who names a format says that the columns of the others are not meant.
-    others = (
-        () if format == "auto" else tuple(c for s in SHAPES.values() for c in (*s.required, s.other_name))
-    )
+    others = () if is_guessed else tuple(c for s in SHAPES.values() for c in (*s.required, s.other_name))
     read = {*shape.required, *shape.optional, shape.other_name}
     known = {*shape.harmless, *others}
     faults, unread = Faults(records.source), Unread()
@@ -175,13 +215,25 @@ def to_examples(
             faults.add(place, f"{problem}{mixed}")
         else:
             unread.add(place, unread_keys(row, read, known))
+    return examples, faults, unread
+
+
+def refuse_faults(faults: Faults, unread: Unread, name: str) -> None:
+    """Raise one error for all that ``interpret`` found.
+
+    Args:
+        faults, unread: From there.
+        name: The format.
+
+    Raises:
+        DataError: If there is anything.
+    """
     advice = f"Correct or remove these rows (read as data.format={name}); none was skipped."
     if unread:
         advice = f"{advice if faults.count else 'Rename or remove these fields.'} {unread.advice()}"
     for fault in unread.faults():
         faults.add("", fault)
     faults.raise_if_any(advice)
-    return examples
 
 
 def _example(place: str, row: _Row, shape: _Shape, own: set[str], choices: tuple[str, str]) -> Example:
@@ -238,28 +290,76 @@ def _fitting_shapes(row: _Row) -> list[str]:
     return [name for name, shape in SHAPES.items() if shape.fits(row)]
 
 
-def _recognize(records: Records) -> str:
-    """Return the one format that the rows have, by their columns."""
-    fits = [_fitting_shapes(row) for row in records.rows]
-    for place, names in zip(records.places, fits, strict=True):
-        if len(names) > 1:
-            fault = f"{place}: the columns {listed(records.rows[0])} fit more than one format"
-            ways = " or ".join(f"data.format={name}" for name in names)
-            raise DataError(records.source, [fault], f"Choose one: {ways}.")
-    counts = Counter(name for names in fits for name in names)
-    if counts:
-        return counts.most_common(1)[0][0]
-    row = records.rows[0]
-    closeness = {
-        name: sum(bool(_similar_column(column, row) or column in row) for column in shape.required)
-        for name, shape in SHAPES.items()
-    }
-    best = max(closeness, key=lambda name: closeness[name] / len(SHAPES[name].required))
-    if closeness[best]:
-        return best
-    known = "; ".join(" + ".join(shape.required) for shape in SHAPES.values())
-    fault = f"{records.places[0]}: the columns {listed(row)} are not those of a known format ({known})"
-    raise DataError(records.source, [fault], "Rename the columns.")
+@dataclass
+class Fits:
+    """Which formats the rows of a file fit, by their columns.
+
+    Attributes:
+        counts: How many rows fit each.
+        ambiguous: The place of the first row that fits more than one, and the names of these.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    ambiguous: tuple[str, list[str]] | None = None
+
+    def add(self, records: Records) -> None:
+        """Count rows.
+
+        Args:
+            records: Rows that come after those that were counted.
+        """
+        for place, row in zip(records.places, records.rows, strict=True):
+            names = _fitting_shapes(row)
+            self.counts.update(names)
+            if len(names) > 1 and self.ambiguous is None:
+                self.ambiguous = (place, names)
+
+    def merge(self, later: Fits) -> None:
+        """Count what another has counted of later rows."""
+        self.counts.update(later.counts)
+        self.ambiguous = self.ambiguous or later.ambiguous
+
+    def decide(self, source: str, place: str, row: _Row) -> str:
+        """Return the one format that the rows have.
+
+        Args:
+            source: What was read.
+            place: Of the first row.
+            row: The first row.
+
+        Raises:
+            DataError: If rows fit more than one, or none.
+        """
+        if self.ambiguous is not None:
+            fault = f"{self.ambiguous[0]}: the columns {listed(row)} fit more than one format"
+            ways = " or ".join(f"data.format={name}" for name in self.ambiguous[1])
+            raise DataError(source, [fault], f"Choose one: {ways}.")
+        if self.counts:
+            return self.counts.most_common(1)[0][0]
+        closeness = {
+            name: sum(bool(_similar_column(column, row) or column in row) for column in shape.required)
+            for name, shape in SHAPES.items()
+        }
+        best = max(closeness, key=lambda name: closeness[name] / len(SHAPES[name].required))
+        if closeness[best]:
+            return best
+        known = "; ".join(" + ".join(shape.required) for shape in SHAPES.values())
+        fault = f"{place}: the columns {listed(row)} are not those of a known format ({known})"
+        raise DataError(source, [fault], "Rename the columns.")
+
+
+def recognize(records: Records) -> str:
+    """Return the one format that rows have, by their columns.
+
+    Args:
+        records: Rows.
+
+    Raises:
+        DataError: If they fit more than one, or none.
+    """
+    fits = Fits()
+    fits.add(records)
+    return fits.decide(records.source, records.places[0], records.rows[0])
 
 
 def _similar_column(name: str, names: Iterable[str]) -> str | None:

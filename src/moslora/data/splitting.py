@@ -10,7 +10,17 @@ from typing import Any
 from moslora.data.shapes import Example
 from moslora.errors import UsageError
 
-__all__ = ["overlap", "prompt_of", "set_aside", "split_heldout", "thin_out"]
+__all__ = [
+    "draw_of",
+    "mark_of",
+    "overlap",
+    "pick",
+    "prompt_of",
+    "set_aside",
+    "share_draw",
+    "split_heldout",
+    "thin_out",
+]
 
 
 def prompt_of(example: Example) -> str:
@@ -53,15 +63,30 @@ def split_heldout(
     """
     if not 0 < fraction < 1:
         raise UsageError(f"fraction={fraction} must be between 0 and 1, both excluded.")
-    draws = [_draw(_content(e) if identity is None else list(identity(e)), seed) for e in examples]
+    if identity is None and hasattr(examples, "draws"):  # of examples that lie in files
+        draws = examples.draws(seed).tolist()
+    else:
+        draws = [draw_of(e, seed) if identity is None else _draw(list(identity(e)), seed) for e in examples]
     if len(set(draws)) < 2:
         raise UsageError(
             f"{len(examples)} examples with {len(set(draws))} distinct cannot be split in two; add some."
         )
     lowest, highest = min(draws), max(draws)
     held_out = [draw == lowest or (draw < fraction and draw != highest) for draw in draws]
-    train = [example for example, out in zip(examples, held_out, strict=True) if not out]
-    return train, [example for example, out in zip(examples, held_out, strict=True) if out]
+    train = [position for position, out in enumerate(held_out) if not out]
+    return pick(examples, train), pick(examples, [position for position, out in enumerate(held_out) if out])
+
+
+def pick(examples: Sequence[Example], positions: Any) -> Any:
+    """Return some examples, in the order asked for.
+
+    Args:
+        examples: In a list, or in files, where they stay.
+        positions: Which ones.
+    """
+    if hasattr(examples, "select"):
+        return examples.select(positions)
+    return [examples[position] for position in positions]
 
 
 def set_aside(
@@ -88,6 +113,11 @@ def set_aside(
         UsageError: If fewer than two examples differ.
     """
     rest, aside = split_heldout(examples, min(0.25, count / len(examples)), seed, identity)
+    if identity is None and hasattr(examples, "prompts"):
+        import numpy
+
+        alone = numpy.flatnonzero(~numpy.isin(_marks(rest), _marks(aside)))
+        return (pick(rest, alone) if len(alone) else rest), aside
     taken_marks = {mark for example in aside for mark in marks(example)}
     return [example for example in rest if taken_marks.isdisjoint(marks(example))] or rest, aside
 
@@ -95,7 +125,30 @@ def set_aside(
 def thin_out(examples: Sequence[Example], count: int) -> list[Example]:
     """Return at most ``count`` examples, evenly spread, in their order."""
     total = len(examples)
-    return [examples[i * total // count] for i in range(count)] if count < total else list(examples)
+    chosen = [i * total // count for i in range(count)] if count < total else range(total)
+    return pick(examples, chosen)  # type: ignore[no-any-return]
+
+
+def draw_of(example: Example, seed: int) -> float:
+    """Return a number in [0, 1) that depends on an example's content and the seed alone.
+
+    Args:
+        example: Any example.
+        seed: Another seed gives another number.
+    """
+    return _draw(_content(example), seed)
+
+
+def share_draw(example: Example, seed: int) -> str:
+    """Return what decides whether an example is in a share of its file, as hexadecimal digits.
+
+    Args:
+        example: Any example.
+        seed: Another seed takes another share.
+    """
+    turns = [message.says() for message in example.messages or ()]
+    content = [seed, "weight", turns, example.prompt, example.completion, example.text]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _content(example: Example) -> list[Any]:
@@ -116,5 +169,27 @@ def _draw(content: Sequence[Any], seed: int) -> float:
 
 def overlap(train: Iterable[Example], heldout: Iterable[Example]) -> int:
     """Return how many held-out examples have a prompt that a training example has too."""
+    if hasattr(train, "prompts") or hasattr(heldout, "prompts"):
+        import numpy
+
+        return int(numpy.isin(_marks(heldout), _marks(train)).sum())
     trained_prompts = {prompt_of(example) for example in train}
     return sum(prompt_of(example) in trained_prompts for example in heldout)
+
+
+def mark_of(text: str) -> int:
+    """Return 64 bits of a hash of a text.
+
+    Args:
+        text: Such as a prompt.
+    """
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _marks(examples: Any) -> Any:
+    """Return ``mark_of`` the prompts of examples, which those in files have ready."""
+    import numpy
+
+    if hasattr(examples, "prompts"):
+        return examples.prompts()
+    return numpy.array([mark_of(prompt_of(example)) for example in examples], dtype=numpy.uint64)

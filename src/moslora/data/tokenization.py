@@ -12,12 +12,12 @@ A template for which this does not hold is refused: the tokens trained on would 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.locating import IGNORED, OTHER_WAYS, AnswerFinder, common_length
+from moslora.data.locating import IGNORED, OTHER_WAYS, AnswerFinder, common_length, decode, trained_count
 from moslora.data.messages import Message
 from moslora.data.rendering import KEEPING, Template, first_lost, last_alone, spells, without_opening
 from moslora.data.shapes import Example
@@ -32,6 +32,7 @@ __all__ = [
     "Encoder",
     "common_length",
     "decode",
+    "trained_count",
 ]
 
 CHOICES = {
@@ -188,21 +189,9 @@ class Encoder:
         return AnswerFinder(self._renderer, self.max_length)
 
     def _chat(self, example: Example) -> Encoded:
-        messages: Sequence[Message] = example.messages or (
-            Message("user", example.prompt or ""),
-            Message("assistant", example.completion or ""),
-        )
         arguments, everything = example.template_arguments, self.train_on == "all"
-        self._renderer.check_arguments(arguments)
-        self._renderer.check_thoughts(messages)
-        if self.train_on in ("last", "each"):
-            messages = last_alone(messages)
-        if everything:
-            _refuse_flags(messages)
+        messages, last = self._conversation(example)
         learned = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
-        last = learned[-1]
-        if not everything:
-            messages = messages[: last + 1]  # a last question without an answer has no trained tokens
         text = self._renderer.text(messages, arguments)
         # Where every token is learned, earlier answers are learned as the template writes them.
         whole_answers = learned[-1:] if everything else learned
@@ -236,6 +225,25 @@ class Encoder:
                 ids, labels, [text for i in whole_answers for text in messages[i].texts], opening
             ),
         )
+
+    def _conversation(self, example: Example) -> tuple[Sequence[Message], int]:
+        """Return the turns that go through the chat template, and which is the last that is learned."""
+        messages: Sequence[Message] = example.messages or (
+            Message("user", example.prompt or ""),
+            Message("assistant", example.completion or ""),
+        )
+        self._renderer.check_arguments(example.template_arguments)
+        self._renderer.check_thoughts(messages)
+        if self.train_on in ("last", "each"):
+            messages = last_alone(messages)
+        everything = self.train_on == "all"
+        if everything:
+            _refuse_flags(messages)
+        last = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained][
+            -1
+        ]
+        # A last question without an answer has no trained tokens.
+        return (messages if everything else messages[: last + 1]), last
 
     def _answer(self, message: Message, ids: list[int], prompt_ids: list[int]) -> str:
         """Return the text of the last answer, with its calls as the template writes them."""
@@ -386,9 +394,13 @@ class Encoder:
 
     def _tokens(self, text: str) -> list[int]:
         """Tokenize with the tokenizer's start token, only once even if the text begins with it."""
-        ids: list[int] = list(self.tokenizer(text, verbose=False)["input_ids"])
+        ids = self._called(text)
         start = self.tokenizer.bos_token_id
         return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+
+    def _called(self, text: str) -> list[int]:
+        """Call the tokenizer."""
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def _opened(self, ids: list[int]) -> list[int]:
         """Remove the end token if the tokenizer adds one: generation continues from here."""
@@ -477,16 +489,3 @@ def _refuse_flags(messages: Sequence[Message]) -> None:
                 f"turn {index} says by {message.flag} that it is not learned, and data.train_on=all learns every "
                 f"token. Set data.train_on=completions, or drop the flags: data.ignore=[{message.flag}]."
             )
-
-
-def trained_count(labels: Iterable[int]) -> int:
-    """Return how many tokens are trained on."""
-    return sum(label != IGNORED for label in labels)
-
-
-# ---- token ids -------------------------------------------------------------------------------------------
-
-
-def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of token ids, control tokens included and white space as it is."""
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -56,6 +56,8 @@ class SourceSection(Section):
     columns: Columns = None
     limit: int | None = Field(default=None, ge=1)
     ignore: list[Name] | None = None
+    subset: Name | None = None
+    revision: Name | None = None
 
 
 def _sources(value: Any) -> Any:
@@ -125,3 +127,6 @@ class DataSection(Section):
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     limit: int | None = Field(default=None, ge=1)
     ignore: list[Name] | None = None
+    subset: Name | None = None
+    revision: Name | None = None
+    cache: Literal["auto", "always", "never"] = "auto"

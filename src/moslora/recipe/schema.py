@@ -81,6 +81,7 @@ class VisionDataSection(DataSection):
     train: Name
     heldout: Name | None = None
     train_on: Literal["completions", "last", "all"] = "completions"
+    cache: Literal["auto"] = "auto"
 
     images: Name | None = None
     bad_images: Literal["refuse", "skip"] = "refuse"
@@ -111,6 +112,7 @@ class PreferenceDataSection(DataSection):
     heldout: Name | None = None
     format: Literal["auto", "preference", "labeled"] = "auto"  # type: ignore[assignment]
     train_on: Literal["completions"] = "completions"
+    cache: Literal["auto"] = "auto"
 
 
 ClassificationMetric = Literal[
@@ -149,7 +151,7 @@ class ClassificationDataSection(DataSection):
     format: Literal["auto"] = "auto"
     template: Literal["auto"] = "auto"
     train_on: Literal["completions"] = "completions"
-    subset: Name | None = None
+    cache: Literal["auto"] = "auto"
     labels: list[Name | int] | None = Field(default=None, min_length=2)
     columns: dict[Name, Name] | None = None
 
@@ -177,6 +179,7 @@ class RewardDataSection(DataSection):
     heldout: Name | None = None
     format: Literal["auto"] = "auto"
     train_on: Literal["completions"] = "completions"
+    cache: Literal["auto"] = "auto"
 
 
 # A scope's own mixer; none is no mixer, as in LoRA.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ TRAINER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
         "activation_checkpointing": False,
     },
 }
+LOADING = max(1, min(4, (os.cpu_count() or 1) // 2))  # processes that open pictures for a GPU
 FEW_STEPS = 200  # below, every step is logged
 # transformers 5.23 renamed these; whichever is given, the one that this version has is set.
 CHECKPOINTING = {
@@ -157,6 +159,9 @@ def resolve_trainer_arguments(recipe: Recipe, device: str, steps: int | None = N
     # Who counts epochs wants no other number of steps.
     arguments |= {n: v for n, v in own.items() if n != "max_steps" or "num_train_epochs" not in given}
     arguments |= {"seed": recipe.seed, "data_seed": recipe.seed}
+    kind: str = recipe.task.kind
+    if kind == "vision" and not on_cpu:
+        arguments["dataloader_num_workers"] = LOADING  # pictures are opened while the GPU computes
     arguments["bf16"] = arguments["bf16"] and not given.get("fp16") and _has_bf16(device)
     planned = steps if steps is not None else given.get("max_steps", arguments.get("max_steps", -1))
     if 0 < planned <= FEW_STEPS:

@@ -80,8 +80,8 @@ class LanguageTask(Task):
     splits_by_marks = False
 
     data_hashes: dict[str, str]
-    train_examples: list[Example]
-    heldout_examples: list[Example]
+    train_examples: Sequence[Example]
+    heldout_examples: Sequence[Example]
     validation_examples: Sequence[Example] = ()
     tokenizer: Any
     train_set: Sequence[Encoded]

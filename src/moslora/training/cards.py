@@ -13,7 +13,7 @@ from moslora.adapters.cards.measured import keep_measured, numbers
 from moslora.adapters.formats.directory import CONFIG, WEIGHTS
 from moslora.adapters.formats.pipeline import folders
 from moslora.adapters.formats.reading import detect, read_adapter
-from moslora.data.files import DATASET_ID
+from moslora.data.finding import DATASET_ID
 from moslora.recipe.yaml_core import parse_yaml
 from moslora.training.run_directory import RunDirectory
 

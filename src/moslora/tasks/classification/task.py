@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from moslora.bounded import read_json
 from moslora.data.columns import without_keys
 from moslora.data.faults import listed, quoted
-from moslora.data.files import Records, read_records
+from moslora.data.files import Records
 from moslora.data.glue import GLUE
 from moslora.data.label_sets import LabelSet, as_label_set, check_all_present, find_labels, index_labels
 from moslora.data.labeled import Labeled, Problem, read_labeled, recognize
+from moslora.data.sources import read_alone
 from moslora.data.splitting import split_heldout
 from moslora.errors import UsageError
 from moslora.metrics.resampling import measure_scores
@@ -126,7 +127,7 @@ class ClassificationTask(HeadTask):
         self._warn_of_repeats()
 
     def _records(self, source: str, split: str, limit: int | None) -> Records:
-        records = read_records(source, split, limit, self._data.subset)
+        records = read_alone(source, self._data, split, limit)
         found, present = without_keys(records, self._data.ignore or ())
         for key in self._data.ignore or ():
             if key not in present and not self.measures_only:

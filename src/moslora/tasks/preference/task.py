@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.data.columns import without_keys
 from moslora.data.encoding import Summary
-from moslora.data.files import Records, read_records
+from moslora.data.files import Records
 from moslora.data.naming import rename_columns
 from moslora.data.preferences import Preference, to_preferences
+from moslora.data.sources import read_alone
 from moslora.data.splitting import prompt_of, set_aside, split_heldout, thin_out
 from moslora.data.tokenization import Encoder
 from moslora.errors import RecipeError, UsageError
@@ -90,11 +91,11 @@ class PreferenceTask(LanguageTask):
         data: Any = self.recipe.data
         self.base_model.find(self.needs_weights)
         self.known_references = {}
-        parts = [without_keys(read_records(data.train, data.train_split, data.limit), data.ignore or ())]
+        parts = [without_keys(read_alone(data.train, data, data.train_split, data.limit), data.ignore or ())]
         self.data_hashes = {"train": parts[0][0].sha256}
         self.train_examples = self._preferences(parts[0][0])
         if data.heldout is not None or data.heldout_split is not None:
-            records = read_records(data.heldout or data.train, data.heldout_split or "train", None)
+            records = read_alone(data.heldout or data.train, data, data.heldout_split or "train", None)
             parts.append(without_keys(records, data.ignore or ()))
             self.data_hashes["heldout"] = records.sha256
             self.heldout_examples = self._preferences(parts[1][0])

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moslora.data.columns import without_keys
-from moslora.data.files import Records, read_records
+from moslora.data.files import Records
 from moslora.data.naming import rename_columns
 from moslora.data.preferences import Preference, to_preferences
+from moslora.data.sources import read_alone
 from moslora.data.splitting import prompt_of, split_heldout
 from moslora.data.tokenization import Encoder
 from moslora.errors import UsageError
@@ -83,7 +84,7 @@ class RewardTask(HeadTask):
 
     def _records(self, source: str, split: str, limit: int | None) -> Records:
         ignore = self.recipe.data.ignore or ()
-        records, present = without_keys(read_records(source, split, limit), ignore)
+        records, present = without_keys(read_alone(source, self.recipe.data, split, limit), ignore)
         for key in ignore:
             if key not in present and not self.measures_only:
                 self.display.warn(f"data.ignore has {key!r}, which no row of {records.source} has.")

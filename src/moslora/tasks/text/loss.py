@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.encoding import lengths_of
 from moslora.distributed import Team, is_split, no_gradients
 from moslora.tasks.text.padding import pad_rows
 
@@ -182,8 +183,9 @@ def text_batches(examples: Sequence[Encoded], pad_id: int, device: str = "cpu") 
 def _of_similar_length(examples: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
     """Group the positions of examples of similar length, so that rows × longest row is at most ``tokens``."""
     batch: list[int] = []
-    for index in sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids)):
-        if batch and (len(batch) + 1) * len(examples[index].input_ids) > tokens:
+    lengths = lengths_of(examples)
+    for index in sorted(range(len(examples)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > tokens:
             yield batch
             batch = []
         batch.append(index)

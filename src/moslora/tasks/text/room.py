@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moslora.data.encoding import lengths_of
+from moslora.data.stored.encoding import EncodedSet
 from moslora.errors import EncodingError
 
 if TYPE_CHECKING:
@@ -40,7 +42,11 @@ def check_room(
     limit = positions_of(config)
     if limit is None:
         return
-    rows = [(len(e.input_ids), f"{e.place} of the {what} data", 0) for what, s in sets.items() for e in s]
+    rows = [
+        (length, f"{place} of the {what} data", 0)
+        for what, s in sets.items()
+        for length, place in _longest(s)
+    ]
     rows += [(len(e.prompt_ids) + new_tokens, f"{e.place} of the held-out data", new_tokens) for e in asked]
     length, place, answer = max(rows, default=(0, "", 0))
     if length <= limit:
@@ -58,6 +64,16 @@ def check_room(
             else " or lower, or shorten the row."
         )
     )
+
+
+def _longest(examples: Sequence[Encoded]) -> list[tuple[int, str]]:
+    """Return length and place of the longest examples."""
+    lengths = lengths_of(examples)
+    most = max(lengths, default=0)
+    found = [at for at, length in enumerate(lengths) if length == most]
+    # Of examples in files there may be very many that are cut to one length.
+    found = found[:1] if isinstance(examples, EncodedSet) else found
+    return [(most, examples[at].place) for at in found]
 
 
 def positions_of(config: Any) -> int | None:
@@ -85,6 +101,9 @@ def check_tokens(size: Any, sets: Mapping[str, Sequence[Any]]) -> None:
     if not isinstance(size, int):
         return
     for what, examples in sets.items():
+        if isinstance(examples, EncodedSet):
+            # Of examples in files the largest token is known.
+            examples = examples.select((examples.column("largest") >= size).nonzero()[0][:1])
         for encoded in examples:
             largest = max(encoded.input_ids, default=0)
             if largest >= size:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moslora.data.encoding import Summary, encode_all
+from moslora.data.encoding import Summary, lengths_of
 from moslora.data.preview import MOST, preview
-from moslora.data.shapes import Example, answers_apart
-from moslora.data.sources import Part, read_sources, weighted
+from moslora.data.shapes import Example
+from moslora.data.sources import Part, read_sources, weigh
 from moslora.data.splitting import overlap, prompt_of, split_heldout
+from moslora.data.stored.encoding import EncodedSet, each_apart, encode_any
+from moslora.data.stored.examples import joined, places_of
+from moslora.data.stored.workers import Workers, count_cores
 from moslora.data.tokenization import Encoded, Encoder
 from moslora.errors import UsageError
 from moslora.models.loading import load_tokenizer
@@ -50,15 +54,17 @@ class TextTask(LanguageTask):
         """Read the data and find the base model."""
         data = self.recipe.data
         self.base_model.find(self.needs_weights)
-        train = read_sources(data.train, data, data.train_split, data.limit)
+        workers = self._workers()
+        train = read_sources(data.train, data, data.train_split, data.limit, workers)
         parts = list(train)
         self.data_hashes = _hashes("train", train)
-        self.train_examples = [example for part in train for example in part.examples]
+        self.train_examples = joined([part.examples for part in train])
         if data.heldout is not None or data.heldout_split is not None:
-            heldout = read_sources(data.heldout or data.train, data, data.heldout_split or "train", None)
+            split = data.heldout_split or "train"
+            heldout = read_sources(data.heldout or data.train, data, split, None, workers)
             parts += heldout
             self.data_hashes |= _hashes("heldout", heldout)
-            self.heldout_examples = [example for part in heldout for example in part.examples]
+            self.heldout_examples = joined([part.examples for part in heldout])
         else:
             self.train_examples, self.heldout_examples = split_heldout(
                 self.train_examples, data.heldout_fraction, self.recipe.seed
@@ -81,21 +87,21 @@ class TextTask(LanguageTask):
         """Repeat a file's examples, or take a share of them, as its weight says; held-out ones stay as they are."""
         if len(parts) < 2 and parts[0].weight == 1:
             return
-        left = {id(example) for example in self.train_examples}
-        chosen, rows = [], []
-        for part in parts:
-            own = [example for example in part.examples if id(example) in left]
-            taken = weighted(own, part.weight, self.recipe.seed)
-            chosen += taken
-            rows.append([part.name, str(len(own)), f"{part.weight:g}", str(len(taken))])
-        if not chosen:
+        chosen, files = weigh(parts, self.train_examples, self.recipe.seed)
+        if not len(chosen):
             raise UsageError("The weights of data.train leave no example to train on; raise them.")
         self.train_examples = chosen
-        shares = [f"{int(row[3]) / len(chosen):.0%}" for row in rows]
+        rows = [
+            [one.name, str(one.examples), f"{one.weight:g}", str(one.count), f"{one.count / len(chosen):.0%}"]
+            for one in files
+        ]
         columns = ["", "examples", "weight", "in an epoch", "share"]
-        self.display.table(
-            "Training data", columns, [[*row, share] for row, share in zip(rows, shares, strict=True)]
-        )
+        self.display.table("Training data", columns, rows)
+
+    def _workers(self) -> Workers:
+        """Return the processes that read and tokenize what is too large for memory."""
+        processes = self.recipe.trainer.get("dataset_num_proc") or count_cores()
+        return Workers(processes, self.display, self.raise_if_stopped)
 
     def prepare(self) -> None:
         """Convert the base if it must be, encode the examples, and show what is trained on."""
@@ -111,18 +117,18 @@ class TextTask(LanguageTask):
         )
         if recipe.data.train_on == "each":
             self.train_examples, self.heldout_examples, self.validation_examples = (
-                [one for example in examples for one in answers_apart(example)]
+                each_apart(examples)
                 for examples in (self.train_examples, self.heldout_examples, self.validation_examples)
             )
-        self.train_set, self.train_summary = encode_all(self.train_examples, encoder)
-        self.heldout_set, self.heldout_summary = encode_all(self.heldout_examples, encoder)
-        if self.validation_examples:
-            self.validation_set, _ = encode_all(self.validation_examples, encoder)
-        self.by_place = {example.place: example for example in self.heldout_examples}
+        self.train_set, self.train_summary = encode_any(self.train_examples, encoder)
+        self.heldout_set, self.heldout_summary = encode_any(self.heldout_examples, encoder)
+        if len(self.validation_examples):
+            self.validation_set, _ = encode_any(self.validation_examples, encoder)
+        self.by_place = places_of(self.heldout_examples, recipe.data.train_on == "each")
         self.stop_ids = sorted(encoder.stop_ids)
         # Plain text has no question, so there is nothing to answer.
-        with_question = [encoded for encoded in self.heldout_set if encoded.prompt_ids]
-        self.asked = with_question[: recipe.task.generate_examples]
+        with_question = (encoded for encoded in self.heldout_set if encoded.prompt_ids)
+        self.asked = list(islice(with_question, recipe.task.generate_examples))
         self.check_references()
         self._check_room()
         self.also = encode_also(
@@ -172,7 +178,7 @@ class TextTask(LanguageTask):
         config = build_trainer_config(self.recipe, self.device, output_dir)
         if not config.packing:
             if "padding_free" not in self.recipe.trainer:
-                lengths = [len(encoded.input_ids) for encoded in self.train_set]
+                lengths = lengths_of(self.train_set)
                 config.padding_free = choose_padding_free(
                     model, config, lengths, self.pad_id, self.recipe.seed, self.display
                 )
@@ -237,6 +243,8 @@ def _hashes(name: str, parts: Sequence[Part]) -> dict[str, str]:
 def _as_dataset(encoded: Sequence[Encoded]) -> Dataset:
     from datasets import Dataset
 
+    if isinstance(encoded, EncodedSet):
+        return encoded.as_dataset()
     return Dataset.from_dict(
         {"input_ids": [e.input_ids for e in encoded], "labels": [e.labels for e in encoded]}
     )

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from moslora.data.columns import says_nothing, without_keys
 from moslora.data.faults import SHOWN
-from moslora.data.files import Records, read_records
+from moslora.data.files import Records
 from moslora.data.naming import rename_columns
 from moslora.data.pictures import open_image
 from moslora.data.shapes import Example, to_examples
+from moslora.data.sources import read_alone
 from moslora.errors import DataError, PictureError
 from moslora.tasks.vision.cropping import make_square
 from moslora.tasks.vision.processors import IMAGE
@@ -135,7 +136,7 @@ def read_examples(
     Raises:
         DataError: If a row or a picture cannot be used, or none is left.
     """
-    records, present = without_keys(read_records(source, split, limit), data.ignore or ())
+    records, present = without_keys(read_alone(source, data, split, limit), data.ignore or ())
     folder = Path(data.images) if data.images else Path(records.source).parent
     rows: list[dict[str, Any]] = []
     places: list[str] = []
