@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moslora.tasks.image.families import Family
+from moslora.tasks.image.families.family import Family
 from moslora.tasks.image.latents import Shot
 from moslora.tasks.image.noise import Flow, Noising
 
@@ -55,7 +55,7 @@ class Denoising(nn.Module):
         dtype: Of the frozen weights.
         noise_offset: Strength of noise that is the same for all pixels of a channel.
         prior_weight: Weight of the class's pictures in the loss.
-        tokens: How many tokens T5 reads; None is the pipeline's default.
+        tokens: How many tokens the longest text encoder reads; None is the pipeline's default.
 
     Attributes:
         parts: The trained models by their name in the pipeline.
@@ -124,7 +124,7 @@ class Denoising(nn.Module):
         if not self.encoded_prompts:
             return self.family.words(self.pipeline, prompts, self.tokens)
         return {
-            name: torch.cat([self.encoded_prompts[prompt][name] for prompt in prompts]).to(self.device)
+            name: _stack([self.encoded_prompts[prompt][name] for prompt in prompts]).to(self.device)
             for name in self.encoded_prompts[prompts[0]]
         }
 
@@ -172,7 +172,7 @@ class Denoising(nn.Module):
         arguments, target, weight = self.arguments(draws)
         denoiser = self.parts[self.family.denoiser]
         out = denoiser(**arguments, return_dict=False)[0]
-        prediction = self.family.unpack(self.pipeline, out, *target.shape[-2:])
+        prediction = self.family.sign * self.family.unpack(self.pipeline, out, *target.shape[-2:])
         return weight * F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
 
     def forward(self, picture: Tensor, seed: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
@@ -199,3 +199,15 @@ class Denoising(nn.Module):
         if prior:
             loss = loss + self.prior_weight * losses[len(draws) :].mean()
         return {"loss": loss}
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Concatenate encoded prompts along the batch dimension; shorter ones are padded with zeros, their masks too."""
+    longest = max(row.shape[1] for row in rows)
+    padded = [
+        row
+        if row.shape[1] == longest
+        else F.pad(row, (*(0, 0) * (row.ndim - 2), 0, longest - row.shape[1]))
+        for row in rows
+    ]
+    return torch.cat(padded)

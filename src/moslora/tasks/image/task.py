@@ -94,7 +94,7 @@ class ImageTask(Task):
         self._find()
         self._open()
         text_encoder = self._text_encoder_config() if self._with_text else None
-        return adapters.count_pipeline_parameters(self.files, self.recipe.adapter, text_encoder)
+        return adapters.count_pipeline_parameters(self.files, self.adapter_settings, text_encoder)
 
     def read(self) -> None:
         """Find the base, and read all pictures and their words."""
@@ -119,7 +119,7 @@ class ImageTask(Task):
         """Read the pipeline's configuration, and tell what will be trained on."""
         data, pictures = self.recipe.data, self.train_folder.pictures
         self._open()
-        checks.check_family(self.recipe.task, self.files)
+        checks.check_family(self.recipe.task, self.files, self._with_text, self.display.warn)
         self.resolution = self.files.resolution(data.resolution)
         checks.warn_of_sizes(pictures, self.resolution, data.crop, self.display.warn)
         self._tell()
@@ -167,7 +167,7 @@ class ImageTask(Task):
         skeleton = self.files.skeleton(denoiser)
         parameters = sum(p.numel() for p in skeleton.parameters())
         title = f"{self.source.name}'s {denoiser}"
-        adapted = len(adapters.adapted_modules(skeleton, self.recipe.adapter, title))
+        adapted = len(adapters.adapted_modules(skeleton, self.adapter_settings, title))
         say(preview.tell_model(self.files, parameters, adapted, self._with_text))
         for line in preview.tell_pictures(
             self.train_folder, self.heldout_folder, self.recipe.data, self.resolution, self._crops
@@ -226,17 +226,22 @@ class ImageTask(Task):
         return {"data": data, "base": self.files.fingerprint(), **({"judges": judges} if judges else {})}
 
     @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """The recipe's ``adapter`` section, with the modules that are adapted."""
+        return adapters.with_targets(self.recipe.adapter, self.files.family)
+
+    @property
     def _with_text(self) -> bool:
         return self.recipe.scopes.text_encoders == "adapter"
 
     def adapter_config(self, model: nn.Module) -> PeftConfig:
         """Return the denoiser's adapter configuration."""
-        return adapters.denoiser_config(self.recipe.adapter)
+        return adapters.denoiser_config(self.adapter_settings)
 
     def _text_encoder_config(self) -> PeftConfig:
         scopes = self.recipe.scopes
         return adapters.text_encoder_config(
-            self.recipe.adapter, scopes.text_encoders_r, scopes.text_encoders_alpha
+            self.adapter_settings, scopes.text_encoders_r, scopes.text_encoders_alpha
         )
 
     # --- Model and trainer ---
