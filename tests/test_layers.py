@@ -65,6 +65,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
 # Single modules that may import more.
 ALSO = {
     # These are imported inside functions only.
+    "tasks.image.autoencoders": {"torch"},
     "tasks.image.denoising": {"torch"},
     "training.callbacks": {"transformers"},
     "comparison.junction": {"torch"},

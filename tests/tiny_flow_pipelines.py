@@ -137,9 +137,7 @@ def klein(seed: int = 0, is_distilled: bool = False) -> Any:
     encoder = qwen3(causal=True, layers=27)
     parts = flux2_parts(guided=False)
     return _quiet(
-        Flux2KleinPipeline(
-            text_encoder=encoder, tokenizer=tokenizer(), is_distilled=is_distilled, **parts
-        )
+        Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer(), is_distilled=is_distilled, **parts)
     )
 
 

@@ -143,12 +143,12 @@ def check_family(
         raise RecipeError(f"task.negative_prompt: the pipeline of {family.title} takes none.")
     if task.guidance_scale is not None and _ignores_guidance(files, denoiser):
         raise RecipeError(f"task.guidance_scale: {name} is distilled to do without, and takes none.")
-    if family.guidance == "true_cfg_scale" and task.negative_prompt is None:
-        if task.guidance_scale is not None and task.guidance_scale > 1:
-            raise RecipeError(
-                f"task.guidance_scale: {family.title} is guided away from a negative prompt, and without one it takes "
-                "no guidance. Set task.negative_prompt too, for example to ' '."
-            )
+    guided = task.guidance_scale is not None and task.guidance_scale > 1
+    if family.guidance == "true_cfg_scale" and guided and task.negative_prompt is None:
+        raise RecipeError(
+            f"task.guidance_scale: {family.title} is guided away from a negative prompt, and without one it takes "
+            "no guidance. Set task.negative_prompt too, for example to ' '."
+        )
     if text_encoders and not family.clips:
         raise RecipeError(
             f"scopes.text_encoders=adapter: {family.title} reads prompts with a language model, of which diffusers' "
@@ -156,8 +156,8 @@ def check_family(
         )
     if files.index.get("is_distilled"):
         warn(
-            f"{name} is distilled to a few steps, which training undoes little by little. Train its base model, and use "
-            "the LoRA with this one."
+            f"{name} is distilled to a few steps, which training undoes little by little. Train its base model, and "
+            "use the LoRA with this one."
         )
     reader = files.index.get("tokenizer")
     if reader and reader[1] == "PixtralProcessor" and importlib.util.find_spec("torchvision") is None:

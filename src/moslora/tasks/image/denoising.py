@@ -205,9 +205,7 @@ def _stack(rows: Sequence[Tensor]) -> Tensor:
     """Concatenate encoded prompts along the batch dimension; shorter ones are padded with zeros, their masks too."""
     longest = max(row.shape[1] for row in rows)
     padded = [
-        row
-        if row.shape[1] == longest
-        else F.pad(row, (*(0, 0) * (row.ndim - 2), 0, longest - row.shape[1]))
+        row if row.shape[1] == longest else F.pad(row, (*(0, 0) * (row.ndim - 2), 0, longest - row.shape[1]))
         for row in rows
     ]
     return torch.cat(padded)

@@ -68,7 +68,7 @@ def arguments(
         "hidden_states": noisy.flatten(2).transpose(1, 2),
         "timestep": t.to(noisy.dtype) / 1000,
         "encoder_hidden_states": embeds,
-        "img_ids": positions(*noisy.shape[-2:], 1),
+        "img_ids": positions(noisy.shape[2], noisy.shape[3], 1),
         "txt_ids": positions(1, 1, length),
     }
     if pipeline.transformer.config.guidance_embeds:
@@ -79,7 +79,7 @@ def arguments(
 
 def unpack(pipeline: Any, out: Tensor, height: int, width: int) -> Tensor:
     """Bring the transformer's output to the shape of latents."""
-    return out.transpose(1, 2).unflatten(2, (height, width))
+    return out.transpose(1, 2).reshape(len(out), -1, height, width)
 
 
 def drawn(pipeline: Any, out: Tensor, height: int, width: int) -> Tensor:

@@ -24,7 +24,7 @@ def words(pipeline: Any, prompts: list[str], tokens: int | None) -> dict[str, Te
 def count_qwen(pipeline: Any, prompt: str) -> int | None:
     """Count the tokens of a prompt, without the template's beginning, which the pipeline leaves out again."""
     ids = pipeline.tokenizer(pipeline.prompt_template_encode.format(prompt)).input_ids
-    return len(ids) - pipeline.prompt_template_encode_start_idx
+    return len(ids) - int(pipeline.prompt_template_encode_start_idx)
 
 
 def arguments(
@@ -49,4 +49,5 @@ def unpack(pipeline: Any, out: Tensor, height: int, width: int) -> Tensor:
     """Bring the transformer's output to the shape of latents."""
     from torch.nn import functional as F
 
-    return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+    patches = out.transpose(1, 2).reshape(len(out), -1, height // 2, width // 2)
+    return F.pixel_shuffle(patches, 2)

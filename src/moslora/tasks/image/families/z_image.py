@@ -31,7 +31,10 @@ def words(pipeline: Any, prompts: list[str], tokens: int | None) -> dict[str, Te
 def count_qwen3(pipeline: Any, prompt: str) -> int | None:
     """Count the tokens of a prompt, with the chat template."""
     text = pipeline.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=True,
     )
     return len(pipeline.tokenizer(text).input_ids)
 
