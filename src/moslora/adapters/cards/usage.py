@@ -192,4 +192,11 @@ def _kohya(loading: Loading) -> Iterator[tuple[str, list[str]]]:
     yield from list(_diffusers(loading))[:1]
 
 
-_WAYS = {"lora": _lora, "native": _native, "gguf": _gguf, "diffusers": _diffusers, "kohya": _kohya}
+_WAYS = {
+    "lora": _lora,
+    "native": _native,
+    "gguf": _gguf,
+    "diffusers": _diffusers,
+    "kohya": _kohya,
+    "original": _kohya,
+}
