@@ -586,6 +586,8 @@ HEARD = {
     *(
         "data.resolution",
         "data.flip",
+        "data.buckets",
+        "data.caption_dropout",
         "data.bad_images",
         "data.max_pixels",
         "data.limit",

@@ -188,8 +188,15 @@ def _diffusers(loading: Loading) -> Iterator[tuple[str, list[str]]]:
 
 
 def _kohya(loading: Loading) -> Iterator[tuple[str, list[str]]]:
-    yield "ComfyUI, A1111", [f"Put {code(loading.file)} into their folder of LoRAs."]
-    yield from list(_diffusers(loading))[:1]
+    if "unet" in loading.adapter.config.get("components", ("unet",)):
+        yield "ComfyUI, A1111", [f"Put {code(loading.file)} into their folder of LoRAs."]
+        yield from list(_diffusers(loading))[:1]
+    else:
+        yield from _original(loading)
+
+
+def _original(loading: Loading) -> Iterator[tuple[str, list[str]]]:
+    yield "ComfyUI", [f"Put {code(loading.file)} into its folder of LoRAs."]
 
 
 _WAYS = {
@@ -198,5 +205,5 @@ _WAYS = {
     "gguf": _gguf,
     "diffusers": _diffusers,
     "kohya": _kohya,
-    "original": _kohya,
+    "original": _original,
 }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import MissingPackageError, RecipeError
-from moslora.tasks.image.crops import is_square
+from moslora.tasks.image.crops import Size, has_one_crop
 
 if TYPE_CHECKING:
     from moslora.recipe.schema import ImageDataSection, ImageTaskSection
@@ -216,22 +216,30 @@ def warn_of_overlap(train: Folder, heldout: Folder | None, warn: Warn) -> None:
         )
 
 
-def warn_of_sizes(pictures: Sequence[Picture], resolution: int, crop: str, warn: Warn) -> None:
+def warn_of_sizes(
+    pictures: Sequence[Picture], size_of: Callable[[Picture], Size], crop: str, warn: Warn
+) -> None:
     """Report pictures that are enlarged, and random crops of pictures that have one crop only.
 
     Args:
         pictures: Training pictures.
-        resolution: Side of the crops in pixels.
+        size_of: The size of a picture's crops.
         crop: ``"center"`` or ``"random"``.
         warn: Told of it.
     """
-    small = [p.path.name for p in pictures if min(p.width, p.height) < resolution]
+    small = [
+        picture.path.name
+        for picture in pictures
+        for size in [size_of(picture)]
+        for wide, high in [(size, size) if isinstance(size, int) else size]
+        if picture.width < wide or picture.height < high
+    ]
     if small:
         warn(
-            f"{len(small)} pictures are smaller than data.resolution={resolution} and are enlarged, as {small[0]}."
+            f"{len(small)} pictures are smaller than data.resolution asks for and are enlarged, as {small[0]}."
         )
-    if crop == "random" and all(is_square(p, resolution) for p in pictures):
-        warn("data.crop=random does nothing: every picture is a square, and is learned whole.")
+    if crop == "random" and all(has_one_crop(p, size_of(p)) for p in pictures):
+        warn("data.crop=random does nothing: every picture is a square, or of its bucket's shape, and whole.")
 
 
 def warn_of_cut_prompts(

@@ -8,7 +8,7 @@ processes, and wherever it was resumed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class Denoising(nn.Module):
         prior_weight: Weight of the class's pictures in the loss.
         tokens: How many tokens the longest text encoder reads; None is the pipeline's default.
 
+        caption_dropout: The share of training examples that are learned without their words.
+
     Attributes:
         parts: The trained models by their name in the pipeline.
         examples: Crops and words of each picture: training pictures, then held-out ones.
@@ -73,11 +75,12 @@ class Denoising(nn.Module):
         noise_offset: float = 0.0,
         prior_weight: float = 1.0,
         tokens: int | None = None,
+        caption_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.pipeline, self.family, self.schedule = pipeline, family, schedule
         self.dtype, self.noise_offset, self.prior_weight = dtype, noise_offset, prior_weight
-        self.tokens = tokens
+        self.tokens, self.caption_dropout = tokens, caption_dropout
         self.parts = nn.ModuleDict({family.denoiser: getattr(pipeline, family.denoiser)})
         self.examples: list[tuple[list[Shot], str]] = []
         self.prior: list[tuple[list[Shot], str]] = []
@@ -168,7 +171,15 @@ class Denoising(nn.Module):
         return arguments, target, weight
 
     def losses(self, draws: Sequence[Draw]) -> Tensor:
-        """Return each example's weighted squared error, float32, ``(rows,)``."""
+        """Return each example's weighted squared error, float32, ``(rows,)``; those of one size are run at once."""
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for place, draw in enumerate(draws):
+            sizes.setdefault(tuple(draw.clean.shape), []).append(place)
+        places = [place for own in sizes.values() for place in own]
+        found = torch.cat([self._losses([draws[place] for place in own]) for own in sizes.values()])
+        return found[torch.tensor(places, device=found.device).argsort()]
+
+    def _losses(self, draws: Sequence[Draw]) -> Tensor:
         arguments, target, weight = self.arguments(draws)
         denoiser = self.parts[self.family.denoiser]
         out = denoiser(**arguments, return_dict=False)[0]
@@ -190,7 +201,11 @@ class Denoising(nn.Module):
         draws, prior = [], []
         for index, number in zip(picture.tolist(), seed.tolist(), strict=True):
             generator = torch.Generator().manual_seed(number)
-            draws.append(self.draw(self.examples[index], generator))
+            draw = self.draw(self.examples[index], generator)
+            if self.training and self.caption_dropout:
+                is_dropped = float(torch.rand((), generator=generator)) < self.caption_dropout
+                draw = replace(draw, prompt="" if is_dropped else draw.prompt)
+            draws.append(draw)
             if self.prior and self.training:
                 at = int(torch.randint(len(self.prior), (), generator=generator))
                 prior.append(self.draw(self.prior[at], generator))

@@ -12,7 +12,7 @@ from torch import Tensor
 from moslora.data.pictures import open_image
 from moslora.errors import ModelError
 from moslora.tasks.image.autoencoders import autoencoder_of
-from moslora.tasks.image.crops import Crop, cut
+from moslora.tasks.image.crops import Crop, Size, cut
 from moslora.tasks.image.folders import Picture
 
 __all__ = ["Shot", "decode_latents", "encode", "encode_picture"]
@@ -33,14 +33,14 @@ class Shot:
 
 
 def encode_picture(
-    vae: Any, picture: Picture, resolution: int, crops: Sequence[Crop], max_pixels: int
+    vae: Any, picture: Picture, size: Size, crops: Sequence[Crop], max_pixels: int
 ) -> list[Shot]:
     """Open a picture and encode its crops.
 
     Args:
         vae: The pipeline's.
         picture: The picture.
-        resolution: Side of the crops in pixels.
+        size: Of the crops.
         crops: From ``plan_crops``.
         max_pixels: The most pixels that the file may have.
 
@@ -52,19 +52,20 @@ def encode_picture(
         ModelError: If the latents are not finite.
     """
     image = open_image(picture.path, max_pixels)
+    wide, high = (size, size) if isinstance(size, int) else size
     shots = []
     for crop in crops:
-        mean, std = encode(vae, cut(image, resolution, crop))
+        mean, std = encode(vae, cut(image, size, crop))
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise ModelError(f"{picture.path}: the VAE encodes it as NaN or infinite values.")
-        sizes = (picture.height, picture.width, crop.top, crop.left, resolution, resolution)
+        sizes = (picture.height, picture.width, crop.top, crop.left, high, wide)
         shots.append(Shot(mean, std, torch.tensor(sizes, dtype=torch.float32)))
     return shots
 
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode a square picture.
+    """Encode a picture.
 
     Args:
         vae: The pipeline's.

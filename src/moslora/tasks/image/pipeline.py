@@ -138,12 +138,19 @@ class PipelineFiles:
             size = denoiser.get("sample_size")
             # Transformers that do not say a size were trained on about a million pixels.
             wanted = int(size if isinstance(size, int) else size[0]) * factor if size else 1024
-        step = factor * max(self.family.multiple, int(denoiser.get("patch_size") or 1))
-        if wanted % step:
+        if wanted % self.step:
             raise RecipeError(
-                f"data.resolution={wanted} is not a multiple of {step}, which {self.source.name} needs."
+                f"data.resolution={wanted} is not a multiple of {self.step}, which {self.source.name} needs."
             )
         return wanted
+
+    @property
+    def step(self) -> int:
+        """Of how many pixels the sides of pictures must be a multiple."""
+        from moslora.tasks.image.autoencoders import latent_factor
+
+        patch = int(self.config(self.family.denoiser).get("patch_size") or 1)
+        return latent_factor(self.config("vae")) * max(self.family.multiple, patch)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the base: the hub's commit, or hashes of its files."""

@@ -22,7 +22,7 @@ from moslora.models.names import ModelSource
 from moslora.recipe.schema import ImageRecipe
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.image import adapters, checks, preview
-from moslora.tasks.image.crops import Crop, plan_crops
+from moslora.tasks.image.crops import Crop, Size, bucket_size, plan_crops
 from moslora.tasks.image.fidelity import ScoreModel, find_judge
 from moslora.tasks.image.folders import Folder, Picture, read_folder, warn_of_left_out
 from moslora.tasks.image.order import planned_steps
@@ -121,7 +121,7 @@ class ImageTask(Task):
         self._open()
         checks.check_family(self.recipe.task, self.files, self._with_text, self.display.warn)
         self.resolution = self.files.resolution(data.resolution)
-        checks.warn_of_sizes(pictures, self.resolution, data.crop, self.display.warn)
+        checks.warn_of_sizes(pictures, self._size, data.crop, self.display.warn)
         self._tell()
 
     def _find(self) -> None:
@@ -170,7 +170,7 @@ class ImageTask(Task):
         adapted = len(adapters.adapted_modules(skeleton, self.adapter_settings, title))
         say(preview.tell_model(self.files, parameters, adapted, self._with_text))
         for line in preview.tell_pictures(
-            self.train_folder, self.heldout_folder, self.recipe.data, self.resolution, self._crops
+            self.train_folder, self.heldout_folder, self.recipe.data, self.resolution, self._crops, self._size
         ):
             say(line)
         if self.class_pictures is not None:
@@ -185,7 +185,12 @@ class ImageTask(Task):
 
     def _crops(self, picture: Picture) -> list[Crop]:
         data = self.recipe.data
-        return plan_crops(picture, self.resolution, data.crop, data.crops, data.flip, self.recipe.seed)
+        return plan_crops(picture, self._size(picture), data.crop, data.crops, data.flip, self.recipe.seed)
+
+    def _size(self, picture: Picture) -> Size:
+        if not self.recipe.data.buckets:
+            return self.resolution
+        return bucket_size(picture.width, picture.height, self.resolution, self.files.step)
 
     # --- What others ask about the run ---
 
@@ -268,6 +273,7 @@ class ImageTask(Task):
             task.noise_offset,
             task.prior_weight,
             task.max_sequence_length,
+            self.recipe.data.caption_dropout,
         )
         self.model.requires_grad_(False)
         self.model.eval()
@@ -327,14 +333,16 @@ class ImageTask(Task):
                     shots = encode_picture(
                         model.pipeline.vae,
                         picture,
-                        self.resolution,
+                        self._size(picture),
                         self._crops(picture),
                         self.recipe.data.max_pixels,
                     )
                     examples.append((shots, picture.prompt))
                     advance()
         if not self._with_text:
-            model.encode_prompts([prompt for _, prompt in [*model.examples, *model.prior]])
+            without_words = [""] if model.caption_dropout else []
+            prompts = [prompt for _, prompt in [*model.examples, *model.prior]]
+            model.encode_prompts([*prompts, *without_words])
 
     def build_trainer(
         self,
