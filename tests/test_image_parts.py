@@ -258,3 +258,47 @@ def test_settings_are_checked_without_data_or_model() -> None:
     with pytest.raises(RecipeError) as raised:
         check_idle_keys(ImageTaskSection(prior_weight=0.5, pictures_every=2), data, {}, [], warnings.append)
     assert len(raised.value.problems) == 2
+
+
+def test_methods_are_compared_on_pictures_and_the_base_is_whole_after_each(tmp_path: Path) -> None:
+    from moslora.comparison.compare import compare
+    from moslora.display import Display
+
+    tiny_pipelines.flux().save_pretrained(tmp_path / "flux")
+    for folder, count in (("train", 5), ("held", 2)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.png").write_bytes(png(number + 10 * (folder == "held"), 20))
+    recipe = {
+        "task": "image",
+        "model": tmp_path / "flux",
+        "data": tmp_path / "train",
+        "data.heldout": tmp_path / "held",
+        "data.prompt": "a cat",
+        "data.resolution": 16,
+        "task.loss_draws": 2,
+    }
+    arguments = [f"{key}={value}" for key, value in recipe.items()]
+    options: dict[str, Any] = {"methods": ["lora", "moslora"], "rates": [0.05], "steps": 2, "seeds": 2}
+    warnings: list[str] = []
+    display = Display(quiet=True)
+    display.warn = warnings.append  # type: ignore[method-assign]
+    folder, verdict = compare(arguments, display, **options, out=tmp_path / "out")
+    assert verdict is not None and not warnings  # or the base would have been loaded anew
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("cells/*moslora*.json"))]
+    assert [cell["status"] for cell in cells] == ["done", "done"]
+    assert [len(cell["test"]) for cell in cells] == [2, 2] and len(cells[0]["validation"]) == 1
+    losses = {method.name: [point.test for point in method.points] for method in verdict.methods}
+    assert len({loss for own in losses.values() for loss in own}) == 4 and verdict.base_loss > 0
+    page = (folder / "report.html").read_text()
+    assert "as mean squared error" in page and "nats" not in page
+    for change, message in (
+        ("scopes.text_encoders=adapter", "methods are put into the denoiser alone"),
+        ("data.heldout=null", "set data.heldout, a folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            compare([*arguments, change], Display(quiet=True), **options, out=tmp_path / "other")
+    with pytest.raises(UsageError, match="trains adapters, and full is none"):
+        compare(
+            arguments, Display(quiet=True), **{**options, "methods": ["lora", "full"]}, out=tmp_path / "x"
+        )

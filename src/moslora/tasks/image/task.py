@@ -22,6 +22,7 @@ from moslora.models.names import ModelSource
 from moslora.recipe.schema import ImageRecipe
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.image import adapters, checks, preview
+from moslora.tasks.image.comparing import ComparedTask
 from moslora.tasks.image.crops import Crop, Size, bucket_size, plan_crops
 from moslora.tasks.image.fidelity import ScoreModel, find_judge
 from moslora.tasks.image.folders import Folder, Picture, read_folder, warn_of_left_out
@@ -39,7 +40,7 @@ from moslora.tasks.image.probe import probe_denoiser, probe_text_encoders
 from moslora.tasks.image.prompts import Subject, evaluation_prompts
 from moslora.tasks.image.randomness import undisturbed
 from moslora.tasks.image.scoring import measure_fidelity, measure_loss
-from moslora.tasks.task import Count, Evaluation, Shown, Task
+from moslora.tasks.task import Count, Evaluation, Shown
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["ImageTask"]
 
 
-class ImageTask(Task):
+class ImageTask(ComparedTask):
     """Fine-tune the denoiser of a diffusion pipeline on pictures.
 
     Attributes:
@@ -324,7 +325,8 @@ class ImageTask(Task):
         from moslora.tasks.image.latents import encode_picture
 
         model, heldout = self.model, self.heldout_folder
-        pictures = [*self.train_folder.pictures, *(heldout.pictures if heldout else ())]
+        measured = [*self.validation_pictures, *(heldout.pictures if heldout else ())]
+        pictures = [*self.train_folder.pictures, *measured]
         class_folder = self.class_pictures.pictures if self.class_pictures else None
         prior = class_folder.pictures if class_folder else ()
         with self._progress("Encoding pictures", len(pictures) + len(prior)) as advance:
@@ -393,8 +395,7 @@ class ImageTask(Task):
 
     def _measured_examples(self) -> range:
         """Return which examples the loss is measured on."""
-        trained = len(self.train_folder.pictures)
-        return range(trained, len(self.model.examples)) if self.heldout_folder else range(trained)
+        return self.heldout_set if self.heldout_folder else self.train_set
 
     def evaluate(self, model: nn.Module, label: str) -> Evaluation:
         """Measure the loss on fixed noise, and draw pictures of the recipe's prompts."""
