@@ -58,6 +58,17 @@ def image() -> Adapter:
     return join({"unet": Adapter(unet), "text_encoder": Adapter(clip), "text_encoder_2": Adapter(big)})
 
 
+def transformer() -> Adapter:
+    """Of FLUX.2, two parts of a fused projection among its modules."""
+    modules = {
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj": factors(8, 72),
+        "transformer_blocks.1.attn.to_q": factors(8, 8),
+        "transformer_blocks.1.attn.to_v": factors(8, 8, 1),
+        "transformer_blocks.1.ff.linear_in": factors(8, 48),
+    }
+    return join({"transformer": Adapter(modules)})
+
+
 def describe(place: Path) -> dict[str, Any]:
     """All that a reader goes by, but for the values."""
     if place.is_dir():
@@ -88,7 +99,8 @@ def write(to: str, folder: Path) -> dict[str, Any]:
     if not format_.suffix:
         place.mkdir()
     options = {"base": BASE} if format_.needs_base else {}
-    format_.write(image() if to in ("diffusers", "kohya") else language(), place, **options)
+    made = {"diffusers": image, "kohya": image, "original": transformer}.get(to, language)()
+    format_.write(made, place, **options)
     return describe(place)
 
 

@@ -535,7 +535,11 @@ IDLE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"task.negative_prompt": "bad", "task.guidance_scale": 1.0, "task.prompts": "[a]"},
         "which is no guidance",
     ),
-    "task.max_sequence_length": ("sdxl", {"task.max_sequence_length": 8}, "is T5's, and SDXL has none"),
+    "task.max_sequence_length": (
+        "sdxl",
+        {"task.max_sequence_length": 8},
+        "for T5 and language models, and SDXL has none",
+    ),
     "task.clip_model": ("sdxl", {"task.clip_model": "{clip}"}, "about pictures of prompts"),
     "task.dino_model": ("sdxl", {"task.dino_model": "{dino}"}, "about pictures of prompts"),
     "task.snr_gamma": ("flux", {"task.snr_gamma": 5}, "is for U-Nets"),
@@ -582,6 +586,8 @@ HEARD = {
     *(
         "data.resolution",
         "data.flip",
+        "data.buckets",
+        "data.caption_dropout",
         "data.bad_images",
         "data.max_pixels",
         "data.limit",

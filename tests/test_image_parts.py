@@ -17,9 +17,9 @@ from moslora.errors import AdapterError, RecipeError, Stopped, UsageError
 from moslora.recipe.schema import ImageDataSection, ImageTaskSection
 from moslora.tasks.image.adapters import adapted_modules, denoiser_config
 from moslora.tasks.image.checks import check_idle_keys
-from moslora.tasks.image.crops import plan_crops
+from moslora.tasks.image.crops import Crop, bucket_size, cut, has_one_crop, plan_crops
 from moslora.tasks.image.denoising import Denoising
-from moslora.tasks.image.folders import Folder, read_folder
+from moslora.tasks.image.folders import Folder, Picture, read_folder
 from moslora.tasks.image.latents import encode_picture
 from moslora.tasks.image.noise import make_schedule
 from moslora.tasks.image.pictures import PictureMaker, draw_pictures, plan_pictures
@@ -27,6 +27,7 @@ from moslora.tasks.image.pipeline import PipelineFiles, find_pipeline, load_pipe
 from moslora.tasks.image.prior import ClassPictures
 from moslora.tasks.image.scoring import measure_loss
 from moslora.tasks.image.trainer import make_trainer
+from tolerances import MODEL, relative_error
 
 # What transformers and diffusers say of pictures without torchvision, and of the 16 tokens of these tokenizers.
 pytestmark = pytest.mark.filterwarnings(
@@ -141,6 +142,80 @@ def test_modules_are_listed_before_any_weight_is_read(files: PipelineFiles) -> N
         adapted_modules(skeleton, {**ADAPTER, "rank_pattern": {"to_k": 1}}, "the unet")
 
 
+def test_a_bucket_has_a_pictures_shape_and_no_more_pixels_than_the_square() -> None:
+    for resolution, step, coarse in ((512, 16, 64), (1024, 32, 64), (96, 16, 16), (16, 2, 2)):
+        assert bucket_size(700, 700, resolution, step) == (resolution, resolution)
+        for width, height in ((1600, 900), (900, 1600), (3000, 1000), (1000, 990), (160, 10)):
+            wide, high = bucket_size(width, height, resolution, step)
+            assert wide % coarse == high % coarse == 0 and wide * high <= resolution**2
+            assert max(wide, high) <= 2 * resolution and bucket_size(height, width, resolution, step) == (
+                high,
+                wide,
+            )
+    assert bucket_size(1600, 900, 512, 16) == (640, 384)
+    picture = Picture(Path("a.png"), "a", "0", 40, 20)
+    (crop,) = plan_crops(picture, (24, 12), "center", 4, False, 0)
+    assert crop == Crop(0, 0, False) and has_one_crop(picture, (24, 12))
+    assert not has_one_crop(picture, (16, 16))
+    image = Image.fromarray(numpy.arange(40 * 20 * 3, dtype=numpy.uint8).reshape(20, 40, 3))
+    assert cut(image, (24, 12), crop).shape == (3, 12, 24)
+
+
+def test_rows_of_different_sizes_are_each_as_they_are_alone(files: PipelineFiles, tmp_path: Path) -> None:
+    for number, size in enumerate(((16, 16), (32, 16), (16, 16), (16, 32))):
+        values = numpy.random.default_rng(number).integers(0, 255, (*size[::-1], 3), dtype=numpy.uint8)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    pipeline = load_pipeline(files, "cpu")
+    model = Denoising(pipeline, files.family, make_schedule(pipeline.scheduler, False), torch.float32)
+    for picture in read_folder(tmp_path, "a cat", 10_000, False).pictures:
+        size = bucket_size(picture.width, picture.height, 16, files.step)
+        crops = plan_crops(picture, size, "center", 1, False, seed=0)
+        model.examples.append((encode_picture(pipeline.vae, picture, size, crops, 10_000), picture.prompt))
+    shapes = [tuple(shots[0].mean.shape[1:]) for shots, _ in model.examples]
+    assert shapes[0] == shapes[2] and len(set(shapes)) == 3
+    # SDXL is told the sizes: the picture's, the crop's corner, the crop's.
+    assert model.examples[1][0][0].sizes.tolist() == [16, 32, 0, 0, shapes[1][0] * 2, shapes[1][1] * 2]
+    model.encode_prompts(["a cat"])
+    rows, seeds = torch.arange(4), torch.tensor([1, 2, 3, 4])
+    draws = [model.draw(model.examples[n], torch.Generator().manual_seed(n)) for n in range(4)]
+    with torch.no_grad():
+        together, alone = model.losses(draws), torch.cat([model.losses([draw]) for draw in draws])
+        assert relative_error(together, alone) < MODEL
+        assert relative_error(model.eval()(rows, seeds)["loss"], _mean(model, seeds)) < MODEL
+
+
+def _mean(model: Denoising, seeds: torch.Tensor) -> torch.Tensor:
+    return torch.stack([model(torch.tensor([n]), seeds[n : n + 1])["loss"] for n in range(4)]).mean()
+
+
+def test_words_are_dropped_in_training_alone_and_as_often_as_asked(
+    files: PipelineFiles, pictures: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = denoising(files, pictures)
+    model.encode_prompts([""])
+    seen: list[str] = []
+    monkeypatch.setattr(
+        model, "losses", lambda draws: (seen.extend(d.prompt for d in draws), torch.zeros(len(draws)))[1]
+    )
+    rows, seeds = torch.zeros(200, dtype=torch.long), torch.arange(200)
+    noises = [model.draw(model.examples[0], torch.Generator().manual_seed(n)).noise for n in range(3)]
+    for dropout, training in ((0.0, True), (0.3, False), (0.3, True)):
+        seen.clear()
+        model.caption_dropout = dropout
+        model.train(training)(rows, seeds)
+        assert (seen.count("") > 0) is (training and dropout > 0)
+    assert 35 < seen.count("") < 85 and set(seen) == {"", "a cat"}
+    again = list(seen)
+    seen.clear()
+    model(rows, seeds)
+    assert seen == again  # so that a resumed run drops the same
+    # Noise and timesteps are those of a run that drops nothing.
+    assert all(
+        torch.equal(model.draw(model.examples[0], torch.Generator().manual_seed(n)).noise, noises[n])
+        for n in range(3)
+    )
+
+
 def test_class_pictures_that_an_interruption_left_out_are_generated_later(tmp_path: Path) -> None:
     folder, seeds = tmp_path / "class", []
 
@@ -183,3 +258,47 @@ def test_settings_are_checked_without_data_or_model() -> None:
     with pytest.raises(RecipeError) as raised:
         check_idle_keys(ImageTaskSection(prior_weight=0.5, pictures_every=2), data, {}, [], warnings.append)
     assert len(raised.value.problems) == 2
+
+
+def test_methods_are_compared_on_pictures_and_the_base_is_whole_after_each(tmp_path: Path) -> None:
+    from moslora.comparison.compare import compare
+    from moslora.display import Display
+
+    tiny_pipelines.flux().save_pretrained(tmp_path / "flux")
+    for folder, count in (("train", 5), ("held", 2)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.png").write_bytes(png(number + 10 * (folder == "held"), 20))
+    recipe = {
+        "task": "image",
+        "model": tmp_path / "flux",
+        "data": tmp_path / "train",
+        "data.heldout": tmp_path / "held",
+        "data.prompt": "a cat",
+        "data.resolution": 16,
+        "task.loss_draws": 2,
+    }
+    arguments = [f"{key}={value}" for key, value in recipe.items()]
+    options: dict[str, Any] = {"methods": ["lora", "moslora"], "rates": [0.05], "steps": 2, "seeds": 2}
+    warnings: list[str] = []
+    display = Display(quiet=True)
+    display.warn = warnings.append  # type: ignore[method-assign]
+    folder, verdict = compare(arguments, display, **options, out=tmp_path / "out")
+    assert verdict is not None and not warnings  # or the base would have been loaded anew
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("cells/*moslora*.json"))]
+    assert [cell["status"] for cell in cells] == ["done", "done"]
+    assert [len(cell["test"]) for cell in cells] == [2, 2] and len(cells[0]["validation"]) == 1
+    losses = {method.name: [point.test for point in method.points] for method in verdict.methods}
+    assert len({loss for own in losses.values() for loss in own}) == 4 and verdict.base_loss > 0
+    page = (folder / "report.html").read_text()
+    assert "as mean squared error" in page and "nats" not in page
+    for change, message in (
+        ("scopes.text_encoders=adapter", "methods are put into the denoiser alone"),
+        ("data.heldout=null", "set data.heldout, a folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            compare([*arguments, change], Display(quiet=True), **options, out=tmp_path / "other")
+    with pytest.raises(UsageError, match="trains adapters, and full is none"):
+        compare(
+            arguments, Display(quiet=True), **{**options, "methods": ["lora", "full"]}, out=tmp_path / "x"
+        )

@@ -67,6 +67,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
 # Single modules that may import more.
 ALSO = {
     # These are imported inside functions only.
+    "tasks.image.autoencoders": {"torch"},
     "tasks.image.denoising": {"torch"},
     "training.callbacks": {"transformers"},
     "comparison.junction": {"torch"},
@@ -104,6 +105,7 @@ AT_REST = {
     },  # the same proof: PEFT's loader
     "adapters.formats.diffusers": {"read_with_diffusers"},  # the proofs of image formats: diffusers' loader
     "adapters.formats.kohya": {"read_with_diffusers"},
+    "adapters.formats.original": {"through_loader"},
     "adapters.formats.through_diffusers": {"understood"},
     "adapters.export": {"base_config"},  # GGUF takes the base's configuration, with its class's defaults
 }

@@ -661,11 +661,14 @@ def test_comfyui_is_written_for_families_whose_names_were_looked_up() -> None:
         return join({"transformer": Adapter({path: factors(*size) for path, size in modules.items()})})
 
     assert comfyui.best_format(adapter(MIXTURE)) == "diffusers"
-    for modules, name in ((QWEN, "Qwen-Image"), (Z_IMAGE, "Z-Image")):
+    for modules in (QWEN, Z_IMAGE):
+        assert comfyui.best_format(adapter(modules)) == "diffusers"
+    assert comfyui.best_format(adapter(SMALL["FLUX.2"])) == "original"
+    for name in ("Wan", "SANA"):
         with pytest.raises(
-            AdapterError, match=rf"is {name}, and ComfyUI's names.*FLUX.1 and SD3.*--to diffusers"
+            AdapterError, match=rf"is .*{name}.*, and ComfyUI's names.*FLUX.1, .*Z-Image.*--to diffusers"
         ):
-            comfyui.best_format(adapter(modules))
+            comfyui.best_format(adapter(SMALL[name]))
     with pytest.raises(AdapterError, match="is no known family, by names and sizes"):
         comfyui.best_format(adapter({"transformer_blocks.0.attn.to_q": (8, 16)}))
 

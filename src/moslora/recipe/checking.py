@@ -25,14 +25,9 @@ from moslora.wording import did_you_mean
 
 __all__ = ["check_recipe"]
 
-# Those that a kind has otherwise. A denoiser's are the method's paper's, on SDXL.
-ADAPTER_DEFAULTS_OF: dict[str, dict[str, Any]] = {
-    "image": {
-        "r": 4,
-        "lora_alpha": 4,
-        "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
-    }
-}
+# Those that a kind has otherwise. A denoiser's are the method's paper's, on SDXL; which modules are adapted depends on
+# the pipeline, whose family knows it (``tasks/image/families``).
+ADAPTER_DEFAULTS_OF: dict[str, dict[str, Any]] = {"image": {"r": 4, "lora_alpha": 4, "target_modules": None}}
 
 
 def check_recipe(raw: dict[str, Any], here: Path, problems: list[str]) -> Recipe:

@@ -262,6 +262,8 @@ class ImageDataSection(Section):
     crop: Literal["center", "random"] = "center"
     crops: int = Field(default=4, ge=1)
     flip: bool = False
+    buckets: bool = False
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
     class_images: Name | None = None
     class_prompt: Name | None = None
     class_count: int = Field(default=100, ge=1)

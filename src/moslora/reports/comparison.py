@@ -53,10 +53,13 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
     second = results.get("confirmation")  # version 0.1 had none
     tuned = [m for m in results["methods"] if m["points"]]
     drawings = []
+    # A denoiser's loss is no likelihood.
+    is_of_images = record["identity"]["recipe"].get("task", {}).get("kind") == "image"
+    unit = "mean squared error" if is_of_images else "nats per token"
     if any(c["measure"] == "loss" for c in results["contrasts"]):
         drawings.append(
             _differences_of(
-                results, "Paired differences" if second is None else "Differences when tuning", colors
+                results, "Paired differences" if second is None else "Differences when tuning", colors, unit
             )
         )
     if tuned:
@@ -96,17 +99,22 @@ def write_comparison_report(folder: Path, about: Mapping[str, str]) -> Path:
         colors=colors,
         drawings=drawings,
         second=second,
-        confirmed=_of_second_stage(second, colors) if second else [],
+        confirmed=_of_second_stage(second, colors, unit) if second else [],
         tuned=tuned,
         points=[(m["name"], p) for m in results["methods"] for p in m["points"]],
         asks=any(m["exact_match"] is not None for m in results["methods"]),
+        unit="as mean squared error" if is_of_images else "in nats per trained token",
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
 def _differences_of(
-    found: Mapping[str, Any], title: str, colors: Mapping[str, str], level: str = "95 % interval"
+    found: Mapping[str, Any],
+    title: str,
+    colors: Mapping[str, str],
+    unit: str,
+    level: str = "95 % interval",
 ) -> dict[str, str]:
     rows = [c for c in found["contrasts"] if c["measure"] == "loss"]
     return {
@@ -116,16 +124,16 @@ def _differences_of(
         "svg": _draw(
             "Paired differences with intervals",
             1.2 + 0.55 * max(2, len(rows)),
-            lambda axes: _differences(axes, rows, colors),
+            lambda axes: _differences(axes, rows, colors, unit),
         ),
     }
 
 
-def _of_second_stage(second: Mapping[str, Any], colors: Mapping[str, str]) -> list[dict[str, str]]:
+def _of_second_stage(second: Mapping[str, Any], colors: Mapping[str, str], unit: str) -> list[dict[str, str]]:
     """Draw the second stage: differences on fresh seeds, and what other rates cost."""
     drawings = []
     if any(c["measure"] == "loss" for c in second["contrasts"]):
-        drawings.append(_differences_of(second, "Differences on fresh seeds", colors, "interval"))
+        drawings.append(_differences_of(second, "Differences on fresh seeds", colors, unit, "interval"))
     if second["prices"]:
         drawings.append(
             {
@@ -181,7 +189,9 @@ def _draw(description: str, height: float, paint: Callable[[Axes], None]) -> str
     return drawing(description, (7.2, height), lambda figure: paint(figure.subplots()))
 
 
-def _differences(axes: Axes, contrasts: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
+def _differences(
+    axes: Axes, contrasts: Sequence[Mapping[str, Any]], colors: Mapping[str, str], unit: str
+) -> None:
     axes.axvline(0, color=MUTED, linewidth=1)
     for row, contrast in enumerate(contrasts):
         found, color = contrast["difference"], colors[contrast["method"]]
@@ -194,7 +204,7 @@ def _differences(axes: Axes, contrasts: Sequence[Mapping[str, Any]], colors: Map
         )
     axes.set_yticks(range(len(contrasts)), [f"{c['method']}\nless {c['baseline']}" for c in contrasts])
     axes.set_ylim(len(contrasts) - 0.5, -0.5)
-    axes.set_xlabel("difference in held-out loss, nats per token")
+    axes.set_xlabel(f"difference in held-out loss, {unit}")
     axes.grid(axis="x", linewidth=0.8)
 
 

@@ -46,6 +46,7 @@ class _Snapshot:
             for _, attributes in self.attributes
             for value in attributes.values()
             if isinstance(value, dict | list | set)
+            and type(value).__name__ != "FrozenDict"  # diffusers' configuration
         ]
         self.parameters = [
             (p, p.requires_grad, p.data, p.grad, p.detach().clone() if name.endswith("bias") else None)

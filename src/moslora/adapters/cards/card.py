@@ -46,6 +46,7 @@ LIBRARIES: Mapping[str, str | None] = {
     "native": "peft",
     "diffusers": "diffusers",
     "kohya": "diffusers",
+    "original": "diffusers",
     "gguf": None,
 }
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -91,7 +92,7 @@ class Card:
         kind = (self.measured or {}).get("task")
         if isinstance(kind, str):
             return kind
-        if self.format in ("diffusers", "kohya") or "components" in self.adapter.config:
+        if self.format in ("diffusers", "kohya", "original") or "components" in self.adapter.config:
             return "image"
         causal = self.adapter.config.get("task_type") == "CAUSAL_LM" or self.format == "gguf"
         return "text" if causal else None

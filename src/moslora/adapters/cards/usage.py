@@ -188,8 +188,22 @@ def _diffusers(loading: Loading) -> Iterator[tuple[str, list[str]]]:
 
 
 def _kohya(loading: Loading) -> Iterator[tuple[str, list[str]]]:
-    yield "ComfyUI, A1111", [f"Put {code(loading.file)} into their folder of LoRAs."]
-    yield from list(_diffusers(loading))[:1]
+    if "unet" in loading.adapter.config.get("components", ("unet",)):
+        yield "ComfyUI, A1111", [f"Put {code(loading.file)} into their folder of LoRAs."]
+        yield from list(_diffusers(loading))[:1]
+    else:
+        yield from _original(loading)
 
 
-_WAYS = {"lora": _lora, "native": _native, "gguf": _gguf, "diffusers": _diffusers, "kohya": _kohya}
+def _original(loading: Loading) -> Iterator[tuple[str, list[str]]]:
+    yield "ComfyUI", [f"Put {code(loading.file)} into its folder of LoRAs."]
+
+
+_WAYS = {
+    "lora": _lora,
+    "native": _native,
+    "gguf": _gguf,
+    "diffusers": _diffusers,
+    "kohya": _kohya,
+    "original": _original,
+}

@@ -6,10 +6,12 @@ table:
 
 - a **U-Net's** modules have kohya's names, and diffusers' with ``.to_`` turned to ``.processor.to_``, as diffusers
   called them in 2023. Of a file with today's names every attention projection is left out, without an error;
-- **FLUX's and SD3's** modules have diffusers' names; kohya's are others than diffusers would read;
+- **every model's** modules have the names of its own code, after ``diffusion_model.`` and, flat, after ``lora_unet_``;
+- **FLUX.1's, SD3's, Qwen-Image's and Z-Image's** modules have diffusers' names too; of FLUX.2 its blocks alone, and of
+  Lumina 2 none (the last three by the code of mid-2026);
 - **CLIP's** modules have both; T5's have none of diffusers'.
 
-So files for it are kohya's for U-Nets and diffusers' else.
+So files for it are kohya's for U-Nets, diffusers' for families that it knows whole, and else in the original's names.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ _EMBEDDERS = (
     r"time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]|x_embedder|context_embedder|proj_out"
     r"|norm_out\.linear|pos_embed\.proj"
 )
-_FLUX_OR_SD3 = re.compile(rf"{_BLOCK}|{_SINGLE}|{_EMBEDDERS}")
+_FLUX2 = (
+    r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)"
+    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+)
+_FLUX_OR_SD3 = re.compile(rf"{_BLOCK}|{_SINGLE}|{_EMBEDDERS}|{_FLUX2}")
 
 
 def best_format(adapter: Adapter) -> str:
@@ -54,7 +60,7 @@ def best_format(adapter: Adapter) -> str:
         adapter: Of a pipeline, or of one of its models.
 
     Returns:
-        ``"kohya"`` or ``"diffusers"``.
+        ``"kohya"``, ``"diffusers"`` or ``"original"``.
 
     Raises:
         AdapterError: If the modules are not those of a diffusers pipeline, or of a transformer whose names in ComfyUI
@@ -65,9 +71,13 @@ def best_format(adapter: Adapter) -> str:
         return "kohya"
     for component in parts.keys() & {"transformer", "transformer_2"}:
         families = families_of(parts[component].modules)
+        if families and all(f.native is not None and not f.in_comfyui for f in families):
+            return "original"
         if not any(family.in_comfyui for family in families):
             what = " or ".join(family.name for family in families) or "no known family, by names and sizes"
-            known = " and ".join(family.name for family in FAMILIES if family.in_comfyui)
+            known = ", ".join(
+                family.name for family in FAMILIES if family.in_comfyui or family.native is not None
+            )
             raise AdapterError(
                 f"The {component} that the adapter is of is {what}, and ComfyUI's names were looked up for U-Nets, "
                 f"{known} "
@@ -87,12 +97,18 @@ def has_own_names(adapter: Adapter, format_: str) -> bool:
     return format_ == "original" or (format_ == "kohya" and "transformer" in by_component(adapter))
 
 
+# Families whose modules have diffusers' names in it, all of them.
+_WHOLE = tuple(
+    family for family in FAMILIES if family.in_comfyui and family.name in ("Qwen-Image", "Z-Image")
+)
+
+
 def passed_over(adapter: Adapter, format_: str) -> Mapping[str, str]:
     """Say which modules ComfyUI does not apply, or is not known to apply.
 
     Args:
         adapter: Of a pipeline, or of one of its models.
-        format_: ``"kohya"`` or ``"diffusers"``: how the file has it.
+        format_: ``"kohya"``, ``"diffusers"`` or ``"original"``: how the file has it.
 
     Returns:
         By the path of such a module, why.
@@ -102,8 +118,12 @@ def passed_over(adapter: Adapter, format_: str) -> Mapping[str, str]:
     """
     found: dict[str, str] = {}
     for component, part in by_component(adapter).items():
+        families = families_of(part.modules) if component.startswith("transformer") else []
+        unknown = bool(families) and not any(f.in_comfyui or f.name == "FLUX.2" for f in families)
         for path in part.modules:
             reason = _reason(component, path, format_)
+            if unknown and format_ == "diffusers":
+                reason = f"it has none of diffusers' names of {families[0].name}"
             if reason:
                 found[f"{component}.{path}"] = reason
     return found
@@ -116,6 +136,8 @@ def _reason(component: str, path: str, format_: str) -> str:
         return "" if _UNET.fullmatch(path) else "it has no name for this module of a U-Net"
     if component.startswith("text_encoder"):
         return "" if _CLIP.fullmatch(path) else "of text encoders it has names for CLIP's layers alone"
-    return (
-        "" if _FLUX_OR_SD3.fullmatch(path) else "no module of FLUX or SD3, for which its names were looked up"
-    )
+    if format_ != "diffusers":
+        return ""  # names of the model's own code
+    if _FLUX_OR_SD3.fullmatch(path) or any(family.names(path, False) for family in _WHOLE):
+        return ""
+    return "no module of FLUX.1, SD3, Qwen-Image or Z-Image, for which its names were looked up"

@@ -94,6 +94,8 @@ FAMILIES = (
         encoders=("text_encoder",),
         t5="text_encoder_2",
         in_comfyui=True,
+        classes=("FluxTransformer2DModel",),
+        native="",
     ),
     Family(
         "FLUX.2",
@@ -125,6 +127,9 @@ FAMILIES = (
         final_layer.linear = proj_out
         """,
         loader="Flux2LoraLoaderMixin",
+        classes=("Flux2Transformer2DModel",),
+        native="",
+        converted=("original", "kohya"),
     ),
     Family(
         "Chroma",
@@ -142,6 +147,7 @@ FAMILIES = (
         loader="FluxLoraLoaderMixin",
         encoders=("text_encoder",),
         t5="text_encoder",
+        classes=("ChromaTransformer2DModel",),
     ),
     Family(
         "Qwen-Image",
@@ -157,6 +163,10 @@ FAMILIES = (
         proj_out 1 *
         """,
         loader="QwenImageLoraLoaderMixin",
+        in_comfyui=True,
+        classes=("QwenImageTransformer2DModel",),
+        native="*",
+        converted=("original", "kohya"),
     ),
     Family(
         "Z-Image",
@@ -180,6 +190,16 @@ FAMILIES = (
         final_layer.adaLN_modulation.1 = all_final_layer.2-1.adaLN_modulation.1
         """,
         loader="ZImageLoraLoaderMixin",
+        in_comfyui=True,
+        classes=("ZImageTransformer2DModel",),
+        native=f"""
+        {_LUMINA_BLOCKS}.#.feed_forward.{{w1,w2,w3}}
+        {{layers,noise_refiner}}.#.adaLN_modulation.0
+        t_embedder.mlp.{{0,2}}
+        cap_embedder.1
+        """,
+        is_split=True,
+        converted=("original", "kohya"),
     ),
     Family(
         "Lumina 2",
@@ -205,6 +225,8 @@ FAMILIES = (
         {{layers,noise_refiner}}.#.adaLN_modulation.1 = {{layers,noise_refiner}}.#.norm1.linear
         """,
         loader="Lumina2LoraLoaderMixin",
+        classes=("Lumina2Transformer2DModel",),
+        native="x_embedder",
     ),
     Family(
         "SD3",
@@ -240,6 +262,8 @@ FAMILIES = (
         encoders=("text_encoder", "text_encoder_2"),
         t5="text_encoder_3",
         in_comfyui=True,
+        classes=("SD3Transformer2DModel",),
+        native="context_embedder",
     ),
     Family(
         "Wan",
@@ -267,6 +291,7 @@ FAMILIES = (
         head.head = proj_out
         """,
         loader="WanLoraLoaderMixin",
+        classes=("WanTransformer3DModel",),
     ),
     Family(
         "HunyuanVideo",
@@ -310,6 +335,7 @@ FAMILIES = (
         txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = {_HUNYUAN_REFINER}.norm_out.linear
         """,
         loader="HunyuanVideoLoraLoaderMixin",
+        classes=("HunyuanVideoTransformer3DModel",),
     ),
     Family(
         "AuraFlow",
@@ -330,6 +356,7 @@ FAMILIES = (
         proj_out 1 *
         """,
         loader="AuraFlowLoraLoaderMixin",
+        classes=("AuraFlowTransformer2DModel",),
     ),
     Family(
         "LTX-Video",
@@ -346,6 +373,7 @@ FAMILIES = (
         proj_out 1 *
         """,
         loader="LTXVideoLoraLoaderMixin",
+        classes=("LTXVideoTransformer3DModel",),
     ),
     Family(
         "SANA",
@@ -361,6 +389,7 @@ FAMILIES = (
         proj_out 1 *
         """,
         loader="SanaLoraLoaderMixin",
+        classes=("SanaTransformer2DModel",),
     ),
     Family(
         "PixArt",
@@ -377,5 +406,6 @@ FAMILIES = (
         caption_projection.linear_2 1 1
         proj_out 1 *
         """,
+        classes=("PixArtTransformer2DModel",),
     ),
 )

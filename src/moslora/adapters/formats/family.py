@@ -85,6 +85,12 @@ class Family:
         encoders: Of which text encoders that loads a LoRA.
         t5: Which of its models is the T5, which trainers call the third text encoder.
         in_comfyui: Whether ComfyUI's table has diffusers' names of it, as far as it was looked up.
+        classes: Its transformers in diffusers, as PEFT notes them in an adapter's configuration.
+        native: Modules whose names are the same in the code it was published with, a line each; ``*`` for all. None
+            where original names are not written.
+        is_split: Whether readers look for diffusers' names behind ``diffusion_model.`` too, fused projections apart,
+            as ai-toolkit writes them. Flat names are the original's always.
+        converted: Which formats in original names its loader reads: ``"original"``, ``"kohya"``.
     """
 
     name: str
@@ -94,6 +100,15 @@ class Family:
     encoders: tuple[str, ...] = ()
     t5: str = ""
     in_comfyui: bool = False
+    classes: tuple[str, ...] = ()
+    native: str | None = field(default=None, repr=False)
+    is_split: bool = False
+    converted: tuple[str, ...] = ()
+
+    @cached_property
+    def native_paths(self) -> frozenset[str]:
+        """Paths of ``native``, one for each."""
+        return frozenset(_lines(self.native or ""))
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:

@@ -3,7 +3,8 @@
 A module's path has its dots turned to underscores and a prefix for the model: ``lora_unet_``, ``lora_te1_``,
 ``lora_te2_``. It holds ``lora_down`` (A), ``lora_up`` (B) and ``alpha``, and in LoCon files of convolutions maybe
 ``lora_mid``, a core with ``ΔW = up · mid · down``. Files that MoSLoRA's authors converted have their mixers as
-``lora_downB``. Files of many models are read (``image_file``); U-Nets' are written, with diffusers' names.
+``lora_downB``. Files of many models are read (``image_file``). Written are U-Nets', with diffusers' names, and
+transformers', with those of the model's original code (``original_names``), which sd-scripts and ComfyUI know.
 
 diffusers reads one alpha for a whole file: where ranks differ, its converter loses the others, and the scale of those
 modules is wrong without a word (0.42.1). So all modules get one rank, padded with zeros, and alpha = r.
@@ -11,13 +12,14 @@ modules is wrong without a word (0.42.1). So all modules get one rank, padded wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moslora.adapters.factors import Adapter
-from moslora.adapters.formats import through_diffusers
+from moslora.adapters.factors import Adapter, Factors
+from moslora.adapters.formats import original, through_diffusers
 from moslora.adapters.formats.image_file import read
 from moslora.adapters.formats.layout import as_stored
 from moslora.adapters.formats.lora import flatten
@@ -36,7 +38,7 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
     """Write a kohya file, folded.
 
     Args:
-        adapter: Of a Stable Diffusion pipeline with a UNet, or of one of its models.
+        adapter: Of a Stable Diffusion pipeline with a UNet, or of one of its models; or of a transformer alone.
         path: The file.
         dtype: Of its tensors.
 
@@ -48,12 +50,16 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
         "This file would be read by programs that do not agree on it, so it is not written"
     )
     adapter.refuse_biases("A kohya file has no place for it")
+    if by_component(adapter).keys() == {"transformer"}:
+        modules, _ = original.renamed_transformer(adapter, "a kohya file", is_flat=True)
+        _save(path, {f"lora_unet_{_flat(name)}": factors for name, factors in modules.items()}, dtype)
+        return
     parts = {name: flatten(part) for name, part in by_component(adapter).items()}
     strange = sorted(parts.keys() - PREFIXES.keys())
     if strange:
         raise AdapterError(
-            f"The adapter is of a {strange[0]}, as FLUX and SD3 have it, whose kohya names diffusers itself rejects. "
-            "Write --to diffusers; of FLUX and SD3 ComfyUI applies that whole."
+            f"The adapter is of a {strange[0]} among others, and a kohya file is written for a U-Net with its text "
+            "encoders, or for a transformer alone. Export ADAPTER/transformer by itself, or write --to diffusers."
         )
     check_writable(
         parts,
@@ -75,17 +81,30 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> N
                 "encoder's adapter alone --to diffusers, which ComfyUI applies whole, beside a kohya file of the U-Net."
             )
     r = max(factors.r for part in parts.values() for factors in part.modules.values())
-    tensors: dict[str, Tensor] = {}
+    named: dict[str, Factors] = {}
     for component, part in parts.items():
         prefix = PREFIXES[component]
         for module, factors in part.modules.items():
-            flat = f"{prefix}_{name_clip(component, module).replace('.', '_')}"
-            if f"{flat}.alpha" in tensors:
+            flat = f"{prefix}_{_flat(name_clip(component, module))}"
+            if flat in named:
                 raise AdapterError(f"{component}.{module} has the same kohya name as another module, {flat}.")
-            stored = as_stored(pad(factors, r))
-            tensors[f"{flat}.lora_down.weight"] = stored["A"].to(dtype)
-            tensors[f"{flat}.lora_up.weight"] = stored["B"].to(dtype)
-            tensors[f"{flat}.alpha"] = torch.tensor(float(r))
+            named[flat] = pad(factors, r)
+    _save(path, named, dtype)
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _save(path: Path, modules: Mapping[str, Factors], dtype: torch.dtype) -> None:
+    """Write factors, all of one rank, under their kohya names."""
+    r = next(iter(modules.values())).r
+    tensors: dict[str, Tensor] = {}
+    for flat, factors in modules.items():
+        stored = as_stored(factors)
+        tensors[f"{flat}.lora_down.weight"] = stored["A"].to(dtype)
+        tensors[f"{flat}.lora_up.weight"] = stored["B"].to(dtype)
+        tensors[f"{flat}.alpha"] = torch.tensor(float(r))
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
@@ -106,6 +125,8 @@ def read_with_diffusers(path: Path, like: Adapter) -> tuple[Adapter, str]:
         What diffusers understood, with the paths of ``like``; and the name of the reader. This package's own reader
         stands in where diffusers is not installed.
     """
+    if by_component(like).keys() == {"transformer"}:
+        return original.through_loader(path, like, "kohya")
     if not through_diffusers.is_installed():
         return through_diffusers.with_paths_of(read(path), like), "moslora"
     from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin

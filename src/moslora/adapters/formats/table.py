@@ -11,11 +11,11 @@ from moslora.adapters.factors import Adapter
 from moslora.adapters.formats import (
     diffusers,
     gguf,
-    image_file,
     kohya,
     lora,
     native,
     official,
+    original,
     paddle,
     pipeline,
 )
@@ -124,9 +124,11 @@ FORMATS: dict[str, Format] = {
         takes_alpha=True,
     ),
     "original": Format(
-        image_file.read,
-        None,
+        original.read,
+        original.write,
         "with the names of the model's original code, as ComfyUI, ai-toolkit and DiffSynth-Studio have them",
+        suffix=".safetensors",
+        read_back=original.read_with_diffusers,
         takes_alpha=True,
     ),
     "official": Format(

@@ -13,11 +13,31 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
+    from moslora.tasks.image.families.family import Family
     from moslora.tasks.image.pipeline import PipelineFiles
 
-__all__ = ["adapted_modules", "count_pipeline_parameters", "denoiser_config", "text_encoder_config"]
+__all__ = [
+    "adapted_modules",
+    "count_pipeline_parameters",
+    "denoiser_config",
+    "text_encoder_config",
+    "with_targets",
+]
 
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def with_targets(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return an adapter's settings with the modules that are adapted.
+
+    Args:
+        settings: The recipe's ``adapter`` section.
+        family: Of the pipeline, whose default is taken where the section names no modules.
+    """
+    if settings.get("target_modules") is not None:
+        return dict(settings)
+    targets = family.targets
+    return {**settings, "target_modules": targets if isinstance(targets, str) else list(targets)}
 
 
 def denoiser_config(settings: Mapping[str, Any]) -> PeftConfig:
@@ -112,7 +132,7 @@ def count_pipeline_parameters(
 
     Args:
         files: The pipeline; its weights are not read.
-        settings: The recipe's ``adapter`` section.
+        settings: The recipe's ``adapter`` section, with targets.
         text_encoder: Adapter configuration of its CLIP text encoders; None where they are frozen.
 
     Raises:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moslora.errors import MissingPackageError, RecipeError
-from moslora.tasks.image.crops import is_square
+from moslora.tasks.image.crops import Size, has_one_crop
 
 if TYPE_CHECKING:
     from moslora.recipe.schema import ImageDataSection, ImageTaskSection
-    from moslora.tasks.image.families import Family
+    from moslora.tasks.image.families.family import Family
     from moslora.tasks.image.folders import Folder, Picture
     from moslora.tasks.image.pipeline import PipelineFiles
 
@@ -118,15 +118,20 @@ def check_idle_keys(
         warn(f"trainer.max_steps={trainer['max_steps']} decides; trainer.num_train_epochs is ignored.")
 
 
-def check_family(task: ImageTaskSection, files: PipelineFiles) -> None:
+def check_family(
+    task: ImageTaskSection, files: PipelineFiles, text_encoders: bool, warn: Warn = lambda text: None
+) -> None:
     """Refuse settings that this kind of pipeline would ignore without a word.
 
     Args:
         task: The recipe's section.
         files: The pipeline.
+        text_encoders: Whether the recipe wants text encoders to be adapted.
+        warn: Told of a base that is not meant to be trained.
 
     Raises:
         RecipeError: Names the setting.
+        MissingPackageError: If the pipeline's own parts need a package that is not installed.
     """
     family, name = files.family, files.source.name
     if family.is_flow:
@@ -134,15 +139,45 @@ def check_family(task: ImageTaskSection, files: PipelineFiles) -> None:
             if value:
                 raise RecipeError(f"task.{key} is for U-Nets; {family.title} is trained by flow matching.")
     denoiser = files.config(family.denoiser)
-    if family.title == "FLUX":
-        if task.negative_prompt is not None:
-            raise RecipeError("task.negative_prompt: FLUX is distilled and takes none.")
-        if task.guidance_scale is not None and not denoiser.get("guidance_embeds"):
-            raise RecipeError(f"task.guidance_scale: {name} is distilled to do without, and takes none.")
+    if not family.takes_negative and task.negative_prompt is not None:
+        raise RecipeError(f"task.negative_prompt: the pipeline of {family.title} takes none.")
+    if task.guidance_scale is not None and _ignores_guidance(files, denoiser):
+        raise RecipeError(f"task.guidance_scale: {name} is distilled to do without, and takes none.")
+    guided = task.guidance_scale is not None and task.guidance_scale > 1
+    if family.guidance == "true_cfg_scale" and guided and task.negative_prompt is None:
+        raise RecipeError(
+            f"task.guidance_scale: {family.title} is guided away from a negative prompt, and without one it takes "
+            "no guidance. Set task.negative_prompt too, for example to ' '."
+        )
+    if text_encoders and not family.clips:
+        raise RecipeError(
+            f"scopes.text_encoders=adapter: {family.title} reads prompts with a language model, of which diffusers' "
+            "pipeline loads no LoRA. Leave it frozen."
+        )
+    if files.index.get("is_distilled"):
+        warn(
+            f"{name} is distilled to a few steps, which training undoes little by little. Train its base model, and "
+            "use the LoRA with this one."
+        )
+    reader = files.index.get("tokenizer")
+    if reader and reader[1] == "PixtralProcessor" and importlib.util.find_spec("torchvision") is None:
+        raise MissingPackageError(
+            f"{name} reads prompts with transformers' PixtralProcessor, which needs torchvision. Run: pip install "
+            "torchvision"
+        )
     if denoiser.get("time_cond_proj_dim") and task.negative_prompt is not None:
         raise RecipeError(f"task.negative_prompt: {name} is distilled and takes none.")
-    if family.t5 is None and task.max_sequence_length is not None:
-        raise RecipeError(f"task.max_sequence_length is T5's, and {family.title} has none.")
+    if family.long_text is None and task.max_sequence_length is not None:
+        raise RecipeError(
+            f"task.max_sequence_length is for T5 and language models, and {family.title} has none."
+        )
+
+
+def _ignores_guidance(files: PipelineFiles, denoiser: Mapping[str, Any]) -> bool:
+    """Tell whether the pipeline would draw the same whatever its guidance is."""
+    if files.kind == "FluxPipeline":
+        return not denoiser.get("guidance_embeds")
+    return bool(files.index.get("is_distilled"))
 
 
 def warn_of_idle_words(
@@ -181,22 +216,30 @@ def warn_of_overlap(train: Folder, heldout: Folder | None, warn: Warn) -> None:
         )
 
 
-def warn_of_sizes(pictures: Sequence[Picture], resolution: int, crop: str, warn: Warn) -> None:
+def warn_of_sizes(
+    pictures: Sequence[Picture], size_of: Callable[[Picture], Size], crop: str, warn: Warn
+) -> None:
     """Report pictures that are enlarged, and random crops of pictures that have one crop only.
 
     Args:
         pictures: Training pictures.
-        resolution: Side of the crops in pixels.
+        size_of: The size of a picture's crops.
         crop: ``"center"`` or ``"random"``.
         warn: Told of it.
     """
-    small = [p.path.name for p in pictures if min(p.width, p.height) < resolution]
+    small = [
+        picture.path.name
+        for picture in pictures
+        for size in [size_of(picture)]
+        for wide, high in [(size, size) if isinstance(size, int) else size]
+        if picture.width < wide or picture.height < high
+    ]
     if small:
         warn(
-            f"{len(small)} pictures are smaller than data.resolution={resolution} and are enlarged, as {small[0]}."
+            f"{len(small)} pictures are smaller than data.resolution asks for and are enlarged, as {small[0]}."
         )
-    if crop == "random" and all(is_square(p, resolution) for p in pictures):
-        warn("data.crop=random does nothing: every picture is a square, and is learned whole.")
+    if crop == "random" and all(has_one_crop(p, size_of(p)) for p in pictures):
+        warn("data.crop=random does nothing: every picture is a square, or of its bucket's shape, and whole.")
 
 
 def warn_of_cut_prompts(
@@ -208,19 +251,18 @@ def warn_of_cut_prompts(
         pipeline: With its tokenizers.
         family: Its kind.
         prompts: All that are trained on or drawn; each is reported once.
-        tokens: How many tokens T5 reads; None is the pipeline's default.
+        tokens: How many tokens the longest text encoder reads; None is the pipeline's default.
         warn: Told of it.
     """
-    limit = pipeline.tokenizer.model_max_length
-    t5_name, t5_default = family.t5 or ("", 0)
-    t5_limit = tokens or t5_default
-    t5 = getattr(pipeline, t5_name, None) if t5_name else None
+    long_text = family.long_text
     for prompt in dict.fromkeys(prompts):
-        length = len(pipeline.tokenizer(prompt).input_ids)
-        if length > limit:
-            warn(f"“{prompt[:60]}…” has {length} tokens; CLIP reads the first {limit} and no more.")
-        if t5 is not None and len(t5(prompt).input_ids) > t5_limit:
+        if family.clips:
+            limit = pipeline.tokenizer.model_max_length
+            length = len(pipeline.tokenizer(prompt).input_ids)
+            if length > limit:
+                warn(f"“{prompt[:60]}…” has {length} tokens; CLIP reads the first {limit} and no more.")
+        if long_text is not None and (long_text.count(pipeline, prompt) or 0) > (tokens or long_text.limit):
             warn(
-                f"“{prompt[:60]}…” has more than {t5_limit} T5 tokens, and T5 reads no further; see "
-                "task.max_sequence_length."
+                f"“{prompt[:60]}…” has more than {tokens or long_text.limit} {long_text.reader} tokens, and "
+                f"{long_text.reader} reads no further; see task.max_sequence_length."
             )

@@ -8,7 +8,7 @@ processes, and wherever it was resumed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moslora.tasks.image.families import Family
+from moslora.tasks.image.families.family import Family
 from moslora.tasks.image.latents import Shot
 from moslora.tasks.image.noise import Flow, Noising
 
@@ -55,7 +55,9 @@ class Denoising(nn.Module):
         dtype: Of the frozen weights.
         noise_offset: Strength of noise that is the same for all pixels of a channel.
         prior_weight: Weight of the class's pictures in the loss.
-        tokens: How many tokens T5 reads; None is the pipeline's default.
+        tokens: How many tokens the longest text encoder reads; None is the pipeline's default.
+
+        caption_dropout: The share of training examples that are learned without their words.
 
     Attributes:
         parts: The trained models by their name in the pipeline.
@@ -73,11 +75,12 @@ class Denoising(nn.Module):
         noise_offset: float = 0.0,
         prior_weight: float = 1.0,
         tokens: int | None = None,
+        caption_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.pipeline, self.family, self.schedule = pipeline, family, schedule
         self.dtype, self.noise_offset, self.prior_weight = dtype, noise_offset, prior_weight
-        self.tokens = tokens
+        self.tokens, self.caption_dropout = tokens, caption_dropout
         self.parts = nn.ModuleDict({family.denoiser: getattr(pipeline, family.denoiser)})
         self.examples: list[tuple[list[Shot], str]] = []
         self.prior: list[tuple[list[Shot], str]] = []
@@ -124,7 +127,7 @@ class Denoising(nn.Module):
         if not self.encoded_prompts:
             return self.family.words(self.pipeline, prompts, self.tokens)
         return {
-            name: torch.cat([self.encoded_prompts[prompt][name] for prompt in prompts]).to(self.device)
+            name: _stack([self.encoded_prompts[prompt][name] for prompt in prompts]).to(self.device)
             for name in self.encoded_prompts[prompts[0]]
         }
 
@@ -168,11 +171,19 @@ class Denoising(nn.Module):
         return arguments, target, weight
 
     def losses(self, draws: Sequence[Draw]) -> Tensor:
-        """Return each example's weighted squared error, float32, ``(rows,)``."""
+        """Return each example's weighted squared error, float32, ``(rows,)``; those of one size are run at once."""
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for place, draw in enumerate(draws):
+            sizes.setdefault(tuple(draw.clean.shape), []).append(place)
+        places = [place for own in sizes.values() for place in own]
+        found = torch.cat([self._losses([draws[place] for place in own]) for own in sizes.values()])
+        return found[torch.tensor(places, device=found.device).argsort()]
+
+    def _losses(self, draws: Sequence[Draw]) -> Tensor:
         arguments, target, weight = self.arguments(draws)
         denoiser = self.parts[self.family.denoiser]
         out = denoiser(**arguments, return_dict=False)[0]
-        prediction = self.family.unpack(self.pipeline, out, *target.shape[-2:])
+        prediction = self.family.sign * self.family.unpack(self.pipeline, out, *target.shape[-2:])
         return weight * F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
 
     def forward(self, picture: Tensor, seed: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
@@ -190,7 +201,11 @@ class Denoising(nn.Module):
         draws, prior = [], []
         for index, number in zip(picture.tolist(), seed.tolist(), strict=True):
             generator = torch.Generator().manual_seed(number)
-            draws.append(self.draw(self.examples[index], generator))
+            draw = self.draw(self.examples[index], generator)
+            if self.training and self.caption_dropout:
+                is_dropped = float(torch.rand((), generator=generator)) < self.caption_dropout
+                draw = replace(draw, prompt="" if is_dropped else draw.prompt)
+            draws.append(draw)
             if self.prior and self.training:
                 at = int(torch.randint(len(self.prior), (), generator=generator))
                 prior.append(self.draw(self.prior[at], generator))
@@ -199,3 +214,13 @@ class Denoising(nn.Module):
         if prior:
             loss = loss + self.prior_weight * losses[len(draws) :].mean()
         return {"loss": loss}
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Concatenate encoded prompts along the batch dimension; shorter ones are padded with zeros, their masks too."""
+    longest = max(row.shape[1] for row in rows)
+    padded = [
+        row if row.shape[1] == longest else F.pad(row, (*(0, 0) * (row.ndim - 2), 0, longest - row.shape[1]))
+        for row in rows
+    ]
+    return torch.cat(padded)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moslora.data.pictures import open_image
 from moslora.errors import ModelError
-from moslora.tasks.image.crops import Crop, cut
+from moslora.tasks.image.autoencoders import autoencoder_of
+from moslora.tasks.image.crops import Crop, Size, cut
 from moslora.tasks.image.folders import Picture
 
 __all__ = ["Shot", "decode_latents", "encode", "encode_picture"]
@@ -32,14 +33,14 @@ class Shot:
 
 
 def encode_picture(
-    vae: Any, picture: Picture, resolution: int, crops: Sequence[Crop], max_pixels: int
+    vae: Any, picture: Picture, size: Size, crops: Sequence[Crop], max_pixels: int
 ) -> list[Shot]:
     """Open a picture and encode its crops.
 
     Args:
         vae: The pipeline's.
         picture: The picture.
-        resolution: Side of the crops in pixels.
+        size: Of the crops.
         crops: From ``plan_crops``.
         max_pixels: The most pixels that the file may have.
 
@@ -51,19 +52,20 @@ def encode_picture(
         ModelError: If the latents are not finite.
     """
     image = open_image(picture.path, max_pixels)
+    wide, high = (size, size) if isinstance(size, int) else size
     shots = []
     for crop in crops:
-        mean, std = encode(vae, cut(image, resolution, crop))
+        mean, std = encode(vae, cut(image, size, crop))
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise ModelError(f"{picture.path}: the VAE encodes it as NaN or infinite values.")
-        sizes = (picture.height, picture.width, crop.top, crop.left, resolution, resolution)
+        sizes = (picture.height, picture.width, crop.top, crop.left, high, wide)
         shots.append(Shot(mean, std, torch.tensor(sizes, dtype=torch.float32)))
     return shots
 
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode a square picture.
+    """Encode a picture.
 
     Args:
         vae: The pipeline's.
@@ -71,11 +73,9 @@ def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Mean and standard deviation of its latents, scaled as the denoiser takes them, float32 on the CPU,
-        ``(channels, height / 8, width / 8)`` each.
+        ``(channels, height / factor, width / factor)`` each.
     """
-    distribution = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-    shift, scale = _statistics(vae, distribution.mean)
-    mean, std = (distribution.mean - shift) * scale, distribution.std * scale
+    mean, std = autoencoder_of(vae).encode(vae, pixels[None].to(vae.device, vae.dtype))
     return mean[0].float().cpu(), std[0].float().cpu()
 
 
@@ -95,23 +95,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Any:
     """
     from PIL import Image
 
-    latents = latents.to(vae.device, vae.dtype)
-    shift, scale = _statistics(vae, latents)
-    pixels = vae.decode(latents / scale + shift).sample[0].float().cpu()  # (3, height, width)
+    pixels = autoencoder_of(vae).decode(vae, latents.to(vae.device, vae.dtype))
+    pixels = pixels[0].float().cpu()  # (3, height, width)
     if not torch.isfinite(pixels).all():
         raise ModelError("The pipeline made a picture of NaN or infinite values.")
     values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).numpy(), "RGB")
-
-
-def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
-    """Return what is subtracted from latents, and what they are then multiplied by."""
-    config = vae.config
-    scale = config.scaling_factor
-    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return mean, scale / std
-    return getattr(config, "shift_factor", None) or 0.0, scale

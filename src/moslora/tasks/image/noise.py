@@ -1,7 +1,7 @@
 """How noise is mixed into latents, and what a denoiser should predict from the mixture.
 
 U-Nets (Stable Diffusion 1 and 2, SDXL) take ``√ᾱ·x + √(1 - ᾱ)·ε`` and predict ε or ``v = √ᾱ·ε - √(1 - ᾱ)·x``;
-transformers trained by flow matching (SD3, FLUX) take ``(1 - σ)·x + σ·ε`` and predict ``ε - x``.
+transformers trained by flow matching (SD3, FLUX, and all later ones) take ``(1 - σ)·x + σ·ε`` and predict ``ε - x``.
 """
 
 from __future__ import annotations
@@ -117,9 +117,12 @@ class Flow:
     def __init__(self, scheduler: Any, density: str = "logit-normal") -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        if "FlowMatch" not in type(scheduler).__name__:
+        config = scheduler.config
+        if "FlowMatch" not in type(scheduler).__name__ and not config.get("use_flow_sigmas"):
             raise ModelError(f"The scheduler {type(scheduler).__name__} is not one for flow matching.")
-        euler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        # SANA's is a multistep solver on flow matching's noise, whose shift has another name.
+        shift = {"shift": config["flow_shift"]} if config.get("use_flow_sigmas") else {}
+        euler = FlowMatchEulerDiscreteScheduler.from_config(config, **shift)
         self.steps: Tensor = euler.timesteps.float()  # (timesteps,), from most noise to least
         self.sigmas: Tensor = euler.sigmas[: len(self.steps)].float()  # σ, (timesteps,)
         self.density = density

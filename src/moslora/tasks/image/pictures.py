@@ -18,7 +18,7 @@ from moslora.tasks.task import Shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moslora.tasks.image.families import Family
+    from moslora.tasks.image.families.family import Family
 
 __all__ = ["PictureMaker", "draw_pictures", "plan_pictures"]
 
@@ -34,7 +34,7 @@ class PictureMaker:
         steps: How many denoising steps each takes.
         guidance_scale: None is the pipeline's default.
         negative_prompt: What not to draw; None for nothing.
-        max_sequence_length: How many tokens T5 reads; None is the pipeline's default.
+        max_sequence_length: How many tokens the longest text encoder reads; None is the pipeline's default.
     """
 
     pipeline: Any
@@ -57,26 +57,30 @@ class PictureMaker:
         """
         import torch
 
+        from moslora.tasks.image.autoencoders import autoencoder_of
         from moslora.tasks.image.latents import decode_latents
 
+        vae = self.pipeline.vae
         settings = {
-            "guidance_scale": self.guidance_scale,
+            self.family.guidance: self.guidance_scale,
             "negative_prompt": self.negative_prompt,
             "max_sequence_length": self.max_sequence_length,
         }
         latents: Tensor = self.pipeline(
-            prompt,
+            prompt=prompt,  # by name: FLUX.2's first argument is a picture
             height=self.resolution,
             width=self.resolution,
             num_inference_steps=self.steps,
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
+            **self.family.drawing,
             **{name: value for name, value in settings.items() if value is not None},
         ).images
-        side = self.resolution // self.pipeline.vae_scale_factor
-        latents = self.family.unpack(self.pipeline, latents, side, side)
+        side = self.resolution // autoencoder_of(vae).factor(vae.config)
+        unpack = self.family.drawn or self.family.unpack
+        latents = unpack(self.pipeline, latents, side, side)
         buffer = io.BytesIO()
-        decode_latents(self.pipeline.vae, latents).save(buffer, "PNG")
+        decode_latents(vae, latents).save(buffer, "PNG")
         return buffer.getvalue()
 
 

@@ -22,7 +22,8 @@ from moslora.files import sha256
 from moslora.models.fingerprint import HASH_LIMIT, header_sha256, hub_commit
 from moslora.models.loading import call_loader, check_loaded, quiet_transformers
 from moslora.models.names import HUB_ID, ModelSource, not_found_message, read_json
-from moslora.tasks.image.families import FAMILIES, Family
+from moslora.tasks.image.families.family import Family
+from moslora.tasks.image.families.table import FAMILIES
 from moslora.wording import first_line
 
 if TYPE_CHECKING:
@@ -129,17 +130,27 @@ class PipelineFiles:
         Raises:
             RecipeError: If the pipeline cannot process pictures of the wanted size.
         """
+        from moslora.tasks.image.autoencoders import latent_factor
+
         denoiser = self.config(self.family.denoiser)
-        factor = 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+        factor = latent_factor(self.config("vae"))
         if wanted is None:
-            size = denoiser.get("sample_size") or 128
-            wanted = int(size if isinstance(size, int) else size[0]) * factor
-        step = factor * {"FLUX": 2, "SD3": int(denoiser.get("patch_size") or 1)}.get(self.family.title, 1)
-        if wanted % step:
+            size = denoiser.get("sample_size")
+            # Transformers that do not say a size were trained on about a million pixels.
+            wanted = int(size if isinstance(size, int) else size[0]) * factor if size else 1024
+        if wanted % self.step:
             raise RecipeError(
-                f"data.resolution={wanted} is not a multiple of {step}, which {self.source.name} needs."
+                f"data.resolution={wanted} is not a multiple of {self.step}, which {self.source.name} needs."
             )
         return wanted
+
+    @property
+    def step(self) -> int:
+        """Of how many pixels the sides of pictures must be a multiple."""
+        from moslora.tasks.image.autoencoders import latent_factor
+
+        patch = int(self.config(self.family.denoiser).get("patch_size") or 1)
+        return latent_factor(self.config("vae")) * max(self.family.multiple, patch)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the base: the hub's commit, or hashes of its files."""

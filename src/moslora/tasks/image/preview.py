@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from moslora.errors import RecipeError
 
 if TYPE_CHECKING:
     from moslora.recipe.schema import ImageDataSection
-    from moslora.tasks.image.crops import Crop
+    from moslora.tasks.image.crops import Crop, Size
     from moslora.tasks.image.folders import Folder, Picture
     from moslora.tasks.image.pipeline import PipelineFiles
     from moslora.tasks.image.prior import ClassPictures
@@ -40,6 +41,7 @@ def tell_pictures(
     data: ImageDataSection,
     resolution: int,
     crops: Callable[[Picture], Sequence[Crop]],
+    size_of: Callable[[Picture], Size],
 ) -> list[str]:
     """Say what is trained on, with one example.
 
@@ -49,22 +51,36 @@ def tell_pictures(
         data: The recipe's section.
         resolution: Side of the crops in pixels.
         crops: Of a picture.
+        size_of: The size of its crops.
     """
     held = f", held out: {len(heldout.pictures)}" if heldout else ""
     count = sum(len(crops(picture)) for picture in train.pictures)
     first = train.pictures[0]
     corner = crops(first)[0]
+    sizes = Counter(_sides(size_of(picture)) for picture in train.pictures)
+    if data.buckets:
+        listed = ", ".join(f"{wide} × {high} ({n})" for (wide, high), n in sizes.most_common(5))
+        more = f", and {len(sizes) - 5} more" if len(sizes) > 5 else ""
+        shapes = f"crops of {len(sizes)} sizes: {listed}{more}"
+    else:
+        shapes = f"squares of {resolution} × {resolution} pixels"
     lines = [
-        f"Pictures: {len(train.pictures)}{held}. They become {count} squares of {resolution} × {resolution} pixels "
+        f"Pictures: {len(train.pictures)}{held}. They become {count} {shapes} "
         f"({data.crop} crop{', also mirrored' if data.flip else ''}).",
         f"One example: {first.path.name}, {first.width} × {first.height}, from {corner.left}, {corner.top}: "
         f"“{first.prompt}”",
     ]
+    if data.caption_dropout:
+        lines.append(f"{data.caption_dropout:.0%} of the training examples are learned without their words.")
     if heldout is None:
         lines.append(
             "data.heldout is not set, so the loss is measured on the training pictures, with other noise."
         )
     return lines
+
+
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def tell_prior(pictures: ClassPictures, weight: float) -> str:

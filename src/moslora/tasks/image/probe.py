@@ -67,10 +67,16 @@ def probe_text_encoders(pipeline: Any, names: Sequence[str], prompt: str) -> lis
     return inputs
 
 
-def _flat(arguments: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Return nested arguments as one mapping, with dotted names."""
+def _flat(arguments: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
+    """Return nested arguments as one mapping, with dotted names; lists by number, and numbers as tensors."""
+    import torch
+
     flat: dict[str, Tensor] = {}
     for name, value in arguments.items():
         key = f"{prefix}.{name}"
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, int):
+            value = torch.tensor(value)
         flat |= _flat(value, key) if isinstance(value, Mapping) else {key: value}
     return flat

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moslora.tasks.image.folders import Picture
     from moslora.tasks.task import Shown
 
-__all__ = ["measure_fidelity", "measure_loss"]
+__all__ = ["measure_fidelity", "measure_loss", "measure_losses"]
 
 LATENT_BATCH = 4  # draws whose loss is measured at once
 
@@ -35,16 +35,30 @@ def measure_loss(
         seed: Of the noise.
         advance: Called after each example, with the mean so far.
     """
-    import torch
-
     losses: list[float] = []
     for index in examples:
-        draws = _fixed_draws(model, index, count, seed)
-        with torch.no_grad():
-            for start in range(0, len(draws), LATENT_BATCH):
-                losses += model.losses(draws[start : start + LATENT_BATCH]).tolist()
+        losses += measure_losses(model, index, count, seed)
         advance(sum(losses) / len(losses))
     return sum(losses) / len(losses)
+
+
+def measure_losses(model: Denoising, index: int, count: int, seed: int) -> list[float]:
+    """Return the losses of one example's draws, with the same noise at every call.
+
+    Args:
+        model: In evaluation mode.
+        index: Which of its examples.
+        count: How many draws, at timesteps from all parts of the schedule.
+        seed: Of the noise.
+    """
+    import torch
+
+    draws = _fixed_draws(model, index, count, seed)
+    losses: list[float] = []
+    with torch.no_grad():
+        for start in range(0, len(draws), LATENT_BATCH):
+            losses += model.losses(draws[start : start + LATENT_BATCH]).tolist()
+    return losses
 
 
 def _fixed_draws(model: Denoising, index: int, count: int, seed: int) -> list[Draw]:

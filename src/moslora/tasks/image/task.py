@@ -22,7 +22,8 @@ from moslora.models.names import ModelSource
 from moslora.recipe.schema import ImageRecipe
 from moslora.recipe.trainer_arguments import build_trainer_config, resolve_trainer_arguments
 from moslora.tasks.image import adapters, checks, preview
-from moslora.tasks.image.crops import Crop, plan_crops
+from moslora.tasks.image.comparing import ComparedTask
+from moslora.tasks.image.crops import Crop, Size, bucket_size, plan_crops
 from moslora.tasks.image.fidelity import ScoreModel, find_judge
 from moslora.tasks.image.folders import Folder, Picture, read_folder, warn_of_left_out
 from moslora.tasks.image.order import planned_steps
@@ -39,7 +40,7 @@ from moslora.tasks.image.probe import probe_denoiser, probe_text_encoders
 from moslora.tasks.image.prompts import Subject, evaluation_prompts
 from moslora.tasks.image.randomness import undisturbed
 from moslora.tasks.image.scoring import measure_fidelity, measure_loss
-from moslora.tasks.task import Count, Evaluation, Shown, Task
+from moslora.tasks.task import Count, Evaluation, Shown
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["ImageTask"]
 
 
-class ImageTask(Task):
+class ImageTask(ComparedTask):
     """Fine-tune the denoiser of a diffusion pipeline on pictures.
 
     Attributes:
@@ -94,7 +95,7 @@ class ImageTask(Task):
         self._find()
         self._open()
         text_encoder = self._text_encoder_config() if self._with_text else None
-        return adapters.count_pipeline_parameters(self.files, self.recipe.adapter, text_encoder)
+        return adapters.count_pipeline_parameters(self.files, self.adapter_settings, text_encoder)
 
     def read(self) -> None:
         """Find the base, and read all pictures and their words."""
@@ -119,9 +120,9 @@ class ImageTask(Task):
         """Read the pipeline's configuration, and tell what will be trained on."""
         data, pictures = self.recipe.data, self.train_folder.pictures
         self._open()
-        checks.check_family(self.recipe.task, self.files)
+        checks.check_family(self.recipe.task, self.files, self._with_text, self.display.warn)
         self.resolution = self.files.resolution(data.resolution)
-        checks.warn_of_sizes(pictures, self.resolution, data.crop, self.display.warn)
+        checks.warn_of_sizes(pictures, self._size, data.crop, self.display.warn)
         self._tell()
 
     def _find(self) -> None:
@@ -167,10 +168,10 @@ class ImageTask(Task):
         skeleton = self.files.skeleton(denoiser)
         parameters = sum(p.numel() for p in skeleton.parameters())
         title = f"{self.source.name}'s {denoiser}"
-        adapted = len(adapters.adapted_modules(skeleton, self.recipe.adapter, title))
+        adapted = len(adapters.adapted_modules(skeleton, self.adapter_settings, title))
         say(preview.tell_model(self.files, parameters, adapted, self._with_text))
         for line in preview.tell_pictures(
-            self.train_folder, self.heldout_folder, self.recipe.data, self.resolution, self._crops
+            self.train_folder, self.heldout_folder, self.recipe.data, self.resolution, self._crops, self._size
         ):
             say(line)
         if self.class_pictures is not None:
@@ -185,7 +186,12 @@ class ImageTask(Task):
 
     def _crops(self, picture: Picture) -> list[Crop]:
         data = self.recipe.data
-        return plan_crops(picture, self.resolution, data.crop, data.crops, data.flip, self.recipe.seed)
+        return plan_crops(picture, self._size(picture), data.crop, data.crops, data.flip, self.recipe.seed)
+
+    def _size(self, picture: Picture) -> Size:
+        if not self.recipe.data.buckets:
+            return self.resolution
+        return bucket_size(picture.width, picture.height, self.resolution, self.files.step)
 
     # --- What others ask about the run ---
 
@@ -226,17 +232,22 @@ class ImageTask(Task):
         return {"data": data, "base": self.files.fingerprint(), **({"judges": judges} if judges else {})}
 
     @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """The recipe's ``adapter`` section, with the modules that are adapted."""
+        return adapters.with_targets(self.recipe.adapter, self.files.family)
+
+    @property
     def _with_text(self) -> bool:
         return self.recipe.scopes.text_encoders == "adapter"
 
     def adapter_config(self, model: nn.Module) -> PeftConfig:
         """Return the denoiser's adapter configuration."""
-        return adapters.denoiser_config(self.recipe.adapter)
+        return adapters.denoiser_config(self.adapter_settings)
 
     def _text_encoder_config(self) -> PeftConfig:
         scopes = self.recipe.scopes
         return adapters.text_encoder_config(
-            self.recipe.adapter, scopes.text_encoders_r, scopes.text_encoders_alpha
+            self.adapter_settings, scopes.text_encoders_r, scopes.text_encoders_alpha
         )
 
     # --- Model and trainer ---
@@ -263,6 +274,7 @@ class ImageTask(Task):
             task.noise_offset,
             task.prior_weight,
             task.max_sequence_length,
+            self.recipe.data.caption_dropout,
         )
         self.model.requires_grad_(False)
         self.model.eval()
@@ -313,7 +325,8 @@ class ImageTask(Task):
         from moslora.tasks.image.latents import encode_picture
 
         model, heldout = self.model, self.heldout_folder
-        pictures = [*self.train_folder.pictures, *(heldout.pictures if heldout else ())]
+        measured = [*self.validation_pictures, *(heldout.pictures if heldout else ())]
+        pictures = [*self.train_folder.pictures, *measured]
         class_folder = self.class_pictures.pictures if self.class_pictures else None
         prior = class_folder.pictures if class_folder else ()
         with self._progress("Encoding pictures", len(pictures) + len(prior)) as advance:
@@ -322,14 +335,16 @@ class ImageTask(Task):
                     shots = encode_picture(
                         model.pipeline.vae,
                         picture,
-                        self.resolution,
+                        self._size(picture),
                         self._crops(picture),
                         self.recipe.data.max_pixels,
                     )
                     examples.append((shots, picture.prompt))
                     advance()
         if not self._with_text:
-            model.encode_prompts([prompt for _, prompt in [*model.examples, *model.prior]])
+            without_words = [""] if model.caption_dropout else []
+            prompts = [prompt for _, prompt in [*model.examples, *model.prior]]
+            model.encode_prompts([*prompts, *without_words])
 
     def build_trainer(
         self,
@@ -380,8 +395,7 @@ class ImageTask(Task):
 
     def _measured_examples(self) -> range:
         """Return which examples the loss is measured on."""
-        trained = len(self.train_folder.pictures)
-        return range(trained, len(self.model.examples)) if self.heldout_folder else range(trained)
+        return self.heldout_set if self.heldout_folder else self.train_set
 
     def evaluate(self, model: nn.Module, label: str) -> Evaluation:
         """Measure the loss on fixed noise, and draw pictures of the recipe's prompts."""

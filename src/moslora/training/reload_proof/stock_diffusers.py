@@ -48,7 +48,8 @@ def outputs(pipeline: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
     Args:
         pipeline: The pipeline.
         given: The model's arguments, as ``unet.sample``; one inside a dictionary as
-            ``unet.added_cond_kwargs.time_ids``.
+            ``unet.added_cond_kwargs.time_ids``, inside a list as ``transformer.x.0``; whole numbers as tensors
+            without a dimension.
 
     Returns:
         Float32 on the CPU: a denoiser's prediction, or all hidden states of a text encoder, stacked.
@@ -60,15 +61,27 @@ def outputs(pipeline: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         place = arguments
         for key in keys[:-1]:
             place = place.setdefault(key, {})
-        place[keys[-1]] = tensor
+        place[keys[-1]] = tensor.item() if tensor.ndim == 0 and not tensor.is_floating_point() else tensor
+    arguments = as_lists(arguments)
     model = getattr(pipeline, component)
     model.eval()
     with torch.inference_mode():
         if component.startswith("text_encoder"):
             states = model(**arguments, output_hidden_states=True).hidden_states
             return torch.stack(states).float().cpu()
-        found: torch.Tensor = model(**arguments, return_dict=False)[0]
-        return found.float().cpu()
+        found = model(**arguments, return_dict=False)[0]
+        whole: torch.Tensor = torch.stack(found) if isinstance(found, list | tuple) else found
+        return whole.float().cpu()
+
+
+def as_lists(value: Any) -> Any:
+    """Turn dictionaries whose keys are all numbers back into the lists that they were."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: as_lists(one) for key, one in value.items()}
+    if not all(key.isdigit() for key in inner):
+        return inner
+    return [inner[key] for key in sorted(inner, key=int)]
 
 
 def main(

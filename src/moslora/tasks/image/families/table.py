@@ -1,0 +1,121 @@
+"""The kinds of pipelines that can be trained. A new one is one entry, and one file where its packing differs."""
+
+from __future__ import annotations
+
+from moslora.tasks.image.families import flux, flux2, lumina2, qwen_image, sana, stable_diffusion, z_image
+from moslora.tasks.image.families.family import Family, LongText
+
+__all__ = ["FAMILIES"]
+
+# By the class that a pipeline's model_index.json names.
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": Family(
+        "Stable Diffusion",
+        "unet",
+        False,
+        ("text_encoder",),
+        stable_diffusion.words_sd,
+        stable_diffusion.arguments_sd,
+    ),
+    "StableDiffusionXLPipeline": Family(
+        "SDXL",
+        "unet",
+        False,
+        ("text_encoder", "text_encoder_2"),
+        stable_diffusion.words_sdxl,
+        stable_diffusion.arguments_sdxl,
+    ),
+    "StableDiffusion3Pipeline": Family(
+        "SD3",
+        "transformer",
+        True,
+        ("text_encoder", "text_encoder_2"),
+        stable_diffusion.words_sd3,
+        stable_diffusion.arguments_sd3,
+        long_text=LongText("T5", 256, stable_diffusion.count_t5_sd3),
+    ),
+    "FluxPipeline": Family(
+        "FLUX.1",
+        "transformer",
+        True,
+        ("text_encoder",),
+        flux.words,
+        flux.arguments,
+        flux.unpack,
+        LongText("T5", 512, flux.count_t5),
+        multiple=2,
+        takes_negative=False,
+    ),
+    "Flux2Pipeline": Family(
+        "FLUX.2",
+        "transformer",
+        True,
+        (),
+        flux2.words,
+        flux2.arguments,
+        flux2.unpack,
+        LongText("Mistral", 512, flux2.count_mistral),
+        flux2.drawn,
+        targets=flux2.TARGETS,
+        takes_negative=False,
+    ),
+    "Flux2KleinPipeline": Family(
+        "FLUX.2 klein",
+        "transformer",
+        True,
+        (),
+        flux2.words,
+        flux2.arguments,
+        flux2.unpack,
+        LongText("Qwen3", 512, flux2.count_qwen3),
+        flux2.drawn,
+        targets=flux2.TARGETS,
+        takes_negative=False,
+    ),
+    "QwenImagePipeline": Family(
+        "Qwen-Image",
+        "transformer",
+        True,
+        (),
+        qwen_image.words,
+        qwen_image.arguments,
+        qwen_image.unpack,
+        LongText("Qwen2.5-VL", qwen_image.LIMIT, qwen_image.count_qwen),
+        multiple=2,
+        guidance="true_cfg_scale",
+    ),
+    "ZImagePipeline": Family(
+        "Z-Image",
+        "transformer",
+        True,
+        (),
+        z_image.words,
+        z_image.arguments,
+        z_image.unpack,
+        LongText("Qwen3", 512, z_image.count_qwen3),
+        sign=-1,
+        multiple=2,
+    ),
+    "Lumina2Pipeline": Family(
+        "Lumina 2",
+        "transformer",
+        True,
+        (),
+        lumina2.words,
+        lumina2.arguments,
+        long_text=LongText("Gemma", 256, lumina2.count_gemma),
+        sign=-1,
+    ),
+    "SanaPipeline": Family(
+        "SANA",
+        "transformer",
+        True,
+        (),
+        sana.words,
+        sana.arguments,
+        long_text=LongText("Gemma", 300, sana.count_gemma),
+        targets=("to_k", "to_q", "to_v"),
+        # By default it draws the nearest of its own sizes, and resizes.
+        drawing={"use_resolution_binning": False},
+    ),
+}
