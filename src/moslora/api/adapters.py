@@ -217,7 +217,8 @@ def doctor(
     Args:
         adapter: Adapter of any format that is read.
         base: Base model to check the adapter against; None to look at the adapter alone.
-        engines: Programs that will run it: ``"peft"``, ``"vllm"``, ``"sglang"``, ``"llama.cpp"``, ``"diffusers"`` or
+        engines: Programs that will run it: ``"peft"``, ``"transformers"``, ``"vllm"``, ``"sglang"``, ``"llama.cpp"``,
+            ``"ollama"``, ``"diffusers"`` or
             ``"comfyui"``. The adapter is written in the format that each loads, in a temporary folder, and read back.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
 

@@ -189,8 +189,10 @@ def doctor(
     [bold]moslora doctor runs/demo/lora[/]
     [bold]moslora doctor runs/demo/adapter --base HuggingFaceTB/SmolLM2-135M-Instruct --for vllm,llama.cpp[/]
 
-    Engines: peft, vllm, sglang, llama.cpp, diffusers, comfyui. The adapter is written in the format that each loads,
-    in a temporary folder, and read back. The exit code is 1 if it is not usable there; each fault has its fix.
+    Engines: peft, transformers, vllm, sglang, llama.cpp, ollama, diffusers, comfyui. The adapter is written in the
+    format that each loads, in a temporary folder, and read back; what the engine applies of it is told module by
+    module by its rules at a named version, with the command that serves it. The exit code is 1 if it is not usable
+    there; each fault has its fix.
     """
 
     def action() -> None:
