@@ -2,12 +2,12 @@
 
     python ask_vllm.py QUESTIONS ANSWERS
 
-QUESTIONS is a JSON list of ``{"base": folder, "adapter": folder, "flags": {…}}``. Bases are built with random weights by
-vLLM's own classes; nothing of the model is run. ANSWERS gets, for each, ``{"error": …}`` or the file of safetensors
+QUESTIONS is a JSON list of ``{"base": folder, "adapter": folder, "flags": {…}}``. Bases are built with random weights
+by vLLM's own classes; nothing of the model is run. ANSWERS gets, for each, ``{"error": …}`` or the file of safetensors
 ``ANSWERS.N.safetensors`` with ΔW as it lies in the buffers of each layer: ``NAME.SLICE``, or ``NAME[expert].SLICE``.
 
-The wheel's kernels are not needed: it takes the CPU platform where its version ends in ``+cpu``. What else is missing and
-plays no part (torchvision, torchaudio, timm) is replaced by an empty module.
+The wheel's kernels are not needed: it takes the CPU platform where its version ends in ``+cpu``. What else is missing
+and plays no part (torchvision, torchaudio, timm) is replaced by an empty module.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.machinery
 import json
 import os
 import sys
+import traceback
 import types
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,10 @@ def in_buffers(name: str, layer: Any, index: int) -> dict[str, torch.Tensor]:
     """ΔW as a layer's buffers have it for one adapter."""
     found: dict[str, torch.Tensor] = {}
     if hasattr(layer, "w13_lora_a_stacked"):
-        slices = [(f"w13_{n}", a, b) for n, (a, b) in enumerate(zip(layer.w13_lora_a_stacked, layer.w13_lora_b_stacked))]
+        slices = [
+            (f"w13_{n}", a, b)
+            for n, (a, b) in enumerate(zip(layer.w13_lora_a_stacked, layer.w13_lora_b_stacked, strict=True))
+        ]
         slices.append(("w2", layer.w2_lora_a_stacked[0], layer.w2_lora_b_stacked[0]))
         for part, A, B in slices:
             for expert in range(A.shape[1]):
@@ -80,9 +84,32 @@ def in_buffers(name: str, layer: Any, index: int) -> dict[str, torch.Tensor]:
     elif type(layer).__name__ == "VocabParallelEmbeddingWithLoRA":
         found[f"{name}.0"] = delta(layer.lora_a_stacked[index].T, layer.lora_b_stacked[index, 0])
     else:
-        for n, (A, B) in enumerate(zip(layer.lora_a_stacked, layer.lora_b_stacked)):
+        stacks = [s if isinstance(s, tuple) else (s,) for s in (layer.lora_a_stacked, layer.lora_b_stacked)]
+        for n, (A, B) in enumerate(zip(*stacks, strict=True)):
             found[f"{name}.{n}"] = delta(A[index, 0], B[index, 0])
     return {key: tensor for key, tensor in found.items() if tensor.abs().max() > 0}
+
+
+def without_kernels(model: torch.nn.Module) -> None:
+    """Let the layers around experts be built where no kernel runs them: their buffers are all that is looked at."""
+    import vllm.lora.layers.fused_moe as layers
+    from vllm.model_executor.layers.fused_moe import MoERunner
+
+    layers.FusedMoEModularMethod = lambda old, _: old
+    experts = type("Kernelless", (layers.LoRAExpertsMixin,), {"__init__": lambda _: None})
+    layers.FusedMoEWithLoRA.set_mapping = lambda *_: None
+    for runner in (module for module in model.modules() if isinstance(module, MoERunner)):
+        routed = runner.routed_experts
+        kernel = types.SimpleNamespace(
+            impl=layers.FusedMoEKernelModularImpl.__new__(layers.FusedMoEKernelModularImpl),
+            supports_lora=lambda: True,
+            fused_experts=experts.__new__(experts),
+        )
+        kind = type(routed.quant_method)
+        kind.supports_internal_mk, kind.is_monolithic = True, False
+        routed.quant_method.moe_kernel = kernel
+        routed._ensure_moe_quant_config_init = lambda: None
+        runner._replace_quant_method = lambda _: None
 
 
 def main() -> None:
@@ -90,13 +117,17 @@ def main() -> None:
     sys.meta_path.insert(0, Absent())
     from safetensors.torch import save_file
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.distributed import (
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    questions, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    questions, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]).resolve()
     answers: list[dict[str, Any]] = []
     started = False
     for number, question in enumerate(questions):
@@ -116,9 +147,10 @@ def main() -> None:
                 if not started:
                     rendezvous = (out.parent / "rendezvous").as_uri()
                     init_distributed_environment(1, 0, rendezvous, 0, "gloo")
-                    ensure_model_parallel_initialized(1, 1)
                     started = True
+                ensure_model_parallel_initialized(1, 1)
                 model = initialize_model(vllm_config=config, model_config=config.model_config)
+                without_kernels(model)
                 manager = WorkerLoRAManager(
                     config, torch.device("cpu"), getattr(model, "embedding_modules", {})
                 )
@@ -136,6 +168,9 @@ def main() -> None:
             answers.append({"modules": sorted(found), "layers": sorted(own.modules)})
         except Exception as error:  # whatever it refuses an adapter with
             answers.append({"error": f"{type(error).__name__}: {error}"[:600]})
+            if question.get("debug"):
+                traceback.print_exc()
+        destroy_model_parallel()
     out.write_text(json.dumps(answers, indent=1))
 
 

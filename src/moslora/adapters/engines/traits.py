@@ -18,7 +18,7 @@ TOWER = re.compile(
 )
 # An expert that is a module of its own, as vLLM and SGLang name them.
 APART = re.compile(r"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<part>\w+)")
-PARTS = ("gate_proj", "up_proj", "down_proj")
+PARTS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"})
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
@@ -61,7 +61,7 @@ def _incomplete_experts(adapter: Adapter) -> list[str]:
     bad = {
         owner
         for owner, parts in groups.items()
-        if set(parts) != set(PARTS)
+        if set(parts) not in PARTS
         or len({frozenset(numbers) for numbers in parts.values()}) > 1
         or any(numbers != set(range(len(numbers))) for numbers in parts.values())
     }
