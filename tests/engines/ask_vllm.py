@@ -115,6 +115,7 @@ def without_kernels(model: torch.nn.Module) -> None:
 def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     sys.meta_path.insert(0, Absent())
+    import vllm
     from safetensors.torch import save_file
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
@@ -155,8 +156,8 @@ def main() -> None:
                     config, torch.device("cpu"), getattr(model, "embedding_modules", {})
                 )
                 manager.create_lora_manager(model, config)
-                about = {"is_3d_lora_weight": True} if question.get("is_3d") else {}
-                manager.add_adapter(LoRARequest("asked", 1, question["adapter"], **about))
+                extra = {"is_3d_lora_weight": True} if question.get("is_3d") else {}
+                manager.add_adapter(LoRARequest("asked", 1, question["adapter"], **extra))
                 own = manager._adapter_manager
                 found: dict[str, torch.Tensor] = {}
                 for name, layer in own.modules.items():
@@ -165,7 +166,8 @@ def main() -> None:
                     {key: tensor.contiguous() for key, tensor in found.items()} or {"none": torch.zeros(1)},
                     f"{out}.{number}.safetensors",
                 )
-            answers.append({"modules": sorted(found), "layers": sorted(own.modules)})
+            about = {"modules": sorted(found), "layers": sorted(own.modules)}
+            answers.append({**about, "version": vllm.__version__.partition("+")[0]})
         except Exception as error:  # whatever it refuses an adapter with
             answers.append({"error": f"{type(error).__name__}: {error}"[:600]})
             if question.get("debug"):
