@@ -57,7 +57,7 @@ class Case:
     """
 
     kind: str
-    targets: list[str]
+    targets: list[str] | str
     parameters: list[str] | None = None
     form: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +70,7 @@ VISION = {
     "text_config": {**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
     "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32},
 }  # fmt: skip
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"
 CASES = {
     "llama, all": Case("Llama", PROJECTIONS),
     "llama, q alone": Case("Llama", ["q_proj", "down_proj"]),
@@ -91,8 +92,8 @@ CASES = {
     "gpt-oss as PEFT saves it": Case("GptOss", ["q_proj", "v_proj"], BOTH, config=GPT),
     "gpt-oss for the engine": Case("GptOss", ["q_proj", "v_proj"], BOTH, "engine", config=GPT),
     "gpt-oss, down alone": Case("GptOss", ["q_proj"], BOTH[1:], config=GPT),
-    "qwen2.5-vl, language": Case("Qwen2_5_VL", ["q_proj", "v_proj", "down_proj"], config=VISION),
-    "qwen2.5-vl, old names": Case("Qwen2_5_VL", ["q_proj", "v_proj"], form="transformers-4", config=VISION),
+    "qwen2.5-vl, language": Case("Qwen2_5_VL", LANGUAGE, config=VISION),
+    "qwen2.5-vl, old names": Case("Qwen2_5_VL", LANGUAGE, form="transformers-4", config=VISION),
 }
 AUTO = {"Qwen2_5_VL": "ForConditionalGeneration"}
 

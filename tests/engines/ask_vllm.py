@@ -127,7 +127,9 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.models import registry
 
+    registry._run_in_subprocess = lambda inspect: inspect()  # where the empty modules are not
     questions, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]).resolve()
     answers: list[dict[str, Any]] = []
     started = False
