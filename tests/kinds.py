@@ -100,6 +100,63 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(config).eval()
 
 
+def bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        dropout=0.0,
+        decoder_start_token_id=2,
+    )
+    return BartForConditionalGeneration(config).eval()
+
+
+def whisper() -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=64,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_source_positions=6,
+        max_target_positions=16,
+        dropout=0.0,
+        decoder_start_token_id=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return WhisperForConditionalGeneration(config).eval()
+
+
+def answered(dtype: torch.dtype) -> dict[str, Any]:
+    """What a sequence-to-sequence model reads, and the beginning of its answer."""
+    return {**uncached(dtype), "decoder_input_ids": tiny.tokens(rows=ROWS, length=5, seed=1)}
+
+
+def heard(dtype: torch.dtype) -> dict[str, Any]:
+    """A spectrogram, and the beginning of what was said."""
+    found = answered(dtype)
+    del found["input_ids"]
+    return {**found, "input_features": numbers(8, 12)(dtype)["x"]}
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -311,15 +368,7 @@ KINDS: dict[str, dict[str, Kind]] = {
     "Language models": {
         "Llama": causal(tiny.llama, Q_V_DOWN),
         "GPT-2 (Conv1D)": causal(tiny.gpt2, ["c_attn", "c_proj"], layers="h"),
-        "T5": causal(
-            t5,
-            ["q", "v", "wi_1"],
-            layers="block",
-            inputs=lambda dtype: {
-                **uncached(dtype),
-                "decoder_input_ids": tiny.tokens(rows=ROWS, length=5, seed=1),
-            },
-        ),
+        "T5": causal(t5, ["q", "v", "wi_1"], layers="block", inputs=answered),
         "BERT": causal(
             bert, ["query", "value", "dense"], layers="layer", head="classifier", inputs=token_ids
         ),
@@ -328,6 +377,10 @@ KINDS: dict[str, dict[str, Kind]] = {
         "tied embedding": causal(
             lambda: tiny.llama(tie_word_embeddings=True), ["embed_tokens", "q_proj"], head="norm"
         ),
+    },
+    "Sequence to sequence, speech": {
+        "BART": causal(bart, ["q_proj", "v_proj", "fc1"], inputs=answered, head="layernorm_embedding"),
+        "Whisper": causal(whisper, ["q_proj", "v_proj", "fc1"], inputs=heard, head="layer_norm"),
     },
     "Mixtures of experts, images": {
         "Mixtral": mixture("mixtral"),

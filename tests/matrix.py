@@ -1096,12 +1096,12 @@ MEANINGS = {
     "·": "not tried: it is for other kinds (LoftQ, for quantized ones), or to keep the tests short",
 }
 EXPLANATION = """
-The models are tiny and random: Llama, GPT-2, T5, BERT (two layers each), Mixtral, Qwen3-MoE and gpt-oss with their
-experts adapted through `target_parameters`, an SDXL U-Net of two blocks, Llava with adapters in both towers and the
-projector, and for each kind of layer two blocks of it. *Quantized* is a layer that no library made, served through
-PEFT's contract for quantization backends (LoRA, which does not use it, gets the same weights unquantized);
-bitsandbytes, torchao and HQQ are run by `tests/test_tuner_quantized.py` where they are installed. `torch.compile` is
-traced whole with the eager backend.
+The models are tiny and random: Llama, GPT-2, T5, BART, Whisper, BERT (two layers each), Mixtral, Qwen3-MoE and
+gpt-oss with their experts adapted through `target_parameters`, an SDXL U-Net of two blocks, Llava with adapters in
+both towers and the projector, and for each kind of layer two blocks of it. *Quantized* is a layer that no library
+made, served through PEFT's contract for quantization backends (LoRA, which does not use it, gets the same weights
+unquantized); bitsandbytes, torchao and HQQ are run by `tests/test_tuner_quantized.py` where they are installed.
+`torch.compile` is traced whole with the eager backend.
 """
 
 

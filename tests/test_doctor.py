@@ -59,9 +59,11 @@ def levels(found: Any) -> dict[str, str]:
 
 def test_a_sound_adapter_is_sound_everywhere(tmp_path: Path) -> None:
     base = tiny.save_chat_model(tmp_path / "base")
-    save_adapter(tmp_path / "a", str(base))
+    save_adapter(tmp_path / "a", str(base), target_modules=[*TARGETS, "v_proj"])
     export_adapter(tmp_path / "a", tmp_path / "lora")
     found = diagnose(tmp_path / "lora", str(base), ["peft", "vllm", "sglang"])
+    assert found.applied["vllm"] == found.applied["sglang"] and len(found.applied["vllm"]) == 6
+    assert "--lora-target-modules down_proj q_proj v_proj" in found.commands["sglang"]
     assert set(levels(found).values()) <= {"ok", "note"}, found.findings
     assert found.verdict.startswith("Sound for peft, vllm, sglang")
 
@@ -187,6 +189,19 @@ def test_what_servers_refuse_is_told_with_a_way_out(tmp_path: Path) -> None:
     save_adapter(tmp_path / "wide", r=40)
     said = next(f for f in diagnose(tmp_path / "wide", engines=["vllm"]).findings if f.check == "vllm: rank")
     assert "--max-lora-rank 64" in said.what
+
+
+def test_what_a_server_would_leave_out_is_counted(tmp_path: Path) -> None:
+    """q_proj alone: SGLang puts q, k and v into one tensor, and fails without v."""
+    base = tiny.save_chat_model(tmp_path / "base")
+    save_adapter(tmp_path / "a", str(base))
+    export_adapter(tmp_path / "a", tmp_path / "lora")
+    found = diagnose(tmp_path / "lora", str(base), ["vllm", "sglang"])
+    assert set(found.not_applied["sglang"].values()) == {"refused"} and len(found.not_applied["sglang"]) == 2
+    assert not found.not_applied["vllm"] and not found.is_usable
+    assert next(f for f in found.findings if f.check == "sglang: applied").what.startswith(
+        "Of 4 modules none"
+    )
 
 
 def test_a_lora_label_over_a_mixer_is_told(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from moslora.adapters.export import export_adapter
 from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.formats import experts
 from moslora.adapters.formats.reading import read_adapter
-from moslora.adapters.merge import merge
-from moslora.errors import AdapterError, ModelError
+from moslora.errors import AdapterError
 from test_tuner_experts import BOTH, MODELS, build, run
 from tolerances import MODEL, relative_error
 
@@ -139,11 +138,3 @@ def test_experts_whose_parameters_are_not_named_are_not_written(tmp_path: Path) 
         with pytest.raises(AdapterError, match="no target_parameters"):
             format_.write(lost, tmp_path / to)
     assert distance(adapter, adapter).modules == 18
-
-
-def test_merging_experts_into_files_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    saved(tmp_path / "native")
-    build("mixtral").save_pretrained(tmp_path / "base")
-    with pytest.raises(ModelError, match=r"one of several experts.*merge_and_unload"):
-        merge(str(tmp_path / "base"), tmp_path / "native", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moslora.adapters.arithmetic import tied_heads
 from moslora.adapters.beside import UNTIE
+from moslora.adapters.engines.predict import FIXES, Prediction, predict
 from moslora.adapters.export import export_adapter
 from moslora.adapters.factors import Adapter, Begun
 from moslora.adapters.facts import facts_of, is_untrained
@@ -24,7 +26,7 @@ from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.skeleton import misfits_by_peft
 from moslora.adapters.formats.table import FORMATS
 from moslora.adapters.own_tokenizer import tokenizer_findings
-from moslora.adapters.targets import MERGE_BIAS, MERGE_WHOLE, TARGETS, check_target, format_for
+from moslora.adapters.targets import check_target, format_for
 from moslora.errors import AdapterError, ModelError, ProofError
 from moslora.files import scratch
 from moslora.models.fingerprint import fingerprint
@@ -88,9 +90,23 @@ def diagnose(
         findings_list += [*_fits(fit), *_tied(fit)] if fit is not None else _not_held(found)
     if base is not None and weights is not None:
         findings_list += [*_named(found, base), *tokenizer_findings(path, weights), *_as_trained(path, base)]
+    config = None if weights is None else weights.config
+    predictions: dict[str, Prediction] = {}
     for name in engines:
         findings_list += _tried(name, path, found, format_, base, fit)
-    return Diagnosis(str(adapter), format_, base, tuple(engines), tuple(findings_list), held=fit is not None)
+        predictions[name] = predict(name, _as_loaded(name, found, format_, fit), config)
+        findings_list += _predicted(name, predictions[name], len(found.modules))
+    return Diagnosis(
+        str(adapter),
+        format_,
+        base,
+        tuple(engines),
+        tuple(findings_list),
+        held=fit is not None,
+        applied={name: tuple(one.applied) for name, one in predictions.items()},
+        not_applied={name: dict(one.lost) for name, one in predictions.items()},
+        commands={name: one.command for name, one in predictions.items() if one.command},
+    )
 
 
 # --- The adapter alone --------------------------------------------------------------------------------------
@@ -292,6 +308,37 @@ def _passed_over(name: str, path: Path, adapter: Adapter, fit: Fit | None) -> Fi
 # --- Where it will run --------------------------------------------------------------------------------------
 
 
+def _as_loaded(name: str, adapter: Adapter, format_: str, fit: Fit | None) -> Adapter:
+    """Return what the engine would read: the file as it is, or, of another format, what an export writes of it."""
+    try:
+        is_own = format_for(name, adapter) == format_
+    except AdapterError:
+        is_own = True
+    if is_own:
+        return adapter
+    # What is exported has its scale in B, and the configuration says so.
+    config = {**adapter.config, "use_rslora": False, "alpha_pattern": {}}
+    return replace(adapter if fit is None else fit.adapter, config=config)
+
+
+def _predicted(name: str, found: Prediction, count: int) -> Iterator[Finding]:
+    """Say what the engine's rules say, and the sum."""
+    for one in found.findings:
+        yield Finding(one.level, f"{name}: {one.check}", one.what, one.fix)
+    if found.lost:
+        outcomes = list(found.lost.values())
+        kinds = ", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes))
+        rest = "none, for it does not load the adapter" if "refused" in outcomes else str(len(found.applied))
+        yield Finding("error", f"{name}: applied", f"Of {count} modules {rest} are applied; {kinds}.")
+    elif found.command:
+        unsure = f", {len(found.unsure)} of them not for sure" if found.unsure else ""
+        yield Finding(
+            "note",
+            f"{name}: applied",
+            f"By the rules of {found.version}, all {count} modules are applied{unsure}, with: {found.command}",
+        )
+
+
 def _tried(
     name: str, path: Path, adapter: Adapter, format_: str, base: str | None, fit: Fit | None
 ) -> Iterator[Finding]:
@@ -309,15 +356,13 @@ def _tried(
     except AdapterError as error:
         yield Finding("error", f"{name}: format", str(error))
         return
-    for rule in TARGETS[name].rules:
-        for found in rule(adapter):
-            yield Finding(found.level, f"{name}: {found.check}", found.what, found.fix)
     suffix = FORMATS[wanted].suffix
     with scratch("moslora-doctor") as folder:
         try:
             proof = export_adapter(path, folder / f"adapter{suffix}", wanted, base=base)
         except (AdapterError, ModelError, ProofError) as error:
-            fix = MERGE_WHOLE if adapter.has_magnitudes else MERGE_BIAS if adapter.has_biases else ""
+            fix = "merge live" if adapter.has_magnitudes else "merge biases" if adapter.has_biases else ""
+            fix = FIXES.get(fix, fix)
             yield Finding("error", f"{name}: format", f"It cannot be written as {wanted}. {error}", fix)
             return
     if adapter.begun is not None and name != "peft":

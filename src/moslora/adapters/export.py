@@ -12,12 +12,14 @@ from typing import Any
 from moslora.adapters.arithmetic import FOLD_TOLERANCE, distance
 from moslora.adapters.cards.card import Card, write_card
 from moslora.adapters.cards.measured import carried, keep_measured, read_measured
+from moslora.adapters.engines.forms import applied_form
 from moslora.adapters.factors import Adapter
 from moslora.adapters.facts import to_say
 from moslora.adapters.fit import fit_to_named_base
 from moslora.adapters.formats.reading import detect, read_adapter
 from moslora.adapters.formats.table import FORMATS, WRITTEN
 from moslora.adapters.lineage import keep_lineage, lineage_of
+from moslora.adapters.naming import check_names, named_as
 from moslora.adapters.ranks import to_rank
 from moslora.adapters.targets import check_target, format_for
 from moslora.errors import AdapterError, ProofError, UsageError
@@ -241,6 +243,7 @@ def export_adapter(
     dtype: str | None = None,
     base: str | None = None,
     alpha: float | None = None,
+    names: str | None = None,
 ) -> ExportProof:
     """Write an adapter in another format, and prove it.
 
@@ -249,11 +252,14 @@ def export_adapter(
         out: Directory to write, or file where the format is a single one; must not exist yet.
         to: One of ``WRITTEN``; ``"lora"`` if neither this nor ``engine`` is given. All but ``"native"`` fold the
             mixers.
-        engine: A key of ``targets.TARGETS``, instead of ``to``: what it loads is written.
+        engine: A key of ``targets.TARGETS``, instead of ``to``: what it loads is written, in the form that it applies
+            whole.
         rank: Bring every module to this rank, by the singular values of ΔW.
         dtype: A key of ``TOLERANCES``; None for float32, or natively what the factors have.
         base: Base model, for formats that need its configuration; None for the one the adapter names.
         alpha: The ``lora_alpha`` that it was trained with, for a file that does not say it.
+        names: A key of ``naming.VERSIONS``, ``"transformers-4"`` or ``"transformers-5"``: whose names of modules and
+            form of experts are written; None for those of the base as it is held in memory here.
 
     Returns:
         What was measured; where a directory is written it is kept there as ``moslora_proof.json``.
@@ -264,6 +270,8 @@ def export_adapter(
         ProofError: If the proof failed; nothing is left at ``out``.
         UsageError: If an argument makes no sense.
     """
+    if names is not None:
+        check_names(names, engine)
     if engine is not None and to is not None:
         raise UsageError(f"--for {engine} chooses the format, so --to {to} has no place beside it. Give one.")
     if engine is not None:
@@ -276,6 +284,9 @@ def export_adapter(
     adapter = read_adapter(source, alpha, base)
     to = to or format_for(str(engine), adapter)
     adapter, held_against, notes = named_for_base(adapter, to, base)
+    if engine is not None or names is not None:
+        adapter, said = _formed(adapter, base, engine, names)
+        notes += said
     ranked = to_rank(adapter, rank) if rank is not None else None
     wanted = adapter if ranked is None else ranked.adapter
     with written(wanted, Path(out), to, dtype, base) as result:
@@ -302,6 +313,23 @@ def export_adapter(
             keep_lineage(result.place, story)
         carry_model_config(source, result.place, to)
     return proof
+
+
+def _formed(
+    adapter: Adapter, base: str | None, engine: str | None, names: str | None
+) -> tuple[Adapter, tuple[str, ...]]:
+    """Give an adapter the form that an engine applies whole, or the names of a version of transformers."""
+    fit = fit_to_named_base(adapter, base)
+    if names is not None:
+        return named_as(names, adapter, fit)
+    if fit is None:
+        return applied_form(str(engine), adapter)
+
+    def size(module: str) -> tuple[int, ...] | None:
+        weight = fit.names.weight(module)
+        return None if weight is None else weight.shape
+
+    return applied_form(str(engine), adapter, fit.config, size)
 
 
 def _hub_id(base: str | None) -> str | None:

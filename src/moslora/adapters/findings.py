@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moslora.display import Display, Printable
@@ -45,6 +45,9 @@ class Diagnosis(Printable):
         engines: Where it will run.
         findings: In the order of the checks.
         held: Whether its names and shapes were held against a base.
+        applied: By engine, the modules that its rules say it applies.
+        not_applied: By engine, the others, and what becomes of each: ``refused``, ``left out`` or ``wrong``.
+        commands: By engine, the command that serves the adapter; none where it is not applied whole.
     """
 
     adapter: str
@@ -53,6 +56,9 @@ class Diagnosis(Printable):
     engines: tuple[str, ...]
     findings: tuple[Finding, ...]
     held: bool = True
+    applied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    not_applied: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
 
     def show(self, display: Display) -> None:
         """Write the findings, each with its fix, and the verdict."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslora.adapters.expert_layouts import LAYOUTS, ExpertLayout
 from moslora.adapters.factors import Adapter, Factors
 from moslora.adapters.findings import some
 from moslora.adapters.formats import experts
-from moslora.adapters.formats.building import name_exactly
-from moslora.adapters.formats.configuration import selects
 from moslora.adapters.formats.key_names import KEY_PREFIX
+from moslora.adapters.renaming import WITHIN, named_alike, rename_modules, targets_module
 from moslora.errors import AdapterError, ModelError
 from moslora.models.module_names import ModuleNames, NamedTensor, read_names
 from moslora.models.names import read_json, resolve_model
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "fit_to_base", "fit_to_named_base", "targets_module"]
 
-# Behind a tensor's path in a file, where PEFT wraps the module that has it.
-WITHIN = re.compile(r"\.(?:base_layer|original_module|modules_to_save|token_adapter)(?=\.)")
 TOKENS = "trainable_tokens_delta"
 CUT_ON_PURPOSE = (
     "Name the base that the adapter was trained on; or, if it was cut on purpose, narrow target_modules in its "
@@ -55,6 +53,7 @@ class Fit:
         new_heads: Tensors beside the factors that the base has in memory alone and does not store, as the head of a
             task, by their names in the file.
         on_disk: Where an expert is that is a module on disk and none in memory: its path in memory.
+        config: The base's ``config.json``.
     """
 
     adapter: Adapter
@@ -67,6 +66,7 @@ class Fit:
     unchecked: int
     new_heads: frozenset[str] = frozenset()
     on_disk: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def fit_to_base(adapter: Adapter, weights: StoredWeights, base: str) -> Fit:
     """
     owners = [experts.owner(path) for path in adapter.modules]
     names = read_names(weights.folder, weights.config, weights, adapter.config, owners)
-    return _hold(adapter, names, base, weights)
+    return _hold(adapter, names, base, weights, weights.config)
 
 
 def fit_to_named_base(adapter: Adapter, base: str | None) -> Fit | None:
@@ -210,7 +210,7 @@ def fit_to_named_base(adapter: Adapter, base: str | None) -> Fit | None:
         names = read_names(folder, config, weights, adapter.config, owners)
     except ModelError:
         return None  # neither its class nor its weights are known
-    return _hold(adapter, names, name, weights)
+    return _hold(adapter, names, name, weights, config)
 
 
 def _folder(name: str) -> Path | None:
@@ -226,10 +226,16 @@ def _folder(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _hold(adapter: Adapter, names: ModuleNames, base: str, weights: StoredWeights | None) -> Fit:
+def _hold(
+    adapter: Adapter,
+    names: ModuleNames,
+    base: str,
+    weights: StoredWeights | None,
+    config: Mapping[str, Any],
+) -> Fit:
     check_patterns(adapter.config, names.modules, "Its configuration", AdapterError)
     adapter = _as_in_file(adapter, names)
-    paths, on_disk = _paths(adapter, names, weights)
+    paths, on_disk = _paths(adapter, names, weights, config)
     taken: dict[str, str] = {}
     for old, new in paths.items():
         if new in taken:
@@ -249,7 +255,8 @@ def _hold(adapter: Adapter, names: ModuleNames, base: str, weights: StoredWeight
             continue
         tensor = None if factors.form.kind == "expert" else names.weight(new)
         if new in on_disk and weights is not None and weights.quantization is None:
-            tensor = NamedTensor(weights.table[f"{new}.weight"].shape)
+            stored = weights.table.get(f"{new}.weight")
+            tensor = None if stored is None else NamedTensor(stored.shape)
         if tensor is None or tensor.shape is None:
             unchecked += 1
         elif not _takes(factors, tensor, adapter.config):
@@ -261,7 +268,7 @@ def _hold(adapter: Adapter, names: ModuleNames, base: str, weights: StoredWeight
     renamed = {old: new for old, new in paths.items() if old != new}
     own = replace(adapter, extra=extra)
     return Fit(
-        _rename(own, paths) if renamed else own,
+        rename_modules(own, paths) if renamed else own,
         base,
         names,
         renamed,
@@ -271,6 +278,7 @@ def _hold(adapter: Adapter, names: ModuleNames, base: str, weights: StoredWeight
         unchecked + len(left),
         left,
         frozenset(on_disk),
+        config,
     )
 
 
@@ -283,13 +291,15 @@ def _as_in_file(adapter: Adapter, names: ModuleNames) -> Adapter:
     extra = {
         f"{KEY_PREFIX}{outer}{key.removeprefix(KEY_PREFIX)}": tensor for key, tensor in adapter.extra.items()
     }
-    return replace(_rename(replace(adapter, extra=extra), paths), notes=(), stripped="")
+    return replace(rename_modules(replace(adapter, extra=extra), paths), notes=(), stripped="")
 
 
 def _paths(
-    adapter: Adapter, names: ModuleNames, weights: StoredWeights | None
+    adapter: Adapter, names: ModuleNames, weights: StoredWeights | None, config: Mapping[str, Any]
 ) -> tuple[dict[str, str], set[str]]:
     """Find the base's path of every module, and which are modules on disk only."""
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    apart = None if layout is None else layout.pattern()
     table = {} if weights is None else weights.table
     found = {path: path for path in adapter.modules if _owner(path) in names.modules}
     rest = [path for path in adapter.modules if path not in found]
@@ -299,13 +309,24 @@ def _paths(
         name = converted.get(f"{_owner(path)}.weight")
         if name is not None and name.endswith(".weight"):
             found[path] = name.removesuffix(".weight") + path.removeprefix(_owner(path))
-        elif names.is_of_class and f"{path}.weight" in table:
+        elif names.is_of_class and (f"{path}.weight" in table or _is_expert(path, apart, layout, names)):
             on_disk.add(path)  # an expert of its own, which the model holds in a tensor of all
             found[path] = path
     lost = [path for path in rest if path not in found]
     old, new = _change_of_prefix(lost, adapter, names, set(found.values()))
     found |= {path: f"{new}{path.removeprefix(old)}" for path in lost if (old, new) != ("", "")}
     return {path: found.get(path, path) for path in adapter.modules}, on_disk
+
+
+def _is_expert(
+    path: str, apart: re.Pattern[str] | None, layout: ExpertLayout | None, names: ModuleNames
+) -> bool:
+    """Tell whether a module is one projection of one expert of a tensor that the base has in memory."""
+    match = apart.fullmatch(path) if apart else None
+    if match is None or layout is None:
+        return False
+    tensor = names.tensors.get(f"{match['before'] or ''}{layout.together}.down_proj")
+    return tensor is not None and (tensor.shape is None or int(match["index"]) < tensor.shape[0])
 
 
 def _owner(path: str) -> str:
@@ -391,7 +412,7 @@ def _held_extra(
         own = converted.get(name, name)
         if owner in paths and own not in names.tensors:
             own = f"{paths[owner]}.{last}"
-        extra[_named_alike(key, name, own)] = tensor
+        extra[named_alike(key, name, own)] = tensor
         if last == TOKENS:
             own = f"{own.rpartition('.')[0]}.weight"
         place = names.tensors.get(own)
@@ -417,43 +438,6 @@ def _resized(tensor: Tensor, shape: tuple[int, ...]) -> str:
         " (if the vocabulary was changed for the training, resize the base likewise, "
         f"model.resize_token_embeddings({tensor.shape[0]}), and save it)"
     )
-
-
-def _named_alike(key: str, old: str, new: str) -> str:
-    """Give a tensor's key the base's path, keeping what PEFT put between."""
-    if old == new:
-        return key
-    within = "".join(WITHIN.findall(key))
-    owner, _, last = new.rpartition(".")
-    return f"{KEY_PREFIX}{owner}{within}.{last}"
-
-
-def _rename(adapter: Adapter, paths: Mapping[str, str]) -> Adapter:
-    """Give modules other paths, and the configuration names that find them."""
-    config = dict(adapter.config)
-    modules = {paths[path]: factors for path, factors in adapter.modules.items()}
-    plain = [path for path, factors in modules.items() if factors.form.kind != "expert"]
-    if not all(targets_module(config, path) for path in plain):
-        config["target_modules"] = name_exactly(plain)
-        config["exclude_modules"] = config["layers_to_transform"] = config["layers_pattern"] = None
-    if config.get("unlike_lora"):
-        config["unlike_lora"] = {paths.get(path, path): why for path, why in config["unlike_lora"].items()}
-    return replace(adapter, modules=modules, config=config)
-
-
-def targets_module(config: Mapping[str, Any], path: str) -> bool:
-    """Tell whether a configuration's ``target_modules`` name a module, as PEFT decides.
-
-    Args:
-        config: The adapter's configuration.
-        path: Path in the base.
-
-    Returns:
-        Also True for ``"all-linear"``, which PEFT resolves by the modules' classes.
-    """
-    if config.get("target_modules") == "all-linear":
-        config = {**config, "target_modules": [path]}
-    return selects(config, path)
 
 
 def _missing(adapter: Adapter, names: ModuleNames, own: set[str]) -> tuple[str, ...]:

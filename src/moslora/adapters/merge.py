@@ -21,9 +21,9 @@ from moslora.adapters.export import PROOF_FILE
 from moslora.adapters.factors import Factors
 from moslora.adapters.facts import is_untrained, refuse, to_say
 from moslora.adapters.fit import Fit, fit_to_base
-from moslora.adapters.formats import experts
 from moslora.adapters.formats.reading import read_adapter
 from moslora.adapters.merge_blocks import Change, check_change, in_threads, write_shard
+from moslora.adapters.merge_experts import expert_changes, expert_paths
 from moslora.adapters.orientation import is_transposed
 from moslora.adapters.own_tokenizer import check_rows, differences
 from moslora.errors import AdapterError, ModelError, ProofError
@@ -159,19 +159,17 @@ def _plan(fit: Fit, weights: StoredWeights) -> tuple[list[Change], list[Replacem
     """Find the tensor of every module, and refuse what does not fit before anything is written."""
     adapter = fit.adapter
     adapter.refuse_magnitudes("moslora merge adds ΔW, and does not rescale rows")
-    for module, factors in adapter.modules.items():
-        if factors.form == experts.EXPERT:
-            raise ModelError(
-                f"{module} is one of several experts in a tensor, whose place only the model's own code knows. Load "
-                "the adapter with PeftModel.from_pretrained, call merge_and_unload() and save the model."
-            )
     fit.refuse()
     refuse(adapter, "merge")
     wholes = replacements(fit, weights)
     changes: list[Change] = []
+    among = expert_paths(adapter, weights.config.get("model_type"))
+    if among:
+        own = {path: factors for path, factors in adapter.modules.items() if path in among}
+        changes += expert_changes(replace(adapter, modules=own), weights)
     sharing = {module for module in adapter.modules if fit.is_shared(module)}
     heads = tied_heads(adapter.modules, sharing)  # merged with the embedding, whose weight they share
-    for module, factors in sorted((n, f) for n, f in adapter.modules.items() if n not in heads):
+    for module, factors in sorted((n, f) for n, f in adapter.modules.items() if n not in heads | among):
         if is_untrained(factors):
             continue  # the weight is the base's, and a copy of it is right
         if module in sharing and not heads:

@@ -30,6 +30,7 @@ def export(
     dtype: str | None = None,
     base: str | None = None,
     alpha: float | None = None,
+    names: str | None = None,
 ) -> ExportedAdapter:
     """Write an adapter in another format, and prove it by reading back what was written.
 
@@ -38,12 +39,15 @@ def export(
         out: Directory to write, or file where the format is a single one; must not exist yet.
         to: ``"lora"`` (the default), ``"native"``, ``"gguf"``, ``"diffusers"`` or ``"kohya"``. All but ``"native"``
             fold the mixers.
-        engine: Instead of ``to``, the program that will run it, such as ``"vllm"`` or ``"comfyui"``.
+        engine: Instead of ``to``, the program that will run it, such as ``"vllm"`` or ``"comfyui"``: what it applies
+            whole is written, or nothing.
         rank: Bring every module to this rank, by the singular values of ΔW.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; None for float32, or natively what the factors have.
         base: Base model, for formats that need its configuration, and for a LoRA that began with PiSSA or OLoRA;
             None for the one that the adapter names.
         alpha: The ``lora_alpha`` of the training, for a file that does not say it.
+        names: ``"transformers-4"`` or ``"transformers-5"``, whose names of modules and form of experts are written;
+            None for those that the base has in memory here.
 
     Returns:
         Where it is, with the proof: the largest relative error of ΔW over all modules, in float64.
@@ -61,7 +65,15 @@ def export(
     from moslora.adapters.export import export_adapter
 
     proof = export_adapter(
-        Path(adapter), Path(out), to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha
+        Path(adapter),
+        Path(out),
+        to,
+        engine=engine,
+        rank=rank,
+        dtype=dtype,
+        base=base,
+        alpha=alpha,
+        names=names,
     )
     return ExportedAdapter(Path(adapter), Path(out), proof, alpha)
 
@@ -217,7 +229,8 @@ def doctor(
     Args:
         adapter: Adapter of any format that is read.
         base: Base model to check the adapter against; None to look at the adapter alone.
-        engines: Programs that will run it: ``"peft"``, ``"vllm"``, ``"sglang"``, ``"llama.cpp"``, ``"diffusers"`` or
+        engines: Programs that will run it: ``"peft"``, ``"transformers"``, ``"vllm"``, ``"sglang"``, ``"llama.cpp"``,
+            ``"ollama"``, ``"diffusers"`` or
             ``"comfyui"``. The adapter is written in the format that each loads, in a temporary folder, and read back.
         progress: None for silence, ``"terminal"`` or ``"notebook"``.
 

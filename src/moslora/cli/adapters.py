@@ -29,6 +29,12 @@ def export(
     dtype: Dtype = None,
     base: Base = None,
     alpha: Alpha = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of modules and form of experts: [bold]transformers-4[/] or [bold]transformers-5[/]."
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -38,7 +44,9 @@ def export(
     [bold]moslora export runs/demo/adapter my-lora.gguf --to gguf[/]
     [bold]moslora export runs/style/adapter style.safetensors --for comfyui --dtype float16[/]
     [bold]moslora export runs/demo/adapter small --rank 4[/]
+    [bold]moslora export runs/moe/adapter served --for vllm --base MODEL[/]
 
+    --for writes what that program applies whole, or refuses with its reason ([bold]doctor[/] has the rules).
     All but [bold]native[/] fold the mixers. What was written is read back through the project it is for, where that
     is installed (PEFT, diffusers, gguf). The proof is the largest relative error of ΔW over all modules, in float64.
     Above the tolerance nothing is left at OUT and the exit code is 1.
@@ -49,7 +57,17 @@ def export(
             from moslora.api.adapters import export as export_adapter
 
         print_result(
-            export_adapter(adapter, out, to, engine=engine, rank=rank, dtype=dtype, base=base, alpha=alpha),
+            export_adapter(
+                adapter,
+                out,
+                to,
+                engine=engine,
+                rank=rank,
+                dtype=dtype,
+                base=base,
+                alpha=alpha,
+                names=names,
+            ),
             as_json,
         )
 
@@ -189,8 +207,10 @@ def doctor(
     [bold]moslora doctor runs/demo/lora[/]
     [bold]moslora doctor runs/demo/adapter --base HuggingFaceTB/SmolLM2-135M-Instruct --for vllm,llama.cpp[/]
 
-    Engines: peft, vllm, sglang, llama.cpp, diffusers, comfyui. The adapter is written in the format that each loads,
-    in a temporary folder, and read back. The exit code is 1 if it is not usable there; each fault has its fix.
+    Engines: peft, transformers, vllm, sglang, llama.cpp, ollama, diffusers, comfyui. The adapter is written in the
+    format that each loads, in a temporary folder, and read back; what the engine applies of it is told module by
+    module by its rules at a named version, with the command that serves it. The exit code is 1 if it is not usable
+    there; each fault has its fix.
     """
 
     def action() -> None:

@@ -44,9 +44,7 @@ def save_adapter(run: RunContext, task: Task, adapted: Any, steps: int) -> None:
                 adapted.save_pretrained(directory.adapter, is_main_process=False)
         return
     if not run.is_split:
-        _refuse_diverged(
-            [n for n, p in adapted.named_parameters() if p.requires_grad and not all_finite(p)]
-        )
+        _refuse_diverged([n for n, p in adapted.named_parameters() if p.requires_grad and not all_finite(p)])
     # A run that was stopped after this stage has trained nothing since; what it saved is written anew.
     exported = exported_paths(run, task)
     for place in (directory.adapter, *exported, *(rejected(directory.path, each) for each in exported)):

@@ -8,8 +8,8 @@ from typing import Any
 
 from moslora.adapters.cards.base_name import BaseName
 from moslora.adapters.cards.markdown import code, fenced, literal, plain
+from moslora.adapters.engines.predict import predict
 from moslora.adapters.factors import Adapter
-from moslora.adapters.targets import DEFAULT_RANK, TARGETS, VLLM_RANKS
 
 __all__ = ["AUTO_CLASSES", "Loading", "how_to_load"]
 
@@ -114,16 +114,16 @@ def _peft(loading: Loading, *before: str) -> list[str]:
 def _vllm(loading: Loading) -> Iterator[tuple[str, list[str]]]:
     if "components" in loading.adapter.config or not _is_causal(loading):
         return
-    faults = [f for rule in TARGETS["vllm"].rules for f in rule(loading.adapter) if f.level == "error"]
+    found = predict("vllm", loading.adapter)
+    faults = found.faults
     if faults:
         yield (
             _titled("vLLM", loading),
             [f"Not as it is: {plain(faults[0].what)} {plain(faults[0].fix)}"],
         )
         return
-    room = next((rank for rank in VLLM_RANKS if rank >= loading.r), VLLM_RANKS[-1])
-    rank = f" --max-lora-rank {room}" if room > DEFAULT_RANK else ""
-    command = f"vllm serve {loading.called} --enable-lora --lora-modules tuned=REPO{rank}"
+    flags = "".join(f" {flag}" for flag in found.flags)
+    command = f"vllm serve {loading.called} --enable-lora --lora-modules tuned=REPO{flags}"
     yield _titled("vLLM", loading), fenced("sh", [command])
 
 
