@@ -29,6 +29,7 @@ pytest.importorskip("gradio", reason="the page needs gradio (make test-studio)")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by Playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
+    pytest.mark.trial,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
