@@ -26,7 +26,7 @@ from moslora.recipe.schema import RECIPES, SECTIONS_OF
 from moslora.recipe.trainer_arguments import trainer_config, trainer_of
 from moslora.studio.answers import PageDisplay, error_box, whole
 from moslora.studio.context import Studio
-from moslora.studio.curves import histogram, run_curve, two_curves
+from moslora.studio.curves import drawn_once, histogram, run_curve, two_curves
 from moslora.studio.form import (
     MISSING,
     fields_of_kind,
@@ -446,6 +446,20 @@ def test_curves_are_drawn_once_and_two_runs_are_told_apart_without_color(studio:
     assert run_curve(state, logs[0][1]) is run_curve(state, logs[0][1])
     both = two_curves(logs)
     assert "stroke-dasharray" in both and '<li class="second">b</li>' in both
+
+
+def test_what_grows_is_not_drawn_at_every_look_and_its_end_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, drawn = [100.0], []
+    monkeypatch.setattr("moslora.studio.curves.time.monotonic", lambda: clock[0])
+
+    def look(key: int) -> str:
+        return drawn_once(("growing", key), lambda width: drawn.append(key) or f"{key}", "slot")  # type: ignore[func-returns-value]
+
+    first = look(1)
+    clock[0] += 2
+    assert look(2) == first and set(drawn) == {1}
+    clock[0] += 10
+    assert "2" in look(2) and set(drawn) == {1, 2}
 
 
 def test_only_runs_below_the_folder_that_do_not_run_are_deleted(studio: Studio, tmp_path: Path) -> None:

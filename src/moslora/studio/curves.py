@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,21 +25,32 @@ KEPT = 200  # drawings
 # matplotlib's settings are the process's, so one drawing is made at a time.
 _one_at_a_time = threading.Lock()
 _drawn: OrderedDict[Any, str] = OrderedDict()
+_newest: dict[Any, tuple[float, str]] = {}
+# Seconds between two drawings of what grows: each takes half a second of a processor that may be training.
+AT_MOST_EVERY = 6.0
 
 
-def drawn_once(key: Any, draw: Callable[[float], str]) -> str:
+def drawn_once(key: Any, draw: Callable[[float], str], growing: Any = None) -> str:
     """Return a drawing for wide and one for narrow pages, of which the style shows one; what is known is not redrawn.
 
     Args:
         key: Of the drawing.
         draw: Makes it in a width, in inches.
+        growing: Names what is drawn again and again as it grows, which is not done at every look; None for what is
+            drawn whenever it changed.
     """
     with _one_at_a_time:
+        now = time.monotonic()
+        last, svg = _newest.get(growing, (-math.inf, ""))
+        if key not in _drawn and now - last < AT_MOST_EVERY:
+            return svg
         if key not in _drawn:
             wide, narrow = (draw(width) for width in WIDTHS)
             _drawn[key] = f'<div class="drawing wide">{wide}</div><div class="drawing narrow">{narrow}</div>'
             while len(_drawn) > KEPT:
                 _drawn.popitem(last=False)
+            if growing is not None:
+                _newest[growing] = (now, _drawn[key])
         _drawn.move_to_end(key)
         return _drawn[key]
 
@@ -54,7 +67,8 @@ def run_curve(state: RunState, log: Metrics) -> str:
         return ""
     metrics = state.record.get("metrics") or {}
     key = ("run", str(state.path), log.identity, log.place, *state.held_out)
-    return drawn_once(key, lambda width: loss_curve(lines, metrics, width))
+    growing = ("run", str(state.path)) if state.status == "running" else None
+    return drawn_once(key, lambda width: loss_curve(lines, metrics, width), growing)
 
 
 def two_curves(runs: Sequence[tuple[str, Metrics]]) -> str:

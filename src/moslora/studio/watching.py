@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
+from pathlib import Path
 
 from moslora.files import is_running
 from moslora.reports.pictures import picture_rows
@@ -181,7 +182,7 @@ def _facts(library: Library, state: RunState) -> list[tuple[str, object]]:
         pace = seconds / state.step
     if state.status == "running" and pace and state.steps:
         left = duration(max(0, state.steps - state.step) * pace)
-    trained = record.get("trainable_parameters")
+    trained, base = record.get("trainable_parameters"), (record.get("base") or {}).get("name")
     return [
         ("step", steps),
         ("loss", None if state.loss is None else figure(state.loss)),
@@ -192,7 +193,7 @@ def _facts(library: Library, state: RunState) -> list[tuple[str, object]]:
         ("training ends in", left),
         ("memory", _memory(state)),
         ("trained parameters", None if not isinstance(trained, int) else f"{trained:,}"),
-        ("base", (record.get("base") or {}).get("name")),
+        ("base", None if not base else library.workspace.shown(Path(str(base)))),
         ("started", _when(state.started)),
     ]
 

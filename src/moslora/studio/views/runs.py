@@ -81,6 +81,7 @@ def build(studio: Studio) -> None:
         jobs = studio.jobs.all()
         pending = pending_jobs(states, jobs)
         known = {state.name: state for state in states}
+        asked = name
         name = _followed(name, states, jobs)
         shown = _shown(
             studio,
@@ -113,7 +114,8 @@ def build(studio: Studio) -> None:
             if now[3] != was[3]
             else gr.skip(),
             now,
-            name,
+            # A look that began before another entry was pressed must not take the choice back.
+            name if name != asked else gr.skip(),
         ]
 
     def pick(event: gr.EventData) -> tuple[str, str, Any, Any]:
