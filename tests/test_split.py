@@ -391,3 +391,9 @@ def test_the_shipped_configurations_ask_accelerate_for_what_they_say(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert settled(monkeypatch, **asked) == kind
     assert kind in file.read_text().split("\n")[0]
+
+
+def test_the_recipe_of_a_70b_splits_it() -> None:
+    recipe = load_recipe([str(RECIPES / "llama3-70b.yaml")])
+    assert recipe.parallel.kind == "fsdp"
+    assert parallel_arguments(recipe)["fsdp_config"]["version"] == 2
