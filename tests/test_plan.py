@@ -242,9 +242,15 @@ def test_the_command_prints_a_table_that_fits_a_terminal_or_json(tmp_path: Path)
     environment = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     done = CliRunner().invoke(app, arguments, env=environment)
     assert done.exit_code == 0, done.output
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("1 ", "DDP", "FSDP"))]
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("1  ", "DDP", "FSDP"))]
     assert all(len(line.rstrip()) <= 80 for line in rows)
     assert len(rows) == 10 and all(line.rstrip().endswith("24 GB") for line in rows)
+    for launch in (
+        "1 × 24 GB: moslora train RECIPE",
+        "2 × 24 GB: torchrun --nproc-per-node 2 -m moslora train RECIPE parallel.kind=ddp",
+        "2 × 24 GB: torchrun --nproc-per-node 2 -m moslora train RECIPE parallel.kind=fsdp",
+    ):
+        assert launch in done.stdout.splitlines()
     told = json.loads(CliRunner().invoke(app, [*arguments, "--json"], env=environment).stdout)
     assert len(told["placements"]) == 14 and told["rows"] == 8 and told["length"] == 32
     wrong = CliRunner().invoke(app, ["plan", "model=no-such-model", "--length", "32"], env=environment)

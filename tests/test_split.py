@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import moslora.training.run
 import tiny
+from moslora.cli import app
 from moslora.display import Display
 from moslora.distributed import Team
 from moslora.errors import RecipeError, UsageError
@@ -391,3 +393,15 @@ def test_the_shipped_configurations_ask_accelerate_for_what_they_say(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert settled(monkeypatch, **asked) == kind
     assert kind in file.read_text().split("\n")[0]
+
+
+def test_the_recipe_of_a_70b_splits_it() -> None:
+    recipe = load_recipe([str(RECIPES / "llama3-70b.yaml")])
+    assert recipe.parallel.kind == "fsdp"
+    assert parallel_arguments(recipe)["fsdp_config"]["version"] == 2
+
+
+def test_a_comparison_splits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["compare", *MINIMUM, "parallel=fsdp"])
+    assert found.exit_code == 2 and "a comparison trains in one process" in found.output

@@ -234,6 +234,10 @@ def _plan(
     given: Given | None = None,
     contrasts: Sequence[str] = (),
 ) -> Comparison:
+    if recipe.parallel.kind not in ("auto", "ddp"):
+        raise UsageError(
+            f"parallel.kind={recipe.parallel.kind}: a comparison trains in one process; leave it out."
+        )
     if steps is not None:
         if steps < 1:
             raise UsageError(f"steps={steps} must be at least 1.")

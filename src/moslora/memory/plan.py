@@ -101,6 +101,25 @@ class Plan(Printable):
             "GB of 10⁹ bytes at the fullest moment of a step; state is the optimizer's. "
             f"The recipe has checkpointing {'on' if self.checkpointing else 'off'}."
         )
+        for line in self.launches():
+            display.say(line)
+
+    def launches(self) -> list[str]:
+        """Return how each way is started that fits a card, with as few GPUs as it takes; ``parallel.kind`` names it."""
+        found = []
+        for strategy, kind in (("one", None), ("DDP", "ddp"), ("FSDP", "fsdp")):
+            fitting = [
+                placement
+                for placement in self.placements
+                if (placement.strategy, placement.checkpointing) == (strategy, self.checkpointing)
+                and placement.card
+            ]
+            if fitting:
+                least = min(fitting, key=lambda placement: (placement.card or 0, placement.gpus))
+                several = f"torchrun --nproc-per-node {least.gpus} -m " if kind else ""
+                more = f" parallel.kind={kind}" if kind else ""
+                found.append(f"{least.gpus} × {least.card} GB: {several}moslora train RECIPE{more}")
+        return found
 
 
 def count_memory(
