@@ -89,17 +89,34 @@ def generate_from_prompts(
     Returns:
         The answers' texts in the order of ``prompts``, as ``generate`` returns them.
     """
+    import torch
+
     texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+
+    def answer(numbers: Sequence[int]) -> None:
+        """Answer the prompts of these numbers; those of half of them at a time where memory does not take all."""
         chosen = [prompts[number] for number in numbers]
         inputs = {
             "input_ids": pad_rows(chosen, settings.pad_id, left=True),
             "attention_mask": pad_rows([[1] * len(prompt) for prompt in chosen], 0, left=True),
         }
-        answers = generate(model, tokenizer, inputs, settings, device)
-        for number, text in zip(numbers, answers, strict=True):
-            texts[number] = text
+        try:
+            answers = generate(model, tokenizer, inputs, settings, device)
+        except torch.OutOfMemoryError:
+            if len(numbers) == 1:
+                raise
+        else:
+            for number, text in zip(numbers, answers, strict=True):
+                texts[number] = text
+            return
+        torch.cuda.empty_cache()
+        half = len(numbers) // 2
+        answer(numbers[:half])
+        answer(numbers[half:])
+
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        answer(numbers)
         on_batch(len(numbers))
     return texts
