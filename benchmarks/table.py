@@ -101,10 +101,8 @@ def data_rows(found: dict[str, Any]) -> Rows:
     rows: Rows = [("preparing data", figure, how)]
     if "second_start" in found:
         first, second = found["first_start"], found["second_start"]
-        figure = (
-            f"{first['rows']} rows: peak {megabytes(first['peak_bytes'])}, {megabytes(first['peak_bytes_of_a_worker'])} "
-            f"a worker; a second start is at step one after {second['processor_seconds']:.1f} processor seconds"
-        )
+        peaks = [megabytes(first[key]) for key in ("peak_bytes", "peak_bytes_of_a_worker")]
+        figure = f"{first['rows']} rows: peak {peaks[0]}, {peaks[1]} a worker; a second start is at step one after {second['processor_seconds']:.1f} processor seconds"
         rows.append(("preparing data: memory, and a second start", figure, "the same, imports included"))
     return rows
 
