@@ -102,7 +102,10 @@ def data_rows(found: dict[str, Any]) -> Rows:
     if "second_start" in found:
         first, second = found["first_start"], found["second_start"]
         peaks = [megabytes(first[key]) for key in ("peak_bytes", "peak_bytes_of_a_worker")]
-        figure = f"{first['rows']} rows: peak {peaks[0]}, {peaks[1]} a worker; a second start is at step one after {second['processor_seconds']:.1f} processor seconds"
+        figure = (
+            f"{first['rows']} rows: peak {peaks[0]}, {peaks[1]} a worker; a second start is at step one after "
+            f"{second['processor_seconds']:.1f} processor seconds"
+        )
         rows.append(("preparing data: memory, and a second start", figure, "the same, imports included"))
     return rows
 
