@@ -254,6 +254,7 @@ def main() -> None:
         settings = {k: getattr(options, k) for k in ("model", "rows", "memory_rows", "processes", "note")}
 
         def keep() -> None:
+            settings["model"] = Path(options.model).name  # a name, or a folder's
             told = {**settings, "rounds": len(rounds["TRL"]), "max_length": MAX_LENGTH}
             head = header(
                 "preparing data: rows per second, peak memory, a second start", "cpu", settings=told

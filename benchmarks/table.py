@@ -84,6 +84,32 @@ def job_rows(found: dict[str, Any]) -> Rows:
     return [(what, figure, how)]
 
 
+def data_rows(found: dict[str, Any]) -> Rows:
+    """Preparing data beside TRL, what it takes, and a second start."""
+    settings, contenders = found["settings"], found["contenders"]
+    ours, trl = contenders["moslora"], contenders["TRL"]
+    key, note = "rows_per_processor_second", f"; {settings['note']}" if settings["note"] else ""
+    figure = (
+        f"{ours[key]:.0f} rows of 500 tokens a processor second, TRL {trl[key]:.0f}; by the clock "
+        f"{ours['rows_per_second']:.0f} and {trl['rows_per_second']:.0f} a second"
+    )
+    how = (
+        f"`benchmarks/data.py`: {settings['rows']} rows, the same token ids, {settings['processes']} "
+        "workers, "
+        f"medians of {settings['rounds']} processes each, {machine(found)}{note}"
+    )
+    rows: Rows = [("preparing data", figure, how)]
+    if "second_start" in found:
+        first, second = found["first_start"], found["second_start"]
+        peaks = [megabytes(first[key]) for key in ("peak_bytes", "peak_bytes_of_a_worker")]
+        figure = (
+            f"{first['rows']} rows: peak {peaks[0]}, {peaks[1]} a worker; a second start is at step one after "
+            f"{second['processor_seconds']:.1f} processor seconds"
+        )
+        rows.append(("preparing data: memory, and a second start", figure, "the same, imports included"))
+    return rows
+
+
 def together_rows(found: dict[str, Any]) -> Rows:
     """Trainings over one frozen base, at once."""
     several = {name: one["over_floor"] for name, one in found["contenders"].items() if name != "alone"}
@@ -324,6 +350,7 @@ LAUNCHES_OF = {"factors": "float32", "dora": False, "base": "plain", "autocast":
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "step-*.json": step_rows,
     "job-*.json": job_rows,
+    "data-*.json": data_rows,
     "layer-*.json": layer_rows,
     "decode-*.json": decode_rows,
     "launches.json": launch_rows,

@@ -449,6 +449,62 @@ def test_end_to_end_is_not_chosen_where_attention_would_cost_more_than_padding()
     assert padding_cost(model, [4096] * 8, 8, 0) < 1
 
 
+def test_the_work_of_a_token_counts_whole_4_bit_weights_and_the_experts_that_it_meets() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from moslora.tasks.text.padding import _count, _weights_per_token
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    found = []
+    for chosen in (1, 2, 4):
+        config = MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=chosen)
+        model = MixtralForCausalLM(config)
+        found.append(_weights_per_token(model, model.config))
+    assert found[1] - found[0] == 3 * 16 * 32 and found[2] - found[1] == 2 * 3 * 16 * 32
+    packed: Any = torch.nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    assert _count(packed) == 32
+    packed.quant_state = type("State", (), {"shape": torch.Size((8, 8))})()
+    assert _count(packed) == 64
+
+
+def test_padding_free_is_never_chosen_with_eager_attention(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import moslora.tasks.text.padding as padding
+
+    monkeypatch.setattr(padding, "padding_cost", lambda *_: 2.0)
+    config = type("Config", (), {"per_device_train_batch_size": 4, "n_gpu": 1})()
+    for implementation, chosen in (("eager", False), ("sdpa", True)):
+        model = tiny.llama()
+        model.set_attn_implementation(implementation)
+        assert padding.choose_padding_free(model, config, [8, 4, 8, 2], 0, 0, quiet()) is chosen
+
+
+def test_answers_are_generated_half_at_a_time_where_memory_does_not_take_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import moslora.tasks.text.generation as generation
+
+    model, tok = tiny.llama(vocab_size=259), tiny.tokenizer()
+    settings = generation.Generation(4, None, 0)
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16]]
+    whole = generation.generate_from_prompts(model, tok, prompts, settings, "cpu", 8, lambda _: None)
+    own, sizes = generation.generate, []
+
+    def small(model: Any, tokenizer: Any, inputs: Any, *rest: Any) -> list[str]:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(model, tokenizer, inputs, *rest)
+
+    monkeypatch.setattr(generation, "generate", small)
+    counted: list[int] = []
+    assert generation.generate_from_prompts(model, tok, prompts, settings, "cpu", 8, counted.append) == whole
+    assert sizes == [5, 2, 3, 1, 2] and counted == [5]
+
+
 def test_logits_taken_in_parts_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     import moslora.tasks.text.loss
 

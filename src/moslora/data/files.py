@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from moslora.bounded import kind_of_file
 from moslora.data.faults import SHOWN, Faults, kind_of, listed, quoted
 from moslora.data.finding import check_suffix, load_table, locate
+from moslora.data.pictures import with_pictures_stored
 from moslora.data.strict_json import parse_json
 from moslora.errors import DataError, UsageError
 
@@ -358,7 +359,8 @@ def _read_file(path: Path, limit: int | None) -> Records:
 def _read_hub(
     source: str, split: str, limit: int | None, subset: str | None, revision: str | None
 ) -> Records:
-    rows = [dict(row) for row in load_table(source, split, limit, subset, revision)]
+    table = load_table(source, split, limit, subset, revision)
+    rows = [dict(row) for row in with_pictures_stored(table)]
     return Records(rows, [f"row {n}" for n in range(1, len(rows) + 1)], source, hash_rows(rows))
 
 

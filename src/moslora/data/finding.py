@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from moslora.data.faults import listed, quoted
-from moslora.data.pictures import with_pictures_stored
 from moslora.errors import DataError
 from moslora.wording import did_you_mean, nearest
 
@@ -148,7 +147,7 @@ def load_table(source: str, split: str, limit: int | None, subset: str | None, r
         revision: Branch, tag or commit; the newest by default.
 
     Returns:
-        A ``datasets.Dataset`` with pictures as they are stored.
+        A ``datasets.Dataset``; ``with_pictures_stored`` gives its rows.
 
     Raises:
         DataError: If it cannot be loaded, or has no rows.
@@ -158,10 +157,9 @@ def load_table(source: str, split: str, limit: int | None, subset: str | None, r
     advice = "Check the name, the split and the network, or give a file; code of a data set is never run."
     wanted = split if limit is None else f"{split}[:{limit}]"
     try:
-        loaded = load_dataset(
+        table: Any = load_dataset(
             source, subset, split=wanted, **({} if revision is None else {"revision": revision})
         )
-        table: Any = with_pictures_stored(loaded)
     except Exception as problem:  # the hub's client has dozens, from HTTP errors to missing configurations
         if "Config name is missing" in str(problem):
             advice = "Name one of its configurations, as data.subset=main."

@@ -19,6 +19,7 @@ from moslora.data.files import (
     unreadable,
 )
 from moslora.data.finding import load_table, locate
+from moslora.data.pictures import with_pictures_stored
 from moslora.data.stored.cache import entry, key_of
 from moslora.data.stored.checking import Reading, check_rows
 from moslora.data.stored.examples import Stored, StoredExamples
@@ -143,7 +144,7 @@ def _read(cut: Cut, reading: Reading, workers: Workers, name: str) -> tuple[Stor
 def _cut_hub(place: Place, limit: int | None) -> Cut:
     source, split, subset, revision = place
     table = load_table(source, split, limit, subset, revision)
-    return cut_table(table, source, hash_rows(table))
+    return cut_table(table, source, hash_rows(with_pictures_stored(table)))
 
 
 def _check_formats(cuts: Sequence[Cut], formats: Sequence[str]) -> None:

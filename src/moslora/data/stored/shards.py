@@ -14,6 +14,7 @@ from typing import Any
 
 from moslora.data.faults import Faults
 from moslora.data.files import BOM, FILE_READERS, check_file, read_json_lines
+from moslora.data.pictures import with_pictures_stored
 from moslora.errors import DataError
 
 __all__ = ["Cut", "Shard", "cut_file", "cut_table", "read_shard", "spool"]
@@ -222,7 +223,8 @@ def read_shard(shard: Shard, faults: Faults, table: Any = None) -> Iterator[tupl
                 place, value = json.loads(line)
                 yield place, value
     elif shard.kind == "table":
-        for number, row in enumerate(table.select(range(shard.start, shard.end)), shard.first):
+        rows = with_pictures_stored(table.select(range(shard.start, shard.end)))
+        for number, row in enumerate(rows, shard.first):
             yield f"row {number}", dict(row)
     else:
         yield from _read_parquet(shard, faults)

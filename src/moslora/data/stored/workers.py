@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ __all__ = ["Workers", "count_cores"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+PARALLELISM = "TOKENIZERS_PARALLELISM"
 POLL = 0.5  # seconds between looks for a request to stop
 AHEAD = 2  # parts that are handed out before they are needed, for each process
 # What a process of the pool does, and whether nobody wants it any more.
@@ -93,7 +95,8 @@ class Workers:
         try:
             while True:
                 while len(waiting) < AHEAD * processes and (part := next(rest, None)) is not None:
-                    waiting.append(pool.submit(_call, part))
+                    with _tokenizers_alone():  # the first one starts all processes
+                        waiting.append(pool.submit(_call, part))
                 if not waiting:
                     return
                 try:
@@ -113,13 +116,26 @@ class Workers:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _tokenizers_alone() -> Iterator[None]:
+    """Keep tokenizers from threads of their own in copies of this process, of which they would warn."""
+    if PARALLELISM in os.environ:
+        yield
+        return
+    os.environ[PARALLELISM] = "false"  # the processes are the parallelism
+    try:
+        yield
+    finally:
+        os.environ.pop(PARALLELISM, None)
+
+
 def _start(work: Callable[[Any, Callable[[], None]], Any], given_up: Any) -> None:
     global _work, _given_up
     _work, _given_up = work, given_up
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ[PARALLELISM] = "false"
 
 
 def _end_with_parent() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moslora.distributed import Team, no_gradients
+from moslora.distributed import Team, is_split, no_gradients
 from moslora.tasks.text.padding import pad_rows
 
 if TYPE_CHECKING:
@@ -91,17 +91,28 @@ def generate_from_prompts(
     Returns:
         The answers' texts in the order of ``prompts``, as ``generate`` returns them.
     """
+    import torch
+
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def answer(numbers: Sequence[int]) -> list[str]:
+        """Answer the prompts of these numbers; those of half of them at a time where memory does not take all."""
         chosen = [prompts[number] for number in numbers]
         inputs = {
             "input_ids": pad_rows(chosen, settings.pad_id, left=True),
             "attention_mask": pad_rows([[1] * len(prompt) for prompt in chosen], 0, left=True),
         }
-        return generate(model, tokenizer, inputs, settings, device)
+        try:
+            return generate(model, tokenizer, inputs, settings, device)
+        except torch.OutOfMemoryError:
+            # Processes that each hold a part of the model run its layers together, as often as each other.
+            if len(numbers) == 1 or is_split(model):
+                raise
+        torch.cuda.empty_cache()
+        half = len(numbers) // 2
+        return [*answer(numbers[:half]), *answer(numbers[half:])]
 
     def done(chosen: Sequence[Sequence[int]], _: Any) -> None:
         on_batch(sum(map(len, chosen)))

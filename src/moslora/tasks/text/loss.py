@@ -254,7 +254,9 @@ def _row_losses_in_parts(model: nn.Module, arguments: Mapping[str, Tensor]) -> t
         return row_losses(model, {k: v for k, v in arguments.items() if k != "labels"}, labels)
     except torch.OutOfMemoryError:
         # What has another first dimension (the pixels of several pictures to a row) cannot be cut by rows.
-        if len(labels) == 1 or any(len(tensor) != len(labels) for tensor in arguments.values()):
+        # And processes that each hold a part of the model run its layers together, as often as each other.
+        odd = any(len(tensor) != len(labels) for tensor in arguments.values())
+        if len(labels) == 1 or odd or is_split(model):
             raise
     torch.cuda.empty_cache()
     half = len(labels) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from moslora.display import Display
 
 __all__ = ["choose_padding_free", "pad_rows", "padding_cost", "why_rows_mix"]
+
+# How many experts a token meets, and how many there are, in the configurations of transformers.
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 # Padding-free batches may change a row's logits by rounding only: relative to the largest logit.
 SAME_LOGITS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -56,12 +61,14 @@ def choose_padding_free(
     rows = config.per_device_train_batch_size
     if rows == 1:
         return False  # nothing to pad
-    saved = padding_cost(model, lengths, rows, seed)
-    if config.n_gpu > 1:
+    if attention_of(model) == "eager":
+        # It writes the weights of all pairs of a batch's tokens, for every head.
         display.say(
-            "Padded batches are used: one process feeds several GPUs, which split a batch by its rows."
+            "Padded batches are used: with eager attention, padding-free ones take memory with the square of all "
+            "tokens."
         )
         return False
+    saved = padding_cost(model, lengths, rows, seed)
     if saved <= 1:
         display.say(
             "Padded batches are used: in padding-free batches attention would cost more than padding does "
@@ -95,12 +102,8 @@ def padding_cost(model: nn.Module, lengths: Sequence[int], rows: int, seed: int)
         The ratio; below 1, padding is cheaper.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    head = sum(
-        p.numel()
-        for p in {*model.get_input_embeddings().parameters(), *_head_parameters(model)}  # type: ignore[operator]
-    )
-    per_token = sum(p.numel() for p in model.parameters()) - head
-    implementation = getattr(config, "_attn_implementation", None) or ""
+    per_token = _weights_per_token(model, config)
+    implementation = attention_of(model)
     per_pair = 2 * config.num_hidden_layers * config.hidden_size
     order = random.Random(seed).sample(list(lengths), len(lengths))
     padded = concatenated = 0
@@ -111,6 +114,39 @@ def padding_cost(model: nn.Module, lengths: Sequence[int], rows: int, seed: int)
         pairs = sum(n * n for n in batch) if "flash" in implementation else sum(batch) ** 2
         concatenated += sum(batch) * per_token + pairs * per_pair
     return padded / max(concatenated, 1)
+
+
+def attention_of(model: Any) -> str:
+    """Return how a model computes attention, as transformers calls it; empty if it does not say.
+
+    Args:
+        model: A model of transformers.
+    """
+    return str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
+
+
+def _weights_per_token(model: Any, config: Any) -> float:
+    """Return how many weights each token is multiplied with, embeddings and head aside."""
+    apart = {id(p) for p in (*model.get_input_embeddings().parameters(), *_head_parameters(model))}
+    chosen, there = (_first(config, names) for names in (CHOSEN_EXPERTS, EXPERTS))
+    share = chosen / there if chosen and there else 1.0
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in apart:
+            total += _count(parameter) * (share if ".experts." in f".{name}." else 1.0)
+    return total
+
+
+def _count(parameter: Any) -> int:
+    """Return how many weights a parameter has; bitsandbytes packs two of 4 bits into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    shape = getattr(state, "shape", None)
+    return math.prod(shape) if shape is not None else int(parameter.numel())
+
+
+def _first(config: Any, names: Sequence[str]) -> int | None:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 def _head_parameters(model: Any) -> list[Any]:

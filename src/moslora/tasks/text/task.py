@@ -195,6 +195,7 @@ class TextTask(LanguageTask):
             callbacks,
             _as_dataset(self.train_set),
             _as_dataset(self.heldout_set) if evaluates else None,
+            say=self.display.say,
         )
 
     def ask(self, model: nn.Module, chosen: Sequence[Encoded], label: str) -> list[Answer]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trl import SFTTrainer
 
 from moslora.compat.accelerate import shard_on_cpus
+from moslora.compat.trainer import use_one_gpu
 from moslora.distributed import is_split
 from moslora.patterns import check_patterns
 from moslora.tasks.text.loss import labeled_loss, scores_plainly, unwrapped
@@ -80,21 +81,25 @@ def build_sft_trainer(
     train_set: Dataset,
     heldout_set: Dataset | None,
     collate: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> LabeledLossTrainer:
     """Make the trainer; it puts the adapter into the model, whose trained parameters are then in float32.
 
     Args:
         model: The base model.
-        config: TRL's ``SFTConfig``.
+        config: TRL's ``SFTConfig``; changed in place: one GPU for each process.
         tokenizer: The model's.
         adapter: The adapter's configuration; None trains the whole model.
         callbacks: Callbacks of the trainer.
         train_set: What it trains on.
         heldout_set: What it evaluates on during training, if anything.
         collate: Makes a batch of rows; TRL's own if None.
+        say: Told when further GPUs stay unused.
     """
     if getattr(config, "fsdp", None):
         shard_on_cpus()
+    if use_one_gpu(config):
+        say("Training on one GPU; `accelerate launch -m moslora` or torchrun starts a process for each.")
     if adapter is not None:
         check_patterns(vars(adapter), (name for name, _ in model.named_modules()), "The configuration")
     trainer = LabeledLossTrainer(

@@ -243,6 +243,7 @@ class VisionTask(LanguageTask):
             _as_dataset(self.train_set),
             _as_dataset(self.heldout_set) if evaluates else None,
             self._collate,
+            self.display.say,
         )
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
