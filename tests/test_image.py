@@ -587,6 +587,7 @@ HEARD = {
         "data.resolution",
         "data.flip",
         "data.buckets",
+        "data.subjects",
         "data.caption_dropout",
         "data.bad_images",
         "data.max_pixels",
@@ -623,6 +624,36 @@ def test_a_key_that_would_do_nothing_is_refused_or_said(
     else:
         found = capsys.readouterr().out
     assert re.search(said, " ".join(found.split())), found
+
+
+def test_several_subjects_are_learned_with_their_own_words(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    picture(tmp_path / "dog" / "a.png", 24, 24, 7)
+    other = {"path": str(tmp_path / "dog"), "token": "y", "class_name": "dog"}
+    several = {
+        "data.subjects": json.dumps([other, {**other, "prompt": "{} sits"}]),
+        "task.prompts": "['a {} {} on ice', 'nothing']",
+    }
+    task = prepared(world, tmp_path, **several)
+    words = [p.prompt for p in task.train_folder.pictures]
+    assert words == ["a x cat"] * 3 + ["a y dog", "y sits"]
+    assert task.prompts == ["a x cat on ice", "nothing", "a y dog on ice"]
+    alone = prepared(world, tmp_path)
+    assert alone.hashes()["data"] != task.hashes()["data"]
+    assert Path(load_recipe([*arguments(world, tmp_path, **several)]).data.subjects[0].path).is_absolute()
+    for wrong, message in (
+        ([{"token": "y"}], "path"),
+        ([{**other, "tokens": "y"}], "tokens"),
+        ([{**other, "token": None}], r"has a place for data\.token"),
+        ([{**other, "path": str(tmp_path / "none")}], "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepared(world, tmp_path, **{**several, "data.subjects": json.dumps(wrong)})
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="photos of one subject"):
+        prepared(world, tmp_path, **several, **{"task.clip_model": tmp_path / "clip"})
 
 
 def test_every_key_of_the_recipe_was_thought_of() -> None:

@@ -308,8 +308,8 @@ def test_a_core_between_the_factors_is_folded_into_the_convolution(tmp_path: Pat
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("hada_w1_a", "is of LoHa, whose update"),
-        ("lokr_w1", "is of LoKr"),
+        ("hada_w1_a", "LoHa or LoKr of a convolution"),
+        ("lokr_w1", "LoHa or LoKr of a convolution"),
         ("dora_scale", "is of DoRA"),
         ("lora_extra.weight", "an unknown method"),
     ],

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
 
 import tiny_pipelines
+from moslora import MoSLoRAConfig
+from moslora.adapters.export import export_adapter
 from moslora.errors import AdapterError, RecipeError, Stopped, UsageError
 from moslora.recipe.schema import ImageDataSection, ImageTaskSection
 from moslora.tasks.image.adapters import adapted_modules, denoiser_config
@@ -302,3 +306,60 @@ def test_methods_are_compared_on_pictures_and_the_base_is_whole_after_each(tmp_p
         compare(
             arguments, Display(quiet=True), **{**options, "methods": ["lora", "full"]}, out=tmp_path / "x"
         )
+
+
+def test_a_pipeline_and_an_adapter_on_it_are_evaluated_on_the_same_noise(tmp_path: Path) -> None:
+    import moslora
+
+    base = tmp_path / "flux"
+    tiny_pipelines.flux().save_pretrained(base)
+    for folder, count in (("train", 2), ("held", 3)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.png").write_bytes(png(number + 10 * (folder == "held"), 20))
+    recipe = {
+        "task": {"kind": "image", "loss_draws": 2},
+        "model": str(base),
+        "data": {
+            "train": str(tmp_path / "train"),
+            "heldout": str(tmp_path / "held"),
+            "prompt": "a cat",
+            "resolution": 16,
+        },
+    }
+    pipeline = tiny_pipelines.flux()
+    torch.manual_seed(0)
+    model = get_peft_model(
+        pipeline.transformer, MoSLoRAConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"])
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "moslora_B" in name:
+                parameter.normal_(0, 0.5)
+    model.save_pretrained(tmp_path / "adapter" / "transformer")
+    file = tmp_path / "style.safetensors"
+    export_adapter(tmp_path / "adapter", file, "diffusers")
+    reports = [
+        moslora.evaluate(str(base), recipe=recipe, adapter=adapter, predictions=tmp_path / f"{n}.jsonl")
+        for n, adapter in enumerate((tmp_path / "adapter", file))
+    ]
+    loss, again = (report["loss"] for report in reports)
+    assert loss.items == 3 and loss.tuned != loss.base and loss.low is not None
+    assert (
+        again.base == loss.base
+        and relative_error(torch.tensor(again.tuned), torch.tensor(loss.tuned)) < MODEL
+    )
+    assert reports[0].activity.modules == 4
+    assert "active in 4 modules; it changes outputs of the denoiser" in " ".join(str(reports[0]).split())
+    rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in rows] == ["0.png", "1.png", "2.png"] and rows[0]["prompt"] == "a cat"
+    alone = moslora.evaluate(str(base), recipe=recipe, limit=1)
+    assert alone["loss"].items == 1 and alone["loss"].base == rows[0]["base_loss"]
+    with pytest.raises(AdapterError, match="neither directories of a pipeline's models"):
+        moslora.evaluate(str(base), recipe=recipe, adapter=tmp_path / "adapter" / "transformer")
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "adapter" / "transformer", tmp_path / "other" / "unet")
+    with pytest.raises(AdapterError, match="is for unet, and this pipeline has no unet"):
+        moslora.evaluate(str(base), recipe=recipe, adapter=tmp_path / "other")
+    with pytest.raises(UsageError, match="no answers that metrics could judge"):
+        moslora.evaluate(str(base), recipe=recipe, metrics={"exact": lambda a, b: a == b})

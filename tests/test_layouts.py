@@ -398,13 +398,70 @@ def test_alphas_in_the_metadata_of_renamed_tensors_are_refused(tmp_path: Path) -
 # ---- refused by name
 
 
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_", "lycoris_"])
+def test_loha_and_lokr_of_a_transformer_are_loras_of_a_higher_rank(prefix: str, tmp_path: Path) -> None:
+    """By the formulas of LyCORIS: an entrywise product, and a Kronecker product of whole or factored matrices."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    flat = {name: name.replace(".", "_") if prefix.endswith("_") else name for name in QWEN}
+    first, second, third = list(QWEN)[:3]
+    assert len({first, second, third}) == 3
+    expected: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+
+    def add(name: str, delta: Tensor, alpha: float | None, **parts: Tensor) -> None:
+        expected[f"transformer.{name}"] = delta
+        tensors.update({f"{prefix}{flat[name]}.{part}": t for part, t in parts.items()})
+        if alpha is not None:
+            tensors[f"{prefix}{flat[name]}.alpha"] = torch.tensor(alpha, dtype=torch.bfloat16)
+
+    inputs, outputs = QWEN[first]
+    a1, b1, a2, b2 = random(outputs, 2), random(2, inputs), random(outputs, 2), random(2, inputs)
+    add(first, 3.0 * ((a1 @ b1) * (a2 @ b2)), 6, hada_w1_a=a1, hada_w1_b=b1, hada_w2_a=a2, hada_w2_b=b2)
+    inputs, outputs = QWEN[second]
+    w1, a, b = random(2, 2), random(outputs // 2, 1), random(1, inputs // 2)
+    add(second, 0.5 * torch.kron(w1, a @ b), 0.5, lokr_w1=w1, lokr_w2_a=a, lokr_w2_b=b)
+    inputs, outputs = QWEN[third]
+    w1, w2 = random(2, 4), random(outputs // 2, inputs // 4)
+    add(third, torch.kron(w1, w2), 1e10, lokr_w1=w1, lokr_w2=w2)  # an alpha that LyCORIS does not use there
+    path = saved(tmp_path, tensors)
+    found = read_adapter(path).modules
+    assert found.keys() == expected.keys()
+    for name, f in found.items():
+        delta = f.scale * f.B.double() @ f.M.double() @ f.A.double()
+        assert relative_error(delta, expected[name]) < MODEL, name
+    assert found[f"transformer.{first}"].r == 4 and found[f"transformer.{second}"].r == 2
+    # A lower rank is the nearest of that rank, and what it costs is said.
+    proof = export_adapter(path, tmp_path / "low.safetensors", "diffusers", rank=2)
+    singular = {name: torch.linalg.svdvals(delta) for name, delta in expected.items()}
+    lost = sum(float((values[2:] ** 2).sum()) for values in singular.values())
+    total = sum(float((values**2).sum()) for values in singular.values())
+    assert proof.rank_error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    part = f"{prefix}{flat[first]}.hada_w2_b"
+    with pytest.raises(AdapterError, match="lacks hada_w2_b"):
+        read_adapter(saved(tmp_path, {key: t for key, t in tensors.items() if key != part}))
+    with pytest.raises(AdapterError, match="of a convolution, which is not turned into LoRA"):
+        read_adapter(saved(tmp_path, {**tensors, part: torch.ones(2, inputs, 3, 3)}))
+
+
+def test_loha_of_a_unet_is_refused_by_name(tmp_path: Path) -> None:
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    parts = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
+    path = saved(tmp_path, {f"{stem}.{name}": torch.ones(*shape) for name, shape in parts.items()})
+    with pytest.raises(AdapterError, match=r"is of LoHa or LoKr in a unet.*program that trained it"):
+        read_adapter(path)
+
+
 def stem() -> str:
     return "diffusion_model.double_blocks.0.img_attn.proj"
 
 
 OTHER_PARTS = {
-    "hada_w1_a": "is of LoHa",
-    "lokr_w2": "is of LoKr",
+    "hada_w1_a": "LoHa",
+    "lokr_w2": "LoKr",
     "lokr_t2": "is of LoKr",
     "dora_scale": "is of DoRA",
     "lora_magnitude_vector": "is of DoRA",

@@ -16,10 +16,11 @@ from moslora.display import Display
 from moslora.errors import UsageError
 from moslora.evaluation.active import prove_active, with_adapter
 from moslora.evaluation.judge import Subject
+from moslora.evaluation.own_pictures import evaluate_own_pictures
 from moslora.evaluation.results import Measure, Report
 from moslora.metrics.answers import wilson_interval
 from moslora.metrics.intervals import paired_examples
-from moslora.recipe.schema import Recipe
+from moslora.recipe.schema import ImageRecipe, Recipe
 
 if TYPE_CHECKING:
     from moslora.tasks.language import AnswerMetric, LanguageTask
@@ -40,9 +41,11 @@ def evaluate_own_data(
     from moslora.tasks.language import LanguageTask, question_of
     from moslora.tasks.text.cost import keep_changed
 
+    if isinstance(wanted, ImageRecipe):
+        return evaluate_own_pictures(subject, display, adapter, wanted, limit, metrics, _loss)
     kind = find_task(wanted.task.kind)
     if not issubclass(kind, LanguageTask):
-        raise UsageError(f"task.kind={wanted.task.kind} cannot be evaluated here; only text and vision can.")
+        raise UsageError(f"task.kind={wanted.task.kind} cannot be evaluated here.")
     quiet = display if display.quiet else Display(display.stream, quiet=True)
     task = kind(wanted, quiet, lambda: None)
     task.measures_only = True

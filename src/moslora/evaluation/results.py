@@ -20,14 +20,16 @@ class Activity:
     """What the adapter does to the logits.
 
     Attributes:
-        effect: Largest difference of logits with and without it, on real prompts.
+        effect: Largest difference of logits (or what ``what`` says) with and without it, on real inputs.
         learned: Whether any ΔW differs from zero; None where its format has no ΔW that is read.
         modules: How many modules of the model carry it.
+        what: What was compared.
     """
 
     effect: float
     learned: bool | None
     modules: int
+    what: str = "logits"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def show(report: Report, display: Display, samples: int = 3) -> None:
             display.warn(f"{report.adapter} learned nothing: every ΔW is 0, so base and tuned are one model.")
         else:
             display.say(
-                f"Proven: the adapter is active in {active.modules} modules; it changes logits by up to "
+                f"Proven: the adapter is active in {active.modules} modules; it changes {active.what} by up to "
                 f"{active.effect:.3g}."
             )
     kinds = list(dict.fromkeys(m.protocol for m in report.measures))

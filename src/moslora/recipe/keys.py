@@ -19,7 +19,7 @@ BELONGING: dict[str, tuple[str, ...]] = {
     "model": ("revision", "variant", "tokenizer"),
     "data": (
         *("heldout", "train_split", "heldout_split", "format", "columns", "ignore"),
-        *("prompt", "token", "class_name", "class_images", "class_prompt"),
+        *("prompt", "token", "class_name", "class_images", "class_prompt", "subjects"),
         *("subset", "revision", "labels"),
     ),
     "parallel": (),

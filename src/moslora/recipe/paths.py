@@ -14,7 +14,7 @@ __all__ = ["anchor", "user_path"]
 
 PATHS: dict[str, tuple[str, ...]] = {
     "model": ("name", "tokenizer"),
-    "data": ("train", "heldout", "images", "class_images"),
+    "data": ("train", "heldout", "images", "class_images", "subjects"),
     "task": ("prompts_file", "clip_model", "dino_model"),
     "adapter": ("start_from",),
     "mix": ("adapters",),

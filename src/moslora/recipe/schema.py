@@ -250,6 +250,15 @@ class ImageTaskSection(Section):
     prior_weight: float = Field(default=1.0, gt=0)
 
 
+class SubjectSection(Section):
+    """A further subject of the same run: its pictures and words."""
+
+    path: Name
+    prompt: Name | None = None
+    token: Name | None = None
+    class_name: Name | None = None
+
+
 class ImageDataSection(Section):
     """Folders of pictures, and how they become what a denoiser sees."""
 
@@ -258,6 +267,7 @@ class ImageDataSection(Section):
     prompt: Name | None = None
     token: Name | None = None
     class_name: Name | None = None
+    subjects: list[SubjectSection] = Field(default=[])
     resolution: int | None = Field(default=None, ge=8)
     crop: Literal["center", "random"] = "center"
     crops: int = Field(default=4, ge=1)

@@ -26,6 +26,7 @@ from moslora.adapters.formats.keys import (
     unwrap,
     writers,
 )
+from moslora.adapters.formats.lycoris import is_lycoris, split_lycoris, to_factors
 from moslora.adapters.formats.official import check_mixers
 from moslora.adapters.formats.pipeline import join, own_clip
 from moslora.adapters.formats.placing import Named, knows, place
@@ -156,6 +157,13 @@ def read(path: Path, alpha: float | None = None) -> Adapter:
     for component in sorted(models, key=lambda name: name == T5):  # the T5 after what tells whose it is
         placed, told = _place(path, component, models[component], families)
         families += told
+        kinds = {name for name, own in grouped.items() if name[0] == component and is_lycoris(own)}
+        if kinds and not all(place_.startswith("transformer") for place_ in placed):
+            name = next(iter(kinds))[2]
+            raise AdapterError(
+                f"{path}: {name} is of LoHa or LoKr in a {next(iter(placed)).partition('.')[0]}, whose convolutions "
+                "such files do not tell from its linear layers. Merge it into its base in the program that trained it."
+            )
         for place_, factors in placed.items():
             if place_ in modules:
                 raise AdapterError(f"{path} adapts {place_} twice.")
@@ -176,7 +184,7 @@ def _group(path: Path) -> dict[tuple[str, bool, str], dict[str, Tensor]]:
     """Sort the tensors of a file by model, way of writing and path."""
     grouped: dict[tuple[str, bool, str], dict[str, Tensor]] = {}
     for name, tensor in without_zeros(load_tensors(path)).items():
-        key = split_key(name)
+        key = split_key(name) or _lycoris_key(name)
         if key is None:
             raise refuse_key(path, name)
         _check(path, name, key, tensor)
@@ -192,6 +200,14 @@ def _group(path: Path) -> dict[tuple[str, bool, str], dict[str, Tensor]]:
     return grouped
 
 
+def _lycoris_key(name: str) -> Key | None:
+    """Take the name of a part of LoHa or LoKr apart."""
+    inner = unwrap(name)
+    layout = layout_of(inner)
+    found = split_lycoris(inner.removeprefix(layout.prefix))
+    return None if found is None else Key(layout, *found)
+
+
 def _check(path: Path, name: str, key: Key, tensor: Tensor) -> None:
     if not tensor.is_floating_point() and key.letter != "alpha":
         raise AdapterError(f"{path}: {name} is {tensor.dtype}, which is not a factor.")
@@ -201,6 +217,9 @@ def _check(path: Path, name: str, key: Key, tensor: Tensor) -> None:
 
 def _factors(where: str, parts: dict[str, Tensor], given_alpha: float | None) -> Factors:
     """Put one module together; a core is folded into A."""
+    if is_lycoris(parts):
+        given = {} if given_alpha is None else {"alpha": torch.tensor(float(given_alpha))}
+        return to_factors(where, {**given, **parts})
     missing = {"A", "B"} - parts.keys()
     if missing:
         names = " and ".join(LETTERS[letter] for letter in sorted(missing))

@@ -107,6 +107,11 @@ def check_idle_keys(
         idle = [key for key in ("pictures_per_prompt", *drawing) if getattr(task, key) != defaults[key]]
         if idle:
             warn(f"task.{', .'.join(idle)}: no pictures will be made, as there are no prompts.")
+    faults += [
+        f"task.{key} compares pictures with the photos of one subject, and data.subjects names more: leave one out."
+        for key in ("dino_model", "clip_model")
+        if data.subjects and getattr(task, key) is not None
+    ]
     if task.negative_prompt is not None and task.guidance_scale is not None and task.guidance_scale <= 1:
         faults.append(
             f"task.negative_prompt does nothing at task.guidance_scale={task.guidance_scale:g}, which is no "

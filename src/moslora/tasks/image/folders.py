@@ -17,7 +17,7 @@ from moslora.data.pictures import SUFFIXES, open_image
 from moslora.data.strict_json import parse_json
 from moslora.errors import DataError
 
-__all__ = ["Folder", "Picture", "read_folder", "warn_of_left_out"]
+__all__ = ["Folder", "Picture", "read_folder", "together", "warn_of_left_out"]
 
 # Of pictures that are not read: leaving them out in silence would train on fewer than are there.
 OTHER_SUFFIXES = (
@@ -154,6 +154,22 @@ def read_folder(
     all_together = hashlib.sha256(json.dumps([(p.sha256, p.prompt) for p in pictures]).encode()).hexdigest()
     unread = len(captions) if prompt is not None else 0
     return Folder(tuple(pictures), tuple(bad), all_together, unread)
+
+
+def together(folders: Sequence[Folder]) -> Folder:
+    """Make one folder of several, which are learned in one run.
+
+    Args:
+        folders: Of each subject, in order.
+    """
+    if len(folders) == 1:
+        return folders[0]
+    return Folder(
+        tuple(picture for folder in folders for picture in folder.pictures),
+        tuple(reason for folder in folders for reason in folder.skipped),
+        hashlib.sha256("".join(folder.sha256 for folder in folders).encode()).hexdigest(),
+        sum(folder.unread for folder in folders),
+    )
 
 
 def _captions(folder: Path, files: Sequence[Path], ignore: Sequence[str]) -> tuple[dict[str, str], list[str]]:

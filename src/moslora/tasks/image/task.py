@@ -25,7 +25,7 @@ from moslora.tasks.image import adapters, checks, preview
 from moslora.tasks.image.comparing import ComparedTask
 from moslora.tasks.image.crops import Crop, Size, bucket_size, plan_crops
 from moslora.tasks.image.fidelity import ScoreModel, find_judge
-from moslora.tasks.image.folders import Folder, Picture, read_folder, warn_of_left_out
+from moslora.tasks.image.folders import Folder, Picture, read_folder, together, warn_of_left_out
 from moslora.tasks.image.order import planned_steps
 from moslora.tasks.image.pictures import PictureMaker, draw_pictures, plan_pictures
 from moslora.tasks.image.pipeline import (
@@ -104,12 +104,21 @@ class ImageTask(ComparedTask):
         self._find()
         checks.check_prior(data)
         self.subject = Subject(data.token, data.class_name)
-        self.train_folder = self._read(data.train, data.prompt, data.limit)
+        others = [Subject(other.token, other.class_name) for other in data.subjects]
+        self.train_folder = together(
+            [
+                self._read(data.train, data.prompt, data.limit),
+                *(
+                    self._read(other.path, other.prompt or data.prompt, data.limit, subject)
+                    for other, subject in zip(data.subjects, others, strict=True)
+                ),
+            ]
+        )
         self.heldout_folder = None if data.heldout is None else self._read(data.heldout, data.prompt)
         self.class_pictures = self._find_class_pictures()
-        self.prompts = evaluation_prompts(
-            self.subject, task.prompts, task.published_prompts, task.prompts_file
-        )
+        templates = task.prompts, task.published_prompts, task.prompts_file
+        prompts = [evaluation_prompts(subject, *templates) for subject in (self.subject, *others)]
+        self.prompts = list(dict.fromkeys(prompt for own in prompts for prompt in own))
         models = {"dino_model": task.dino_model, "clip_model": task.clip_model}
         self.judges = [find_judge(key, name) for key, name in models.items() if name is not None]
         checks.check_idle_keys(task, data, recipe.trainer, self.prompts, warn)
@@ -133,16 +142,18 @@ class ImageTask(ComparedTask):
         self.files = open_pipeline(self.source)
         self.auto_class = self.files.kind
 
-    def _read(self, folder: str, prompt: str | None, limit: int | None = None) -> Folder:
-        data = self.recipe.data
+    def _read(
+        self, folder: str, prompt: str | None, limit: int | None = None, subject: Subject | None = None
+    ) -> Folder:
+        data, subject = self.recipe.data, subject or self.subject
         pictures = read_folder(
             Path(folder),
-            None if prompt is None else self.subject.fill(prompt),
+            None if prompt is None else subject.fill(prompt),
             data.max_pixels,
             data.bad_images == "skip",
             limit=limit,
             ignore=data.ignore or (),
-            name_words=self.subject.fill,
+            name_words=subject.fill,
             checkpoint=self.raise_if_stopped,
         )
         warn_of_left_out(folder, pictures, self.display.warn)
