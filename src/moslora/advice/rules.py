@@ -253,7 +253,15 @@ def _experts(s: Situation) -> Proposal | None:
     each = max(1, s.rank // s.experts)
     adapts = bool(s.recipe.get("adapter.target_parameters"))
     why = f"{s.experts} experts are active for a token" + ("." if adapts else ", and none is adapted here.")
-    return Proposal(f"rank {each} in experts", None, (), why)
+    names = [str(name) for name in s.recipe.get("adapter.target_parameters") or ()]
+    own = {name.rpartition(".")[2]: each for name in names if "expert" in name}
+    pattern = s.recipe.get("adapter.rank_pattern") or {}
+    if not own or each == s.rank:
+        return Proposal(f"rank {each} in experts", None, (), why)
+    fits = all(pattern.get(name) == each for name in own)
+    value = ", ".join(f"{name}: {each}" for name in sorted(own))
+    overrides = () if fits or pattern else (f"adapter.rank_pattern={{{value}}}",)
+    return Proposal(f"rank {each} in experts", fits, overrides, why)
 
 
 def _length(s: Situation) -> Proposal | None:
