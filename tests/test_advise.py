@@ -247,3 +247,17 @@ def test_the_script_of_the_figures_makes_as_many_parameters_of_each_kind(
     each |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 2112)
     counts = [t["r"] * sum(each[name] for name in t["target_modules"]) for t in script.TARGETS.values()]
     assert max(counts) / fmean(counts) < 1.02
+
+
+def test_ranks_of_experts_come_with_an_override_where_experts_are_adapted() -> None:
+    from moslora.advice.rules import _experts
+
+    recipe = {"adapter.r": 16, "adapter.target_parameters": ["mlp.experts.down_proj", "experts.gate_up_proj"]}
+    found = _experts(Situation("text", recipe, frozenset(), experts=8))
+    assert found is not None and found.fits is False
+    assert found.overrides == ("adapter.rank_pattern={down_proj: 2, gate_up_proj: 2}",)
+    pattern = {"adapter.rank_pattern": {"down_proj": 2, "gate_up_proj": 2}}
+    done = _experts(Situation("text", {**recipe, **pattern}, frozenset(), experts=8))
+    assert done is not None and done.fits and not done.overrides
+    plain = _experts(Situation("text", {"adapter.r": 16}, frozenset(), experts=8))
+    assert plain is not None and plain.fits is None and "none is adapted" in plain.why

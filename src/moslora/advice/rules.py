@@ -250,10 +250,14 @@ def _targets_of_pictures(s: Situation) -> Proposal:
 def _experts(s: Situation) -> Proposal | None:
     if s.experts is None:
         return None
-    each = max(1, s.rank // s.experts)
-    adapts = bool(s.recipe.get("adapter.target_parameters"))
-    why = f"{s.experts} experts are active for a token" + ("." if adapts else ", and none is adapted here.")
-    return Proposal(f"rank {each} in experts", None, (), why)
+    each, pattern = max(1, s.rank // s.experts), s.recipe.get("adapter.rank_pattern") or {}
+    names = map(str, s.recipe.get("adapter.target_parameters") or ())
+    own = sorted({name.rpartition(".")[2] for name in names if "expert" in name})
+    why = f"{s.experts} experts are active for a token" + ("." if own else ", and none is adapted here.")
+    fits = all(pattern.get(name) == each for name in own) if own and each < s.rank else None
+    value = ", ".join(f"{name}: {each}" for name in own)
+    overrides = (f"adapter.rank_pattern={{{value}}}",) if fits is False and not pattern else ()
+    return Proposal(f"rank {each} in experts", fits, overrides, why)
 
 
 def _length(s: Situation) -> Proposal | None:
