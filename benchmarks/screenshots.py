@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 SIZES = {"": (1280, 860), "-phone": (390, 844)}
 # Those that the documentation shows.
-SHOWN = ("runs-light", "train-light", "chat-dark")
+SHOWN = ("runs-dark", "data-dark", "chat-light")
 RECIPE: dict[str, Any] = {
     "model": "small-model",
     "data": "requests.jsonl",
