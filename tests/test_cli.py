@@ -204,7 +204,7 @@ FORWARDED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "export a o --for vllm --rank 2": (
         "adapters.export",
         (Path("a"), Path("o"), None),
-        {"engine": "vllm", "rank": 2, "dtype": None, "base": None, "alpha": None},
+        {"engine": "vllm", "rank": 2, "dtype": None, "base": None, "alpha": None, "names": None},
     ),
 }
 
