@@ -22,6 +22,7 @@ Rows = list[tuple[str, ...]]
 # Results that have no row, and why.
 WITHOUT_ROW = {
     "advice-rate.json": "two seeds, for a best rate and not for a difference; docs/advise.md has what it says",
+    "advice-targets.json": "of one data set; docs/advise.md has what it says",
     "boolq-minilm.json": "of a difference that was not found; docs/classification.md has what it says",
     "preference-home.json": "of one run; docs/preferences.md has what it says",
     "price.json": "of one short run; docs/compare.md and the log have what it says",

@@ -77,6 +77,12 @@ def test_our_figures_in_the_rules_are_those_that_are_kept(monkeypatch: pytest.Mo
     (text,) = (rule.ours for rule in RULES if rule.key == "trainer.learning_rate" and "home" in rule.ours)
     assert f"Full fine-tuning was best at {best['full']:.0e}".replace("e-04", "e-4") in text
     assert f"LoRA's rate was {best['lora'] / best['full']:.0f} times its" in text
+    targets = json.loads((ROOT / "benchmarks/results/advice-targets.json").read_text(encoding="utf-8"))
+    (text,) = (rule.ours for rule in RULES if rule.key == "adapter.target_modules" and rule.ours)
+    for name in ("attention", "mlp"):
+        (one,) = (c for c in targets["contrasts"] if c["method"].endswith(name) and c["measure"] == "loss")
+        mean, low, high = (f"{one['difference'][key]:.3f}" for key in ("mean", "low", "high"))
+        assert f"by {mean} ({low} to {high}" in text
     low, high = HOME_BEST["lora"][1:]
     assert low <= advised <= high  # the advice is within what was stable here
     matched = next(c for c in found["contrasts"] if c["method"] == "lora-matched" and c["measure"] == "loss")

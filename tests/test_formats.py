@@ -256,8 +256,10 @@ def test_formats_that_are_only_read_are_not_offered_for_writing(saved: Path, tmp
     assert (
         set(WRITTEN)
         == {name for name, f in FORMATS.items() if f.write}
-        == {*("lora", "native", "gguf", "diffusers", "kohya")}
+        == {*("lora", "native", "gguf", "diffusers", "kohya", "original")}
     )
-    with pytest.raises(ValueError, match="only read; choose one of diffusers, gguf, kohya, lora, native"):
+    with pytest.raises(
+        ValueError, match="only read; choose one of diffusers, gguf, kohya, lora, native, original"
+    ):
         export_adapter(saved, tmp_path / "out", to="official")
     assert not (tmp_path / "out").exists()

@@ -393,17 +393,17 @@ class LanguageTask(Task):
             model: Base or adapted model.
             label: The model's name in the progress display.
         """
-        measured = self._losses(model, self.heldout_set, f"Held-out loss, {label}")
+        measured = self._losses(model, self.heldout_set, f"Held-out loss, {label}", show=True)
         total, count = 0.0, 0
         for _, losses, tokens in measured:
             total, count = total + float(losses.sum()), count + int(tokens.sum())
         return total / count
 
-    def _losses(self, model: nn.Module, examples: Sequence[Encoded], title: str) -> list[Measured]:
+    def _losses(self, model: nn.Module, examples: Any, title: str, show: bool) -> list[Measured]:
         """Return what ``example_losses`` gives for each batch, each process having measured its share."""
         with self.display.progress(title, len(examples)) as progress:
-            batches = self.batches(examples)
-            return shared_losses(self.team, model, batches, self.device, progress, self.raise_if_stopped)
+            batches, check = self.batches(examples), self.raise_if_stopped
+            return shared_losses(self.team, model, batches, self.device, progress, check, show)
 
     def score(self, model: nn.Module, examples: Sequence[Encoded], label: str) -> list[float]:
         """Return each example's loss: the mean over its trained tokens, in nats, in the order of ``examples``.
@@ -414,7 +414,7 @@ class LanguageTask(Task):
             label: The model's name in the progress display.
         """
         means = [0.0] * len(examples)
-        for numbers, losses, tokens in self._losses(model, examples, f"Loss, {label}"):
+        for numbers, losses, tokens in self._losses(model, examples, f"Loss, {label}", show=False):
             for number, mean in zip(numbers, (losses / tokens.clamp(min=1)).tolist(), strict=True):
                 means[number] = mean
         return means

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from moslora.errors import UsageError
+from moslora.terminal import print_error
 from moslora.training.run_directory import RunDirectory
 
 __all__ = ["heartbeat"]
@@ -25,12 +26,11 @@ INTERVAL = 20.0
 def _end(run: RunDirectory) -> None:
     """End this process at once, as a kill would: whatever it wrote now would meet what another writes."""
     holder = run.read()
-    print(
+    print_error(
         f"{run.path} was taken over by process {holder.get('pid')} on {holder.get('host')}, as this one had given no "
-        "sign of life for a while. This one ends.",
-        file=sys.stderr,
-        flush=True,
+        "sign of life for a while. This one ends."
     )
+    sys.stderr.flush()
     os._exit(1)
 
 

@@ -135,7 +135,6 @@ def _start(work: Callable[[Any, Callable[[], None]], Any], given_up: Any) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ[PARALLELISM] = "false"
 
 
 def _end_with_parent() -> None:

@@ -220,14 +220,16 @@ def shared_losses(
     device: str,
     progress: Any,
     raise_if_stopped: Callable[[], None],
+    show: bool,
 ) -> list[Measured]:
     """Return what ``example_losses`` yields, in every process of a team, each having measured its share.
 
     Args:
         team: Who measures.
         model, batches, device: As of ``example_losses``.
-        progress: Shown how many examples are done, and the mean loss of this process's own.
+        progress: Shown how many examples are done.
         raise_if_stopped: Called after each batch.
+        show: Whether it is shown the mean loss of this process's own, too.
     """
     total, count = 0.0, 0
 
@@ -239,7 +241,8 @@ def shared_losses(
         nonlocal total, count
         if measured is not None:
             total, count = total + float(measured[1].sum()), count + int(measured[2].sum())
-        progress.advance(sum(len(numbers) for numbers, _ in chosen), f"loss {total / max(count, 1):.4f}")
+        mean = (f"loss {total / max(count, 1):.4f}",) if show else ()
+        progress.advance(sum(len(numbers) for numbers, _ in chosen), *mean)
         raise_if_stopped()
 
     return team.share(batches, work, done)
