@@ -107,6 +107,9 @@ VERBS = {
     "export to gguf": Verb(["export", "native", "out.gguf", "--to", "gguf", "--base", "base"], "out.gguf"),
     "export to diffusers": Verb(["export", "drawing", "out.safetensors", "--to", "diffusers"], "out.safetensors"),
     "export to kohya": Verb(["export", "drawing", "out.safetensors", "--to", "kohya"], "out.safetensors"),
+    "export to original": Verb(
+        ["export", "painting/transformer", "out.safetensors", "--to", "original"], "out.safetensors"
+    ),
     "import": Verb(["import", "lora", "out"], "out"),
     "combine": Verb(["combine", "native", "other", "--out", "out"], "out"),
     "merge": Verb(["merge", "base", "native", "out"], "out"),
@@ -149,6 +152,13 @@ def make_world(folder: Path) -> None:
     drawing = {f"unet.{key}.lora_{side}.weight": torch.randn(2, 2) for key in keys for side in "AB"}
     save_file(drawing, folder / "drawing.safetensors")
     moslora.import_adapter(folder / "drawing.safetensors", folder / "drawing")
+    keys = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q")
+    painting = {f"transformer.{key}.lora_{side}.weight": torch.randn(2, 2) for key in keys for side in "AB"}
+    save_file(painting, folder / "painting.safetensors")
+    moslora.import_adapter(folder / "painting.safetensors", folder / "painting")
+    said = json.loads((folder / "painting/transformer/adapter_config.json").read_text(encoding="utf-8"))
+    said["auto_mapping"] = {"base_model_class": "FluxTransformer2DModel", "parent_library": "diffusers"}
+    (folder / "painting/transformer/adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
     (folder / "few.yaml").write_text(
         "model: {name: base}\n"
         "data: {train: train.jsonl, heldout: heldout.jsonl}\n"

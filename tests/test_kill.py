@@ -247,7 +247,8 @@ def test_a_file_system_without_hard_links_is_no_other(
 def test_an_export_that_is_overtaken_says_so_and_leaves_the_other_alone(
     trial: kill.Trial, tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = trial.origin / ("drawing" if format_ in ("diffusers", "kohya") else "native")
+    sources = {"diffusers": "drawing", "kohya": "drawing", "original": "painting/transformer"}
+    source = trial.origin / sources.get(format_, "native")
     module: Any = merging if format_ == "merge" else exporting
     suffix = "" if format_ == "merge" else FORMATS[format_].suffix
     out, prove = tmp_path / f"out{suffix}", module._prove

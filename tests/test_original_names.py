@@ -74,6 +74,15 @@ def test_what_is_written_means_the_same_when_it_is_read(name: str, to: str, tmp_
     assert all(not f.B.any() for module, f in bare.items() if module not in source.modules)
 
 
+@pytest.mark.parametrize("to", ["original", "kohya"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "klein", "qwen_image", "z_image", "lumina2", "sd3"])
+def test_a_part_of_what_is_fused_is_written_with_zeros_beside_it(name: str, to: str, tmp_path: Path) -> None:
+    adapted(name, tmp_path, r".*(to_q|to_v)")
+    proof = export_adapter(tmp_path / "transformer", tmp_path / "style.safetensors", to)
+    source = read_adapter(tmp_path / "transformer")
+    assert proof.modules == len(source.modules) and proof.max_relative_error < 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "to"),
     [

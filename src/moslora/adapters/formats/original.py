@@ -10,6 +10,7 @@ Files of many programs in these names are read (``image_file``).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,13 @@ def through_loader(path: Path, like: Adapter, format_: str) -> tuple[Adapter, st
         like: What was written.
         format_: ``"original"`` or ``"kohya"``.
     """
+    found, reader = _understood(path, like, format_)
+    # The rest of a fused projection of which only a part was adapted: zero, and no module of the adapter.
+    modules = {name: f for name, f in found.modules.items() if name in like.modules or not f.is_zero()}
+    return replace(found, modules=modules), reader
+
+
+def _understood(path: Path, like: Adapter, format_: str) -> tuple[Adapter, str]:
     family = family_of(by_component(like)["transformer"])
     if format_ not in family.converted or not through_diffusers.is_installed():
         return through_diffusers.with_paths_of(read(path), like), "moslora"
