@@ -105,7 +105,7 @@ AT_REST = {
     },  # the same proof: PEFT's loader
     "adapters.formats.diffusers": {"read_with_diffusers"},  # the proofs of image formats: diffusers' loader
     "adapters.formats.kohya": {"read_with_diffusers"},
-    "adapters.formats.original": {"through_loader"},
+    "adapters.formats.original": {"_understood"},
     "adapters.formats.through_diffusers": {"understood"},
     "adapters.export": {"base_config"},  # GGUF takes the base's configuration, with its class's defaults
 }
