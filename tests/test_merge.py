@@ -290,6 +290,22 @@ def test_a_small_error_in_a_small_delta_fails_the_proof(
     assert not (tmp_path / "wrong").exists()
 
 
+def test_an_entry_that_is_not_a_number_fails_the_proof_whatever_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = save_pair(tmp_path)
+    real, count = moslora.adapters.merge.check_change, iter(range(1000))
+
+    def broken(*given: Any) -> Any:
+        seen = real(*given)
+        return replace(seen, ratio=float("nan")) if next(count) == 0 else seen
+
+    monkeypatch.setattr(moslora.adapters.merge, "check_change", broken)
+    with pytest.raises(ProofError, match="is off by nan times"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_rounding_swallows_is_said(tmp_path: Path) -> None:
     base, adapter = save_pair(tmp_path, dtype=torch.bfloat16)
     tensors = load_file(adapter / "adapter_model.safetensors")

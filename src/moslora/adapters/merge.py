@@ -281,7 +281,8 @@ def _prove(folder: Path, place: Path, changes: list[Change], size: int) -> Merge
     checks = in_threads([partial(check_change, folder, place, change) for change in changes])
     for change, seen in zip(changes, checks, strict=True):
         relative = max(relative, seen.relative)
-        if not seen.ratio <= worst:
+        # NaN is the worst, and stays so whatever comes after it.
+        if not math.isnan(worst) and not seen.ratio <= worst:
             worst, worst_module = seen.ratio, change.module
     # Share of ΔW, by module. Of some modules it is said, as of those that lose a part.
     kept = {

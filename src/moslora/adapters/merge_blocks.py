@@ -31,10 +31,8 @@ __all__ = ["Change", "Seen", "check_change", "in_threads", "write_shard"]
 BLOCK = 1 << 18  # entries of a weight in hand at once: 1 MB of float32
 PIECE = 1 << 22  # entries that one thread takes at a time
 COPIED = 1 << 24  # bytes that one thread copies at a time
-PROOF_BLOCK, PROOF_BLOCKS = (
-    1 << 14,
-    16,
-)  # entries, and how many such blocks, evenly over each weight, are read again
+PROOF_BLOCK = 1 << 14  # entries that are read again at once
+PROOF_BLOCKS = 16  # of them, evenly over each weight
 Result = TypeVar("Result")
 
 

@@ -224,7 +224,7 @@ def _input_gradient_in_place(G: Tensor, weight: Tensor, left: Tensor, low: Tenso
     """Return the gradient of x: the update's part is accumulated into the base's, but for the dropped entries."""
     dx = G @ weight
     if drop.mask is not None:
-        return dx.addcmul_(left @ low, drop.mask, value=1 / (1 - drop.p))
+        return dx.add_(drop.of(left @ low))
     if drop.positions is None:
         return dx.addmm_(left, low)
     positions, flat = drop.positions.long(), dx.view(-1)
